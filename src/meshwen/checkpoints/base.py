@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every checkpoint format offers the loader: a config, and tensors read slice by slice."""
+
+import json
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from meshwen.config import Qwen2Config
+from meshwen.errors import MeshwenError
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSource(ABC):
+    """One tensor of a checkpoint, not read yet.
+
+    Attributes:
+        name: the Hugging Face name, `model.layers.0.self_attn.q_proj.weight`.
+        shape: the Hugging Face shape, `[out, in]` for a projection.
+        dtype: the numpy dtype of what `read` returns; bfloat16 is `ml_dtypes.bfloat16`, and a
+            quantised tensor reads as float32.
+        quantization: the name of the block format in the file ("Q4_K"), None when not quantised.
+        nbytes: the bytes that the tensor takes in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    quantization: str | None = None
+    nbytes: int
+
+    @abstractmethod
+    def read(self, index: Index = ()) -> np.ndarray:
+        """The part of the tensor that `index` covers, as numpy indexing understands it.
+
+        Reads nothing else from the file. The array may be a read-only view of the mapped file: it
+        stays valid for as long as it is referenced, but shows whatever the file then holds.
+        """
+
+
+class MappedFile:
+    """A file mapped read-only, which keeps few of its pages in this process.
+
+    Pages of a mapped file count as memory of the process while they are mapped, so reading a whole
+    checkpoint would count it twice. `bytes_at` therefore lets go of the pages handed out before.
+    Arrays made of them stay valid: the system brings the pages back when they are touched.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise MeshwenError(f"{path} is empty: download it again") from None
+        except OSError as error:
+            raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
+        self._before = (0, 0)
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def bytes_at(self, offset: int, nbytes: int) -> np.ndarray:
+        """`nbytes` bytes of the file from `offset`, uint8 `[nbytes]`, without a copy."""
+        span = (offset, nbytes)
+        if span != self._before:
+            self._release(*self._before)
+            self._before = span
+        return np.frombuffer(self._map, np.uint8, nbytes, offset)
+
+    def _release(self, offset: int, nbytes: int) -> None:
+        if nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            start = offset - offset % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+
+    def close(self) -> None:
+        """Unmaps the file, or leaves that to the last array which still shows it."""
+        try:
+            self._map.close()
+        except BufferError:
+            self._release(*self._before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedTensor(TensorSource):
+    """A tensor that lies in a mapped file, row-major, in a dtype that numpy knows."""
+
+    file: MappedFile
+    offset: int
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """A read-only view of the file: nothing is copied, not even for a slice of columns."""
+        data = self.file.bytes_at(self.offset, self.nbytes)
+        return data.view(self.dtype).reshape(self.shape)[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An open checkpoint; a context manager, or call `close`.
+
+    Attributes:
+        name: what to call the model: the hub id, the folder's name or the GGUF file's own name.
+        path: the folder, or the GGUF file.
+        format: "safetensors", "torch" or "gguf".
+        config: the model's dimensions.
+        generation_config: the content of `generation_config.json`, or what a GGUF file says in its
+            place, under the same names; {} when there is none.
+        tensors: what the files hold, by Hugging Face name, in file order. Nothing is added for tied
+            embeddings and nothing is left out.
+        tokenizer_files: the folder with the tokenizer's files; for GGUF, the file's metadata.
+    """
+
+    name: str
+    path: Path
+    format: str
+    config: Qwen2Config
+    generation_config: dict[str, Any]
+    tensors: Mapping[str, TensorSource]
+    tokenizer_files: Path | Mapping[str, Any]
+    on_close: Callable[[], None]
+
+    def close(self) -> None:
+        """Lets go of the files. Arrays that were read stay valid."""
+        self.on_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises MeshwenError when it cannot be read or is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise MeshwenError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise MeshwenError(f"{path} holds no JSON object: download it again")
+    return content
+
+
+def shard_files(index_path: Path) -> dict[Path, set[str]]:
+    """The shards that a Hugging Face index file names, each with the tensors it must hold.
+
+    Raises MeshwenError when the index is malformed or a shard is not there.
+    """
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MeshwenError(f'{index_path} has no "weight_map": download it again')
+    shards: dict[Path, set[str]] = {}
+    for tensor, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise MeshwenError(
+                f"{index_path} puts {tensor} in {file_name!r}: a shard must be a file in the "
+                "same folder"
+            )
+        shards.setdefault(index_path.parent / file_name, set()).add(tensor)
+    for shard, tensors in shards.items():
+        if not shard.is_file():
+            raise MeshwenError(
+                f"{shard} is missing: {index_path.name} says that it holds {min(tensors)} and "
+                f"{len(tensors) - 1} other tensors; download it"
+            )
+    return shards
+
+
+def join_shards(
+    shards: Mapping[Path, set[str]], read_shard: Callable[[Path], Mapping[str, TensorSource]]
+) -> dict[str, TensorSource]:
+    """All tensors of all shards. Raises MeshwenError when one is missing or is there twice."""
+    tensors: dict[str, TensorSource] = {}
+    home: dict[str, Path] = {}
+    for shard, expected in shards.items():
+        found = read_shard(shard)
+        if missing := expected - found.keys():
+            raise MeshwenError(
+                f"{shard} does not hold {min(missing)}, which the index says it does"
+                f" ({len(missing)} missing): download the shard and the index again"
+            )
+        for name, source in found.items():
+            if name in tensors:
+                raise MeshwenError(
+                    f"{name} is both in {home[name]} and in {shard.name}: remove one of them"
+                )
+            tensors[name], home[name] = source, shard
+    return tensors

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files, single or sharded: views of the mapped file, bit for bit.
+
+The safetensors library validates a file (sizes, gaps, overlaps, known dtypes); the tensors are then
+viewed in a mapping of our own, because the library copies every slice that it hands out.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from meshwen.checkpoints.base import (
+    MappedFile,
+    MappedTensor,
+    TensorSource,
+    join_shards,
+    shard_files,
+)
+from meshwen.errors import MeshwenError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def find_safetensors(folder: Path) -> dict[Path, set[str]] | None:
+    """The safetensors files of a folder, each with the tensors that its index promises.
+
+    `model.safetensors` goes before an index, as in transformers; a single file of another name will
+    do. None when there are none; raises MeshwenError when several lack an index.
+    """
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: set()}
+    if (folder / INDEX).is_file():
+        return shard_files(folder / INDEX)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise MeshwenError(f"{folder} has several safetensors files and no {INDEX}: {names}")
+    return {file: set() for file in files} or None
+
+
+def read_safetensors(
+    shards: dict[Path, set[str]],
+) -> tuple[dict[str, TensorSource], list[MappedFile]]:
+    """The tensors of all files by name, and the files to close.
+
+    Raises MeshwenError naming the file, and the tensor where there is one, when a file is truncated
+    or corrupt, lacks a tensor that the index promises, or has a dtype that numpy cannot show.
+    """
+    files: list[MappedFile] = []
+    return join_shards(shards, partial(_read_file, files=files)), files
+
+
+def _read_file(path: Path, files: list[MappedFile]) -> dict[str, TensorSource]:
+    file = MappedFile(path)
+    files.append(file)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise MeshwenError(
+            f"{path} is not a whole safetensors file ({_one_line(error)}): download it again"
+        ) from None
+    header_bytes = int(file.bytes_at(0, 8).view("<u8")[0])
+    header = json.loads(file.bytes_at(8, header_bytes).tobytes())
+    header.pop("__metadata__", None)
+    tensors: dict[str, TensorSource] = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in _DTYPES:
+            raise MeshwenError(
+                f"{path}: {name} has dtype {entry['dtype']}, which is not supported; "
+                f"use a checkpoint in {', '.join(list(_DTYPES)[:4])}"
+            )
+        start, stop = entry["data_offsets"]
+        tensors[name] = MappedTensor(
+            name=name,
+            shape=tuple(entry["shape"]),
+            dtype=_DTYPES[entry["dtype"]],
+            nbytes=stop - start,
+            file=file,
+            offset=8 + header_bytes + start,
+        )
+    return tensors
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
