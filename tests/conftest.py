@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files need: the real checkpoint's folder and the reference outputs."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+REAL_MODEL = "qwen2.5-coder-0.5b-instruct"
+
+
+@pytest.fixture(scope="session")
+def real_model_dir():
+    """The Hugging Face folder of the real checkpoint; skips where it is absent."""
+    default = Path.home() / ".cache" / "meshwen-real-model"
+    cache = Path(os.environ.get("MESHWEN_REAL_MODEL_CACHE") or default)
+    folder = cache / REAL_MODEL
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no real checkpoint at {folder} (set MESHWEN_REAL_MODEL_CACHE)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """What transformers gives for the real checkpoint: the parsed JSON; skips where it is absent."""
+    shared = Path(__file__).resolve().parents[2] / "shared" / "golden"
+    path = shared / f"{REAL_MODEL}.float32.json"
+    if not path.is_file():
+        pytest.skip(f"no reference outputs at {path}")
+    return json.loads(path.read_text(encoding="utf-8"))
