@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which query-head slots and which key/value heads each device of a tensor-parallel mesh holds.
+
+Every device runs the same program, so every device must hold the same number of things: K key/value
+heads, each with G query-head slots. Qwen2.5's head counts rarely divide by the mesh (28 query and 4
+key/value heads on 8 or 32 devices), so
+
+- each key/value head's group of query heads is cut into `pieces` of G consecutive heads, and a
+  key/value head is copied to every device that holds one of its pieces;
+- what does not fill up is padded. A padded slot has zero rows in the query projection and in the
+  output projection: it adds exactly nothing, and no head is ever dropped.
+
+Pieces are dealt to devices in order, so neighbours share key/value heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Head slots of one model on `devices` tensor-parallel devices.
+
+    Attributes:
+        devices: number of tensor-parallel devices n.
+        query_heads: query heads of the model.
+        key_value_heads: key/value heads of the model.
+        local_key_value_heads: K, key/value heads (copies included) on each device.
+        group_slots: G, query-head slots for each of a device's key/value heads.
+    """
+
+    devices: int
+    query_heads: int
+    key_value_heads: int
+    local_key_value_heads: int
+    group_slots: int
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces each key/value head's group of query heads is cut."""
+        return ceil(self.query_heads // self.key_value_heads / self.group_slots)
+
+    @property
+    def local_query_slots(self) -> int:
+        """Query-head slots on each device: N = K * G."""
+        return self.local_key_value_heads * self.group_slots
+
+    @property
+    def padded_query_slots(self) -> int:
+        """Query-head slots, over all devices, that hold no head."""
+        return self.devices * self.local_query_slots - self.query_heads
+
+    @property
+    def key_value_copies(self) -> float:
+        """How many devices hold each key/value head, on average over the padded cache."""
+        return self.devices * self.local_key_value_heads / self.key_value_heads
+
+    def key_value_slots(self) -> np.ndarray:
+        """Key/value head of each slot: int [n, K], `PADDING` where a slot is empty."""
+        piece = np.arange(self.devices * self.local_key_value_heads)
+        head = piece // self.pieces
+        head[head >= self.key_value_heads] = PADDING
+        return head.reshape(self.devices, self.local_key_value_heads)
+
+    def query_slots(self) -> np.ndarray:
+        """Query head of each slot: int [n, K, G], `PADDING` where a slot is empty."""
+        group = self.query_heads // self.key_value_heads
+        piece = np.arange(self.devices * self.local_key_value_heads)
+        within = (piece % self.pieces)[:, None] * self.group_slots + np.arange(self.group_slots)
+        head = (piece // self.pieces)[:, None] * group + within
+        head[(within >= group) | (piece[:, None] // self.pieces >= self.key_value_heads)] = PADDING
+        return head.reshape(self.devices, self.local_key_value_heads, self.group_slots)
+
+
+def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
+    """The layout of least cost on `devices` devices, for any head counts and any device count.
+
+    A query slot costs its rows of the query and output projections, a key/value slot the same in the
+    key and value projections and its part of the cache; so the least `slots + key/value heads` a
+    device is chosen, and among equals the smallest cache.
+
+    Args:
+        query_heads: query heads; a multiple of `key_value_heads`.
+        key_value_heads: key/value heads.
+        devices: tensor-parallel devices, at least 1.
+
+    Raises:
+        ValueError: a count is below 1, or `query_heads` is no multiple of `key_value_heads`.
+    """
+    if min(query_heads, key_value_heads, devices) < 1 or query_heads % key_value_heads:
+        raise ValueError(
+            f"no head layout for {query_heads} query and {key_value_heads} key/value heads "
+            f"on {devices} devices"
+        )
+    group = query_heads // key_value_heads
+    candidates = []
+    for slots in range(1, group + 1):
+        local = ceil(key_value_heads * ceil(group / slots) / devices)
+        candidates.append(HeadLayout(devices, query_heads, key_value_heads, local, slots))
+    return min(
+        candidates,
+        key=lambda c: (c.local_query_slots + c.local_key_value_heads, c.local_key_value_heads),
+    )

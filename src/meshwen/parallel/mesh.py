@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mesh strings, and the devices behind them.
+
+`8`, `1x8`, `2x4`: every axis is tensor-parallel. `data=2,model=4`: the batch is split over `data`,
+the model over `model`. Devices are taken in row-major order. On the CPU a mesh larger than the
+machine's device count gets simulated devices; on any other back end that is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from meshwen.errors import MeshwenError
+
+DATA_AXIS = "data"
+MODEL_AXIS = "model"
+_EXPECTED = "expected e.g. 8, 1x8, 2x4 or data=2,model=4"
+_MAX_DEVICES = 1 << 16
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """A parsed mesh string: axis names and sizes, in order.
+
+    Tensor-parallel axes are named `model`, or `model0`, `model1`, ... when there are several.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> MeshSpec:
+        """Parses a mesh string.
+
+        Raises:
+            MeshwenError: the string is not a mesh.
+        """
+        compact = text.strip().lower().replace(" ", "")
+        if re.fullmatch(r"\d+(x\d+)*", compact):
+            sizes = [int(size) for size in compact.split("x")]
+            names = [f"{MODEL_AXIS}{i}" for i in range(len(sizes))]
+            axes = list(zip(names if len(sizes) > 1 else [MODEL_AXIS], sizes, strict=True))
+        elif re.fullmatch(r"[a-z]+=\d+(,[a-z]+=\d+)*", compact):
+            axes = [(name, int(size)) for name, size in (a.split("=") for a in compact.split(","))]
+            names = [name for name, _ in axes]
+            if unknown := set(names) - {DATA_AXIS, MODEL_AXIS}:
+                raise MeshwenError(
+                    f"mesh {text!r}: unknown axis {sorted(unknown)[0]!r}; the axes are data and model"
+                )
+            if len(set(names)) < len(names):
+                raise MeshwenError(f"mesh {text!r} names an axis twice")
+            if MODEL_AXIS not in names:
+                axes.append((MODEL_AXIS, 1))
+        else:
+            raise MeshwenError(f"mesh {text!r} does not parse; {_EXPECTED}")
+        if any(size < 1 for _, size in axes) or prod(size for _, size in axes) > _MAX_DEVICES:
+            raise MeshwenError(
+                f"mesh {text!r}: axis sizes must be at least 1, at most {_MAX_DEVICES} in all"
+            )
+        return cls(tuple(axes))
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return prod(size for _, size in self.axes)
+
+    def __str__(self) -> str:
+        if any(name == DATA_AXIS for name, _ in self.axes):
+            return ",".join(f"{name}={size}" for name, size in self.axes)
+        return "x".join(str(size) for _, size in self.axes)
+
+
+def make_mesh(spec: str | MeshSpec = "1") -> Mesh:
+    """The JAX mesh of a mesh string, on the default back end's devices in row-major order.
+
+    On the CPU, simulated devices are made when there are too few; that works until JAX has started
+    its back end, which the first array or the first `jax.devices()` does.
+
+    Raises:
+        MeshwenError: the string does not parse, or there are too few devices.
+    """
+    spec = spec if isinstance(spec, MeshSpec) else MeshSpec.parse(spec)
+    _ask_for_cpu_devices(spec.devices)
+    devices = jax.devices()
+    if len(devices) < spec.devices:
+        raise MeshwenError(_too_few(spec, devices))
+    shape = tuple(size for _, size in spec.axes)
+    names = tuple(name for name, _ in spec.axes)
+    return Mesh(np.asarray(devices[: spec.devices]).reshape(shape), names)
+
+
+def data_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that split the batch."""
+    return tuple(name for name in mesh.axis_names if name == DATA_AXIS)
+
+
+def model_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that split the model, in row-major order."""
+    return tuple(name for name in mesh.axis_names if name != DATA_AXIS)
+
+
+def axes_size(mesh: Mesh, names: tuple[str, ...]) -> int:
+    """Number of devices along the named axes together."""
+    return prod(mesh.shape[name] for name in names)
+
+
+def mesh_label(mesh: Mesh) -> str:
+    """The mesh string that makes this mesh."""
+    return str(MeshSpec(tuple((str(name), mesh.shape[name]) for name in mesh.axis_names)))
+
+
+def _ask_for_cpu_devices(count: int) -> None:
+    """Raises the CPU back end's device count, if no back end has started and no count was set."""
+    if count <= max(1, jax.config.jax_num_cpu_devices):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # A back end runs already: its device count stands, and make_mesh checks it.
+
+
+def _too_few(spec: MeshSpec, devices: list[jax.Device]) -> str:
+    platform = devices[0].platform
+    have = f"mesh {spec} needs {spec.devices} devices, but JAX has {len(devices)} ({platform})"
+    if platform != "cpu":
+        return f"{have}; use a smaller mesh, or JAX_PLATFORMS=cpu for simulated devices"
+    return (
+        f"{have}: its CPU back end has already started; make the largest mesh first, "
+        f"or start Python with JAX_NUM_CPU_DEVICES={spec.devices}"
+    )
