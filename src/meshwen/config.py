@@ -7,8 +7,7 @@ read. What this package cannot run exactly is refused, never guessed.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -49,8 +48,13 @@ class RopeScaling:
         if self.factor < 1.0:
             raise MeshwenError(f"the RoPE scaling factor must be at least 1, found {self.factor}")
         if self.rope_type == "yarn":
-            if not self.original_max_position_embeddings:
-                raise MeshwenError("YaRN needs original_max_position_embeddings of at least 1")
+            context = self.original_max_position_embeddings
+            if context is None or context < 1:
+                raise MeshwenError(f"YaRN needs original_max_position_embeddings, found {context}")
+            if self.attention_factor is not None and self.attention_factor <= 0:
+                raise MeshwenError(
+                    f"attention_factor must be above 0, found {self.attention_factor}"
+                )
             if not self.beta_fast >= self.beta_slow > 0:
                 raise MeshwenError(
                     f"YaRN needs beta_fast >= beta_slow > 0, found {self.beta_fast} and "
@@ -191,9 +195,8 @@ class Qwen2Config:
             intermediate_size=_int(data, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_optional(_int, data, "num_key_value_heads", required=True)
-            or heads,
-            head_dim=_optional(_int, data, "head_dim") or 0,
+            num_key_value_heads=_nullable(_int, data, "num_key_value_heads", heads),
+            head_dim=_optional(_int, data, "head_dim", 0),
             max_position_embeddings=max_positions,
             rms_norm_eps=_float(data, "rms_norm_eps"),
             rope_theta=rope_theta,
@@ -257,7 +260,7 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise MeshwenError(
-            f"unknown quantisation {method or 'without quant_method'!r} (quantization_config); use "
+            f"unknown quantisation {method or 'unnamed'!r} (quantization_config); use "
             "the unquantised checkpoint or a GGUF file"
         )
     activation = data.get("hidden_act", "silu")
@@ -270,12 +273,12 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
 def _sliding_attention(data: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[str, ...]]:
     """Return (sliding_window, layer_types) by the rule of transformers' Qwen2Config.
 
-    The first ``max_window_layers`` layers attend to everything and the ones above slide. (Before
-    transformers 4.48 the eager code read it the other way round; no published model relied on it.)
+    The first ``max_window_layers`` layers attend to everything and the ones above slide, unless
+    ``layer_types`` says which do.
     """
     window = None
     if _bool(data, "use_sliding_window", default=False):
-        window = _optional(_int, data, "sliding_window", required=True)
+        window = _nullable(_int, data, "sliding_window", None)
     given = data.get("layer_types")
     if given is not None:
         if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
@@ -285,7 +288,7 @@ def _sliding_attention(data: Mapping[str, Any], layers: int) -> tuple[int | None
         return window, tuple(given)
     if window is None:
         return None, ()
-    full = min(_int(data, "max_window_layers"), layers)
+    full = min(max(_int(data, "max_window_layers"), 0), layers)
     return window, LAYER_TYPES[:1] * full + LAYER_TYPES[1:] * (layers - full)
 
 
@@ -330,14 +333,12 @@ def _rope(data: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScali
 
 def _yarn(rope: Mapping[str, Any], data: Mapping[str, Any], max_positions: int) -> RopeScaling:
     """Read YaRN's settings with transformers' defaults."""
-    original = (
-        _optional(_int, data, "original_max_position_embeddings")
-        or _optional(_int, rope, "original_max_position_embeddings")
-        or max_positions
-    )
+    # A model-wide value takes priority, then YaRN's own.
+    source = data if data.get("original_max_position_embeddings") is not None else rope
+    original = _optional(_int, source, "original_max_position_embeddings", max_positions)
     return RopeScaling(
         rope_type="yarn",
-        factor=_optional(_float, rope, "factor", required=True) or max_positions / original,
+        factor=_nullable(_float, rope, "factor", max_positions / max(original, 1)),
         original_max_position_embeddings=original,
         beta_fast=_optional(_float, rope, "beta_fast") or 32.0,
         beta_slow=_optional(_float, rope, "beta_slow") or 1.0,
@@ -373,6 +374,9 @@ def _token_ids(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+_Reader = Callable[[Mapping[str, Any], str], Any]
+
+
 def _require(data: Mapping[str, Any], key: str) -> Any:
     if key not in data:
         raise MeshwenError(f"required key {key} is missing")
@@ -381,14 +385,15 @@ def _require(data: Mapping[str, Any], key: str) -> Any:
 
 def _int(data: Mapping[str, Any], key: str) -> int:
     value = _require(data, key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise MeshwenError(f"{key} must be an integer, found {_describe(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
+        raise MeshwenError(f"{key} must be a 32-bit integer, found {_describe(value)}")
     return value
 
 
 def _float(data: Mapping[str, Any], key: str) -> float:
     value = _require(data, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -1e300 < value < 1e300:
         raise MeshwenError(f"{key} must be a finite number, found {_describe(value)}")
     return float(value)
 
@@ -400,10 +405,14 @@ def _bool(data: Mapping[str, Any], key: str, *, default: bool) -> bool:
     return value
 
 
-def _optional(read: Any, data: Mapping[str, Any], key: str, *, required: bool = False) -> Any:
-    """Return ``read(data, key)``, or None for null; a missing key is null unless required."""
-    value = _require(data, key) if required else data.get(key)
-    return None if value is None else read(data, key)
+def _nullable(read: _Reader, data: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return the value of a required key, or the default where the config says null."""
+    return default if _require(data, key) is None else read(data, key)
+
+
+def _optional(read: _Reader, data: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Return the value of a key, or the default where it is missing or null."""
+    return default if data.get(key) is None else read(data, key)
 
 
 def _describe(value: Any) -> str:
