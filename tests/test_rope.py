@@ -37,6 +37,14 @@ SCALINGS = {
     "yarn, no stretch": RopeScaling(
         rope_type="yarn", factor=1.0, original_max_position_embeddings=32768
     ),
+    "yarn, no blend": RopeScaling(
+        rope_type="yarn",
+        factor=4.0,
+        original_max_position_embeddings=32768,
+        beta_fast=4.0,
+        beta_slow=4.0,
+        truncate=False,
+    ),
     "yarn, tiny context": RopeScaling(
         rope_type="yarn", factor=4.0, original_max_position_embeddings=4
     ),
