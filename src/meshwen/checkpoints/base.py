@@ -18,7 +18,7 @@ from meshwen.errors import MeshwenError
 Index = tuple[slice, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TensorSource(ABC):
     """One tensor of a checkpoint, not read yet.
 
@@ -58,7 +58,7 @@ class MappedFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise MeshwenError(f"{path} is empty: download it again") from None
         except OSError as error:
@@ -66,7 +66,7 @@ class MappedFile:
         self._before = (0, 0)
 
     def __len__(self) -> int:
-        return len(self._map)
+        return len(self.buffer)
 
     def bytes_at(self, offset: int, nbytes: int) -> np.ndarray:
         """`nbytes` bytes of the file from `offset`, uint8 `[nbytes]`, without a copy."""
@@ -74,22 +74,22 @@ class MappedFile:
         if span != self._before:
             self._release(*self._before)
             self._before = span
-        return np.frombuffer(self._map, np.uint8, nbytes, offset)
+        return np.frombuffer(self.buffer, np.uint8, nbytes, offset)
 
     def _release(self, offset: int, nbytes: int) -> None:
         if nbytes and hasattr(mmap, "MADV_DONTNEED"):
             start = offset - offset % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+            self.buffer.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
 
     def close(self) -> None:
         """Unmaps the file, or leaves that to the last array which still shows it."""
         try:
-            self._map.close()
+            self.buffer.close()
         except BufferError:
             self._release(*self._before)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MappedTensor(TensorSource):
     """A tensor that lies in a mapped file, row-major, in a dtype that numpy knows."""
 
@@ -102,12 +102,12 @@ class MappedTensor(TensorSource):
         return data.view(self.dtype).reshape(self.shape)[index]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """An open checkpoint; a context manager, or call `close`.
 
     Attributes:
-        name: what to call the model: the hub id, the folder's name or the GGUF file's own name.
+        name: what to call the model: the hub id, or the name of the folder or file.
         path: the folder, or the GGUF file.
         format: "safetensors", "torch" or "gguf".
         config: the model's dimensions.

@@ -6,6 +6,7 @@ viewed in a mapping of our own, because the library copies every slice that it h
 """
 
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -58,19 +59,19 @@ def find_safetensors(folder: Path) -> dict[Path, set[str]] | None:
 
 def read_safetensors(
     shards: dict[Path, set[str]],
-) -> tuple[dict[str, TensorSource], list[MappedFile]]:
-    """The tensors of all files by name, and the files to close.
+) -> tuple[dict[str, TensorSource], ExitStack]:
+    """The tensors of all files by name, and what closes the files.
 
     Raises MeshwenError naming the file, and the tensor where there is one, when a file is truncated
     or corrupt, lacks a tensor that the index promises, or has a dtype that numpy cannot show.
     """
-    files: list[MappedFile] = []
+    files = ExitStack()
     return join_shards(shards, partial(_read_file, files=files)), files
 
 
-def _read_file(path: Path, files: list[MappedFile]) -> dict[str, TensorSource]:
+def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
     file = MappedFile(path)
-    files.append(file)
+    files.callback(file.close)
     try:
         with safe_open(path, framework="np"):
             pass

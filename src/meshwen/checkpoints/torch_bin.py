@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pytorch_model.bin checkpoints, single or sharded, through torch's own safe unpickler."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from meshwen.checkpoints.base import Index, TensorSource, join_shards, shard_files
+from meshwen.errors import MeshwenError
+
+SINGLE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+_DTYPES = {
+    "torch.float64": np.dtype(np.float64),
+    "torch.float32": np.dtype(np.float32),
+    "torch.float16": np.dtype(np.float16),
+    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TorchTensor(TensorSource):
+    """A tensor that torch has mapped from the file."""
+
+    tensor: Any
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """A view of the mapped file; bfloat16 passes as bits, since torch gives numpy none."""
+        import torch
+
+        part = self.tensor[index]
+        if part.dtype == torch.bfloat16:
+            return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return part.numpy()
+
+
+def find_torch(folder: Path) -> dict[Path, set[str]] | None:
+    """The torch files of a folder, each with the tensors that its index promises, or None."""
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: set()}
+    return shard_files(folder / INDEX) if (folder / INDEX).is_file() else None
+
+
+def read_torch(shards: Mapping[Path, set[str]]) -> dict[str, TensorSource]:
+    """The tensors of all files by name.
+
+    Raises MeshwenError when torch is missing, when a file is corrupt, of the format before torch
+    1.6 or holds more than tensors, and when it lacks a tensor that the index promises.
+    """
+    return join_shards(shards, _read_file)
+
+
+def _read_file(path: Path) -> dict[str, TensorSource]:
+    try:
+        import torch
+    except ImportError:
+        raise MeshwenError(
+            f'{path} needs torch: pip install "meshwen[torch]", or use safetensors'
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a corrupt pickle can raise anything
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MeshwenError(
+            f"{path} cannot be loaded as torch weights ({first_line}): download it again, or "
+            "convert it to safetensors"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise MeshwenError(f"{path} holds no state dict but a {type(state).__name__}")
+    return {name: _source(path, name, value) for name, value in state.items()}
+
+
+def _source(path: Path, name: str, value: Any) -> TorchTensor:
+    dtype = str(getattr(value, "dtype", type(value).__name__))
+    if dtype not in _DTYPES:
+        raise MeshwenError(
+            f"{path}: {name} is {dtype}, which is not supported; use a checkpoint in "
+            f"{', '.join(kind.removeprefix('torch.') for kind in _DTYPES)}"
+        )
+    return TorchTensor(
+        name=name,
+        shape=tuple(value.shape),
+        dtype=_DTYPES[dtype],
+        nbytes=value.nbytes,
+        tensor=value.detach(),
+    )
