@@ -23,7 +23,7 @@ def real_model_dir():
 
 @pytest.fixture(scope="session")
 def golden():
-    """What transformers gives for the real checkpoint: the parsed JSON; skips where it is absent."""
+    """What transformers gives for the real checkpoint, parsed; skips where it is absent."""
     shared = Path(__file__).resolve().parents[2] / "shared" / "golden"
     path = shared / f"{REAL_MODEL}.float32.json"
     if not path.is_file():

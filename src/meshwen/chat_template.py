@@ -11,6 +11,7 @@ As in transformers, the text of a message is not escaped: content that holds `<|
 turn. Whoever passes on untrusted text as a message decides whether to filter it first.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -113,9 +114,9 @@ class ChatTemplate:
 
     def _ask(self, line: bytes) -> bytes:
         """Send one request; return the reply line, empty where the worker died of it."""
-        if self._worker is None:
+        if self._worker is None or self._worker.poll() is not None:
             self._worker = _start_worker()
-            weakref.finalize(self, _stop_worker, self._worker)
+            self._stop = weakref.finalize(self, _stop_worker, self._worker)
         assert self._worker.stdin is not None
         assert self._worker.stdout is not None
         reply = b""
@@ -128,7 +129,7 @@ class ChatTemplate:
         finally:
             # Also after Ctrl-C: an unread reply would be taken for the next request's.
             if not reply:
-                _stop_worker(self._worker)
+                self._stop()
                 self._worker = None
         return reply
 
@@ -136,19 +137,31 @@ class ChatTemplate:
 def _start_worker() -> "subprocess.Popen[bytes]":
     script = Path(__file__).with_name("chat_template_worker.py")
     search_path = os.pathsep.join(filter(None, sys.path))
-    return subprocess.Popen(
-        # -P keeps this folder's modules from shadowing others; -S skips what PYTHONPATH replaces.
-        [sys.executable, "-S", "-P", str(script), str(MEMORY_LIMIT_BYTES)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": search_path},
+    try:
+        worker = subprocess.Popen(
+            # -P keeps this folder's modules from shadowing others; PYTHONPATH replaces -S's site.
+            [sys.executable, "-S", "-P", str(script), str(MEMORY_LIMIT_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": search_path},
+        )
+        assert worker.stdout is not None
+        if worker.stdout.readline():
+            return worker
+        problem = f"it ended with status {worker.wait()}"
+    except OSError as error:
+        problem = str(error)
+    raise MeshwenError(
+        f"cannot start the process that renders chat templates ({sys.executable}): {problem}"
     )
 
 
 def _stop_worker(worker: "subprocess.Popen[bytes]") -> None:
     worker.kill()
-    worker.communicate()
+    # Closing the pipe of a process that died early reports the bytes it did not read.
+    with contextlib.suppress(OSError), worker:
+        pass
 
 
 def templates_in_folder(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,9 +2,10 @@
 """The process in which a checkpoint's chat template runs; `chat_template.py` starts it.
 
 Run as a script, never imported: it needs nothing but jinja2. It reads one JSON request a line and
-writes one JSON reply a line. A process is what bounds a template soundly: the watchdog below is a
-C thread that ends the process even while one long C call holds the interpreter, and the memory
-limit is the operating system's. Neither can be had for one thread of the caller's process.
+writes one JSON reply a line, after an empty first reply. A process is what bounds a template
+soundly: the watchdog below is a C thread that ends the process even while one long C call holds the
+interpreter, and the memory limit is the operating system's. Neither can be had for one thread of
+the caller's process.
 """
 
 import faulthandler
@@ -105,7 +106,7 @@ def reply_to(request: dict[str, Any]) -> dict[str, str]:
 def limit_memory(size: int) -> None:
     """Cap this process's address space at `size` bytes where the system can (not on Windows)."""
     try:
-        import resource  # noqa: PLC0415 - absent on Windows
+        import resource  # absent on Windows
     except ImportError:
         return
     try:
@@ -116,18 +117,24 @@ def limit_memory(size: int) -> None:
         return
 
 
+def send(reply: dict[str, str]) -> None:
+    """Write one reply line."""
+    sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
 def main(max_memory: int) -> None:
-    """Answer requests until standard input closes."""
+    """Say that it runs, then answer requests until standard input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     limit_memory(max_memory)
+    send({})
     with open(os.devnull, "w") as nowhere:
         for line in sys.stdin.buffer:
             request = json.loads(line)
             faulthandler.dump_traceback_later(request["seconds"], exit=True, file=nowhere)
-            reply = json.dumps(reply_to(request)).encode()
+            reply = reply_to(request)
             faulthandler.cancel_dump_traceback_later()
-            sys.stdout.buffer.write(reply + b"\n")
-            sys.stdout.buffer.flush()
+            send(reply)
 
 
 if __name__ == "__main__":
