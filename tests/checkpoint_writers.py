@@ -84,3 +84,60 @@ def same_bits(found: np.ndarray, expected: np.ndarray) -> bool:
         and found.shape == expected.shape
         and found.tobytes() == expected.tobytes()
     )
+
+
+def gguf_name(name: str) -> str:
+    """The name that llama.cpp's converter gives a Hugging Face tensor of this tiny model."""
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem, _, kind = name.rpartition(".")
+    if stem in whole:
+        return f"{whole[stem]}.{kind}"
+    part = stem.removeprefix(_LAYER).removeprefix("self_attn.").removeprefix("mlp.")
+    part = part.removesuffix("_proj")
+    renamed = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "o": "attn_output",
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
+    }
+    return f"blk.0.{renamed.get(part, 'attn_' + part)}.{kind}"
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, tuple[np.ndarray, object]],
+    *,
+    architecture: str = "qwen2",
+    extra: object = None,
+) -> Path:
+    """A GGUF file with the metadata of CONFIG. `tensors`: GGUF name -> (array, raw type or None).
+
+    `extra(writer)` may add metadata.
+    """
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    writer.add_block_count(CONFIG["num_hidden_layers"])
+    writer.add_context_length(CONFIG["max_position_embeddings"])
+    writer.add_embedding_length(CONFIG["hidden_size"])
+    writer.add_feed_forward_length(CONFIG["intermediate_size"])
+    writer.add_head_count(CONFIG["num_attention_heads"])
+    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(CONFIG["rms_norm_eps"])
+    writer.add_rope_freq_base(CONFIG["rope_theta"])
+    if extra is not None:
+        extra(writer)
+    for name, (array, raw_type) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=raw_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def float_gguf_tensors(seed: int = 0) -> dict[str, tuple[np.ndarray, None]]:
+    weights = random_weights(seed, np.float32)
+    return {gguf_name(name): (array, None) for name, array in weights.items()}

@@ -32,7 +32,7 @@ _BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 _SUPPORTED = (*_PLAIN, *_BLOCKS, *_SUPER_BLOCKS)
 
-# The package's arithmetic is fastest when its temporaries stay in the cache (measured: 2^16 to 2^17).
+# The package's arithmetic is fastest, by measurement, when its temporaries stay in the cache.
 _ELEMENTS_AT_A_TIME = 1 << 16
 
 _NAMES = {
@@ -102,11 +102,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource], Mapp
     try:
         header = _Header(file.buffer)
         metadata, infos = header.read()
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
+    except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise MeshwenError(
             f"{path} is not a whole GGUF file ({error or type(error).__name__}): download it again"
         ) from None
-    if (parts := metadata.get("split.count", 1)) > 1:
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise MeshwenError(
             f"{path} is one of {parts} parts: join them with `llama-gguf-split --merge` first"
         )
@@ -150,6 +150,8 @@ class _Header:
         if len({info.name for info in infos}) < len(infos):
             raise ValueError("two tensors have the same name")
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         self.data_start = -(-self._at // alignment) * alignment
         return metadata, infos
 
