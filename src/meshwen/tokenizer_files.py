@@ -99,6 +99,8 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
     }
     vocab = {token: index for index, token, _ in used}
+    if len(vocab) < len(used):
+        raise MeshwenError("the GGUF file's tokenizer lists a token twice")
     backend = _build_backend(vocab, merges, added, where="the GGUF file")
     _mark_special(backend, special_tokens, where="the GGUF file")
     flags = {name: metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos")}
@@ -220,18 +222,20 @@ def _added_tokens(
 ) -> dict[int, AddedToken]:
     """Return the added tokens by id, from tokenizer_config.json and the older added_tokens.json."""
     special = {*special_tokens.values(), *map(_text, config.get("additional_special_tokens") or ())}
-    added = {
-        index: AddedToken(token, special=token in special, normalized=False)
-        for token, index in _read_json_object(folder / "added_tokens.json").items()
-    }
+    older = _read_json_object(folder / "added_tokens.json")
+    newer = config.get("added_tokens_decoder") or {}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     try:
-        for index, token in (config.get("added_tokens_decoder") or {}).items():
+        added = {
+            int(index): AddedToken(token, special=token in special, normalized=False)
+            for token, index in older.items()
+        }
+        for index, token in newer.items():
             chosen = {flag: bool(token[flag]) for flag in flags if flag in token}
             added[int(index)] = AddedToken(token["content"], **chosen)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MeshwenError(
-            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is broken: {error!r}"
+            f"{folder}: the added tokens in its tokenizer files are broken: {error!r}"
         ) from error
     return added
 

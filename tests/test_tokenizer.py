@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001 - look-alike characters are what is tested
+"""Tokenizing: every form a checkpoint has gives the same ids, and streamed text equals decoded."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from meshwen.errors import MeshwenError
+from meshwen.tokenizer import Tokenizer, byte_alphabet
+
+SPLIT = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+BOS = "<｜begin▁of▁sentence｜>"
+ADDED = [
+    AddedToken("<|endoftext|>", special=True, normalized=False),
+    AddedToken("<|im_start|>", special=True, normalized=False),
+    AddedToken("<|im_end|>", special=True, normalized=False),
+    AddedToken(BOS, special=True, normalized=False),
+    AddedToken("<tool_call>", special=False, normalized=False),
+    AddedToken("｜naïve 日｜", special=False, normalized=False),
+]
+SAMPLES = [
+    "",
+    " ",
+    "Hello, world!  It's 12345 o'clock.\r\n\r\n\tI'LL DON'T",
+    "Größe naïve e\u0301 \u1e9b\u0323 ﬁ",
+    "日本語のテキスト、中文文本，한국어 텍스트",
+    "العربية עברית हिन्दी ไทย Ελληνικά Русский",
+    "emoji 👨‍👩‍👧‍👦 🇫🇷 👍🏽 ☃️ 𝔘𝔫𝔦 \U0010ffff",
+    "\x00\x01 \u200b\u2028\ufeff\xa0\u3000|",
+    "def f(x):\n    return x ** 2  # ½ ² Ⅷ ٣\n\n\n",
+    "<|im_start|>user\nhi<|im_end|>\n<tool_call>{}</tool_call><|endoftext|> <|im_start|",
+]
+CONFIG = {
+    "eos_token": "<|im_end|>",
+    "pad_token": {"content": "<|endoftext|>", "special": True},
+    "bos_token": None,
+    "chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """A byte-level BPE of 600 tokens, trained here and put together without meshwen."""
+    trained = Backend(BPE())
+    trained.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    trained.train_from_iterator(SAMPLES[:-1] * 3, trainer)
+    trained.add_tokens(ADDED)
+    return trained
+
+
+@pytest.fixture
+def folder(tmp_path, backend):
+    """A checkpoint folder with tokenizer.json and tokenizer_config.json."""
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", CONFIG)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, backend):
+    path = tmp_path_factory.mktemp("tiny")
+    backend.save(str(path / "tokenizer.json"))
+    write_json(path / "tokenizer_config.json", CONFIG)
+    return Tokenizer.from_folder(path)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def base_model(backend):
+    """The vocabulary and merges without the added tokens."""
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def gguf_metadata(backend, **changes):
+    vocab, merges = base_model(backend)
+    added = backend.get_added_tokens_decoder()
+    tokens = sorted(vocab, key=vocab.get) + [added[index].content for index in sorted(added)]
+    kinds = [1] * len(vocab) + [3 if added[index].special else 4 for index in sorted(added)]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [*tokens, "[PAD0]", "[PAD1]"],
+        "tokenizer.ggml.token_type": [*kinds, 5, 5],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.eos_token_id": backend.token_to_id("<|im_end|>"),
+        "tokenizer.ggml.padding_token_id": backend.token_to_id("<|endoftext|>"),
+        "tokenizer.ggml.bos_token_id": backend.token_to_id(BOS),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CONFIG["chat_template"],
+        **{f"tokenizer.ggml.{key}": value for key, value in changes.items()},
+    }
+
+
+def assert_like_backend(tokenizer, backend):
+    """The same ids and texts as the library's own tokenizer gives."""
+    assert tokenizer.vocab_size == backend.get_vocab_size()
+    for text in SAMPLES:
+        ids = tokenizer.encode(text)
+        assert ids == backend.encode(text).ids
+        for skip in (True, False):
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == backend.decode(
+                ids, skip_special_tokens=skip
+            )
+
+
+def test_tokenizer_json_gives_ids_texts_and_special_tokens(tokenizer, backend):
+    assert_like_backend(tokenizer, backend)
+    assert tokenizer.eos_token_ids == (backend.token_to_id("<|im_end|>"),)
+    assert tokenizer.pad_token_id == backend.token_to_id("<|endoftext|>")
+    assert tokenizer.id_to_token(tokenizer.pad_token_id) == "<|endoftext|>"
+    assert tokenizer.id_to_token(10**6) is None
+    assert tokenizer.decode([10**6, *tokenizer.encode("a")]) == "a"
+
+
+def test_a_chat_is_rendered_and_its_special_tokens_are_recognised(tokenizer):
+    messages = [{"role": "user", "content": "hi"}]
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(messages) == text
+    ids = tokenizer.encode_chat(messages)
+    assert ids == tokenizer.encode(text)
+    assert [tokenizer.id_to_token(i) for i in ids].count("<|im_start|>") == 2
+    assert tokenizer.decode(ids) == "user\nhi\nassistant\n"
+    assert (
+        tokenizer.encode_chat(messages, add_generation_prompt=False)
+        == ids[: -ids[::-1].index(ids[0]) - 1]
+    )
+
+
+@pytest.mark.parametrize("added_in", ["tokenizer_config.json", "added_tokens.json"])
+def test_vocab_and_merges_give_the_same_ids(tmp_path, backend, added_in):
+    vocab, merges = base_model(backend)
+    write_json(tmp_path / "vocab.json", vocab)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    added = backend.get_added_tokens_decoder()
+    if added_in == "added_tokens.json":
+        write_json(tmp_path / added_in, {token.content: i for i, token in added.items()})
+        special = [token.content for token in added.values() if token.special]
+        write_json(tmp_path / "tokenizer_config.json", {"additional_special_tokens": special})
+        write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<|im_end|>"})
+    else:
+        described = {
+            str(i): {"content": token.content, "special": token.special, "normalized": False}
+            for i, token in added.items()
+        }
+        write_json(tmp_path / added_in, {**CONFIG, "added_tokens_decoder": described})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert_like_backend(tokenizer, backend)
+    assert tokenizer.eos_token_ids == (backend.token_to_id("<|im_end|>"),)
+
+
+def test_gguf_metadata_gives_the_same_ids(backend):
+    tokenizer = Tokenizer.from_gguf(gguf_metadata(backend))
+    assert_like_backend(tokenizer, backend)
+    ends = [backend.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert tokenizer.eos_token_ids == tuple(ends)
+    assert tokenizer.pad_token_id == ends[1]
+    assert "assistant" in tokenizer.apply_chat_template([])
+    bos = backend.token_to_id(BOS)
+    with_bos = Tokenizer.from_gguf(gguf_metadata(backend, add_bos_token=True))
+    assert with_bos.encode("a") == [bos, *tokenizer.encode("a")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "model 'llama' with pre-tokenizer 'qwen2'"),
+        ({"pre": "llama-bpe"}, "reads model 'gpt2' with pre-tokenizer 'qwen2' or"),
+        ({"token_type": [1]}, "tokenizer metadata is broken: ValueError"),
+        ({"eos_token_id": 10**6}, "tokenizer metadata is broken: IndexError"),
+        ({"merges": ["a"]}, "merge 'a' is not two tokens"),
+        ({"merges": ["no way"]}, "vocabulary is broken"),
+        (
+            {
+                "tokens": ["a", "a"],
+                "token_type": [1, 1],
+                "eos_token_id": 0,
+                "padding_token_id": 0,
+                "bos_token_id": 0,
+            },
+            "lists a token twice",
+        ),
+    ],
+)
+def test_broken_gguf_metadata_is_an_error(backend, changes, message):
+    with pytest.raises(MeshwenError, match=message):
+        Tokenizer.from_gguf(gguf_metadata(backend, **changes))
+    missing = gguf_metadata(backend)
+    del missing["tokenizer.ggml.merges"]
+    with pytest.raises(MeshwenError, match=r"KeyError\('tokenizer.ggml.merges'\)"):
+        Tokenizer.from_gguf(missing)
+
+
+def test_bos_comes_from_the_post_processor_and_not_into_chats(folder, backend):
+    plain = Tokenizer.from_folder(folder).encode("a")
+    bos = backend.token_to_id(BOS)
+    with_bos = Backend.from_str(backend.to_str())
+    with_bos.post_processor = processors.TemplateProcessing(
+        single=[BOS, "$A"], special_tokens=[(BOS, bos)]
+    )
+    with_bos.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("a") == [bos, *plain]
+    assert tokenizer.encode("a", add_special_tokens=False) == plain
+    assert bos not in tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_tokenizer_config_decides_on_bos_and_eos_where_it_says(folder, add_bos, add_eos):
+    config = {**CONFIG, "bos_token": BOS, "add_bos_token": add_bos, "add_eos_token": add_eos}
+    plain = Tokenizer.from_folder(folder).encode("a")
+    write_json(folder / "tokenizer_config.json", config)
+    tokens = [
+        Tokenizer.from_folder(folder).id_to_token(i)
+        for i in Tokenizer.from_folder(folder).encode("a")
+    ]
+    assert tokens == [BOS] * add_bos + ["a"] + ["<|im_end|>"] * add_eos
+    assert len(plain) == 1
+
+
+def test_tokens_only_in_the_config_are_added(folder, backend):
+    new = backend.get_vocab_size()
+    token = {"content": "<|new|>", "special": True}
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {str(new): token}})
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("<|new|>") == [new]
+    assert tokenizer.decode([new]) == ""
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": {str(new + 5): token}})
+    with pytest.raises(MeshwenError, match=rf"gives '<\|new\|>' the id {new + 5}"):
+        Tokenizer.from_folder(folder)
+
+
+def test_without_a_config_nothing_is_special_and_no_chat_is_possible(folder, backend):
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer.from_folder(folder)
+    assert_like_backend(tokenizer, backend)
+    assert tokenizer.eos_token_ids == ()
+    assert tokenizer.pad_token_id is None
+    with pytest.raises(MeshwenError, match="use --raw"):
+        tokenizer.apply_chat_template([])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: not a tokenizer: "),
+        ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer: "),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not readable as JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: holds no JSON object"),
+        ("tokenizer_config.json", '{"eos_token": "<nope>"}', "eos_token '<nope>' is not in the"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is not text: 5"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {}}}', "added tokens in its"),
+        ("added_tokens.json", '{"<x>": "one"}', "added tokens in its tokenizer files are broken"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_it(folder, name, content, message):
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(MeshwenError, match=message) as caught:
+        Tokenizer.from_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(MeshwenError, match="no tokenizer here"):
+        Tokenizer.from_folder(tmp_path)
+    write_json(tmp_path / "vocab.json", {"a": "b"})
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(MeshwenError, match="vocabulary is broken"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(folder, backend):
+    other = Backend.from_str(backend.to_str())
+    other.decoder = decoders.Metaspace()
+    other.save(str(folder / "tokenizer.json"))
+    with pytest.raises(MeshwenError, match="decoder is Metaspace, not ByteLevel"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_lone_surrogate_is_refused(tokenizer):
+    with pytest.raises(MeshwenError, match="not valid Unicode"):
+        tokenizer.encode("a\udc80")
+
+
+def test_the_byte_alphabet_is_the_librarys():
+    alphabet = byte_alphabet()
+    assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(alphabet.values()) == list(range(256))
+    assert alphabet["A"] == 65
+    assert alphabet["Ġ"] == 32
+    assert alphabet["Ċ"] == 10
+
+
+def byte_ids(tokenizer, data):
+    """One token for each byte, whatever the merges are."""
+    spelling = {byte: character for character, byte in byte_alphabet().items()}
+    ids = {tokenizer.id_to_token(i): i for i in range(tokenizer.vocab_size)}
+    return [ids[spelling[byte]] for byte in data]
+
+
+@pytest.mark.parametrize(
+    ("data", "pieces", "rest"),
+    [
+        ("é!".encode(), ["", "é", "!"], ""),
+        ("日".encode(), ["", "", "日"], ""),
+        ("👍🏽".encode(), ["", "", "", "👍", "", "", "", "🏽"], ""),
+        ("👍".encode()[:3], ["", "", ""], "\ufffd"),
+        (b"\xe6\x97a", ["", "", "\ufffda"], ""),
+        (b"\xff\x80a", ["\ufffd", "\ufffd", "a"], ""),
+        (b"\xf0\x9f\xe6\x97\xa5", ["", "", "\ufffd", "", "日"], ""),
+    ],
+)
+def test_streaming_gives_whole_characters_and_marks_bytes_that_are_none(
+    tokenizer, data, pieces, rest
+):
+    stream = tokenizer.stream_decoder()
+    assert [stream.push(i) for i in byte_ids(tokenizer, data)] == pieces
+    assert stream.finish() == rest
+
+
+def test_streaming_skips_special_and_unknown_tokens_in_the_midst_of_a_character(tokenizer):
+    first, second = byte_ids(tokenizer, "é".encode())
+    stream = tokenizer.stream_decoder()
+    ids = [first, tokenizer.eos_token_ids[0], 10**6, second]
+    assert [stream.push(i) for i in ids] == ["", "", "", "é"]
+    assert tokenizer.decode(ids) == "é"
+
+
+def assert_stream_equals_decode(tokenizer, ids):
+    stream = tokenizer.stream_decoder()
+    assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
+@given(data=st.data())
+@settings(max_examples=500, deadline=None)
+def test_streamed_text_equals_decoded_text(tokenizer, data):
+    single_bytes = byte_ids(tokenizer, range(256))
+    ids = st.integers(0, tokenizer.vocab_size + 3) | st.sampled_from(single_bytes)
+    assert_stream_equals_decode(tokenizer, data.draw(st.lists(ids, max_size=40)))
+
+
+@given(text=st.text())
+@settings(max_examples=300, deadline=None)
+def test_any_text_survives_up_to_its_normal_form(tokenizer, backend, text):
+    ids = tokenizer.encode(text)
+    decoded = tokenizer.decode(ids, skip_special_tokens=False)
+    assert decoded == backend.normalizer.normalize_str(text)
+    assert_stream_equals_decode(tokenizer, ids)
+
+
+@pytest.fixture(scope="module")
+def real(real_model_dir):
+    return Tokenizer.from_folder(real_model_dir)
+
+
+@pytest.mark.real
+def test_golden_prompts_and_answers(real, golden):
+    for case in golden["cases"]:
+        if "messages" in case:
+            assert real.encode_chat(case["messages"]) == case["input_ids"], case["name"]
+        else:
+            assert real.encode(case["text"]) == case["input_ids"], case["name"]
+        text = real.decode(case["greedy"], skip_special_tokens=False)
+        assert text == case["text_out"], case["name"]
+        assert_stream_equals_decode(real, case["greedy"])
+
+
+@pytest.mark.real
+def test_real_special_tokens(real):
+    assert real.vocab_size == 151665
+    assert real.eos_token_ids == (151645,)
+    assert real.pad_token_id == 151643
+
+
+@pytest.mark.real
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_real_streamed_text_equals_decoded_text(real, data):
+    ids = st.integers(0, 151935) | st.integers(0, 255) | st.integers(151640, 151670)
+    assert_stream_equals_decode(real, data.draw(st.lists(ids, max_size=40)))
+
+
+@pytest.mark.real
+def test_a_long_stream_stays_fast(real):
+    """Re-decoding everything at each token would take hours here."""
+    stream = real.stream_decoder()
+    assert sum(len(stream.push(14990)) for _ in range(100_000)) == 500_000
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_gguf_file_gives_the_same_ids(real, real_model_dir, golden):
+    gguf = pytest.importorskip("gguf")
+    path = real_model_dir.parent / f"{real_model_dir.name}.gguf"
+    if not path.is_file():
+        pytest.skip(f"no GGUF file at {path}")
+    fields = gguf.GGUFReader(path).fields.items()
+    metadata = {k: field.contents() for k, field in fields if k.startswith("tokenizer.")}
+    tokenizer = Tokenizer.from_gguf(metadata)
+    for case in golden["cases"]:
+        if "messages" in case:
+            assert tokenizer.encode_chat(case["messages"]) == case["input_ids"]
+        else:
+            assert tokenizer.encode(case["text"]) == case["input_ids"]
+    for text in SAMPLES:
+        ids = tokenizer.encode(text)
+        assert ids == real.encode(text)
+        assert tokenizer.decode(ids) == real.decode(ids)
+    assert tokenizer.eos_token_ids == (151645, 151643)
+    assert tokenizer.vocab_size == real.vocab_size
+
+
+@pytest.mark.real
+def test_ids_and_texts_equal_transformers(real, real_model_dir):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(real_model_dir)
+    for text in SAMPLES:
+        ids = real.encode(text)
+        assert ids == theirs.encode(text)
+        assert real.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
