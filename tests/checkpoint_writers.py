@@ -6,7 +6,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
+
+# A property is about values, not about how busy the machine is.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 HIDDEN, INTERMEDIATE, VOCAB, KV = 64, 96, 50, 32
 

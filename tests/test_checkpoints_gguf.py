@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
 import struct
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from checkpoint_writers import (
     float_gguf_tensors,
     random_weights,
     same_bits,
+    unhurried,
     write_folder,
     write_gguf,
 )
@@ -136,6 +136,7 @@ bounds = st.none() | st.integers(-COLUMNS - 9, COLUMNS + 9)
 slices = st.builds(slice, bounds, bounds, st.none() | st.sampled_from([1, 2, 3, -1]))
 
 
+@unhurried
 @given(slices, slices)
 def test_a_slice_read_is_that_slice_of_the_whole(quantised, rows, columns):
     *_, source, whole = quantised
@@ -361,6 +362,7 @@ def test_truncation_at_any_point_is_refused(tmp_path):
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, (1 << 64) - 1) + b"x" * 64, "not a whole"),
         (b"GGUF" + struct.pack("<IQQQsII", 3, 0, 1, 1, b"k", 9, 8) + b"\xff" * 64, "not a whole"),
         (b"GGUF" + struct.pack("<IQQQsI", 3, 0, 1, 1, b"k", 99), "not a whole GGUF file"),
+        (b"GGUF" + struct.pack("<IQQQsIQs", 3, 0, 1, 1, b"k", 8, 9, b"v"), "ends inside a string"),
     ],
 )
 def test_corrupt_header_is_refused(tmp_path, content, expected):
@@ -369,19 +371,11 @@ def test_corrupt_header_is_refused(tmp_path, content, expected):
     assert expected in error_of(path)
 
 
-def real_cache() -> Path:
-    given_ = os.environ.get("MESHWEN_REAL_MODEL_CACHE")
-    return Path(given_) if given_ else Path.home() / ".cache/meshwen-real-model"
-
-
 @pytest.mark.real
 @pytest.mark.slow
-def test_real_gguf_rounds_to_the_real_safetensors():
-    name = "qwen2.5-coder-0.5b-instruct"
-    folder, file = real_cache() / name, real_cache() / f"{name}.gguf"
-    if not (folder / "model.safetensors").exists() or not file.exists():
-        pytest.skip(f"no real checkpoint in {real_cache()}")
-    with open_checkpoint(str(folder)) as expected, open_checkpoint(str(file)) as found:
+def test_real_gguf_rounds_to_the_real_safetensors(real_model_dir):
+    file = real_model_dir.with_name(f"{real_model_dir.name}.gguf")
+    with open_checkpoint(str(real_model_dir)) as expected, open_checkpoint(str(file)) as found:
         assert found.tensors.keys() == expected.tensors.keys()
         assert found.config.rms_norm_eps == expected.config.rms_norm_eps
         assert found.generation_config["eos_token_id"] == expected.generation_config["eos_token_id"]

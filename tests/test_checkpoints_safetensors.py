@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import struct
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +16,7 @@ from checkpoint_writers import (
     SHAPES,
     random_weights,
     same_bits,
+    unhurried,
     write_folder,
     write_json,
     write_sharded,
@@ -83,6 +85,7 @@ bounds = st.none() | st.integers(-100, 100)
 slices = st.builds(slice, bounds, bounds)
 
 
+@unhurried
 @given(st.sampled_from(sorted(SHAPES)), slices, slices)
 def test_a_slice_read_is_that_slice_of_the_whole(opened, name, rows, columns):
     tensors, weights = opened
@@ -104,6 +107,25 @@ def test_views_stay_valid_while_other_tensors_are_read(tmp_path):
     tensors = open_checkpoint(str(write_folder(tmp_path, weights))).tensors
     views = {name: source.read() for name, source in tensors.items()}
     assert all(same_bits(view, weights[name]) for name, view in views.items())
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssFile"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_one_tensor_are_let_go_when_the_next_is_read(tmp_path):
+    big = np.ones((32, 1 << 20), np.uint8)
+    tensors = open_checkpoint(str(write_folder(tmp_path, {"a": big, "b": big}))).tensors
+    before = resident_file_bytes()
+    view = tensors["a"].read()
+    assert view.sum() == big.size
+    assert resident_file_bytes() - before > big.size * 3 / 4
+    tensors["b"].read()
+    assert resident_file_bytes() - before < big.size / 4
+    assert view.sum() == big.size
 
 
 def test_generation_config_is_passed_on(tmp_path):

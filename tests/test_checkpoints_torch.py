@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint_writers import random_weights, same_bits, write_folder, write_json
+from checkpoint_writers import random_weights, same_bits, unhurried, write_folder, write_json
 from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
 
@@ -61,6 +61,7 @@ bounds = st.none() | st.integers(-100, 100)
 slices = st.builds(slice, bounds, bounds)
 
 
+@unhurried
 @given(slices, slices)
 def test_a_slice_read_is_that_slice_of_the_whole(opened, rows, columns):
     checkpoint, weights = opened
