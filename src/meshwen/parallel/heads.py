@@ -81,9 +81,9 @@ class HeadLayout:
 def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
     """The layout of least cost on `devices` devices, for any head counts and any device count.
 
-    A query slot costs its rows of the query and output projections, a key/value slot the same in the
-    key and value projections and its part of the cache; so the least `slots + key/value heads` a
-    device is chosen, and among equals the smallest cache.
+    A query slot costs its rows of the query and output projections, a key/value slot the same in
+    the key and value projections and its part of the cache; so the least `slots + key/value heads`
+    a device is chosen, and among equals the smallest cache.
 
     Args:
         query_heads: query heads; a multiple of `key_value_heads`.

@@ -9,6 +9,7 @@ machine's device count gets simulated devices; on any other back end that is an 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 
@@ -50,7 +51,8 @@ class MeshSpec:
             names = [name for name, _ in axes]
             if unknown := set(names) - {DATA_AXIS, MODEL_AXIS}:
                 raise MeshwenError(
-                    f"mesh {text!r}: unknown axis {sorted(unknown)[0]!r}; the axes are data and model"
+                    f"mesh {text!r}: unknown axis {sorted(unknown)[0]!r}; "
+                    "the axes are data and model"
                 )
             if len(set(names)) < len(names):
                 raise MeshwenError(f"mesh {text!r} names an axis twice")
@@ -116,12 +118,12 @@ def mesh_label(mesh: Mesh) -> str:
 
 def _ask_for_cpu_devices(count: int) -> None:
     """Raises the CPU back end's device count, if no back end has started and no count was set."""
-    if count <= max(1, jax.config.jax_num_cpu_devices):
+    asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    if count <= max(1, asked):
         return
-    try:
+    # RuntimeError: a back end runs already; its device count stands, and make_mesh checks it.
+    with suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # A back end runs already: its device count stands, and make_mesh checks it.
 
 
 def _too_few(spec: MeshSpec, devices: list[jax.Device]) -> str:

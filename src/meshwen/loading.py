@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights onto the devices: from a checkpoint, shard by shard, or made up (`dummy`)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import pairwise, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from meshwen.checkpoints import Checkpoint, TensorSource
+from meshwen.errors import MeshwenError
+from meshwen.model import Params
+from meshwen.parallel.heads import PADDING
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.weights import LM_HEAD, Weight, declared_weights, unflatten
+
+# Told the number of weights placed so far, and of all.
+Progress = Callable[[int, int], None]
+
+_TRANSPOSE_ROWS = 256  # A block of rows that stays in cache: 8 times as fast on a large table.
+# Buffers that old transformers versions wrote and that hold no parameter.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    plan: ParallelPlan,
+    dtype: jnp.dtype,
+    progress: Progress = lambda done, total: None,
+) -> Params:
+    """Places a checkpoint's weights on the plan's devices, cast to `dtype` (nearest even).
+
+    Every device's part is read straight from the file into its place, one weight after the other:
+    apart from the weights themselves no more than one device's part of one weight is in memory.
+
+    Raises:
+        MeshwenError: a tensor is missing, unexpected or of another shape.
+    """
+    weights = declared_weights(plan.config)
+    _check_tensors(checkpoint, weights, plan)
+
+    def leaves() -> Iterator[tuple[str, Array]]:
+        for done, weight in enumerate(weights):
+            progress(done, len(weights))
+            yield weight.name, _place(checkpoint.tensors[weight.name], weight, plan, dtype)
+        progress(len(weights), len(weights))
+
+    return unflatten(leaves())
+
+
+def dummy_params(
+    plan: ParallelPlan,
+    dtype: jnp.dtype,
+    progress: Progress = lambda done, total: None,
+    seed: int = 0,
+) -> Params:
+    """Made-up weights: each a function of its name and position, so the same on every mesh.
+
+    Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices.
+    """
+    weights = declared_weights(plan.config)
+
+    def leaves() -> Iterator[tuple[str, Array]]:
+        for done, weight in enumerate(weights):
+            progress(done, len(weights))
+            yield weight.name, _dummy(weight, plan, dtype, seed)
+        progress(len(weights), len(weights))
+
+    return unflatten(leaves())
+
+
+def _check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> None:
+    """Holds the checkpoint's tensors against the declared ones."""
+    expected = {w.name: w.shape(plan) for w in weights}
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            raise MeshwenError(
+                f"{checkpoint.path}: tensor {name} {list(shape)} is missing; "
+                "the checkpoint does not fit its config, or is incomplete"
+            )
+        found = checkpoint.tensors[name].shape
+        if found != shape:
+            raise MeshwenError(
+                f"{checkpoint.path}: tensor {name} has shape {list(found)}, "
+                f"but the config makes it {list(shape)}"
+            )
+    for name in checkpoint.tensors:
+        tied_copy = plan.config.tie_word_embeddings and name == LM_HEAD.name
+        if name not in expected and not tied_copy and not name.endswith(_IGNORED_SUFFIX):
+            raise MeshwenError(
+                f"{checkpoint.path}: unexpected tensor {name} "
+                f"{list(checkpoint.tensors[name].shape)}; Qwen2 has no such weight"
+            )
+
+
+def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> Array:
+    rows = [plan.axis_source(axis) for axis in weight.axes]
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # Only a sharding that names no devices gives None.
+        index = index[::-1] if weight.transposed else index
+        wanted = [r[i] for r, i in zip(rows, index, strict=True)]
+        part = _read(source, wanted)
+        return _transposed(part, dtype) if weight.transposed else part.astype(dtype)
+
+    return jax.make_array_from_callback(
+        weight.device_shape(plan), weight.sharding(plan), shard, dtype=dtype
+    )
+
+
+def _read(source: TensorSource, wanted: list[np.ndarray]) -> np.ndarray:
+    """The tensor at the wanted positions of each axis, zeros where they are `PADDING`."""
+    runs = [list(_runs(positions)) for positions in wanted]
+    pieces = [
+        (tuple(target for target, _ in corner), tuple(original for _, original in corner))
+        for corner in product(*runs)
+    ]
+    shape = tuple(len(positions) for positions in wanted)
+    if len(pieces) == 1 and pieces[0][0] == tuple(slice(0, size) for size in shape):
+        return source.read(pieces[0][1])
+    part = np.zeros(shape, source.dtype)
+    for target, original in pieces:
+        part[target] = source.read(original)
+    return part
+
+
+def _runs(positions: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Runs of consecutive positions, padding left out: (slice of the part, of the original)."""
+    breaks = (np.diff(positions) != 1) | (positions[:-1] == PADDING)
+    edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(positions)]
+    for start, stop in pairwise(edges):
+        first = int(positions[start])
+        if first != PADDING:
+            yield slice(start, stop), slice(first, first + stop - start)
+
+
+def _transposed(matrix: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+    """A transposed copy, block by block."""
+    result = np.empty(matrix.shape[::-1], dtype)
+    for i in range(0, matrix.shape[0], _TRANSPOSE_ROWS):
+        result[:, i : i + _TRANSPOSE_ROWS] = matrix[i : i + _TRANSPOSE_ROWS].astype(dtype).T
+    return result
+
+
+def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> Array:
+    mean = 1.0 if weight.axes == ("embed",) else 0.0
+    name_seed = np.uint32(zlib.crc32(weight.name.encode()) ^ seed)
+    positions = [
+        jax.device_put(plan.axis_source(axis).astype(np.int32), plan.sharding(axis))
+        for axis in weight.device_axes
+    ]
+
+    def fill(positions: list[Array], name_seed: Array) -> Array:
+        order = positions[::-1] if weight.transposed else positions
+        grid = jnp.meshgrid(*order, indexing="ij")
+        bits = name_seed
+        for position in grid:
+            bits = _mix(bits ^ position.astype(jnp.uint32))
+        uniform = (bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5
+        padding = jnp.stack([position == PADDING for position in grid]).any(axis=0)
+        value = jnp.where(padding, 0.0, mean + uniform * (0.02 * 12**0.5))
+        return (value.T if weight.transposed else value).astype(dtype)
+
+    return jax.jit(fill, out_shardings=weight.sharding(plan))(positions, name_seed)
+
+
+def _mix(bits: Array) -> Array:
+    """A 32-bit integer hash (the finaliser of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

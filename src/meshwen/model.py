@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2's forward pass: embed, decoder layers, norm, logits (arXiv 2407.10671, 2412.15115).
+
+Written for one device. On a mesh each device runs it under `shard_map` with its own part of the
+weights, heads and cache; devices meet in the contractions of `TensorParallel` and nowhere else.
+
+Dimensions: B batch, T query tokens, S key positions, D hidden size, F intermediate size,
+K key/value heads of this device, G query-head slots for each, H head_dim, V vocabulary.
+
+The residual stream, norms, rotations and softmax are float32; products take their inputs in the
+weights' dtype and accumulate in float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from meshwen.config import Qwen2Config
+from meshwen.kv_cache import KVCache, LayerCache
+from meshwen.parallel.contractions import TensorParallel, product
+from meshwen.rope import inverse_frequencies
+
+Params = dict[str, Any]
+
+
+class Positions(NamedTuple):
+    """Where the query tokens and the keys stand; a key at -1 is padding, seen by no query."""
+
+    queries: Array  # int32 [B, T]
+    keys: Array  # int32 [B, S]
+
+
+def hidden_states(
+    params: Params,
+    token_ids: Array,
+    positions: Positions,
+    cache: KVCache | None,
+    config: Qwen2Config,
+    tp: TensorParallel,
+) -> tuple[Array, KVCache | None]:
+    """The final hidden states, normalised.
+
+    Args:
+        params: this device's weights, as declared in `meshwen.weights`.
+        token_ids: int32 [B, T].
+        positions: of the tokens; with a cache, of its slots too.
+        cache: keys and values of earlier tokens. The tokens' own are written at the slots from
+            `positions.queries[:, 0]` on. None: the tokens see only one another.
+        config: the model's hyperparameters.
+        tp: the contractions.
+
+    Returns:
+        float32 [B, T, D], and the updated cache.
+    """
+    model = params["model"]
+    rotary = rotary_tables(config, positions.queries)
+    masks = {kind: _mask(positions, config, kind) for kind in set(config.layer_types)}
+    # Layers of one kind share a trace: 24 of them then lower in the time of one.
+    layer = jax.jit(partial(decoder_layer, config=config, tp=tp))
+    x = tp.embed(token_ids, model["embed_tokens"]["weight"])
+    new_cache = []
+    for i, weights in enumerate(model["layers"]):
+        layer_cache = None if cache is None else cache[i]
+        mask = masks[config.layer_types[i]]
+        x, layer_cache = layer(weights, x, rotary, mask, layer_cache, positions.queries[:, 0])
+        new_cache.append(layer_cache)
+    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    return x, None if cache is None else tuple(new_cache)
+
+
+def logits(params: Params, x: Array, tp: TensorParallel) -> Array:
+    """This device's part of the vocabulary's logits: float32 [..., D] -> float32 [..., V/n].
+
+    Positions of the vocabulary that are padding get the logit 0, as their weights are zero.
+    """
+    if "lm_head" in params:
+        return tp.column(x, params["lm_head"]["weight"])
+    return tp.tied_logits(x, params["model"]["embed_tokens"]["weight"])
+
+
+def decoder_layer(
+    weights: Params,
+    x: Array,
+    rotary: tuple[Array, Array],
+    mask: Array,
+    cache: LayerCache | None,
+    start: Array,
+    *,
+    config: Qwen2Config,
+    tp: TensorParallel,
+) -> tuple[Array, LayerCache | None]:
+    """One pre-norm layer: [B, T, D] -> [B, T, D]."""
+    h = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps)
+    h, cache = attention(weights["self_attn"], h, rotary, mask, cache, start, config.head_dim, tp)
+    x = x + h
+    h = rms_norm(x, weights["post_attention_layernorm"]["weight"], config.rms_norm_eps)
+    return x + mlp(weights["mlp"], h, tp), cache
+
+
+def attention(
+    weights: Params,
+    x: Array,
+    rotary: tuple[Array, Array],
+    mask: Array,
+    cache: LayerCache | None,
+    start: Array,
+    head_dim: int,
+    tp: TensorParallel,
+) -> tuple[Array, LayerCache | None]:
+    """Grouped-query attention (arXiv 2305.13245), this device's heads: [B, T, D] -> [B, T, D]."""
+    q, k, v = (
+        _split_heads(tp.column(x, weights[name]["weight"], weights[name]["bias"]), head_dim)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    dtype = weights["o_proj"]["weight"].dtype
+    if cache is not None:
+        cache = cache.write(k, v, start)
+        k, v = cache
+    y = scaled_dot_product_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), mask)
+    return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
+
+
+def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """softmax(q k^T / sqrt(H)) v, each key/value head serving its G consecutive query heads.
+
+    Args:
+        q: [B, K*G, T, H].
+        k: [B, K, S, H].
+        v: [B, K, S, H].
+        mask: bool [B, T, S], true where the query sees the key.
+
+    Returns:
+        float32 [B, K*G, T, H].
+    """
+    B, N, T, H = q.shape
+    K, S = k.shape[1], k.shape[2]
+    q = q.reshape(B, K, N // K * T, H)
+    scores = product(q, k, (((3,), (3,)), ((0, 1), (0, 1)))) * H**-0.5  # [B, K, G*T, S]
+    scores = scores.reshape(B, K, N // K, T, S)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype).reshape(B, K, N // K * T, S)
+    y = product(weights, v, (((3,), (2,)), ((0, 1), (0, 1)))).reshape(B, K, N // K, T, H)
+    return (y / total).reshape(B, N, T, H)
+
+
+def mlp(weights: Params, x: Array, tp: TensorParallel) -> Array:
+    """SwiGLU (arXiv 2002.05202): [B, T, D] -> [B, T, D]."""
+    gate = tp.column(x, weights["gate_proj"]["weight"])
+    up = tp.column(x, weights["up_proj"]["weight"])
+    return tp.row(jax.nn.silu(gate) * up, weights["down_proj"]["weight"])
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32."""
+    variance = jnp.square(x).mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(variance + eps) * weight.astype(jnp.float32)
+
+
+def rotary_tables(config: Qwen2Config, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines of the rotary angles: int [B, T] -> two float32 [B, 1, T, H/2]."""
+    frequencies, attention_factor = inverse_frequencies(config)
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
+def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
+    """Rotary embedding (arXiv 2104.09864) of [B, N, T, H]; dimension i pairs with i + H/2."""
+    cos, sin = rotary
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _mask(positions: Positions, config: Qwen2Config, layer_type: str) -> Array:
+    """Which keys each query sees: bool [B, T, S]."""
+    query, key = positions.queries[:, :, None], positions.keys[:, None, :]
+    mask = (key >= 0) & (key <= query)
+    if layer_type == "sliding_attention" and config.sliding_window is not None:
+        mask &= query - key < config.sliding_window
+    return mask
+
+
+def _split_heads(x: Array, head_dim: int) -> Array:
+    """[B, T, N*H] -> [B, N, T, H]."""
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def _merge_heads(x: Array) -> Array:
+    """[B, N, T, H] -> [B, T, N*H]."""
+    B, N, T, H = x.shape
+    return x.swapaxes(1, 2).reshape(B, T, N * H)

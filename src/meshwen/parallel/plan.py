@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model lies on a mesh: logical axes to mesh axes, and what each position of an axis holds.
+
+A weight names its axes logically (`vocab`, `mlp`, `query`, ...). Two facts place it: the rules say
+which mesh axes a logical axis is split over, and `axis_source` says which position of the original
+tensor stands at each position of the axis on the devices, where an axis is padded to divide by the
+mesh and key/value heads are copied. Everything else (shardings, local shapes, loading, dummy
+weights, `inspect`) follows from these two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshwen.config import Qwen2Config
+from meshwen.parallel.heads import PADDING, HeadLayout, head_layout
+from meshwen.parallel.mesh import axes_size, data_axes, model_axes
+
+# What each logical axis is split over: the mesh axes that carry the model, the batch, or none.
+# `query` and `key_value` are heads times head_dim, `heads` is key/value heads (of the cache).
+MODEL, DATA, REPLICATED = "model", "data", "replicated"
+LOGICAL_AXIS_RULES: dict[str, str] = {
+    "batch": DATA,
+    "vocab": MODEL,
+    "query": MODEL,
+    "key_value": MODEL,
+    "heads": MODEL,
+    "mlp": MODEL,
+    "embed": REPLICATED,
+    "length": REPLICATED,
+    "head_dim": REPLICATED,
+}
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """A model's layout on a mesh."""
+
+    config: Qwen2Config
+    mesh: Mesh
+
+    @cached_property
+    def model_axes(self) -> tuple[str, ...]:
+        """Mesh axes, of more than one device, that split the model."""
+        return tuple(a for a in model_axes(self.mesh) if self.mesh.shape[a] > 1)
+
+    @cached_property
+    def data_axes(self) -> tuple[str, ...]:
+        """Mesh axes, of more than one device, that split the batch."""
+        return tuple(a for a in data_axes(self.mesh) if self.mesh.shape[a] > 1)
+
+    @property
+    def model_devices(self) -> int:
+        """Devices that one copy of the model is split over: n."""
+        return axes_size(self.mesh, self.model_axes)
+
+    @property
+    def data_devices(self) -> int:
+        """Copies of the model: the batch size is a multiple of it."""
+        return axes_size(self.mesh, self.data_axes)
+
+    @cached_property
+    def heads(self) -> HeadLayout:
+        """The head layout over the model's devices."""
+        c = self.config
+        return head_layout(c.num_attention_heads, c.num_key_value_heads, self.model_devices)
+
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is split over; () where it is replicated."""
+        return {MODEL: self.model_axes, DATA: self.data_axes, REPLICATED: ()}[
+            LOGICAL_AXIS_RULES[axis]
+        ]
+
+    def spec(self, *axes: str) -> PartitionSpec:
+        """The partition spec of an array with these logical axes.
+
+        Raises:
+            ValueError: two of the axes are split over the same mesh axis.
+        """
+        entries = [self.mesh_axes(axis) for axis in axes]
+        used = [name for entry in entries for name in entry]
+        if len(set(used)) < len(used):
+            raise ValueError(f"axes {axes} are split over the same mesh axes: {entries}")
+        return PartitionSpec(*(entry or None for entry in entries))
+
+    def sharding(self, *axes: str) -> NamedSharding:
+        """The sharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def axis_size(self, axis: str) -> int:
+        """Size of a weight's logical axis in the checkpoint."""
+        c = self.config
+        return {
+            "vocab": c.vocab_size,
+            "embed": c.hidden_size,
+            "mlp": c.intermediate_size,
+            "query": c.num_attention_heads * c.head_dim,
+            "key_value": c.num_key_value_heads * c.head_dim,
+        }[axis]
+
+    def axis_source(self, axis: str) -> np.ndarray:
+        """For each position of a weight's axis on the devices, its position in the checkpoint.
+
+        Returns:
+            int64 [padded size], `PADDING` (-1) where the position holds zeros.
+        """
+        size = self.axis_size(axis)
+        if axis == "query":
+            return _head_rows(self.heads.query_slots(), self.config.head_dim)
+        if axis == "key_value":
+            return _head_rows(self.heads.key_value_slots(), self.config.head_dim)
+        shards = axes_size(self.mesh, self.mesh_axes(axis))
+        source = np.arange(ceil(size / shards) * shards)
+        source[size:] = PADDING
+        return source
+
+
+def _head_rows(slots: np.ndarray, head_dim: int) -> np.ndarray:
+    """The rows of a projection that the head slots hold: int64 [slots * head_dim]."""
+    rows = slots.reshape(-1, 1) * head_dim + np.arange(head_dim)
+    rows[slots.reshape(-1) == PADDING] = PADDING
+    return rows.reshape(-1)

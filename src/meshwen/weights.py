@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one declaration of every weight of Qwen2.
+
+Shapes, shardings, loading, dummy weights, `inspect` and the checks for missing and unexpected
+tensors all derive from the two tables below. The pytree of weights mirrors the names:
+`model.layers.3.mlp.up_proj.weight` is `params["model"]["layers"][3]["mlp"]["up_proj"]["weight"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from jax.sharding import NamedSharding
+
+from meshwen.config import Qwen2Config
+from meshwen.parallel.plan import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor: its Hugging Face name and its logical axes in the checkpoint's order.
+
+    Projections are `[out, in]` in a checkpoint and are kept `[in, out]` on the devices
+    (`transposed`): XLA's CPU back end multiplies 8 float32 rows 1.4 times faster that way, and the
+    other back ends do not mind.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    transposed: bool = False
+
+    def shape(self, plan: ParallelPlan) -> tuple[int, ...]:
+        """Shape in the checkpoint."""
+        return tuple(plan.axis_size(axis) for axis in self.axes)
+
+    @property
+    def device_axes(self) -> tuple[str, ...]:
+        """Logical axes in the order kept on the devices."""
+        return self.axes[::-1] if self.transposed else self.axes
+
+    def device_shape(self, plan: ParallelPlan) -> tuple[int, ...]:
+        """Shape on all devices together, padding and copies included."""
+        return tuple(len(plan.axis_source(axis)) for axis in self.device_axes)
+
+    def sharding(self, plan: ParallelPlan) -> NamedSharding:
+        """Sharding of the array of `device_shape`."""
+        return plan.sharding(*self.device_axes)
+
+    def shard_shape(self, plan: ParallelPlan) -> tuple[int, ...]:
+        """Shape of one device's part."""
+        return self.sharding(plan).shard_shape(self.device_shape(plan))
+
+
+def _projection(name: str, output: str, inputs: str) -> Weight:
+    return Weight(f"{name}.weight", (output, inputs), transposed=True)
+
+
+_LAYER = (
+    Weight("input_layernorm.weight", ("embed",)),
+    _projection("self_attn.q_proj", "query", "embed"),
+    Weight("self_attn.q_proj.bias", ("query",)),
+    _projection("self_attn.k_proj", "key_value", "embed"),
+    Weight("self_attn.k_proj.bias", ("key_value",)),
+    _projection("self_attn.v_proj", "key_value", "embed"),
+    Weight("self_attn.v_proj.bias", ("key_value",)),
+    _projection("self_attn.o_proj", "embed", "query"),
+    Weight("post_attention_layernorm.weight", ("embed",)),
+    _projection("mlp.gate_proj", "mlp", "embed"),
+    _projection("mlp.up_proj", "mlp", "embed"),
+    _projection("mlp.down_proj", "embed", "mlp"),
+)
+_EMBEDDING = Weight("model.embed_tokens.weight", ("vocab", "embed"))
+_FINAL_NORM = Weight("model.norm.weight", ("embed",))
+LM_HEAD = _projection("lm_head", "vocab", "embed")
+
+
+def declared_weights(config: Qwen2Config) -> list[Weight]:
+    """Every weight of a model, in the order of its forward pass.
+
+    With tied embeddings there is no `lm_head`: the model reads the embedding table twice.
+    """
+    layers = [
+        Weight(f"model.layers.{i}.{w.name}", w.axes, w.transposed)
+        for i in range(config.num_hidden_layers)
+        for w in _LAYER
+    ]
+    head = [] if config.tie_word_embeddings else [LM_HEAD]
+    return [_EMBEDDING, *layers, _FINAL_NORM, *head]
+
+
+def num_parameters(plan: ParallelPlan) -> int:
+    """Parameters of the model as published: no padding, no copies, tied embeddings once."""
+    return sum(prod(w.shape(plan)) for w in declared_weights(plan.config))
+
+
+def unflatten(leaves: Iterable[tuple[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict from dotted names, with lists where the names count from 0."""
+    items = leaves.items() if isinstance(leaves, Mapping) else leaves
+    tree: dict[str, Any] = {}
+    for name, leaf in items:
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return _lists(tree)
+
+
+def _lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    children = {key: _lists(child) for key, child in node.items()}
+    if all(key.isdigit() for key in children):
+        return [children[key] for key in sorted(children, key=int)]
+    return children
