@@ -42,7 +42,8 @@ class TensorSource(ABC):
         """The part of the tensor that `index` covers, as numpy indexing understands it.
 
         Reads nothing else from the file. The array may be a read-only view of the mapped file: it
-        stays valid for as long as it is referenced, but shows whatever the file then holds.
+        stays valid for as long as it is referenced, but shows whatever the file then holds. Memory
+        stays low when it is copied before the next tensor is read (`jax.device_put` copies later).
         """
 
 

@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from meshwen.checkpoints.safetensors import SINGLE
+from meshwen.checkpoints.safetensors import INDEX
 from meshwen.errors import MeshwenError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -31,9 +31,8 @@ def download(repo_id: str, *, load_format: str, revision: str | None) -> Path:
         )
     if load_format != "torch":
         folder = _snapshot(repo_id, revision, "*.safetensors")
-        if any(folder.glob("*.safetensors")) or load_format == "safetensors":
-            return folder
-        if (folder / f"{SINGLE}.index.json").is_file():
+        found = any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+        if found or load_format == "safetensors":
             return folder
     return _snapshot(repo_id, revision, "pytorch_model*.bin")
 
