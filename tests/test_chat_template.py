@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -194,6 +195,15 @@ def test_output_is_bounded(monkeypatch):
         render("{% for i in range(6) %}a{% endfor %}")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux surely caps a process's memory")
+def test_memory_is_bounded(monkeypatch):
+    template = "{% set text = 'a' * (messages | length * 2 ** 28) %}{{ text | length }}"
+    assert render(template) == str(2**28)
+    monkeypatch.setattr(chat_template, "MEMORY_LIMIT_BYTES", 2**28)
+    with pytest.raises(MeshwenError, match="it needs too much memory"):
+        render(template)
+
+
 def test_templates_render_again_after_one_was_stopped(monkeypatch):
     monkeypatch.setattr(chat_template, "TIME_LIMIT_S", 0.5)
     template = "{% if wait %}" + HOSTILE["loops that write nothing"] + "{% endif %}done"
@@ -226,10 +236,11 @@ def test_ctrl_c_neither_ends_the_process_nor_mixes_up_replies(monkeypatch):
         def readline(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(templates._worker, "stdout", Interrupted())
+    worker = templates._worker
+    monkeypatch.setattr(worker, "stdout", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         templates.render([{"role": "user", "content": "lost"}])
-    monkeypatch.undo()
+    assert worker.poll() is not None
     assert templates.render(HELLO) == "Hello"
 
 

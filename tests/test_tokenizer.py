@@ -58,18 +58,22 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def backend():
-    """A byte-level BPE of 600 tokens, trained here and put together without meshwen."""
+    """A byte-level BPE of 600 tokens, trained here and put together without meshwen.
+
+    Its merges cross words, so that ids depend on where the split keeps words apart.
+    """
     trained = Backend(BPE())
     trained.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trained.pre_tokenizer = byte_level
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=alphabet, min_frequency=1, show_progress=False
     )
     trained.train_from_iterator(SAMPLES[:-1] * 3, trainer)
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     trained.add_tokens(ADDED)
     return trained
 
@@ -155,12 +159,23 @@ def test_a_chat_is_rendered_and_its_special_tokens_are_recognised(tokenizer):
     )
 
 
+def write_vocab_and_merges(folder, backend):
+    vocab, merges = base_model(backend)
+    write_json(folder / "vocab.json", vocab)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def added_tokens_decoder(backend):
+    return {
+        str(i): {"content": token.content, "special": token.special, "normalized": False}
+        for i, token in backend.get_added_tokens_decoder().items()
+    }
+
+
 @pytest.mark.parametrize("added_in", ["tokenizer_config.json", "added_tokens.json"])
 def test_vocab_and_merges_give_the_same_ids(tmp_path, backend, added_in):
-    vocab, merges = base_model(backend)
-    write_json(tmp_path / "vocab.json", vocab)
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    write_vocab_and_merges(tmp_path, backend)
     added = backend.get_added_tokens_decoder()
     if added_in == "added_tokens.json":
         write_json(tmp_path / added_in, {token.content: i for i, token in added.items()})
@@ -168,11 +183,8 @@ def test_vocab_and_merges_give_the_same_ids(tmp_path, backend, added_in):
         write_json(tmp_path / "tokenizer_config.json", {"additional_special_tokens": special})
         write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<|im_end|>"})
     else:
-        described = {
-            str(i): {"content": token.content, "special": token.special, "normalized": False}
-            for i, token in added.items()
-        }
-        write_json(tmp_path / added_in, {**CONFIG, "added_tokens_decoder": described})
+        described = {"added_tokens_decoder": added_tokens_decoder(backend)}
+        write_json(tmp_path / added_in, {**CONFIG, **described})
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert_like_backend(tokenizer, backend)
     assert tokenizer.eos_token_ids == (backend.token_to_id("<|im_end|>"),)
@@ -232,20 +244,22 @@ def test_bos_comes_from_the_post_processor_and_not_into_chats(folder, backend):
     assert tokenizer.encode("a") == [bos, *plain]
     assert tokenizer.encode("a", add_special_tokens=False) == plain
     assert bos not in tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    write_json(folder / "tokenizer_config.json", {**CONFIG, "add_bos_token": False})
+    assert Tokenizer.from_folder(folder).encode("a") == [bos, *plain]
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("add_eos", [True, False])
-def test_tokenizer_config_decides_on_bos_and_eos_where_it_says(folder, add_bos, add_eos):
-    config = {**CONFIG, "bos_token": BOS, "add_bos_token": add_bos, "add_eos_token": add_eos}
-    plain = Tokenizer.from_folder(folder).encode("a")
-    write_json(folder / "tokenizer_config.json", config)
-    tokens = [
-        Tokenizer.from_folder(folder).id_to_token(i)
-        for i in Tokenizer.from_folder(folder).encode("a")
-    ]
+def test_without_tokenizer_json_the_config_decides_on_bos_and_eos(
+    tmp_path, backend, add_bos, add_eos
+):
+    write_vocab_and_merges(tmp_path, backend)
+    flags = {"add_bos_token": add_bos, "add_eos_token": add_eos, "bos_token": BOS}
+    described = {"added_tokens_decoder": added_tokens_decoder(backend)}
+    write_json(tmp_path / "tokenizer_config.json", {**CONFIG, **flags, **described})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokens = [tokenizer.id_to_token(i) for i in tokenizer.encode("a")]
     assert tokens == [BOS] * add_bos + ["a"] + ["<|im_end|>"] * add_eos
-    assert len(plain) == 1
 
 
 def test_tokens_only_in_the_config_are_added(folder, backend):
@@ -393,6 +407,19 @@ def test_golden_prompts_and_answers(real, golden):
         text = real.decode(case["greedy"], skip_special_tokens=False)
         assert text == case["text_out"], case["name"]
         assert_stream_equals_decode(real, case["greedy"])
+
+
+@pytest.mark.real
+def test_the_real_vocabulary_and_merges_give_the_ids_of_its_tokenizer_json(
+    real, real_model_dir, tmp_path
+):
+    write_vocab_and_merges(tmp_path, Backend.from_file(str(real_model_dir / "tokenizer.json")))
+    config = (real_model_dir / "tokenizer_config.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.vocab_size == real.vocab_size
+    for text in SAMPLES:
+        assert tokenizer.encode(text) == real.encode(text)
 
 
 @pytest.mark.real

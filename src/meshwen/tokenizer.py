@@ -59,9 +59,10 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read a checkpoint folder: tokenizer.json, or else vocab.json with merges.txt.
 
-        tokenizer_config.json, where there is one, gives the special tokens, further added tokens,
-        whether a text begins with `bos_token` and ends with `eos_token` (else tokenizer.json's
-        post-processor says so), and the chat template.
+        tokenizer_config.json, where there is one, gives the special tokens, further added tokens
+        and the chat template. Whether `encode` adds `bos_token` or `eos_token` is up to
+        tokenizer.json's post-processor; without that file, up to `add_bos_token` and
+        `add_eos_token`.
 
         Raises:
             MeshwenError: there is no tokenizer in the folder, or one of its files is broken.

@@ -47,7 +47,8 @@ def read_folder(folder: Path) -> TokenizerParts:
     older = _read_json_object(folder / "special_tokens_map.json")
     special_tokens = _special_tokens(older | config, folder)
     added = _added_tokens(folder, config, special_tokens)
-    if (folder / "tokenizer.json").is_file():
+    has_tokenizer_json = (folder / "tokenizer.json").is_file()
+    if has_tokenizer_json:
         backend = _load_tokenizer_json(folder / "tokenizer.json")
         _add_missing(backend, added, folder)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -59,9 +60,10 @@ def read_folder(folder: Path) -> TokenizerParts:
             f"{folder}: no tokenizer here, neither tokenizer.json nor vocab.json with merges.txt"
         )
     _mark_special(backend, special_tokens, where=str(folder))
-    flags = {name: config.get(f"add_{name}_token") for name in ("bos", "eos")}
-    if any(flag is not None for flag in flags.values()):  # else the post-processor decides
-        _set_affixes(backend, special_tokens, **{name: bool(flag) for name, flag in flags.items()})
+    if not has_tokenizer_json:  # its post-processor decides, as in transformers
+        _set_affixes(
+            backend, special_tokens, config.get("add_bos_token"), config.get("add_eos_token")
+        )
     return TokenizerParts(backend, special_tokens, templates_in_folder(folder, config))
 
 
@@ -103,8 +105,8 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         raise MeshwenError("the GGUF file's tokenizer lists a token twice")
     backend = _build_backend(vocab, merges, added, where="the GGUF file")
     _mark_special(backend, special_tokens, where="the GGUF file")
-    flags = {name: metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos")}
-    _set_affixes(backend, special_tokens, **{name: bool(flag) for name, flag in flags.items()})
+    flags = [metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos")]
+    _set_affixes(backend, special_tokens, *flags)
     ends = (metadata.get("tokenizer.ggml.eot_token_id"), backend.token_to_id(END_OF_TEXT))
     return TokenizerParts(
         backend,
@@ -152,7 +154,10 @@ def _mark_special(
 
 
 def _set_affixes(
-    backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], bos: bool, eos: bool
+    backend: tokenizers.Tokenizer,
+    special_tokens: Mapping[str, str],
+    bos: bool | None,
+    eos: bool | None,
 ) -> None:
     """Make `encode` put these tokens, where there are any, and no others around a text."""
     before = [special_tokens["bos_token"]] if bos and "bos_token" in special_tokens else []
