@@ -148,6 +148,15 @@ class Qwen2Config:
                 "sliding_window is not set"
             )
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence: the positions trained, stretched by RoPE scaling."""
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.max_position_embeddings
+        trained = scaling.original_max_position_embeddings or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(trained * scaling.factor))
+
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
         """Read ``path``: a ``config.json``, or the folder that holds one; named after the folder.

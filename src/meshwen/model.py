@@ -42,20 +42,20 @@ def hidden_states(
     cache: KVCache | None,
     config: Qwen2Config,
     tp: TensorParallel,
-) -> tuple[Array, KVCache | None]:
+) -> tuple[Array, KVCache]:
     """The final hidden states, normalised.
 
     Args:
         params: this device's weights, as declared in `meshwen.weights`.
         token_ids: int32 [B, T].
-        positions: of the tokens; with a cache, of its slots too.
+        positions: of the tokens and keys; with a cache, the keys are its first S slots.
         cache: keys and values of earlier tokens. The tokens' own are written at the slots from
             `positions.queries[:, 0]` on. None: the tokens see only one another.
         config: the model's hyperparameters.
         tp: the contractions.
 
     Returns:
-        float32 [B, T, D], and the updated cache.
+        float32 [B, T, D], and the updated cache; () without one.
     """
     model = params["model"]
     rotary = rotary_tables(config, positions.queries)
@@ -68,9 +68,10 @@ def hidden_states(
         layer_cache = None if cache is None else cache[i]
         mask = masks[config.layer_types[i]]
         x, layer_cache = layer(weights, x, rotary, mask, layer_cache, positions.queries[:, 0])
-        new_cache.append(layer_cache)
+        if layer_cache is not None:
+            new_cache.append(layer_cache)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
-    return x, None if cache is None else tuple(new_cache)
+    return x, tuple(new_cache)
 
 
 def logits(params: Params, x: Array, tp: TensorParallel) -> Array:
@@ -121,7 +122,8 @@ def attention(
     dtype = weights["o_proj"]["weight"].dtype
     if cache is not None:
         cache = cache.write(k, v, start)
-        k, v = cache
+        slots = mask.shape[-1]
+        k, v = cache.keys[:, :, :slots], cache.values[:, :, :slots]
     y = scaled_dot_product_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), mask)
     return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
 

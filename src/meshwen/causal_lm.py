@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Qwen2ForCausalLM`: a model as its users hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from meshwen import demo
+from meshwen.checkpoints import LOAD_FORMATS, open_checkpoint
+from meshwen.config import PRESETS, Qwen2Config, preset
+from meshwen.engine import Completion, Engine, Event, Request
+from meshwen.errors import MeshwenError
+from meshwen.loading import Progress, dummy_params, load_params
+from meshwen.parallel.mesh import make_mesh
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.runner import ModelRunner
+from meshwen.sampling import SamplingParams
+from meshwen.tokenizer import Tokenizer
+
+DTYPES = ("bfloat16", "float32")
+NUMERICS = ("fast",)
+DEMO = "demo"
+
+Prompt = str | Sequence[int]
+
+
+class Qwen2ForCausalLM:
+    """A Qwen2 model on a mesh.
+
+    Attributes:
+        config: its hyperparameters.
+        tokenizer: its tokenizer; None for a preset, which has none.
+        mesh: the devices.
+        plan: how the model lies on them.
+        dtype: of weights, cache, and the inputs of products.
+        generation_config: the checkpoint's sampling defaults.
+        engine: runs requests; `generate` and `stream` are short for it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None,
+        generation_config: dict[str, Any],
+        max_batch_size: int = 8,
+    ):
+        self.plan, self.dtype = runner.plan, runner.dtype
+        self.config, self.mesh = runner.plan.config, runner.plan.mesh
+        self.tokenizer, self.generation_config = tokenizer, generation_config
+        self._runner = runner
+        eos = _eos_token_ids(self.config, tokenizer, generation_config)
+        self.engine = Engine(runner, tokenizer, eos, max_batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        mesh: str | Mesh = "1",
+        dtype: str = "bfloat16",
+        numerics: str = "fast",
+        load_format: str = "auto",
+        revision: str | None = None,
+        max_batch_size: int = 8,
+        progress: Progress = lambda done, total: None,
+    ) -> Self:
+        """Loads a model onto a mesh.
+
+        Args:
+            path_or_hub_id: a checkpoint's folder or GGUF file, a hub id, "demo" for the embedded
+                demo model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
+            mesh: a mesh string such as "1x8", or a mesh from `make_mesh`.
+            dtype: "bfloat16" or "float32", of weights, cache and the inputs of products.
+            numerics: "fast".
+            load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
+            revision: branch, tag or commit of a hub id.
+            max_batch_size: requests that run at once.
+            progress: called with the number of weights placed, and of all.
+
+        Raises:
+            MeshwenError: there is no such model, it is not a whole Qwen2 checkpoint, or the mesh
+                does not exist.
+        """
+        _check_choice("dtype", dtype, DTYPES)
+        _check_choice("numerics", numerics, NUMERICS)
+        _check_choice("load_format", load_format, (*LOAD_FORMATS, "dummy"))
+        mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+        kind = jnp.dtype(dtype)
+        name = str(path_or_hub_id)
+        if load_format == "dummy" and name.lower() in PRESETS:
+            plan = ParallelPlan(preset(name), mesh)
+            runner = ModelRunner(plan, dummy_params(plan, kind, progress), kind)
+            return cls(runner, None, {}, max_batch_size)
+        if name.lower() in PRESETS and not Path(name).exists():
+            raise MeshwenError(
+                f"{name} is the shape of a model, without weights: give a checkpoint or hub id, "
+                "or load_format dummy for made-up weights"
+            )
+        path = str(demo.path()) if name == DEMO else name
+        files = "auto" if load_format == "dummy" else load_format
+        with open_checkpoint(path, load_format=files, revision=revision) as checkpoint:
+            plan = ParallelPlan(checkpoint.config, mesh)
+            if load_format == "dummy":
+                params = dummy_params(plan, kind, progress)
+            else:
+                params = load_params(checkpoint, plan, kind, progress)
+            source = checkpoint.tokenizer_files
+            tokenizer = (
+                Tokenizer.from_folder(source)
+                if isinstance(source, Path)
+                else Tokenizer.from_gguf(source)
+            )
+            runner = ModelRunner(plan, params, kind)
+            return cls(runner, tokenizer, checkpoint.generation_config, max_batch_size)
+
+    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
+        """Logits of every position.
+
+        Args:
+            input_ids: int [batch, sequence].
+            attention_mask: int or bool [batch, sequence], 0 at padding, on either side; logits at
+                padding mean nothing. None: no padding.
+
+        Returns:
+            float32 [batch, sequence, vocab_size].
+
+        Raises:
+            MeshwenError: the ids are not a batch, or one is outside the vocabulary.
+        """
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+            raise MeshwenError(
+                f"input_ids must be int [batch, sequence], not {ids.dtype} {ids.shape}"
+            )
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise MeshwenError(f"input_ids must be from 0 to {self.config.vocab_size - 1}")
+        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+        if mask.shape != ids.shape:
+            raise MeshwenError(
+                f"attention_mask {mask.shape} must have the shape {ids.shape} of input_ids"
+            )
+        mask = mask != 0
+        positions = np.where(mask, mask.cumsum(axis=1) - 1, -1)
+        extra = -len(ids) % self.plan.data_devices
+        padded = [np.pad(a, ((0, extra), (0, 0))).astype(np.int32) for a in (ids, positions)]
+        logits = self._runner.logits(*padded)
+        return logits[: len(ids), :, : self.config.vocab_size]
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
+        """Continues prompts.
+
+        Args:
+            prompts: one prompt or several, each text (taken as it is: see
+                `tokenizer.apply_chat_template` for conversations) or token ids.
+            sampling: fields of `SamplingParams`; what is not given is the checkpoint's default.
+
+        Returns:
+            One completion a prompt, in order.
+
+        Raises:
+            MeshwenError: a prompt is empty or too long, or a value is impossible.
+        """
+        several = _several(prompts)
+        events = self.engine.run([self.request(prompt, **sampling) for prompt in several])
+        done = {e.request: e.completion for e in events if e.completion is not None}
+        return [done[number] for number in range(len(several))]
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+        """Continues one prompt, and yields the text as it comes, whole characters at a time.
+
+        Takes and raises what `generate` does.
+        """
+        request = self.request(prompt, **sampling)
+        return (event.text for event in self.engine.run([request]) if event.text)
+
+    def events(self, prompt: Prompt, **sampling: Any) -> Iterator[Event]:
+        """As `stream`, but yields every token with its text."""
+        return self.engine.run([self.request(prompt, **sampling)])
+
+    def request(self, prompt: Prompt, **sampling: Any) -> Request:
+        """A request to the engine, with the checkpoint's sampling defaults."""
+        params = SamplingParams.from_generation_config(self.generation_config, **sampling)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise MeshwenError("this model has no tokenizer: give prompts as token ids")
+            prompt = self.tokenizer.encode(prompt)
+        return Request(tuple(int(token) for token in prompt), params)
+
+
+# The checkpoint readers refuse every architecture but Qwen2, under either name.
+AutoModelForCausalLM = Qwen2ForCausalLM
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    one: list[int] = [p for p in prompts if isinstance(p, int | np.integer)]
+    many: list[Prompt] = [p for p in prompts if not isinstance(p, int | np.integer)]
+    if one and many:
+        raise MeshwenError("prompts must be text, or all lists of token ids, or one such list")
+    return [one] if one else many
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MeshwenError(f"{name} {value!r} is not one of {', '.join(choices)}")
+
+
+def _eos_token_ids(
+    config: Qwen2Config, tokenizer: Tokenizer | None, generation_config: dict[str, Any]
+) -> tuple[int, ...]:
+    """The tokens that end an answer: the first source that names any, as in transformers."""
+    given = generation_config.get("eos_token_id")
+    if isinstance(given, int):
+        return (given,)
+    return tuple(given or config.eos_token_id or (tokenizer.eos_token_ids if tokenizer else ()))

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled steps: one program, run by every device of the mesh on its own part.
+
+Shapes are static. A decode step compiles once per batch size and cache length, and prefill once per
+length bucket besides; the cache is donated, so each step updates it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from meshwen.config import Qwen2Config
+from meshwen.kv_cache import KVCache, empty_cache
+from meshwen.model import Params, Positions, hidden_states, logits
+from meshwen.parallel.contractions import TensorParallel
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
+from meshwen.weights import declared_weights, unflatten
+
+
+class ModelRunner:
+    """A model's weights on a mesh, and its compiled steps.
+
+    Attributes:
+        plan: how the model lies on the mesh.
+        params: the weights, placed as `plan` says.
+        dtype: of weights and cache, and of the inputs of products.
+    """
+
+    def __init__(self, plan: ParallelPlan, params: Params, dtype: jnp.dtype):
+        self.plan, self.params, self.dtype = plan, params, dtype
+        self.tp = TensorParallel.of(plan, dtype)
+        weights = declared_weights(plan.config)
+        self._params_spec = unflatten((w.name, w.sharding(plan).spec) for w in weights)
+        self._logits = jax.jit(self._logits_program)
+        self._prefill = jax.jit(
+            self._prefill_program, static_argnames="slots", donate_argnames=("cache", "hidden")
+        )
+        self._first = jax.jit(self._first_program, static_argnames="method")
+        self._decode = jax.jit(
+            self._decode_program, static_argnames="method", donate_argnames=("cache", "seen")
+        )
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for `batch` sequences (a multiple of the plan's data devices)."""
+        return empty_cache(self.plan, batch, length, self.dtype)
+
+    def empty_hidden(self, batch: int) -> Array:
+        """What `prefill` starts from: float32 [B, D]."""
+        shape, sharding = (
+            (batch, self.plan.config.hidden_size),
+            self.plan.sharding("batch", "embed"),
+        )
+        return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+
+    def logits(self, token_ids: ArrayLike, positions: ArrayLike) -> Array:
+        """Logits of whole sequences, without a cache.
+
+        Args:
+            token_ids: int32 [B, T].
+            positions: int32 [B, T]; -1 marks padding, which no token sees.
+
+        Returns:
+            float32 [B, T, V padded to the mesh], the vocabulary split over the devices.
+        """
+        return self._logits(self.params, token_ids, positions)
+
+    def prefill(
+        self,
+        cache: KVCache,
+        hidden: Array,
+        token_ids: ArrayLike,
+        start: ArrayLike,
+        lengths: ArrayLike,
+        slots: int,
+    ) -> tuple[Array, KVCache]:
+        """Reads a chunk of each prompt into the cache.
+
+        Args:
+            cache: donated.
+            hidden: float32 [B, D], donated; replaced where a prompt ends in this chunk.
+            token_ids: int32 [B, T]; anything beyond a prompt's end.
+            start: int32 [], the position of the chunk.
+            lengths: int32 [B], the prompts' lengths.
+            slots: the chunk sees the cache's first so many slots; at least start + T.
+
+        Returns:
+            The final hidden states of the prompts' last tokens so far, and the cache.
+        """
+        return self._prefill(self.params, cache, hidden, token_ids, start, lengths, slots=slots)
+
+    def first(
+        self,
+        hidden: Array,
+        positions: ArrayLike,
+        rows: SamplerRows,
+        seen: ArrayLike | None,
+        method: SamplingMethod,
+    ) -> Sampled:
+        """The token after each prompt, from what `prefill` returned; see `decode`."""
+        return self._first(self.params, hidden, positions, rows, seen, method=method)
+
+    def decode(
+        self,
+        cache: KVCache,
+        tokens: ArrayLike,
+        positions: ArrayLike,
+        rows: SamplerRows,
+        seen: ArrayLike | None,
+        method: SamplingMethod,
+    ) -> tuple[Sampled, Array | None, KVCache]:
+        """One step of every sequence.
+
+        Args:
+            cache: donated.
+            tokens: int32 [B], each sequence's newest token.
+            positions: int32 [B], its position; within the cache.
+            rows: sampling parameters.
+            seen: bool [B, V padded], donated: tokens of the sequences before `tokens`; None when
+                `method` has no repetition penalty.
+            method: what the batch needs of the sampler.
+
+        Returns:
+            The next tokens, `seen` with `tokens`, and the cache.
+        """
+        return self._decode(self.params, cache, tokens, positions, rows, seen, method=method)
+
+    def _mapped(
+        self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
+    ) -> Callable[..., Any]:
+        """`function(params, ...)`, run by each device on its part; arguments by logical axes."""
+        spec = partial(jax.tree.map, lambda axes: self.plan.spec(*axes.split()))
+        return jax.shard_map(
+            partial(function, config=self.plan.config, tp=self.tp),
+            mesh=self.plan.mesh,
+            in_specs=(self._params_spec, *(spec(axes) for axes in in_axes)),
+            out_specs=spec(out_axes),
+            check_vma=False,
+        )
+
+    def _logits_program(self, params: Params, token_ids: Array, positions: Array) -> Array:
+        mapped = self._mapped(_logits_step, ("batch length", "batch length"), "batch length vocab")
+        return mapped(params, token_ids, positions)
+
+    def _prefill_program(
+        self,
+        params: Params,
+        cache: KVCache,
+        hidden: Array,
+        token_ids: Array,
+        start: Array,
+        lengths: Array,
+        *,
+        slots: int,
+    ) -> tuple[Array, KVCache]:
+        mapped = self._mapped(
+            partial(_prefill_step, slots=slots),
+            (_CACHE, "batch embed", "batch length", "", "batch"),
+            ("batch embed", _CACHE),
+        )
+        return mapped(params, cache, hidden, token_ids, start, lengths)
+
+    def _first_program(
+        self,
+        params: Params,
+        hidden: Array,
+        positions: Array,
+        rows: SamplerRows,
+        seen: Array | None,
+        *,
+        method: SamplingMethod,
+    ) -> Sampled:
+        mapped = self._mapped(
+            partial(_first_step, method=method),
+            ("batch embed", "batch", "batch", "batch vocab"),
+            "batch",
+        )
+        return mapped(params, hidden, positions, rows, seen)
+
+    def _decode_program(
+        self,
+        params: Params,
+        cache: KVCache,
+        tokens: Array,
+        positions: Array,
+        rows: SamplerRows,
+        seen: Array | None,
+        *,
+        method: SamplingMethod,
+    ) -> tuple[Sampled, Array | None, KVCache]:
+        mapped = self._mapped(
+            partial(_decode_step, method=method),
+            (_CACHE, "batch", "batch", "batch", "batch vocab"),
+            ("batch", "batch vocab", _CACHE),
+        )
+        return mapped(params, cache, tokens, positions, rows, seen)
+
+
+_CACHE = "batch heads length head_dim"
+
+
+def _logits_step(
+    params: Params, token_ids: Array, positions: Array, *, config: Qwen2Config, tp: TensorParallel
+) -> Array:
+    where = Positions(positions, positions)
+    x, _ = hidden_states(params, token_ids, where, None, config, tp)
+    return logits(params, x, tp)
+
+
+def _prefill_step(
+    params: Params,
+    cache: KVCache,
+    hidden: Array,
+    token_ids: Array,
+    start: Array,
+    lengths: Array,
+    *,
+    slots: int,
+    config: Qwen2Config,
+    tp: TensorParallel,
+) -> tuple[Array, KVCache]:
+    B, T = token_ids.shape
+    queries = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+    where = Positions(queries, jnp.broadcast_to(jnp.arange(slots), (B, slots)))
+    x, new_cache = hidden_states(params, token_ids, where, cache, config, tp)
+    last = lengths - 1 - start
+    ends_here = (last >= 0) & (last < T)
+    at_last = jnp.take_along_axis(x, jnp.clip(last, 0, T - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(ends_here[:, None], at_last, hidden), new_cache
+
+
+def _first_step(
+    params: Params,
+    hidden: Array,
+    positions: Array,
+    rows: SamplerRows,
+    seen: Array | None,
+    *,
+    method: SamplingMethod,
+    config: Qwen2Config,
+    tp: TensorParallel,
+) -> Sampled:
+    scores = logits(params, hidden, tp)
+    return sample(scores, rows, positions, seen, config.vocab_size, method, tp)
+
+
+def _decode_step(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    positions: Array,
+    rows: SamplerRows,
+    seen: Array | None,
+    *,
+    method: SamplingMethod,
+    config: Qwen2Config,
+    tp: TensorParallel,
+) -> tuple[Sampled, Array | None, KVCache]:
+    B, slots = tokens.shape[0], cache[0].keys.shape[2]
+    where = Positions(positions[:, None], jnp.broadcast_to(jnp.arange(slots), (B, slots)))
+    x, new_cache = hidden_states(params, tokens[:, None], where, cache, config, tp)
+    seen = None if seen is None else mark_seen(seen, tokens, tp)
+    sampled = _first_step(
+        params, x[:, 0], positions + 1, rows, seen, method=method, config=config, tp=tp
+    )
+    return sampled, seen, new_cache

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling: what a request may ask for, and how a token is drawn from split logits.
+
+The vocabulary is split over the devices, and full logits are never gathered: each device offers its
+best candidates, and the few that are left decide. Noise is a function of the request's seed, the
+position and the token's id alone, so a seeded request draws the same tokens on every mesh, in every
+batch and by every method, as long as the logits are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from meshwen.errors import MeshwenError
+from meshwen.parallel.contractions import TensorParallel, product
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is continued.
+
+    Attributes:
+        max_new_tokens: at most so many tokens.
+        temperature: 0 takes the likeliest token (greedy).
+        top_p: keep the likeliest tokens that together reach this probability (arXiv 1904.09751).
+        top_k: keep this many of the likeliest tokens; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of tokens that the
+            prompt or the answer has already (arXiv 1909.05858); 1 changes nothing.
+        seed: of the noise; 0 to 2**32 - 1.
+        stop: strings at which the answer ends; they are not part of its text.
+        logprobs: whether to give each token's log-probability under the unmodified logits.
+
+    Raises MeshwenError at construction when a value is impossible.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name, ok, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
+            ("stop", all(self.stop), "strings that are not empty"),
+        ):
+            if not ok:
+                raise MeshwenError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+
+    @classmethod
+    def from_generation_config(cls, generation_config: Mapping[str, Any], **given: Any) -> Self:
+        """A checkpoint's own defaults, with what the user gave in their place.
+
+        As in transformers, `do_sample` false means greedy. An explicit `temperature=0` also drops
+        the checkpoint's repetition penalty, so that greedy means the likeliest token.
+
+        Args:
+            generation_config: the content of `generation_config.json`; {} for none.
+            given: fields of this class; None stands for "not given".
+
+        Raises:
+            MeshwenError: a value is impossible.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
+        values = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
+        if generation_config.get("do_sample", False):
+            values.setdefault("temperature", 1.0)
+        else:
+            values["temperature"] = 0.0
+        if given.get("temperature") == 0:
+            values.pop("repetition_penalty", None)
+        values.update(given)
+        values["stop"] = tuple(values.get("stop", ()))
+        if unknown := set(values) - {field.name for field in fields(cls)}:
+            raise TypeError(f"unknown sampling parameter {sorted(unknown)[0]!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class SamplingMethod:
+    """What a batch of requests needs compiled.
+
+    Attributes:
+        candidates: 1 for greedy, 0 to draw from the whole vocabulary by noise alone, else how many
+            of the likeliest tokens the filters can keep.
+        penalize: some request has a repetition penalty.
+        logprobs: some request wants log-probabilities.
+    """
+
+    candidates: int
+    penalize: bool
+    logprobs: bool
+
+    @classmethod
+    def of(cls, batch: Sequence[SamplingParams], vocab_size: int) -> Self:
+        """The method that serves all requests of a batch."""
+        needs = {_candidates(params, vocab_size) for params in batch}
+        candidates = needs.pop() if len(needs) == 1 else max(n or vocab_size for n in needs)
+        if 1 < candidates < vocab_size:  # Powers of two, so that few sizes are compiled.
+            candidates = min(1 << (candidates - 1).bit_length(), vocab_size)
+        return cls(
+            candidates,
+            any(params.repetition_penalty != 1 for params in batch),
+            any(params.logprobs for params in batch),
+        )
+
+
+def _candidates(params: SamplingParams, vocab_size: int) -> int:
+    if params.temperature == 0:
+        return 1
+    if params.top_k:
+        return min(params.top_k, vocab_size)
+    return vocab_size if params.top_p < 1 or params.min_p > 0 else 0
+
+
+class SamplerRows(NamedTuple):
+    """The requests' parameters, a row each: all [B]."""
+
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    min_p: Array
+    repetition_penalty: Array
+    seed: Array
+
+    @classmethod
+    def of(cls, batch: Sequence[SamplingParams]) -> SamplerRows:
+        """The rows of a batch."""
+        kinds: dict[str, Any] = dict.fromkeys(cls._fields, jnp.float32)
+        kinds |= {"top_k": jnp.int32, "seed": jnp.uint32}
+        return cls(*(jnp.array([getattr(p, f) for p in batch], kinds[f]) for f in cls._fields))
+
+
+class Sampled(NamedTuple):
+    """One token a sequence."""
+
+    tokens: Array  # int32 [B]
+    logprobs: Array | None  # float32 [B]
+
+
+def sample(
+    logits: Array,
+    rows: SamplerRows,
+    positions: Array,
+    seen: Array | None,
+    vocab_size: int,
+    method: SamplingMethod,
+    tp: TensorParallel,
+) -> Sampled:
+    """Draws each sequence's next token; runs on every device under `shard_map`.
+
+    Args:
+        logits: float32 [B, V/n], this device's part of the (padded) vocabulary.
+        rows: the requests' parameters.
+        positions: int32 [B], the position that the token will have.
+        seen: bool [B, V/n], tokens that a repetition penalty applies to; None without penalties.
+        vocab_size: V before padding.
+        method: what the batch needs.
+        tp: the contractions, for the devices' order.
+    """
+    ids = tp.index() * logits.shape[1] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+    raw = logits
+    if method.penalize and seen is not None:
+        penalty = rows.repetition_penalty[:, None]
+        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(seen, penalized, logits)
+    if method.candidates:
+        values, choices = _likeliest(logits, ids, method.candidates, tp)
+        tokens = (
+            choices[:, 0] if method.candidates == 1 else _draw(values, choices, rows, positions)
+        )
+    else:
+        scores = logits / rows.temperature[:, None] + _noise(rows.seed, positions, ids[None])
+        tokens = _likeliest(scores, ids, 1, tp)[1][:, 0]
+    return Sampled(tokens, _logprobs(raw, ids, tokens, tp) if method.logprobs else None)
+
+
+def mark_seen(seen: Array, tokens: Array, tp: TensorParallel) -> Array:
+    """`seen` [B, V/n] with one more token a sequence."""
+    ids = tp.index() * seen.shape[1] + jnp.arange(seen.shape[1], dtype=jnp.int32)
+    return seen | (ids == tokens[:, None])
+
+
+def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tuple[Array, Array]:
+    """The `count` largest logits of the whole vocabulary and their ids, largest first.
+
+    Equal logits stand in the order of their ids: on each device, and between devices because they
+    are gathered in the order of the vocabulary.
+
+    Returns:
+        float32 [B, count], int32 [B, count].
+    """
+    values, local = lax.top_k(logits, min(count, logits.shape[1]))
+    choices = ids[local]
+    if tp.axes:
+        values = lax.all_gather(values, tp.axes, axis=1, tiled=True)
+        choices = lax.all_gather(choices, tp.axes, axis=1, tiled=True)
+        values, order = lax.top_k(values, min(count, values.shape[1]))
+        choices = jnp.take_along_axis(choices, order, axis=1)
+    return values, choices
+
+
+def _draw(values: Array, choices: Array, rows: SamplerRows, positions: Array) -> Array:
+    """Draws from candidates sorted by logit; filters as transformers orders them: int32 [B]."""
+    greedy = rows.temperature == 0
+    temperature = jnp.where(greedy, 1, rows.temperature)[:, None]
+    rank = jnp.arange(values.shape[1])
+    top_k = jnp.where(rows.top_k == 0, values.shape[1], rows.top_k)[:, None]
+    scaled = jnp.where(rank < top_k, values / temperature, -jnp.inf)
+    probabilities = jax.nn.softmax(scaled, axis=1)
+    before = jnp.cumsum(probabilities, axis=1) - probabilities
+    keep = (before < rows.top_p[:, None]) | (rank == 0)
+    kept = jnp.where(keep, probabilities, 0)
+    keep &= kept >= rows.min_p[:, None] * kept[:, :1]
+    scores = jnp.where(keep, scaled + _noise(rows.seed, positions, choices), -jnp.inf)
+    best = jnp.where(greedy, 0, jnp.argmax(scores, axis=1))
+    return jnp.take_along_axis(choices, best[:, None], axis=1)[:, 0]
+
+
+def _noise(seed: Array, positions: Array, ids: Array) -> Array:
+    """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
+
+    def row(seed: Array, position: Array, ids: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        bits = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i))[0])(ids)
+        uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+        return -jnp.log(-jnp.log(uniform))
+
+    ids = jnp.broadcast_to(ids, (seed.shape[0], ids.shape[1]))
+    return jax.vmap(row)(seed, positions, ids)
+
+
+def _logprobs(logits: Array, ids: Array, tokens: Array, tp: TensorParallel) -> Array:
+    """Log-probabilities of the tokens: float32 [B]."""
+    largest = logits.max(axis=1)
+    if tp.axes:
+        largest = lax.pmax(largest, tp.axes)
+    shifted = logits - largest[:, None]
+    # A product with ones adds 150,000 terms in many partial sums, an order more exactly than a
+    # running sum does.
+    ones = jnp.ones((logits.shape[1], 1), jnp.float32)
+    total = product(jnp.exp(shifted), ones, (((1,), (0,)), ((), ())))[:, 0]
+    chosen = jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1)
+    total, chosen = tp.all_reduce(total), tp.all_reduce(chosen)
+    return chosen - jnp.log(total)
