@@ -39,6 +39,7 @@ SAMPLES = [
     "",
     " ",
     "Hello, world!  It's 12345 o'clock.\r\n\r\n\tI'LL DON'T",
+    "we'REally THE'SE I'Mine",
     "Größe naïve e\u0301 \u1e9b\u0323 ﬁ",
     "日本語のテキスト、中文文本，한국어 텍스트",
     "العربية עברית हिन्दी ไทย Ελληνικά Русский",
