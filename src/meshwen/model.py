@@ -120,10 +120,11 @@ def attention(
     )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
     q, k = rotate(q, rotary), rotate(k, rotary)
     dtype = weights["o_proj"]["weight"].dtype
+    k = k.swapaxes(2, 3)  # [B, K, H, T]
     if cache is not None:
         cache = cache.write(k, v, start)
         slots = mask.shape[-1]
-        k, v = cache.keys[:, :, :slots], cache.values[:, :, :slots]
+        k, v = cache.keys[..., :slots], cache.values[:, :, :slots]
     y = scaled_dot_product_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), mask)
     return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
 
@@ -133,7 +134,7 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: Array) -> A
 
     Args:
         q: [B, K*G, T, H].
-        k: [B, K, S, H].
+        k: [B, K, H, S].
         v: [B, K, S, H].
         mask: bool [B, T, S], true where the query sees the key.
 
@@ -141,9 +142,9 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: Array) -> A
         float32 [B, K*G, T, H].
     """
     B, N, T, H = q.shape
-    K, S = k.shape[1], k.shape[2]
+    K, S = k.shape[1], k.shape[3]
     q = q.reshape(B, K, N // K * T, H)
-    scores = product(q, k, (((3,), (3,)), ((0, 1), (0, 1)))) * H**-0.5  # [B, K, G*T, S]
+    scores = product(q, k, (((3,), (2,)), ((0, 1), (0, 1)))) * H**-0.5  # [B, K, G*T, S]
     scores = scores.reshape(B, K, N // K, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))

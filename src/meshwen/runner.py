@@ -203,7 +203,7 @@ class ModelRunner:
         return mapped(params, cache, tokens, positions, rows, seen)
 
 
-_CACHE = "batch heads length head_dim"
+_CACHE = "batch heads"
 
 
 def _logits_step(
@@ -263,7 +263,7 @@ def _decode_step(
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Sampled, Array | None, KVCache]:
-    B, slots = tokens.shape[0], cache[0].keys.shape[2]
+    B, slots = tokens.shape[0], cache[0].values.shape[2]
     where = Positions(positions[:, None], jnp.broadcast_to(jnp.arange(slots), (B, slots)))
     x, new_cache = hidden_states(params, tokens[:, None], where, cache, config, tp)
     seen = None if seen is None else mark_seen(seen, tokens, tp)
