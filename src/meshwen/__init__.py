@@ -1,2 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5 in JAX, tensor-parallel on any mesh of devices."""
+"""Qwen2.5 in JAX, tensor-parallel on any mesh of devices.
+
+    from meshwen import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained("demo", mesh="1x8")
+    for piece in model.stream("..."):
+        print(piece, end="")
+
+Names are imported when they are first used, and importing the package starts no JAX back end.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meshwen.causal_lm import AutoModelForCausalLM, Qwen2ForCausalLM
+    from meshwen.config import Qwen2Config
+    from meshwen.engine import Completion, Event, Request
+    from meshwen.errors import MeshwenError
+    from meshwen.parallel.mesh import make_mesh
+    from meshwen.sampling import SamplingParams
+    from meshwen.tokenizer import Tokenizer
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "Completion",
+    "Event",
+    "MeshwenError",
+    "Qwen2Config",
+    "Qwen2ForCausalLM",
+    "Request",
+    "SamplingParams",
+    "Tokenizer",
+    "make_mesh",
+]
+
+_MODULES = {
+    "AutoModelForCausalLM": "causal_lm",
+    "Completion": "engine",
+    "Event": "engine",
+    "MeshwenError": "errors",
+    "Qwen2Config": "config",
+    "Qwen2ForCausalLM": "causal_lm",
+    "Request": "engine",
+    "SamplingParams": "sampling",
+    "Tokenizer": "tokenizer",
+    "make_mesh": "parallel.mesh",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'meshwen' has no attribute {name!r}")
+    return getattr(import_module(f"meshwen.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__
