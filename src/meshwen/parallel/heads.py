@@ -43,8 +43,12 @@ class HeadLayout:
 
     @property
     def pieces(self) -> int:
-        """Into how many pieces each key/value head's group of query heads is cut."""
-        return ceil(self.query_heads // self.key_value_heads / self.group_slots)
+        """Into how many pieces each key/value head's group of query heads is cut.
+
+        As many as there is room for, so that each key/value head is on equally many devices; the
+        last pieces may be empty.
+        """
+        return self.devices * self.local_key_value_heads // self.key_value_heads
 
     @property
     def local_query_slots(self) -> int:
