@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files need: the real checkpoint's folder and the reference outputs."""
+"""What several test files need: simulated devices, the real checkpoint, the reference outputs."""
 
 import json
 import os
 from pathlib import Path
 
+import jax
 import pytest
+
+# The largest mesh that is tested. JAX makes its devices when the first array is made, once.
+jax.config.update("jax_num_cpu_devices", 32)
 
 REAL_MODEL = "qwen2.5-coder-0.5b-instruct"
 

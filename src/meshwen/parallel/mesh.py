@@ -23,6 +23,7 @@ DATA_AXIS = "data"
 MODEL_AXIS = "model"
 _EXPECTED = "expected e.g. 8, 1x8, 2x4 or data=2,model=4"
 _MAX_DEVICES = 1 << 16
+_MAX_LENGTH = 100  # Python refuses to read a number of thousands of digits.
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class MeshSpec:
             MeshwenError: the string is not a mesh.
         """
         compact = text.strip().lower().replace(" ", "")
+        if len(compact) > _MAX_LENGTH:
+            raise MeshwenError(f"a mesh of {len(compact)} characters does not parse; {_EXPECTED}")
         if re.fullmatch(r"\d+(x\d+)*", compact):
             sizes = [int(size) for size in compact.split("x")]
             names = [f"{MODEL_AXIS}{i}" for i in range(len(sizes))]
