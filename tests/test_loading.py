@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights on the devices: the checkpoint's bits in their places, zeros in the padding."""
+
+import json
+from dataclasses import asdict, replace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import reference
+from mesh_model import SMALL_7B, SMALL_HALF_B, memory_checkpoint
+from meshwen.checkpoints import open_checkpoint
+from meshwen.errors import MeshwenError
+from meshwen.loading import dummy_params, load_params
+from meshwen.parallel.heads import PADDING
+from meshwen.parallel.mesh import make_mesh
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.weights import declared_weights
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Nothing here divides by most meshes: 7 query and key/value pairs of heads, odd vocabulary and MLP.
+ODD = replace(
+    SMALL_HALF_B,
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=43,
+    head_dim=4,
+    tie_word_embeddings=False,
+)
+MESHES = ("1", "3", "4", "1x8", "2x4", "5", "1x32", "data=2,model=4")
+
+
+def by_name(params, prefix: str = "") -> dict[str, jax.Array]:
+    """The pytree's arrays by the names of a checkpoint."""
+    if isinstance(params, jax.Array):
+        return {prefix[:-1]: params}
+    items = enumerate(params) if isinstance(params, list) else params.items()
+    return {k: v for key, node in items for k, v in by_name(node, f"{prefix}{key}.").items()}
+
+
+def random_bits(config, dtype: np.dtype, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights of all finite bit patterns: negative zeros, subnormals and huge values too."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in reference.tensor_shapes(config).items():
+        integer = np.dtype(f"u{dtype.itemsize}")
+        bits = rng.integers(0, np.iinfo(integer).max, shape, integer, endpoint=True)
+        values = bits.view(dtype)
+        values = np.where(np.isfinite(values.astype(np.float32)), values, np.asarray(-0.0, dtype))
+        weights[name] = values.astype(dtype)
+    return weights
+
+
+def on_devices(name: str, tensor: np.ndarray, plan: ParallelPlan) -> np.ndarray:
+    """What all devices together hold of a tensor, put together piece by piece."""
+    kind = name.split(".")[-2]
+    axis = 1 if kind in ("o_proj", "down_proj") else 0
+    if kind in ("q_proj", "o_proj", "k_proj", "v_proj"):
+        slots = (
+            plan.heads.query_slots() if kind in "q_proj o_proj" else plan.heads.key_value_slots()
+        )
+        heads = np.split(tensor, tensor.shape[axis] // plan.config.head_dim, axis)
+        empty = np.zeros_like(heads[0])
+        pieces = [empty if slot == PADDING else heads[slot] for slot in slots.reshape(-1)]
+        tensor = np.concatenate(pieces, axis)
+    elif "norm" not in kind:
+        missing = -tensor.shape[axis] % plan.model_devices
+        pad = [(0, 0)] * tensor.ndim
+        pad[axis] = (0, missing)
+        tensor = np.pad(tensor, pad)
+    return tensor.T if kind.endswith("_proj") or kind == "lm_head" else tensor
+
+
+def same_bits(found, expected) -> bool:
+    found, expected = np.asarray(found), np.ascontiguousarray(expected)
+    return (found.dtype, found.shape, found.tobytes()) == (
+        expected.dtype,
+        expected.shape,
+        expected.tobytes(),
+    )
+
+
+@pytest.fixture(scope="module", params=[BFLOAT16, np.dtype(np.float32)], ids=str)
+def checkpoint(request, tmp_path_factory):
+    """(dtype, original tensors, an open safetensors checkpoint of them)."""
+    weights = random_bits(ODD, request.param)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_file(weights, folder / "model.safetensors")
+    config = asdict(ODD) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    config = {k: v for k, v in config.items() if v not in (None, (), "")}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with open_checkpoint(str(folder)) as opened:
+        assert opened.config == ODD
+        yield request.param, weights, opened
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_checkpoint_loads_bit_for_bit(checkpoint, mesh):
+    dtype, weights, opened = checkpoint
+    plan = ParallelPlan(ODD, make_mesh(mesh))
+    arrays = by_name(load_params(opened, plan, dtype))
+    assert arrays.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert same_bits(arrays[name], on_devices(name, tensor, plan)), name
+
+
+@pytest.mark.parametrize("mesh", ["1", "1x8", "data=2,model=4"])
+def test_float32_is_cast_to_bfloat16_by_rounding_to_nearest_even(mesh):
+    weights = random_bits(ODD, np.dtype(np.float32))
+    plan = ParallelPlan(ODD, make_mesh(mesh))
+    arrays = by_name(load_params(memory_checkpoint(ODD, weights), plan, BFLOAT16))
+    for name, tensor in weights.items():
+        bits = tensor.view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        expected = rounded.astype(np.uint16).view(BFLOAT16)
+        assert same_bits(arrays[name], on_devices(name, expected, plan)), name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_device_holds_its_declared_part_and_no_more(mesh):
+    plan = ParallelPlan(ODD, make_mesh(mesh))
+    weights = random_bits(ODD, np.dtype(np.float32))
+    loaded = by_name(load_params(memory_checkpoint(ODD, weights), plan, np.dtype(np.float32)))
+    made = by_name(dummy_params(plan, np.dtype(np.float32)))
+    for weight in declared_weights(ODD):
+        for array in (loaded[weight.name], made[weight.name]):
+            assert array.sharding.is_equivalent_to(weight.sharding(plan), array.ndim)
+            assert len(array.addressable_shards) == plan.mesh.size
+            shapes = {shard.data.shape for shard in array.addressable_shards}
+            assert shapes == {weight.shard_shape(plan)}
+
+
+def test_a_source_is_asked_for_each_part_of_a_weight_and_never_for_all_of_it(monkeypatch):
+    plan = ParallelPlan(SMALL_7B, make_mesh("1x8"))
+    opened = memory_checkpoint(SMALL_7B, random_bits(SMALL_7B, BFLOAT16))
+    read, original = [], type(opened.tensors["lm_head.weight"]).read
+
+    def recorded(self, index=()):
+        part = original(self, index)
+        read.append((self.name, part.nbytes / self.nbytes))
+        return part
+
+    monkeypatch.setattr(type(opened.tensors["lm_head.weight"]), "read", recorded)
+    load_params(opened, plan, BFLOAT16)
+    for name, share in read:
+        assert share <= (1 if "norm" in name else 1 / 4), name
+    for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight"):
+        assert sum(share for n, share in read if n == name) == pytest.approx(1)
+
+
+def test_progress_counts_every_weight():
+    calls = []
+    plan = ParallelPlan(ODD, make_mesh("2"))
+    total = len(declared_weights(ODD))
+    dummy_params(plan, np.dtype(np.float32), progress=lambda *call: calls.append(call))
+    assert calls == [(i, total) for i in range(total + 1)]
+    opened = memory_checkpoint(ODD, random_bits(ODD, BFLOAT16))
+    load_params(opened, plan, BFLOAT16, progress=lambda *call: calls.append(call))
+    assert calls == [(i, total) for i in range(total + 1)] * 2
+
+
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.layers.1.self_attn.k_proj.bias",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+def refusal(config, weights, mesh: str = "2") -> str:
+    plan = ParallelPlan(config, make_mesh(mesh))
+    with pytest.raises(MeshwenError) as error:
+        load_params(memory_checkpoint(config, weights), plan, BFLOAT16)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_tensor_is_named_with_its_shape(name):
+    weights = random_bits(ODD, BFLOAT16)
+    shape = list(weights.pop(name).shape)
+    assert f"memory: tensor {name} {shape} is missing" in refusal(ODD, weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(name):
+    weights = random_bits(ODD, BFLOAT16)
+    expected = list(weights[name].shape)
+    weights[name] = np.concatenate([weights[name]] * 2)
+    found = [2 * expected[0], *expected[1:]]
+    message = refusal(ODD, weights)
+    assert f"tensor {name} has shape {found}" in message
+    assert f"the config makes it {expected}" in message
+
+
+def test_a_transposed_projection_is_refused():
+    weights = random_bits(ODD, BFLOAT16)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].T
+    assert "up_proj.weight has shape [24, 43], but the config makes it [43, 24]" in refusal(
+        ODD, weights
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.bias", "score"]
+)
+def test_an_unexpected_tensor_is_named_with_its_shape(name):
+    weights = random_bits(ODD, BFLOAT16) | {name: np.zeros((3, 5), BFLOAT16)}
+    assert f"unexpected tensor {name} [3, 5]" in refusal(ODD, weights)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored():
+    weights = random_bits(ODD, BFLOAT16)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    opened = memory_checkpoint(ODD, weights | {name: np.zeros(2, np.float32)})
+    assert by_name(load_params(opened, ParallelPlan(ODD, make_mesh("2")), BFLOAT16)).keys() == set(
+        weights
+    )
+
+
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_a_tied_checkpoint_loads_with_and_without_a_copy_of_the_head(with_copy):
+    tied = replace(ODD, tie_word_embeddings=True)
+    weights = random_bits(tied, BFLOAT16)
+    copy = {"lm_head.weight": weights["model.embed_tokens.weight"]} if with_copy else {}
+    plan = ParallelPlan(tied, make_mesh("3"))
+    arrays = by_name(load_params(memory_checkpoint(tied, weights | copy), plan, BFLOAT16))
+    assert arrays.keys() == weights.keys()
+    name = "model.embed_tokens.weight"
+    assert same_bits(arrays[name], on_devices(name, weights[name], plan))
+
+
+def test_an_untied_checkpoint_without_a_head_is_refused():
+    weights = random_bits(replace(ODD, tie_word_embeddings=True), BFLOAT16)
+    assert "lm_head.weight [61, 24] is missing" in refusal(ODD, weights)
+
+
+@pytest.fixture(scope="module")
+def dummy_on_one_device():
+    plan = ParallelPlan(ODD, make_mesh("1"))
+    return {name: np.asarray(a) for name, a in by_name(dummy_params(plan, BFLOAT16)).items()}
+
+
+@pytest.mark.parametrize("mesh", ["3", "1x8", "1x32", "data=2,model=4"])
+def test_dummy_weights_are_the_same_on_every_mesh(dummy_on_one_device, mesh):
+    plan = ParallelPlan(ODD, make_mesh(mesh))
+    arrays = by_name(dummy_params(plan, BFLOAT16))
+    for weight in declared_weights(ODD):
+        one = dummy_on_one_device[weight.name]
+        original = one.T if weight.transposed else one
+        assert same_bits(arrays[weight.name], on_devices(weight.name, original, plan)), weight.name
+
+
+def test_dummy_weights_have_the_spread_of_fresh_ones_and_differ_from_each_other():
+    plan = ParallelPlan(SMALL_7B, make_mesh("2"))
+    arrays = {n: np.asarray(a) for n, a in by_name(dummy_params(plan, np.float32)).items()}
+    for name, array in arrays.items():
+        values = array[array != 0]
+        assert np.isfinite(values).all()
+        assert np.abs(values - ("norm" in name)).max() <= 0.02 * 3**0.5 + 1e-6, name
+        if values.size > 10_000:
+            assert values.std() == pytest.approx(0.02, rel=0.02), name
+            assert values.mean() == pytest.approx(0, abs=0.001), name
+        assert len(np.unique(values)) > 0.98 * values.size, name
+    up = "model.layers.{}.mlp.up_proj.weight"
+    products = np.corrcoef([arrays[up.format(i)].reshape(-1) for i in range(2)])
+    assert abs(products[0, 1]) < 0.01
+    other_seed = by_name(dummy_params(plan, np.float32, seed=1))
+    assert not np.array_equal(other_seed[up.format(0)], arrays[up.format(0)])
