@@ -24,6 +24,7 @@ from mesh_model import (
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
+from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
 
 # In units of the largest logit. float32 rounding gives 1e-6, whatever the order of the sums.
 TOLERANCE = 1e-5
@@ -108,6 +109,23 @@ def test_two_all_reduces_a_layer_and_one_for_the_embedding(config, mesh, slots):
     found = collectives(model.compiled(BATCH, length, slots).as_text())
     expected = 2 * config.num_hidden_layers + 1
     assert found == [("all-reduce", model.plan.model_devices)] * expected
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x4", "8x4", "data=2,model=4"])
+def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
+    model, n = shared_model(SMALL_7B, mesh), shared_model(SMALL_7B, mesh).plan.model_devices
+    runner, cache = model.runner, model.cache(BATCH, SLOTS)
+    expected = [("all-reduce", n)] * (2 * SMALL_7B.num_hidden_layers + 1)
+    tokens, row = np.zeros((BATCH, CHUNK), np.int32), np.zeros(BATCH, np.int32)
+    prefill = runner._prefill.lower(
+        runner.params, cache, runner.empty_hidden(BATCH), tokens, 0, row, slots=SLOTS
+    )
+    assert collectives(prefill.compile().as_text()) == expected
+    greedy = [SamplingParams()] * BATCH
+    method, rows = SamplingMethod.of(greedy, SMALL_7B.vocab_size), SamplerRows.of(greedy)
+    decode = runner._decode.lower(runner.params, cache, row, row, rows, None, method=method)
+    # The likeliest token of each part of the vocabulary: its logit and its id.
+    assert collectives(decode.compile().as_text()) == expected + [("all-gather", n)] * 2
 
 
 @pytest.mark.parametrize("mesh", ["1", "data=2"])
