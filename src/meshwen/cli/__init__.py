@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `meshwen generate`, `chat` and `inspect`, one file a command."""
+
+from meshwen.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `meshwen` command: its sub-commands, and what it says and returns when something goes wrong.
+
+Exit status: 0 done; 1 a check failed (`verify`, `eval compare`); 2 the user must change something;
+3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from meshwen.cli.chat import chat
+from meshwen.cli.generate import generate
+from meshwen.cli.inspect import inspect
+from meshwen.errors import MeshwenError
+
+USER_MUST_CHANGE, DEFECT, INTERRUPTED = 2, 3, 130
+
+app = typer.Typer(
+    name="meshwen",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _meshwen() -> None:
+    """Qwen2.5 in JAX, tensor-parallel on any mesh of devices."""
+
+
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("inspect")(inspect)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        status = app(arguments, prog_name="meshwen", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        status, message = _explain(error)
+        print(f"meshwen: error: {message}", file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """An exit status, and one line."""
+    if isinstance(error, MeshwenError):
+        return USER_MUST_CHANGE, _one_line(str(error))
+    # A usage error. Its class has lived in click and in typer, by version; this marks it in both.
+    if callable(format_message := getattr(error, "format_message", None)):
+        return USER_MUST_CHANGE, f"{_one_line(format_message())} (see --help)"
+    what = _one_line(f"{type(error).__name__}: {error}")
+    return DEFECT, f"unexpected {what} (--debug shows the traceback)"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

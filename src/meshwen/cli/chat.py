@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen chat`: a conversation, on a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.console import Meter, note
+from meshwen.cli.conversation import Conversation, load_messages
+from meshwen.cli.load import load_model
+from meshwen.errors import MeshwenError
+
+_HELP = """\
+/system TEXT  begin the conversation with this system message; without TEXT: with none
+/reset        forget the conversation, but not the system message
+/save FILE    append the conversation to FILE: one JSON object, for --load and --prompts-file
+/quit         leave; Ctrl-D does too
+//TEXT        say something that begins with a slash
+Ctrl-C        stop an answer; what has come of it stays in the conversation"""
+
+
+def chat(
+    model: options.Model = "demo",
+    mesh: options.Mesh = "1",
+    dtype: options.Dtype = options.DType.BFLOAT16,
+    numerics: options.NumericsOption = options.Numerics.FAST,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    system: options.System = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            "--load",
+            metavar="FILE",
+            help="Go on with the last conversation that /save put in this file.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: options.Debug = False,
+) -> None:
+    """Talk with a model.
+
+    Each line of input is a turn; /help lists the commands. Answers go to stdout, everything else
+    to stderr, so that it works in a pipe too.
+    """
+    from meshwen.sampling import SamplingParams
+
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+    }
+    SamplingParams.from_generation_config({}, **sampling)  # Impossible values fail before loading.
+    messages = [] if load is None else load_messages(load)
+    loaded = load_model(
+        model,
+        mesh=mesh,
+        dtype=dtype,
+        numerics=numerics,
+        load_format=load_format,
+        revision=revision,
+    )
+    conversation = Conversation(loaded, sampling, messages)
+    if system is not None:
+        conversation.set_system(system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+    for line in _terminal_lines() if interactive else _piped_lines():
+        try:
+            if not _take(line, conversation, interactive):
+                return
+        except MeshwenError as error:
+            if not interactive:
+                raise
+            note(str(error))
+
+
+def _take(line: str, conversation: Conversation, interactive: bool) -> bool:
+    """Obeys a command or has a turn answered; false to leave."""
+    if line.startswith("/") and not line.startswith("//"):
+        command, _, argument = line.strip().partition(" ")
+        return _obey(command, argument.strip(), conversation)
+    if line.strip():
+        _answer(line.removeprefix("/"), conversation, interactive)
+    return True
+
+
+def _obey(command: str, argument: str, conversation: Conversation) -> bool:
+    if command == "/help":
+        note(_HELP)
+    elif command == "/reset":
+        conversation.reset()
+        note("the conversation begins anew")
+    elif command == "/system":
+        conversation.set_system(argument)
+        note("the system message is set" if argument else "there is no system message now")
+    elif command == "/save":
+        if not argument:
+            raise MeshwenError("/save needs the name of a file")
+        conversation.save(Path(argument))
+        note(f"saved to {argument}")
+    elif command != "/quit":
+        raise MeshwenError(
+            f"no command {command}: /help lists them, and //TEXT says something that begins with /"
+        )
+    return command != "/quit"
+
+
+def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
+    """Prints the answer as it comes, until it ends or Ctrl-C is pressed."""
+    meter = Meter()
+    completion = None
+    with _ctrl_c() as pressed, closing(conversation.say(text)) as events:
+        for event in meter.watch(events):
+            print(event.text, end="", flush=True)
+            completion = event.completion
+            if pressed.is_set():
+                break
+    print(flush=True)
+    if completion is None:
+        note("(stopped)")
+    elif conversation.is_full(completion):
+        note("(the model's context is full: /reset begins anew)")
+    elif completion.finish_reason == "length":
+        note(f"(cut off after {len(completion.tokens)} tokens: see --max-new-tokens)")
+    if interactive:
+        note(f"({meter.summary()})")
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C sets: the answer then ends between two tokens, in good order."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _terminal_lines() -> Iterator[str]:
+    """Lines typed, until Ctrl-D; with editing and history where Python has readline."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            if sys.stdout.isatty():
+                line = input("> ")
+            else:
+                print("> ", end="", file=sys.stderr, flush=True)
+                line = input()
+        except EOFError:
+            note("")
+            return
+        except KeyboardInterrupt:
+            note("\n(Ctrl-D or /quit leaves)")
+        else:
+            yield line
+
+
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise MeshwenError(f"stdin is not UTF-8 text: {error}") from None

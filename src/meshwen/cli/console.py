@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands tell the user: everything but data goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from meshwen.engine import Event
+
+_PIPED_WIDTH = 100
+
+
+def note(text: str) -> None:
+    """Writes one line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def output_console() -> Console:
+    """A console on stdout, as wide as the terminal, or 100 columns in a pipe."""
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function to tell (done, of how many): a bar on a terminal, nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes in decimal units with three digits: 15.2 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{count:.{max(0, 2 - len(str(int(count))) + 1)}f} {unit}"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters with three digits: 7.62 B (10^9), 494 M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+class Meter:
+    """Measures answers as they come."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._times: list[float] = []
+        self._requests: set[int] = set()
+
+    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Passes events on."""
+        for event in events:
+            self._times.append(time.perf_counter() - self._started)
+            self._requests.add(event.request)
+            yield event
+
+    def summary(self) -> str:
+        """One line: time to the first token, and tokens per second.
+
+        Of one answer, the rate is that from the second token on: the first two wait for what has
+        to be compiled. Of several answers it is that of the whole run.
+        """
+        count, answers = len(self._times), len(self._requests)
+        if not count:
+            return "no token"
+        first, last = self._times[0], self._times[-1]
+        text = f"first token after {first:.2f} s, {count} token{'s' * (count > 1)} in {last:.2f} s"
+        if answers > 1:
+            return f"{answers} answers: {text}, {count / last:.1f} tokens/s"
+        if count < 3:
+            return text
+        rate = (count - 2) / (last - self._times[1])
+        return f"{text}; from the second on {rate:.1f} tokens/s"

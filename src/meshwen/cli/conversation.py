@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was said in a chat, and what is said next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwen.cli.prompts import read_prompts
+from meshwen.errors import MeshwenError
+
+if TYPE_CHECKING:
+    from meshwen.causal_lm import Qwen2ForCausalLM
+    from meshwen.engine import Completion, Event
+
+
+class Conversation:
+    """A conversation with a model.
+
+    Attributes:
+        messages: `{"role": ..., "content": ...}`, the system message first if there is one.
+    """
+
+    def __init__(
+        self, model: Qwen2ForCausalLM, sampling: dict[str, Any], messages: list[dict[str, Any]]
+    ):
+        """Takes fields of `SamplingParams`, and what was said before.
+
+        Raises:
+            MeshwenError: the model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            raise MeshwenError("the model has no tokenizer, so it cannot chat")
+        self._model, self._tokenizer, self._sampling = model, model.tokenizer, sampling
+        self.messages = messages
+
+    def set_system(self, text: str) -> None:
+        """Replaces the system message; "" removes it."""
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [_message("system", text), *said] if text else said
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def say(self, text: str) -> Generator[Event, None, None]:
+        """Takes the user's turn, and yields the answer's tokens.
+
+        Closing the iterator stops the answer; what has come of it stays in the conversation.
+
+        Raises:
+            MeshwenError: the conversation no longer fits the context; it stays as it was.
+        """
+        messages = [*self.messages, _message("user", text)]
+        token_ids = self._tokenizer.encode_chat(messages)
+        context = self._model.config.context_length
+        if len(token_ids) >= context:
+            raise MeshwenError(
+                f"with this turn the conversation has {len(token_ids)} tokens, which leaves no "
+                f"room for an answer in the model's context of {context}: say less, or begin anew "
+                "with /reset (/save FILE keeps what was said)"
+            )
+        self.messages = messages
+        answer = ""
+        try:
+            for event in self._model.events(token_ids, **self._sampling):
+                answer += event.text
+                yield event
+        finally:
+            self.messages.append(_message("assistant", answer))
+
+    def is_full(self, completion: Completion) -> bool:
+        """Whether an answer ended because the context was full."""
+        length = len(completion.prompt_tokens) + len(completion.tokens)
+        return length >= self._model.config.context_length
+
+    def save(self, path: Path) -> None:
+        """Appends the conversation to a file: one JSON object on a line.
+
+        Raises:
+            MeshwenError: nothing was said, or the file cannot be written.
+        """
+        if not self.messages:
+            raise MeshwenError("nothing was said yet, so there is nothing to save")
+        line = json.dumps({"messages": self.messages}, ensure_ascii=False)
+        try:
+            with path.expanduser().open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load_messages(path: Path) -> list[dict[str, Any]]:
+    """The last conversation that `Conversation.save` put in a file.
+
+    Raises:
+        MeshwenError: there is none, or the file cannot be read.
+    """
+    last = read_prompts(None, str(path))[-1]
+    if isinstance(last.content, str) or last.is_token_ids:
+        raise MeshwenError(f"{last.where} holds no conversation, as /save writes it")
+    return last.content
+
+
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}

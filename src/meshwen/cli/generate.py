@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen generate`: answers to one prompt or many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.console import Meter, note
+from meshwen.cli.load import load_model
+from meshwen.cli.prompts import Prompt, read_prompts
+from meshwen.errors import MeshwenError
+
+if TYPE_CHECKING:
+    from meshwen.engine import Completion, Event
+    from meshwen.sampling import SamplingParams
+    from meshwen.tokenizer import Tokenizer
+
+_COMPLETION_FIELDS = ("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings")
+_ANSWER_FIELDS = {*_COMPLETION_FIELDS, "model", "mesh", "dtype", "numerics", "sampling"}
+
+
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="What to answer. -, or no prompt where one is piped in: all of stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    model: options.Model = "demo",
+    mesh: options.Mesh = "1",
+    dtype: options.Dtype = options.DType.BFLOAT16,
+    numerics: options.NumericsOption = options.Numerics.FAST,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    system: options.System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    prompts_file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts-file",
+            metavar="FILE",
+            help='A prompt a line: plain text, or a JSON object with "prompt", "messages" or '
+            '"prompt_tokens" (its other fields come back with --json). -: stdin.',
+            show_default=False,
+        ),
+    ] = None,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="With --json, each token's log-probability.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, on a line each.")
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print an answer when it is whole.")
+    ] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Answer a prompt, or a file of prompts.
+
+    Answers go to stdout, everything else to stderr.
+    """
+    from meshwen.parallel.mesh import mesh_label
+    from meshwen.sampling import SamplingParams
+
+    if raw and system is not None:
+        raise MeshwenError("--system needs the chat template, which --raw leaves out")
+    if logprobs and not as_json:
+        raise MeshwenError("--logprobs shows in the JSON output: add --json")
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+        "logprobs": logprobs,
+    }
+    SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
+    prompts = read_prompts(prompt, prompts_file)
+    if as_json:
+        _check_extra_fields(prompts)
+    loaded = load_model(
+        model,
+        mesh=mesh,
+        dtype=dtype,
+        numerics=numerics,
+        load_format=load_format,
+        revision=revision,
+    )
+    token_ids = [p.token_ids(loaded.tokenizer, raw=raw, system=system) for p in prompts]
+    requests = [loaded.request(ids, **given) for ids in token_ids]
+    meter = Meter()
+    events = meter.watch(loaded.engine.run(requests))
+    if as_json:
+        settings = {
+            "model": model,
+            "mesh": mesh_label(loaded.mesh),
+            "dtype": dtype.value,
+            "numerics": numerics.value,
+            "sampling": _sampling_dict(requests[0].sampling),
+        }
+        _write_json(events, prompts, settings)
+    elif len(prompts) == 1 and not no_stream:
+        _write_stream(events, loaded.tokenizer)
+    else:
+        _write_answers(events, prompts, loaded.tokenizer)
+    note(meter.summary())
+
+
+def _check_extra_fields(prompts: Sequence[Prompt]) -> None:
+    """Refuses fields of a prompt that would stand in the way of its answer's own."""
+    for prompt in prompts:
+        if taken := sorted(set(prompt.extra) & _ANSWER_FIELDS):
+            raise MeshwenError(
+                f"{prompt.where}: the field {taken[0]!r} is also one of the answer's; rename it"
+            )
+
+
+def _write_json(
+    events: Iterable[Event], prompts: Sequence[Prompt], settings: Mapping[str, Any]
+) -> None:
+    for number, completion in _in_order(events):
+        answer = asdict(completion)
+        if completion.logprobs is None:
+            del answer["logprobs"]
+        print(json.dumps({**prompts[number].extra, **answer, **settings}), flush=True)
+
+
+def _write_stream(events: Iterable[Event], tokenizer: Tokenizer | None) -> None:
+    for event in events:
+        text = event.text if tokenizer else f"{event.token} "
+        print(text, end="", flush=True)
+    print()
+
+
+def _write_answers(
+    events: Iterable[Event], prompts: Sequence[Prompt], tokenizer: Tokenizer | None
+) -> None:
+    for number, completion in _in_order(events):
+        if len(prompts) > 1:
+            before = "\n" if number else ""
+            print(f"{before}[{number + 1}/{len(prompts)}] {prompts[number].title()}")
+        print(completion.text if tokenizer else " ".join(map(str, completion.tokens)), flush=True)
+
+
+def _in_order(events: Iterable[Event]) -> Iterator[tuple[int, Completion]]:
+    """Whole answers in the order of their requests, each as soon as it can be."""
+    waiting: dict[int, Completion] = {}
+    following = 0
+    for event in events:
+        if event.completion is not None:
+            waiting[event.request] = event.completion
+        while following in waiting:
+            yield following, waiting.pop(following)
+            following += 1
+
+
+def _sampling_dict(sampling: SamplingParams) -> dict[str, Any]:
+    return {name: value for name, value in asdict(sampling).items() if name != "logprobs"}

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `meshwen inspect` says, as data: nothing is put on a device, no back end starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from meshwen.checkpoints import Checkpoint, TensorSource
+from meshwen.kv_cache import cache_bytes_per_token
+from meshwen.parallel.mesh import mesh_label
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.weights import Weight, declared_weights, num_parameters
+
+_ELEMENTS_AT_A_TIME = 1 << 22
+_PARTS = {
+    "embedding": r"embed_tokens",
+    "query and output projections": r"[qo]_proj",
+    "key and value projections": r"[kv]_proj",
+    "MLP": r"mlp\.",
+    "norms": r"norm",
+    "output head": r"lm_head",
+}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Extremes and mean of a tensor's finite values, and how many values are not finite."""
+
+    min: float | None
+    max: float | None
+    mean: float | None
+    nan: int
+    inf: int
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor: as the file holds it, as the model declares it, as a device gets it.
+
+    Attributes:
+        name: Hugging Face name.
+        shape: shape that the config gives it; None for a tensor that the model has no use for.
+        file_shape: shape in the file; None where the file lacks it, or there is no file.
+        file_dtype: dtype in the file; of a quantised tensor, the one it is read as.
+        quantization: block format in the file, None when not quantised.
+        axes: logical axes of `shape`.
+        mesh_axes: for each axis, the mesh axes that it is split over.
+        device_axes: logical axes in the order kept on the devices.
+        device_shape: shape on all devices together, padding and copies included.
+        shard_shape: shape of one device's part.
+        stats: of the file's values, where asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    file_shape: tuple[int, ...] | None = None
+    file_dtype: str | None = None
+    quantization: str | None = None
+    axes: tuple[str, ...] = ()
+    mesh_axes: tuple[tuple[str, ...], ...] = ()
+    device_axes: tuple[str, ...] = ()
+    device_shape: tuple[int, ...] = ()
+    shard_shape: tuple[int, ...] = ()
+    stats: Stats | None = None
+
+
+def tensor_rows(
+    plan: ParallelPlan, sources: Mapping[str, TensorSource], pattern: str
+) -> list[TensorRow]:
+    """Every declared tensor in the order of the forward pass, then what else the file holds.
+
+    Args:
+        plan: the model on its mesh.
+        sources: the checkpoint's tensors; {} without a checkpoint.
+        pattern: keeps the names that this glob matches.
+    """
+    declared = {weight.name: weight for weight in declared_weights(plan.config)}
+    names = dict.fromkeys((*declared, *sources))
+    return [
+        _row(name, declared.get(name), sources.get(name), plan)
+        for name in names
+        if fnmatchcase(name, pattern)
+    ]
+
+
+def tensor_stats(source: TensorSource) -> Stats:
+    """Reads a tensor a few rows at a time: 16 MB of float32 is the most in memory."""
+    if not prod(source.shape):
+        return Stats(None, None, None, 0, 0)
+    low, high, total, finite, nan, inf = np.inf, -np.inf, 0.0, 0, 0, 0
+    step = max(1, _ELEMENTS_AT_A_TIME // prod(source.shape[1:]))
+    for start in range(0, source.shape[0], step):
+        values = source.read((slice(start, start + step),)).astype(np.float32)
+        good = values[np.isfinite(values)]
+        nan += int(np.isnan(values).sum())
+        inf += int(np.isinf(values).sum())
+        finite += good.size
+        total += float(good.sum(dtype=np.float64))
+        low, high = good.min(initial=low), good.max(initial=high)
+    if not finite:
+        return Stats(None, None, None, nan, inf)
+    return Stats(float(low), float(high), total / finite, nan, inf)
+
+
+def head_report(plan: ParallelPlan) -> dict[str, Any]:
+    """The head layout: which slots each device holds, and what padding and copies cost."""
+    heads = plan.heads
+    slots = heads.devices * heads.local_query_slots
+    return {
+        "devices": heads.devices,
+        "data_groups": plan.data_devices,
+        "query_heads": heads.query_heads,
+        "key_value_heads": heads.key_value_heads,
+        "key_value_heads_per_device": heads.local_key_value_heads,
+        "query_slots_per_key_value_head": heads.group_slots,
+        "query_slots": slots,
+        "padded_query_slots": heads.padded_query_slots,
+        "query_cost_percent": _percent(slots, heads.query_heads),
+        "key_value_copies": heads.key_value_copies,
+        "key_value_cost_percent": _percent(heads.key_value_copies, 1),
+        "device_key_value_heads": _null_padding(heads.key_value_slots().tolist()),
+        "device_query_heads": _null_padding(heads.query_slots().tolist()),
+    }
+
+
+def weight_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Bytes of weights: on each device, on all devices, and of the model without a mesh."""
+    parts: dict[str, Any] = {part: {"model": 0, "per_device": 0} for part in _PARTS}
+    for weight in declared_weights(plan.config):
+        part = parts[_part(weight.name)]
+        part["model"] += prod(weight.shape(plan)) * dtype.itemsize
+        part["per_device"] += prod(weight.shard_shape(plan)) * dtype.itemsize
+    parts = {name: part for name, part in parts.items() if part["model"]}
+    for part in parts.values():
+        part["cost_percent"] = _percent(part["per_device"] * plan.model_devices, part["model"])
+    model = sum(part["model"] for part in parts.values())
+    per_device = sum(part["per_device"] for part in parts.values())
+    devices = plan.model_devices * plan.data_devices
+    return {
+        "model": model,
+        "per_device": per_device,
+        "all_devices": per_device * devices,
+        "cost_percent": _percent(per_device * plan.model_devices, model),
+        "parts": parts,
+    }
+
+
+def cache_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Bytes of KV cache for each token of a sequence."""
+    c = plan.config
+    model = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+    per_device = cache_bytes_per_token(plan, dtype)
+    return {
+        "context_length": c.context_length,
+        "model_per_token": model,
+        "per_device_per_token": per_device,
+        "per_device_full_context": per_device * c.context_length,
+        "cost_percent": _percent(per_device * plan.model_devices, model),
+    }
+
+
+def inspection(
+    plan: ParallelPlan, checkpoint: Checkpoint | None, rows: list[TensorRow], dtype: str
+) -> dict[str, Any]:
+    """All of it, as plain JSON values; `dtype` is that of weights and cache."""
+    kept = jnp.dtype(dtype)
+    return {
+        "model": plan.config.name if checkpoint is None else checkpoint.name,
+        "format": None if checkpoint is None else checkpoint.format,
+        "config": plan.config.to_dict(),
+        "parameters": num_parameters(plan),
+        "mesh": mesh_label(plan.mesh),
+        "dtype": dtype,
+        "tensors": [_row_dict(row) for row in rows],
+        "head_layout": head_report(plan),
+        "weights": weight_report(plan, kept),
+        "kv_cache": cache_report(plan, kept),
+    }
+
+
+def _row_dict(row: TensorRow) -> dict[str, Any]:
+    return {key: value for key, value in asdict(row).items() if key != "stats" or value is not None}
+
+
+def _row(
+    name: str, weight: Weight | None, source: TensorSource | None, plan: ParallelPlan
+) -> TensorRow:
+    row = TensorRow(name)
+    if source is not None:
+        row = replace(
+            row,
+            file_shape=source.shape,
+            file_dtype=str(source.dtype),
+            quantization=source.quantization,
+        )
+    if weight is not None:
+        row = replace(
+            row,
+            shape=weight.shape(plan),
+            axes=weight.axes,
+            mesh_axes=tuple(plan.mesh_axes(axis) for axis in weight.axes),
+            device_axes=weight.device_axes,
+            device_shape=weight.device_shape(plan),
+            shard_shape=weight.shard_shape(plan),
+        )
+    return row
+
+
+def _part(name: str) -> str:
+    return next(part for part, pattern in _PARTS.items() if re.search(pattern, name))
+
+
+def _percent(found: float, ideal: float) -> float:
+    return round((found / ideal - 1) * 100, 2)
+
+
+def _null_padding(slots: Any) -> Any:
+    """Nested lists with None where a slot is empty."""
+    if isinstance(slots, list):
+        return [_null_padding(slot) for slot in slots]
+    return None if slots < 0 else slots

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `meshwen inspect` prints for people: tables that fit 100 columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import groupby, zip_longest
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from meshwen.cli.console import bytes_text, count_text
+from meshwen.cli.inspect_report import TensorRow
+
+_SHARED_FIELDS = ("architectures", "model_type", "hidden_act", "max_window_layers")
+_MOST_DEVICES = 64
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_Line = tuple[str, ...]
+
+
+def print_inspection(
+    report: dict[str, Any], rows: list[TensorRow], console: Console, *, fold: bool
+) -> None:
+    """Prints what `inspection` reports; `fold` puts layers that are alike on the same lines."""
+    kind = report["format"] or "config only, no weights"
+    count = report["parameters"]
+    size = f"{count:,} parameters ({count_text(count)})"
+    console.print(Text(f"{report['model']} ({kind}): {size}\n", style="bold"))
+    console.print(_config_table(report["config"]))
+    console.print(_tensor_table(rows, fold=fold))
+    if any(row.stats is not None for row in rows):
+        console.print(_stats_table(rows))
+    _print_heads(report, console)
+    _print_bytes(report, console)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns are aligned to the right where their name begins with `>`."""
+    table = Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in columns:
+        justify: JustifyMethod = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
+    return table
+
+
+def _config_table(config: dict[str, Any]) -> Table:
+    """Every field but those that all Qwen2 models share, in two columns."""
+    kinds = [f"{len(list(run))} x {kind}" for kind, run in groupby(config["layer_types"])]
+    fields = config | {"layer_types": ", ".join(kinds)}
+    cells = [(key, str(value)) for key, value in fields.items() if key not in _SHARED_FIELDS]
+    half = (len(cells) + 1) // 2
+    table = Table.grid(padding=(0, 2))
+    for left, right in zip_longest(cells[:half], cells[half:], fillvalue=("", "")):
+        table.add_row(*map(Text, (*left, *right)))
+    return table
+
+
+def _tensor_table(rows: list[TensorRow], *, fold: bool) -> Table:
+    table = _table(
+        "Tensors (axes: each logical axis, and the mesh axes that split it)",
+        *("name", ">shape", "file", "axes", ">per device"),
+    )
+    has_file = any(row.file_dtype is not None for row in rows)
+    lines = _folded(rows, has_file) if fold else [_line(row, has_file) for row in rows]
+    # A heading, which stands alone on its line, is wrapped rather than widen the column.
+    table.columns[0].width = max(len(line[0]) for line in lines if len(line) > 1)
+    for line in lines:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def _folded(rows: list[TensorRow], has_file: bool) -> list[_Line]:
+    """Lines of the table, with one block of lines for all layers that are alike."""
+    layers: dict[int, list[_Line]] = {}
+    before: list[_Line] = []
+    after: list[_Line] = []
+    for row in rows:
+        line = _line(row, has_file)
+        if match := _LAYER.fullmatch(row.name):
+            layers.setdefault(int(match[1]), []).append((f" {match[2]}", *line[1:]))
+        else:
+            (after if layers else before).append(line)
+    alike: dict[tuple[_Line, ...], list[int]] = {}
+    for layer, lines in layers.items():
+        alike.setdefault(tuple(lines), []).append(layer)
+    blocks = [
+        line
+        for block, numbers in alike.items()
+        for line in ((f"model.layers.{{{_ranges(numbers)}}}.",), *block)
+    ]
+    return [*before, *blocks, *after]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers, runs shortened: 0-3, 7."""
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
+
+
+def _line(row: TensorRow, has_file: bool) -> _Line:
+    in_file = row.quantization or row.file_dtype or ("missing" if has_file else "-")
+    if row.shape is None:
+        return row.name, _shape(row.file_shape), in_file, "not used"
+    if row.file_shape not in (None, row.shape):
+        in_file += f" {_shape(row.file_shape)}"
+    axes = [
+        f"{axis}:{'+'.join(split)}" if split else axis
+        for axis, split in zip(row.axes, row.mesh_axes, strict=True)
+    ]
+    transposed = row.device_axes != row.axes
+    shard = row.shard_shape[::-1] if transposed else row.shard_shape
+    return row.name, _shape(row.shape), in_file, " ".join(axes), _shape(shard)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "x".join(map(str, shape or ()))
+
+
+def _stats_table(rows: list[TensorRow]) -> Table:
+    table = _table(
+        "Values (least, greatest and mean: of the finite ones)",
+        *("name", ">min", ">max", ">mean", ">NaN", ">Inf"),
+    )
+    for row in rows:
+        if (stats := row.stats) is not None:
+            values = [
+                "-" if value is None else f"{value:.4g}"
+                for value in (stats.min, stats.max, stats.mean)
+            ]
+            table.add_row(row.name, *values, str(stats.nan), str(stats.inf))
+    return table
+
+
+def _print_heads(report: dict[str, Any], console: Console) -> None:
+    heads = report["head_layout"]
+    groups = heads["data_groups"]
+    table = _table(
+        f"Heads: {heads['query_heads']} query and {heads['key_value_heads']} key/value heads on "
+        f"mesh {report['mesh']}"
+        + (f", the same in all {groups} data groups" if groups > 1 else ""),
+        *(">device", ">kv head", "query heads (. is a padded slot)"),
+    )
+    for line in _head_lines(heads):
+        table.add_row(*line)
+    console.print(table)
+    hidden = heads["devices"] - _MOST_DEVICES
+    if hidden > 0:
+        console.print(f"  ... and {hidden} more devices (--json lists them all)")
+    slots, padded = heads["query_slots"], heads["padded_query_slots"]
+    console.print(
+        f"\nOn each device: {_plural(heads['key_value_heads_per_device'], 'kv head')}, each with "
+        f"{_plural(heads['query_slots_per_key_value_head'], 'query slot')}. Query slots that are "
+        f"padding: {padded} of {slots} ({_cost(heads['query_cost_percent'])}). Devices for each kv "
+        f"head: {heads['key_value_copies']:.3g} ({_cost(heads['key_value_cost_percent'])})."
+    )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+def _head_lines(heads: dict[str, Any]) -> Iterator[_Line]:
+    width = len(str(heads["query_heads"] - 1))
+    devices = zip(heads["device_key_value_heads"], heads["device_query_heads"], strict=True)
+    for device, (key_value_heads, groups) in enumerate(devices):
+        if device >= _MOST_DEVICES:
+            return
+        for i, (head, group) in enumerate(zip(key_value_heads, groups, strict=True)):
+            slots = " ".join(_slot(slot).rjust(width) for slot in group)
+            yield "" if i else str(device), _slot(head), slots
+
+
+def _slot(head: int | None) -> str:
+    return "." if head is None else str(head)
+
+
+def _print_bytes(report: dict[str, Any], console: Console) -> None:
+    weights, cache = report["weights"], report["kv_cache"]
+    table = _table(
+        f"Bytes in {report['dtype']}",
+        *("", ">model", ">per device", ">padding and copies"),
+    )
+    total = {"all weights": weights}
+    for name, part in {**weights["parts"], **total}.items():
+        table.add_row(
+            name,
+            bytes_text(part["model"]),
+            bytes_text(part["per_device"]),
+            _cost(part["cost_percent"]),
+        )
+    table.add_row(
+        "KV cache, a token",
+        bytes_text(cache["model_per_token"]),
+        bytes_text(cache["per_device_per_token"]),
+        _cost(cache["cost_percent"]),
+    )
+    console.print(table)
+    context = cache["context_length"]
+    full = bytes_text(cache["per_device_full_context"])
+    console.print(
+        f"\nAll devices together: {bytes_text(weights['all_devices'])} of weights. "
+        f"KV cache of one sequence of {context} tokens: {full} per device."
+    )
+
+
+def _cost(percent: float) -> str:
+    return f"+{percent:.1f} %" if percent >= 0.05 else "+0 %"

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that commands share, declared once so that they are spelled and explained alike."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from meshwen.config import PRESETS
+
+MODEL_HELP = (
+    "A model folder, a .gguf file, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or demo. "
+    f"With --load-format dummy also {', '.join(PRESETS)}."
+)
+
+
+class DType(StrEnum):
+    """What weights, products and the KV cache are kept in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class LoadFormat(StrEnum):
+    """What the weights are read from."""
+
+    AUTO = "auto"
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+    GGUF = "gguf"
+    DUMMY = "dummy"
+
+
+class Numerics(StrEnum):
+    """How products are summed over the devices."""
+
+    FAST = "fast"
+
+
+Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+Mesh = Annotated[
+    str,
+    typer.Option(
+        "--mesh",
+        help="Devices: 8, 1x8, 2x4 split the model; data=2,model=4 splits the batch too. "
+        "On a CPU, devices are simulated.",
+    ),
+]
+Dtype = Annotated[
+    DType, typer.Option("--dtype", help="What weights, products and the KV cache are kept in.")
+]
+NumericsOption = Annotated[
+    Numerics, typer.Option("--numerics", help="How products are summed over the devices.")
+]
+LoadFormatOption = Annotated[
+    LoadFormat,
+    typer.Option("--load-format", help="What to read weights from; dummy makes random weights up."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id.", show_default=False),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        help="Most tokens of an answer. Default, here and for all below: what "
+        "the checkpoint's generation_config.json says.",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        help="0 takes the likeliest token, and no repetition penalty unless one is given.",
+        show_default=False,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        help="Sample from the likeliest tokens that make up this probability.",
+        show_default=False,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        help="Sample from this many likeliest tokens; 0: from all.",
+        show_default=False,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        help="Drop tokens below this share of the likeliest token's probability.",
+        show_default=False,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        help="Above 1: makes tokens that were there already less likely.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        help="The same seed draws the same answer. Default: 0.",
+        show_default=False,
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help="End the answer before this text; repeatable.",
+        show_default=False,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option("--system", help="The system message.", show_default=False),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

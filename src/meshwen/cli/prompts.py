@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `generate` is asked: prompts from the command line, stdin or a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwen.errors import MeshwenError
+
+if TYPE_CHECKING:
+    from meshwen.tokenizer import Tokenizer
+
+_KINDS = ("prompt", "messages", "prompt_tokens")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: text, a conversation or token ids, and what to pass through to its answer.
+
+    Attributes:
+        where: where it was given, for error messages.
+        content: str, list of messages, or list of int.
+        extra: further fields of its JSON object.
+    """
+
+    where: str
+    content: str | list[Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_token_ids(self) -> bool:
+        """Whether the content needs no tokenizer."""
+        return isinstance(self.content, list) and isinstance(self.content[0], int)
+
+    def title(self) -> str:
+        """The prompt on one line, shortened."""
+        if isinstance(self.content, str):
+            text = self.content
+        elif self.is_token_ids:
+            text = " ".join(map(str, self.content))
+        else:
+            text = str(self.content[-1].get("content"))
+        text = " ".join(text.split())
+        return text if len(text) <= 70 else f"{text[:67]}..."
+
+    def token_ids(
+        self, tokenizer: Tokenizer | None, *, raw: bool, system: str | None
+    ) -> tuple[int, ...]:
+        """The prompt's token ids.
+
+        Args:
+            tokenizer: the model's; None for a model without one.
+            raw: encode text as it is, instead of as a user's message in the chat template.
+            system: what the conversation begins with, where it has no system message.
+
+        Raises:
+            MeshwenError: the prompt does not fit the options or the model; names its place.
+        """
+        if self.is_token_ids:
+            return tuple(self.content)
+        if tokenizer is None:
+            raise MeshwenError(
+                f"{self.where}: the model has no tokenizer; give token ids instead, as "
+                '{"prompt_tokens": [1, 2, 3]} in a --prompts-file'
+            )
+        if raw and not isinstance(self.content, str):
+            raise MeshwenError(f"{self.where}: messages need the chat template, so not --raw")
+        try:
+            if raw:
+                return tuple(tokenizer.encode(str(self.content)))
+            return tuple(tokenizer.encode_chat(self._messages(system)))
+        except MeshwenError as error:
+            raise MeshwenError(f"{self.where}: {error}") from error
+
+    def _messages(self, system: str | None) -> list[Any]:
+        messages = self.content
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if system is None or messages[0].get("role") == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+
+def read_prompts(argument: str | None, prompts_file: str | None) -> list[Prompt]:
+    """The prompts of a run.
+
+    Args:
+        argument: PROMPT; `-`, or None where stdin is no terminal, reads all of stdin.
+        prompts_file: --prompts-file; `-` is stdin.
+
+    Raises:
+        MeshwenError: there is no prompt, there are two sources, or a line is malformed.
+    """
+    if prompts_file is not None:
+        if argument is not None:
+            raise MeshwenError("give either a prompt or --prompts-file, not both")
+        return _parse_lines(prompts_file, _read(prompts_file))
+    if argument is None and sys.stdin.isatty():
+        raise MeshwenError(
+            "there is no prompt: give one as an argument, pipe it in, or use --prompts-file"
+        )
+    if argument is None or argument == "-":
+        argument = _read("-").removesuffix("\n")
+    if not argument.strip():
+        raise MeshwenError("the prompt is empty")
+    return [Prompt("the prompt", argument)]
+
+
+def _read(path: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        name = "stdin" if path == "-" else path
+        raise MeshwenError(f"{name} is not UTF-8 text: {error}") from None
+
+
+def _parse_lines(path: str, text: str) -> list[Prompt]:
+    """One prompt a line; blank lines hold none."""
+    name = "stdin" if path == "-" else path
+    lines = enumerate(text.split("\n"), start=1)
+    prompts = [
+        _parse(f"{name} line {number}", line.removesuffix("\r"))
+        for number, line in lines
+        if line.strip()
+    ]
+    if not prompts:
+        raise MeshwenError(f"{name} holds no prompt")
+    return prompts
+
+
+def _parse(where: str, line: str) -> Prompt:
+    if not line.lstrip().startswith("{"):
+        return Prompt(where, line)
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MeshwenError(f"{where} begins with {{ but is not a JSON object: {error}") from None
+    kinds = [kind for kind in _KINDS if kind in fields]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or ", ".join(fields) or "nothing"
+        raise MeshwenError(f"{where} must have one of {', '.join(_KINDS)}; found {found}")
+    (kind,) = kinds
+    content = fields.pop(kind)
+    if not _CHECKS[kind](content):
+        raise MeshwenError(f"{where}: {kind} must be {_EXPECTED[kind]}")
+    return Prompt(where, content, fields)
+
+
+def _is_messages(content: Any) -> bool:
+    return _is_list(content) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in content
+    )
+
+
+def _is_token_ids(content: Any) -> bool:
+    return _is_list(content) and all(type(token) is int for token in content)
+
+
+def _is_list(content: Any) -> bool:
+    return isinstance(content, Sequence) and not isinstance(content, str) and len(content) > 0
+
+
+_CHECKS = {
+    "prompt": lambda content: isinstance(content, str) and content.strip() != "",
+    "messages": _is_messages,
+    "prompt_tokens": _is_token_ids,
+}
+_EXPECTED = {
+    "prompt": "text that is not empty",
+    "messages": 'a list of {"role": ..., "content": ...}, not empty',
+    "prompt_tokens": "a list of integers, not empty",
+}

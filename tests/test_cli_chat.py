@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen chat`: turns, commands, and Ctrl-C, on a checkpoint whose answer is known."""
+
+import functools
+import io
+import json
+import signal
+import sys
+
+import pytest
+
+from meshwen.cli import chat as chat_module
+from meshwen.cli import main
+from meshwen.cli.load import load_model
+from speller import ANSWER, CONTEXT, write_speller
+
+load_once = functools.cache(load_model)  # So that what a test compiles serves the next.
+
+
+@pytest.fixture(autouse=True)
+def _one_model_and_no_lasting_cache(monkeypatch):
+    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("meshwen.cli.chat.load_model", load_once)
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory):
+    return str(write_speller(tmp_path_factory.mktemp("models") / "speller"))
+
+
+@pytest.fixture
+def chat(speller, monkeypatch):
+    """Runs a piped chat with these lines of input; returns its exit status."""
+
+    def run(*lines, arguments=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return main(["chat", "--model", speller, *arguments])
+
+    return run
+
+
+def said(*messages):
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+def saved(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_turns_are_remembered_saved_and_taken_up_again(chat, capsys, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    assert chat("one", "", "//two", f"/save {path}", "/quit", "never") == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n{ANSWER}\n"
+    first = [("user", "one"), ("assistant", ANSWER), ("user", "/two"), ("assistant", ANSWER)]
+    assert saved(path) == [said(*first)]
+    assert chat("/system S", f"/save {path}", arguments=("--load", str(path))) == 0
+    assert saved(path)[1] == said(("system", "S"), *first)
+
+
+def test_reset_keeps_the_system_message(chat, capsys, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = ("one", "/reset", "two", f"/save {path}", "/system", f"/save {path}")
+    assert chat(*lines, arguments=("--system", "S", "--max-new-tokens", "2")) == 0
+    last = [("user", "two"), ("assistant", ANSWER[:2])]
+    assert saved(path) == [said(("system", "S"), *last), said(*last)]
+    assert "cut off after 2 tokens: see --max-new-tokens" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_came(chat, capsys, monkeypatch, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    written = []
+
+    def write(text):
+        written.append(text)
+        if written[-2:] == ["i", ""] or text == "i":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys.stdout, "write", write)
+    assert chat("one", f"/save {path}") == 0
+    assert saved(path) == [said(("user", "one"), ("assistant", "Hi"))]
+    assert "".join(written) == "Hi\n"
+    assert "(stopped)" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_conversation_beyond_the_context_is_refused_and_stays(chat, capsys, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    assert chat("one", "x" * CONTEXT, f"/save {path}") == 2
+    output = capsys.readouterr()
+    assert output.out == f"{ANSWER}\n"
+    assert "begin anew with /reset" in output.err.splitlines()[-1]
+    assert not path.exists()
+
+
+def test_an_answer_that_the_context_cuts_off_says_so(chat, capsys):
+    # The template takes 27 tokens around a user's message; this leaves room for 3 more.
+    assert chat("x" * (CONTEXT - 27 + 8 - 3)) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{ANSWER[:3]}\n"
+    assert "(the model's context is full: /reset begins anew)" in output.err
+
+
+def test_a_terminal_survives_errors_and_gets_help(chat, capsys, monkeypatch):
+    lines = iter(["/help", "/frob", "/save", "one"])
+    monkeypatch.setattr(chat_module, "_terminal_lines", lambda: lines)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(io, "StringIO", lambda text: terminal)
+    assert chat() == 0
+    output = capsys.readouterr()
+    assert output.out == f"{ANSWER}\n"
+    for text in ("/system TEXT", "no command /frob", "/save needs the name of a file"):
+        assert text in output.err

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen generate` end to end, on a checkpoint whose answer is known."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from meshwen.cli import main
+from meshwen.cli.load import load_model
+from speller import ANSWER, answer_ids, answer_logprobs, chat_ids, token_ids, write_speller
+
+load_once = functools.cache(load_model)  # So that what a test compiles serves the next.
+
+
+@pytest.fixture(autouse=True)
+def _one_model_and_no_lasting_cache(monkeypatch):
+    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("meshwen.cli.generate.load_model", load_once)
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory):
+    return str(write_speller(tmp_path_factory.mktemp("models") / "speller"))
+
+
+def answers(capsys, *arguments):
+    """The objects of a --json run in this process."""
+    assert main(["generate", *arguments, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_new_process_streams_whole_characters_on_a_simulated_mesh(speller, tmp_path):
+    command = [sys.executable, "-m", "meshwen", "generate", "--model", speller, "--mesh", "1x8"]
+    started = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+        | {"XDG_CACHE_HOME": str(tmp_path)},
+    )
+    stdout, stderr = started.communicate("Grüß Gott\n".encode())
+    notes = stderr.decode()
+    assert started.returncode == 0, notes
+    assert stdout.decode() == f"{ANSWER}\n"
+    assert "mesh: 1x8, 8 simulated cpu devices" in notes
+    assert "kv heads: 1, query-head slots: 1 (2 of all 8 are padding)" in notes
+    assert "rounded from float32 to bfloat16" in notes
+    assert "first token after" in notes
+
+
+def test_pieces_come_one_by_one(speller, capsys, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(sys.stdout, "write", pieces.append)
+    assert main(["generate", "hi", "--model", speller, "--dtype", "float32"]) == 0
+    assert [piece for piece in pieces if piece] == [*ANSWER, "\n"]
+
+
+def test_json_gives_ids_text_and_log_probabilities(speller, capsys):
+    (found,) = answers(
+        capsys,
+        *("hi", "--model", speller, "--mesh", "2x2", "--dtype", "float32", "--system", "s"),
+        "--logprobs",
+    )
+    assert found["prompt_tokens"] == chat_ids(("system", "s"), ("user", "hi"))
+    assert found["tokens"] == answer_ids()
+    assert found["text"] == ANSWER
+    assert found["finish_reason"] == "stop"
+    np.testing.assert_allclose(found["logprobs"], answer_logprobs(), rtol=0, atol=1e-4)
+    assert (found["mesh"], found["dtype"], found["numerics"]) == ("2x2", "float32", "fast")
+    assert found["model"] == speller
+    assert found["sampling"]["temperature"] == 0
+    assert found["timings"]["time_to_first_token"] > 0
+
+
+def test_prompts_of_a_file_keep_their_order_and_fields(speller, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = ({"prompt": "a", "id": "x"}, {"prompt_tokens": token_ids("\n"), "n": [1]})
+    path.write_text("plain\n" + "\n".join(map(json.dumps, lines)), encoding="utf-8")
+    arguments = ("--prompts-file", str(path), "--model", speller, "--max-new-tokens", "3")
+    found = answers(capsys, *arguments)
+    assert [answer["text"] for answer in found] == ["Hi "] * 3
+    assert [answer["finish_reason"] for answer in found] == ["length"] * 3
+    assert "logprobs" not in found[0]
+    assert found[1]["id"] == "x"
+    assert (found[2]["n"], found[2]["prompt_tokens"]) == ([1], token_ids("\n"))
+    assert main(["generate", *arguments]) == 0
+    assert capsys.readouterr().out == "[1/3] plain\nHi \n\n[2/3] a\nHi \n\n[3/3] 198\nHi \n"
+
+
+def test_a_field_that_an_answer_has_itself_is_refused(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "text": "mine"}', encoding="utf-8")
+    assert main(["generate", "--prompts-file", str(path), "--json"]) == 2
+    assert "line 1: the field 'text' is also one of the answer's" in capsys.readouterr().err
+
+
+def test_a_stop_string_ends_the_answer(speller, capsys):
+    arguments = ["generate", "hi", "--model", speller, "--stop", "zzz", "--stop", ANSWER[3]]
+    assert main([*arguments, "--no-stream"]) == 0
+    assert capsys.readouterr().out == f"{ANSWER[:3]}\n"
+
+
+def test_random_weights_are_announced(speller, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt_tokens": [1, 2, 3]}', encoding="utf-8")
+    arguments = ["--prompts-file", str(path), "--model", speller, "--load-format", "dummy"]
+    assert main(["generate", *arguments, "--max-new-tokens", "2"]) == 0
+    assert "weights: random" in capsys.readouterr().err
+
+
+def test_sampling_defaults_are_the_checkpoints(speller, capsys, tmp_path):
+    folder = write_speller(tmp_path / "sampler")
+    settings = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1}
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    arguments = ("hi", "--model", str(folder), "--max-new-tokens", "1")
+    (found,) = answers(capsys, *arguments, "--top-p", "0.5", "--seed", "3")
+    expected = settings | {"top_p": 0.5, "seed": 3}
+    del expected["do_sample"]
+    assert {key: found["sampling"][key] for key in expected} == expected
+    (greedy,) = answers(capsys, *arguments, "--temperature", "0")
+    assert greedy["sampling"]["repetition_penalty"] == 1
