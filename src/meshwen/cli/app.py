@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `meshwen` command: its sub-commands, and what it says and returns when something goes wrong.
 
-Exit status: 0 done; 1 a check failed (`verify`, `eval compare`); 2 the user must change something;
-3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C.
+Exit status: 0 done; 1 a check failed (`verify`, `eval compare`), or nobody reads stdout any more;
+2 the user must change something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations

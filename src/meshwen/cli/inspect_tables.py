@@ -159,12 +159,13 @@ def _print_heads(report: dict[str, Any], console: Console) -> None:
     hidden = heads["devices"] - _MOST_DEVICES
     if hidden > 0:
         console.print(f"  ... and {hidden} more devices (--json lists them all)")
-    slots, padded = heads["query_slots"], heads["padded_query_slots"]
+    kv_slots = heads["devices"] * heads["key_value_heads_per_device"]
     console.print(
         f"\nOn each device: {_plural(heads['key_value_heads_per_device'], 'kv head')}, each with "
-        f"{_plural(heads['query_slots_per_key_value_head'], 'query slot')}. Query slots that are "
-        f"padding: {padded} of {slots} ({_cost(heads['query_cost_percent'])}). Devices for each kv "
-        f"head: {heads['key_value_copies']:.3g} ({_cost(heads['key_value_cost_percent'])})."
+        f"{_plural(heads['query_slots_per_key_value_head'], 'query slot')}. In all: "
+        f"{heads['query_slots']} query slots for {heads['query_heads']} heads "
+        f"({_cost(heads['query_cost_percent'])}), {kv_slots} kv slots for "
+        f"{heads['key_value_heads']} ({_cost(heads['key_value_cost_percent'])})."
     )
 
 
@@ -217,4 +218,4 @@ def _print_bytes(report: dict[str, Any], console: Console) -> None:
 
 
 def _cost(percent: float) -> str:
-    return f"+{percent:.1f} %" if percent >= 0.05 else "+0 %"
+    return f"+{percent:.1f}%" if percent >= 0.05 else "+0%"

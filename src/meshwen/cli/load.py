@@ -28,7 +28,7 @@ def load_model(
 
     enable_compilation_cache()
     started = time.perf_counter()
-    with progress_bar(f"loading {name}") as progress:
+    with progress_bar("loading weights") as progress:
         model = Qwen2ForCausalLM.from_pretrained(
             name,
             mesh=mesh,
@@ -38,7 +38,7 @@ def load_model(
             revision=revision,
             progress=progress,
         )
-    _note_layout(model, name, time.perf_counter() - started)
+    _note_layout(model, time.perf_counter() - started)
     made_up = load_format is options.LoadFormat.DUMMY
     if made_up:
         note("weights: random, as --load-format dummy asks; the answers mean nothing")
@@ -50,7 +50,7 @@ def load_model(
     return model
 
 
-def _note_layout(model: Qwen2ForCausalLM, name: str, seconds: float) -> None:
+def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
     from meshwen.parallel.mesh import mesh_label
     from meshwen.weights import num_parameters
 
@@ -63,7 +63,7 @@ def _note_layout(model: Qwen2ForCausalLM, name: str, seconds: float) -> None:
     if padded:
         slots += f" ({padded} of all {heads.devices * heads.local_query_slots} are padding)"
     note(
-        f"model: {name}, {count_text(num_parameters(plan))} parameters in {model.dtype}, "
+        f"model: {plan.config.name}, {count_text(num_parameters(plan))} parameters in {model.dtype}, "
         f"loaded in {seconds:.1f} s"
     )
     note(
