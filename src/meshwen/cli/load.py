@@ -63,8 +63,8 @@ def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
     if padded:
         slots += f" ({padded} of all {heads.devices * heads.local_query_slots} are padding)"
     note(
-        f"model: {plan.config.name}, {count_text(num_parameters(plan))} parameters in {model.dtype}, "
-        f"loaded in {seconds:.1f} s"
+        f"model: {plan.config.name}, {count_text(num_parameters(plan))} parameters "
+        f"in {model.dtype}, loaded in {seconds:.1f} s"
     )
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "
