@@ -19,10 +19,14 @@ class LayerCache(NamedTuple):
 
     Heads stand before positions, so that attention's products have their batch dimensions first and
     XLA need not re-lay the cache out at each step. Keys are kept transposed: XLA's CPU back end
-    reads them three times as fast that way in float32 (jax 0.10).
+    reads them three times as fast that way (jax 0.10).
+
+    Keys are float32 whatever the weights are. Qwen2.5's key biases are so large that rounding keys
+    to bfloat16 moves attention scores by whole units: with bfloat16 weights the 0.5B model's mean
+    KL divergence from float32 is 20 to 1000 times larger on chat prompts with such keys.
     """
 
-    keys: Array  # [B, K, H, S]
+    keys: Array  # float32 [B, K, H, S]
     values: Array  # [B, K, S, H]
 
     def write(self, keys: Array, values: Array, start: Array) -> LayerCache:
@@ -79,12 +83,12 @@ def cache_sharding(plan: ParallelPlan) -> NamedSharding:
 
 
 def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of `slots` positions for `batch` sequences, made shard by shard on the devices."""
+    """A cache of `slots` positions for `batch` sequences, its values in `dtype`, made in place."""
     heads, head_dim = plan.model_devices * plan.heads.local_key_value_heads, plan.config.head_dim
 
     def layer() -> LayerCache:
         return LayerCache(
-            jnp.zeros((batch, heads, head_dim, slots), dtype),
+            jnp.zeros((batch, heads, head_dim, slots), jnp.float32),
             jnp.zeros((batch, heads, slots, head_dim), dtype),
         )
 
@@ -97,4 +101,5 @@ def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) ->
 def cache_bytes_per_token(plan: ParallelPlan, dtype: jnp.dtype) -> int:
     """Bytes of cache that one token takes on each device."""
     heads, head_dim = plan.heads.local_key_value_heads, plan.config.head_dim
-    return 2 * plan.config.num_hidden_layers * heads * head_dim * jnp.dtype(dtype).itemsize
+    key_and_value = jnp.dtype(jnp.float32).itemsize + jnp.dtype(dtype).itemsize
+    return plan.config.num_hidden_layers * heads * head_dim * key_and_value

@@ -7,8 +7,8 @@ weights, heads and cache; devices meet in the contractions of `TensorParallel` a
 Dimensions: B batch, T query tokens, S key positions, D hidden size, F intermediate size,
 K key/value heads of this device, G query-head slots for each, H head_dim, V vocabulary.
 
-The residual stream, norms, rotations and softmax are float32; products take their inputs in the
-weights' dtype and accumulate in float32.
+The residual stream, norms, rotations, attention scores and softmax are float32; products with
+weights take their inputs in the weights' dtype and accumulate in float32.
 """
 
 from __future__ import annotations
@@ -119,13 +119,12 @@ def attention(
         for name in ("q_proj", "k_proj", "v_proj")
     )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
     q, k = rotate(q, rotary), rotate(k, rotary)
-    dtype = weights["o_proj"]["weight"].dtype
-    k = k.swapaxes(2, 3)  # [B, K, H, T]
+    k, v = k.swapaxes(2, 3), v.astype(weights["o_proj"]["weight"].dtype)  # k [B, K, H, T]
     if cache is not None:
         cache = cache.write(k, v, start)
         slots = mask.shape[-1]
         k, v = cache.keys[..., :slots], cache.values[:, :, :slots]
-    y = scaled_dot_product_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), mask)
+    y = scaled_dot_product_attention(q, k, v, mask)
     return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
 
 
@@ -133,8 +132,8 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: Array) -> A
     """softmax(q k^T / sqrt(H)) v, each key/value head serving its G consecutive query heads.
 
     Args:
-        q: [B, K*G, T, H].
-        k: [B, K, H, S].
+        q: float32 [B, K*G, T, H].
+        k: float32 [B, K, H, S].
         v: [B, K, S, H].
         mask: bool [B, T, S], true where the query sees the key.
 
