@@ -3,6 +3,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +13,8 @@ import pytest
 # The largest mesh that is tested. JAX makes its devices when the first array is made, once.
 jax.config.update("jax_num_cpu_devices", 32)
 
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+FETCH = SHARED / "real-model" / "fetch"
 REAL_MODEL = "qwen2.5-coder-0.5b-instruct"
 
 
@@ -19,6 +23,8 @@ def real_model_dir():
     """The Hugging Face folder of the real checkpoint; skips where it is absent."""
     default = Path.home() / ".cache" / "meshwen-real-model"
     cache = Path(os.environ.get("MESHWEN_REAL_MODEL_CACHE") or default)
+    if FETCH.is_file():  # Does nothing where the files are already there.
+        subprocess.run([sys.executable, FETCH, "--cache", cache], check=True, capture_output=True)
     folder = cache / REAL_MODEL
     if not (folder / "config.json").is_file():
         pytest.skip(f"no real checkpoint at {folder} (set MESHWEN_REAL_MODEL_CACHE)")
@@ -28,8 +34,7 @@ def real_model_dir():
 @pytest.fixture(scope="session")
 def golden():
     """What transformers gives for the real checkpoint, parsed; skips where it is absent."""
-    shared = Path(__file__).resolve().parents[2] / "shared" / "golden"
-    path = shared / f"{REAL_MODEL}.float32.json"
+    path = SHARED / "golden" / f"{REAL_MODEL}.float32.json"
     if not path.is_file():
         pytest.skip(f"no reference outputs at {path}")
     return json.loads(path.read_text(encoding="utf-8"))
