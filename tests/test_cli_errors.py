@@ -71,7 +71,7 @@ def test_a_prompt_beyond_the_context_is_refused(capsys, speller):
     assert main(["generate", "x" * 200, "--model", speller]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.splitlines()[-1].startswith("meshwen: error: prompt 0 has 219 tokens")
+    assert output.err.splitlines()[-1].startswith("meshwen: error: prompt 1 has 219 tokens")
 
 
 def test_a_hub_id_is_refused_offline(capsys, monkeypatch, tmp_path):

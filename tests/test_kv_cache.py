@@ -59,4 +59,9 @@ def test_a_device_holds_its_own_heads_of_its_own_rows(mesh, heads):
             assert len(shards) == plan.mesh.size
             assert {s.data.shape for s in shards} == {(rows, heads, *part)}
             a_device += shards[0].data.nbytes
-    assert cache_bytes_per_token(plan, jnp.bfloat16) * rows * 10 == a_device
+    assert (
+        cache_bytes_per_token(plan.config, plan.heads.local_key_value_heads, jnp.bfloat16)
+        * rows
+        * 10
+        == a_device
+    )

@@ -114,7 +114,7 @@ class Engine:
         Raises:
             MeshwenError: a prompt is empty, or leaves no room in the model's context.
         """
-        for number, request in enumerate(requests):
+        for number, request in enumerate(requests, start=1):
             self._check(number, request)
         sequences = [self._sequence(number, request) for number, request in enumerate(requests)]
         for first in range(0, len(sequences), self._max_batch_size):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
+from meshwen.config import Qwen2Config
 from meshwen.parallel.plan import ParallelPlan
 
 
@@ -98,8 +99,7 @@ def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) ->
     return jax.jit(layers, out_shardings=cache_sharding(plan))()
 
 
-def cache_bytes_per_token(plan: ParallelPlan, dtype: jnp.dtype) -> int:
-    """Bytes of cache that one token takes on each device."""
-    heads, head_dim = plan.heads.local_key_value_heads, plan.config.head_dim
+def cache_bytes_per_token(config: Qwen2Config, heads: int, dtype: jnp.dtype) -> int:
+    """Bytes of cache that one token takes for `heads` key/value heads, with values in `dtype`."""
     key_and_value = jnp.dtype(jnp.float32).itemsize + jnp.dtype(dtype).itemsize
-    return plan.config.num_hidden_layers * heads * head_dim * key_and_value
+    return config.num_hidden_layers * heads * config.head_dim * key_and_value

@@ -31,6 +31,34 @@ _ALIGNMENT = 64  # bytes, of XLA's CPU buffers
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
+def check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> None:
+    """Holds a checkpoint's tensors against the declared ones.
+
+    Raises:
+        MeshwenError: a tensor is missing, unexpected or of another shape; it is named.
+    """
+    expected = {w.name: w.shape(plan) for w in weights}
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            raise MeshwenError(
+                f"{checkpoint.path}: tensor {name} {list(shape)} is missing; "
+                "the checkpoint does not fit its config, or is incomplete"
+            )
+        found = checkpoint.tensors[name].shape
+        if found != shape:
+            raise MeshwenError(
+                f"{checkpoint.path}: tensor {name} has shape {list(found)}, "
+                f"but the config makes it {list(shape)}"
+            )
+    for name in checkpoint.tensors:
+        tied_copy = plan.config.tie_word_embeddings and name == LM_HEAD.name
+        if name not in expected and not tied_copy and not name.endswith(_IGNORED_SUFFIX):
+            raise MeshwenError(
+                f"{checkpoint.path}: unexpected tensor {name} "
+                f"{list(checkpoint.tensors[name].shape)}; Qwen2 has no such weight"
+            )
+
+
 def load_params(
     checkpoint: Checkpoint,
     plan: ParallelPlan,
@@ -46,7 +74,7 @@ def load_params(
         MeshwenError: a tensor is missing, unexpected or of another shape.
     """
     weights = declared_weights(plan.config)
-    _check_tensors(checkpoint, weights, plan)
+    check_tensors(checkpoint, weights, plan)
 
     def leaves() -> Iterator[tuple[str, Array]]:
         for done, weight in enumerate(weights):
@@ -76,30 +104,6 @@ def dummy_params(
         progress(len(weights), len(weights))
 
     return unflatten(leaves())
-
-
-def _check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> None:
-    """Holds the checkpoint's tensors against the declared ones."""
-    expected = {w.name: w.shape(plan) for w in weights}
-    for name, shape in expected.items():
-        if name not in checkpoint.tensors:
-            raise MeshwenError(
-                f"{checkpoint.path}: tensor {name} {list(shape)} is missing; "
-                "the checkpoint does not fit its config, or is incomplete"
-            )
-        found = checkpoint.tensors[name].shape
-        if found != shape:
-            raise MeshwenError(
-                f"{checkpoint.path}: tensor {name} has shape {list(found)}, "
-                f"but the config makes it {list(shape)}"
-            )
-    for name in checkpoint.tensors:
-        tied_copy = plan.config.tie_word_embeddings and name == LM_HEAD.name
-        if name not in expected and not tied_copy and not name.endswith(_IGNORED_SUFFIX):
-            raise MeshwenError(
-                f"{checkpoint.path}: unexpected tensor {name} "
-                f"{list(checkpoint.tensors[name].shape)}; Qwen2 has no such weight"
-            )
 
 
 def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> Array:

@@ -7,7 +7,7 @@ import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ from meshwen.config import PRESETS, Qwen2Config, preset
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh
 
     from meshwen.checkpoints import Checkpoint
     from meshwen.cli.inspect_report import TensorRow
@@ -62,7 +62,7 @@ def inspect(
     """
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.cli.inspect_tables import print_inspection
-    from meshwen.loading import _check_tensors
+    from meshwen.loading import check_tensors
     from meshwen.parallel.plan import ParallelPlan
     from meshwen.weights import declared_weights
 
@@ -82,17 +82,17 @@ def inspect(
             fold = pattern is None and not stats
             print_inspection(report, rows, output_console(), fold=fold)
         if checkpoint is not None:
-            _check_tensors(checkpoint, declared_weights(config), plan)
+            check_tensors(checkpoint, declared_weights(config), plan)
 
 
-def _abstract_mesh(text: str) -> Mesh:
+def _abstract_mesh(text: str) -> AbstractMesh:
     """A mesh without devices: all that a layout needs to know, and no back end starts."""
     from jax.sharding import AbstractMesh
 
     from meshwen.parallel.mesh import MeshSpec
 
     names, sizes = zip(*MeshSpec.parse(text).axes, strict=True)
-    return cast("Mesh", AbstractMesh(sizes, names))
+    return AbstractMesh(sizes, names)
 
 
 def _open(

@@ -156,8 +156,8 @@ def weight_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
 def cache_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Bytes of KV cache for each token of a sequence."""
     c = plan.config
-    model = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
-    per_device = cache_bytes_per_token(plan, dtype)
+    model = cache_bytes_per_token(c, c.num_key_value_heads, dtype)
+    per_device = cache_bytes_per_token(c, plan.heads.local_key_value_heads, dtype)
     return {
         "context_length": c.context_length,
         "model_per_token": model,

@@ -15,9 +15,11 @@ from math import prod
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from meshwen.errors import MeshwenError
+
+AnyMesh = Mesh | AbstractMesh
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
@@ -99,22 +101,22 @@ def make_mesh(spec: str | MeshSpec = "1") -> Mesh:
     return Mesh(np.asarray(devices[: spec.devices]).reshape(shape), names)
 
 
-def data_axes(mesh: Mesh) -> tuple[str, ...]:
+def data_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The mesh axes that split the batch."""
     return tuple(name for name in mesh.axis_names if name == DATA_AXIS)
 
 
-def model_axes(mesh: Mesh) -> tuple[str, ...]:
+def model_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The mesh axes that split the model, in row-major order."""
     return tuple(name for name in mesh.axis_names if name != DATA_AXIS)
 
 
-def axes_size(mesh: Mesh, names: tuple[str, ...]) -> int:
+def axes_size(mesh: AnyMesh, names: tuple[str, ...]) -> int:
     """Number of devices along the named axes together."""
     return prod(mesh.shape[name] for name in names)
 
 
-def mesh_label(mesh: Mesh) -> str:
+def mesh_label(mesh: AnyMesh) -> str:
     """The mesh string that makes this mesh."""
     return str(MeshSpec(tuple((str(name), mesh.shape[name]) for name in mesh.axis_names)))
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from math import ceil
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshwen.config import Qwen2Config
 from meshwen.parallel.heads import PADDING, HeadLayout, head_layout
@@ -42,7 +42,7 @@ class ParallelPlan:
     """A model's layout on a mesh."""
 
     config: Qwen2Config
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh  # Abstract: enough to tell the layout, with no devices behind it.
 
     @cached_property
     def model_axes(self) -> tuple[str, ...]:
