@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import jax
@@ -173,11 +174,15 @@ def count_collectives(hlo: str) -> dict[str, int]:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices in the first replica group, written out ({{0,1},{2,3}}) or as iota ([2,2]<=[4])."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+    """Devices in a replica group, 0 if none is given. XLA has three ways to write the groups."""
+    groups = attributes.partition("replica_groups=")[2]
+    if found := re.match(r"\{\{([\d,]+)\}", groups):  # {{0,1},{2,3}}
+        return found[1].count(",") + 1
+    if found := re.match(r"\[(\d+),(\d+)\]<=", groups):  # [2,2]<=[4]
         return int(found[2])
+    if found := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups):  # mesh['a'=2,'b'=2] {'b'}
+        sizes = dict(axis.split("=") for axis in found[1].split(","))
+        return prod(int(sizes[axis]) for axis in found[2].split(","))
     return 0
 
 

@@ -17,27 +17,27 @@ from meshwen.parallel.plan import ParallelPlan
 def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, dtype):
     rng = np.random.default_rng(0)
 
-    def draw(*shape: int) -> np.ndarray:
-        return np.array(jnp.asarray(rng.standard_normal(shape), dtype), np.float32)
+    def draw(dtype, *shape: int) -> np.ndarray:
+        return np.array(jnp.asarray(rng.standard_normal(shape), dtype))
 
-    old_keys, old_values = draw(3, 4, 2, 12), draw(3, 4, 12, 2)
-    new_keys, new_values = draw(3, 4, 2, length), draw(3, 4, length, 2)
-    cache = LayerCache(jnp.asarray(old_keys, dtype), jnp.asarray(old_values, dtype))
+    keys, values = draw(jnp.float32, 3, 4, 2, 12), draw(dtype, 3, 4, 12, 2)
+    new_keys, new_values = draw(jnp.float32, 3, 4, 2, length), draw(dtype, 3, 4, length, 2)
+    cache = LayerCache(jnp.array(keys), jnp.array(values))
     found = cache.write(jnp.asarray(new_keys), jnp.asarray(new_values), jnp.asarray(starts))
     for row, start in enumerate(starts):
         for i in range(length):
-            old_keys[row, :, :, start + i] = new_keys[row, :, :, i]
-            old_values[row, :, start + i, :] = new_values[row, :, i, :]
-    assert found.keys.dtype == found.values.dtype == dtype
-    np.testing.assert_array_equal(np.asarray(found.keys, np.float32), old_keys)
-    np.testing.assert_array_equal(np.asarray(found.values, np.float32), old_values)
+            keys[row, :, :, start + i] = new_keys[row, :, :, i]
+            values[row, :, start + i, :] = new_values[row, :, i, :]
+    assert (found.keys.dtype, found.values.dtype) == (jnp.float32, dtype)
+    np.testing.assert_array_equal(found.keys, keys)
+    np.testing.assert_array_equal(found.values, values)
 
 
 def test_what_is_written_is_rounded_to_the_dtype_of_the_cache():
-    zeros = LayerCache(jnp.zeros((1, 1, 2, 2), jnp.bfloat16), jnp.zeros((1, 1, 2, 2), jnp.bfloat16))
-    keys = jnp.full((1, 1, 2, 1), 1.01, jnp.float32)
-    found = zeros.write(keys, keys.swapaxes(2, 3), jnp.asarray([1]))
-    assert found.keys[0, 0].tolist() == [[0, 1.0078125]] * 2
+    cache = LayerCache(jnp.zeros((1, 1, 2, 2), jnp.float32), jnp.zeros((1, 1, 2, 2), jnp.bfloat16))
+    new = jnp.full((1, 1, 2, 1), 1.01, jnp.float32)
+    found = cache.write(new, new.swapaxes(2, 3), jnp.asarray([1]))
+    assert found.keys[0, 0].tolist() == [[0, np.float32(1.01)]] * 2
     assert found.values[0, 0].tolist() == [[0, 0], [1.0078125] * 2]
 
 
@@ -52,8 +52,9 @@ def test_a_device_holds_its_own_heads_of_its_own_rows(mesh, heads):
     assert len(cache) == SMALL_7B.num_hidden_layers
     a_device = 0
     for layer in cache:
-        for array, part in zip(layer, [(8, 10), (10, 8)], strict=True):
-            assert array.dtype == jnp.bfloat16
+        parts, dtypes = [(8, 10), (10, 8)], [jnp.float32, jnp.bfloat16]
+        for array, part, dtype in zip(layer, parts, dtypes, strict=True):
+            assert array.dtype == dtype
             assert not np.asarray(array, np.float32).any()
             shards = array.addressable_shards
             assert len(shards) == plan.mesh.size

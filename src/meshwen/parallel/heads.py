@@ -45,7 +45,7 @@ class HeadLayout:
     def pieces(self) -> int:
         """Into how many pieces each key/value head's group of query heads is cut.
 
-        As many as there is room for, so that each key/value head is on equally many devices; the
+        As many as there is room for, so that all key/value heads have equally many copies; the
         last pieces may be empty.
         """
         return self.devices * self.local_key_value_heads // self.key_value_heads
