@@ -2,7 +2,7 @@
 """The real checkpoint against what Hugging Face transformers computes with it."""
 
 import json
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -29,7 +29,7 @@ FLOAT64 = Path(__file__).parent / "data" / "golden_float64.json"
 GGUF_MARGIN = 0.1
 
 
-@cache
+@lru_cache(maxsize=2)  # 2.5 GB each in float32
 def load(path: Path, mesh: str, dtype: str) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM.from_pretrained(path, mesh=mesh, dtype=dtype, max_batch_size=16)
 

@@ -42,6 +42,7 @@ class Qwen2ForCausalLM:
         plan: how the model lies on them.
         dtype: of weights, cache, and the inputs of products.
         generation_config: the checkpoint's sampling defaults.
+        params: the weights, a nested dict by Hugging Face name.
         engine: runs requests; `generate` and `stream` are short for it.
     """
 
@@ -53,7 +54,7 @@ class Qwen2ForCausalLM:
         max_batch_size: int = 8,
     ):
         self.plan, self.dtype = runner.plan, runner.dtype
-        self.config, self.mesh = runner.plan.config, runner.plan.mesh
+        self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
         self.tokenizer, self.generation_config = tokenizer, generation_config
         self._runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)

@@ -122,7 +122,7 @@ def mesh_label(mesh: AnyMesh) -> str:
 
 
 def _ask_for_cpu_devices(count: int) -> None:
-    """Raises the CPU back end's device count, if no back end has started and no count was set."""
+    """Raises the CPU back end's device count to at least `count`, if none has started yet."""
     asked: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     if count <= max(1, asked):
         return

@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. Everything is installed into .venv.
+
+PYTHON ?= $(shell sh scripts/find_python.sh)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-torch lint format wheel clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
+	  "Ava has 12 apples. She buys 3 bags with 5 apples each. How many apples does Ava have now?"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+# What PyTorch and transformers compute, in an environment of its own: the package needs neither.
+test-torch: $(VENV)-torch/.installed
+	$(VENV)-torch/bin/python -m pytest -m torch
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)-torch/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-torch
+	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch]" "transformers>=5,<6"
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
