@@ -268,6 +268,7 @@ def test_a_folder_gives_named_templates_and_its_files_override_them(tmp_path):
         templates_in_folder(tmp_path, {"chat_template": [{"name": "default"}]})
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("tools", [None, [TOOL]], ids=["no tools", "tools"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.real

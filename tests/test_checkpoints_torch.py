@@ -15,6 +15,9 @@ from meshwen.errors import MeshwenError
 NAME = "model.layers.0.mlp.down_proj.weight"
 
 
+pytestmark = pytest.mark.torch
+
+
 def error_of(path: Path, **options: str) -> str:
     with pytest.raises(MeshwenError) as caught:
         open_checkpoint(str(path), **options)

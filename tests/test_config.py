@@ -160,6 +160,7 @@ def test_to_dict_round_trips_through_json(data):
     assert Qwen2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.torch
 @real_configs
 def test_every_field_agrees_with_transformers(data):
     transformers = pytest.importorskip("transformers")
@@ -167,6 +168,7 @@ def test_every_field_agrees_with_transformers(data):
     assert_agrees(ours, theirs)
 
 
+@pytest.mark.torch
 @real_configs
 def test_transformers_reads_what_to_dict_writes(data):
     transformers = pytest.importorskip("transformers")

@@ -72,6 +72,7 @@ def test_logits_are_those_of_the_float64_reference(config):
     assert relative_error(found, expected_logits(config)) < TOLERANCE
 
 
+@pytest.mark.torch
 @every_config
 def test_logits_are_those_of_transformers(config):
     torch = pytest.importorskip("torch")

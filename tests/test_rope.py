@@ -129,6 +129,7 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones_by_the_factor():
     assert np.all(np.diff(yarn) < 0)
 
 
+@pytest.mark.torch
 @scalings
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
 @pytest.mark.parametrize("theta", [1e4, 1e6, 1e7])
@@ -142,6 +143,7 @@ def test_frequencies_agree_with_transformers_to_the_last_bits(theta, head_dim, s
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
+@pytest.mark.torch
 def test_unscaled_frequencies_of_the_published_sizes_equal_those_of_pytorch():
     torch = pytest.importorskip("torch")
     for head_dim in (64, 128):

@@ -468,6 +468,7 @@ def test_the_gguf_file_gives_the_same_ids(real, real_model_dir, golden):
     assert tokenizer.vocab_size == real.vocab_size
 
 
+@pytest.mark.torch
 @pytest.mark.real
 def test_ids_and_texts_equal_transformers(real, real_model_dir):
     transformers = pytest.importorskip("transformers")
