@@ -118,12 +118,12 @@ class MeshModel:
                 lowered = self.runner._logits.lower(self.params, tokens, tokens)
             else:
                 start, cache = np.zeros(batch, np.int32), self.cache(batch, slots)
-                program = self.runner._mapped(
+                program = self.runner._compiled(
                     _step,
                     ("batch length", "batch", "batch heads"),
                     ("batch length vocab", "batch heads"),
                 )
-                lowered = jax.jit(program).lower(self.params, tokens, start, cache)
+                lowered = program.lower(self.params, tokens, start, cache)
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
 

@@ -39,13 +39,25 @@ class ModelRunner:
         self.tp = TensorParallel.of(plan, dtype)
         weights = declared_weights(plan.config)
         self._params_spec = unflatten((w.name, w.sharding(plan).spec) for w in weights)
-        self._logits = jax.jit(self._logits_program)
-        self._prefill = jax.jit(
-            self._prefill_program, static_argnames="slots", donate_argnames=("cache", "hidden")
+        self._logits = self._compiled(
+            _logits_step, ("batch length", "batch length"), "batch length vocab"
         )
-        self._first = jax.jit(self._first_program, static_argnames="method")
-        self._decode = jax.jit(
-            self._decode_program, static_argnames="method", donate_argnames=("cache", "seen")
+        self._prefill = self._compiled(
+            _prefill_step,
+            (_CACHE, "batch embed", "batch length", "", "batch"),
+            ("batch embed", _CACHE),
+            static="slots",
+            donate=(1, 2),
+        )
+        self._first = self._compiled(
+            _first_step, ("batch embed", "batch", "batch", "batch vocab"), "batch", static="method"
+        )
+        self._decode = self._compiled(
+            _decode_step,
+            (_CACHE, "batch", "batch", "batch", "batch vocab"),
+            ("batch", "batch vocab", _CACHE),
+            static="method",
+            donate=(1, 5),
         )
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
@@ -132,75 +144,41 @@ class ModelRunner:
         """
         return self._decode(self.params, cache, tokens, positions, rows, seen, method=method)
 
-    def _mapped(
-        self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
+    def _compiled(
+        self,
+        step: Callable[..., Any],
+        in_axes: tuple[str, ...],
+        out_axes: str | tuple[str, ...],
+        static: str | None = None,
+        donate: tuple[int, ...] = (),
     ) -> Callable[..., Any]:
-        """`function(params, ...)`, run by each device on its part; arguments by logical axes."""
-        spec = partial(jax.tree.map, lambda axes: self.plan.spec(*axes.split()))
-        return jax.shard_map(
-            partial(function, config=self.plan.config, tp=self.tp),
-            mesh=self.plan.mesh,
-            in_specs=(self._params_spec, *(spec(axes) for axes in in_axes)),
-            out_specs=spec(out_axes),
-            check_vma=False,
-        )
+        """`step(params, ...)`, compiled to be run by each device on its part.
 
-    def _logits_program(self, params: Params, token_ids: Array, positions: Array) -> Array:
-        mapped = self._mapped(_logits_step, ("batch length", "batch length"), "batch length vocab")
-        return mapped(params, token_ids, positions)
+        Args:
+            step: a function of the weights, arrays, and keywords `config`, `tp` and `static`.
+            in_axes: logical axes of the arrays, or of all arrays of a pytree.
+            out_axes: those of the results.
+            static: the keyword whose every value is compiled for itself.
+            donate: positions of arguments whose memory the results may take.
+        """
 
-    def _prefill_program(
-        self,
-        params: Params,
-        cache: KVCache,
-        hidden: Array,
-        token_ids: Array,
-        start: Array,
-        lengths: Array,
-        *,
-        slots: int,
-    ) -> tuple[Array, KVCache]:
-        mapped = self._mapped(
-            partial(_prefill_step, slots=slots),
-            (_CACHE, "batch embed", "batch length", "", "batch"),
-            ("batch embed", _CACHE),
-        )
-        return mapped(params, cache, hidden, token_ids, start, lengths)
+        def specs(axes: str | tuple[str, ...]) -> Any:
+            if isinstance(axes, str):
+                return self.plan.spec(*axes.split())
+            return tuple(specs(names) for names in axes)
 
-    def _first_program(
-        self,
-        params: Params,
-        hidden: Array,
-        positions: Array,
-        rows: SamplerRows,
-        seen: Array | None,
-        *,
-        method: SamplingMethod,
-    ) -> Sampled:
-        mapped = self._mapped(
-            partial(_first_step, method=method),
-            ("batch embed", "batch", "batch", "batch vocab"),
-            "batch",
-        )
-        return mapped(params, hidden, positions, rows, seen)
+        def program(params: Params, *arguments: Any, **options: Any) -> Any:
+            mapped = jax.shard_map(
+                partial(step, config=self.plan.config, tp=self.tp, **options),
+                mesh=self.plan.mesh,
+                in_specs=(self._params_spec, *specs(in_axes)),
+                out_specs=specs(out_axes),
+                check_vma=False,
+            )
+            return mapped(params, *arguments)
 
-    def _decode_program(
-        self,
-        params: Params,
-        cache: KVCache,
-        tokens: Array,
-        positions: Array,
-        rows: SamplerRows,
-        seen: Array | None,
-        *,
-        method: SamplingMethod,
-    ) -> tuple[Sampled, Array | None, KVCache]:
-        mapped = self._mapped(
-            partial(_decode_step, method=method),
-            (_CACHE, "batch", "batch", "batch", "batch vocab"),
-            ("batch", "batch vocab", _CACHE),
-        )
-        return mapped(params, cache, tokens, positions, rows, seen)
+        program.__name__ = step.__name__.strip("_")
+        return jax.jit(program, static_argnames=static, donate_argnums=donate)
 
 
 _CACHE = "batch heads"
