@@ -234,6 +234,24 @@ def test_a_tied_checkpoint_loads_with_and_without_a_copy_of_the_head(with_copy):
     assert same_bits(arrays[name], on_devices(name, weights[name], plan))
 
 
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused():
+    tied = replace(ODD, tie_word_embeddings=True)
+    weights = random_bits(tied, BFLOAT16)
+    head = weights["model.embed_tokens.weight"].copy()
+    head[-1, -1] = 3
+    checkpoint = memory_checkpoint(tied, weights | {"lm_head.weight": head})
+    with pytest.raises(MeshwenError, match=r"ties lm_head\.weight to model\.embed_tokens"):
+        load_params(checkpoint, ParallelPlan(tied, make_mesh("1")), BFLOAT16)
+
+
+def test_integers_are_no_weights():
+    weights = random_bits(ODD, BFLOAT16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = np.ones(weights[name].shape, np.int8)
+    with pytest.raises(MeshwenError, match=f"{name} is int8, not floating-point"):
+        load_params(memory_checkpoint(ODD, weights), ParallelPlan(ODD, make_mesh("1")), BFLOAT16)
+
+
 def test_an_untied_checkpoint_without_a_head_is_refused():
     weights = random_bits(replace(ODD, tie_word_embeddings=True), BFLOAT16)
     assert "lm_head.weight [61, 24] is missing" in refusal(ODD, weights)

@@ -11,6 +11,7 @@ import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import (
@@ -165,3 +166,14 @@ from meshwen.parallel.mesh import make_mesh
 print(make_mesh("2").size, len(jax.devices()))
 """
     assert run_python(program, JAX_NUM_CPU_DEVICES="6").split() == ["2", "6"]
+
+
+def test_a_jax_mesh_is_taken_whatever_its_axis_types_are():
+    explicit = jax.make_mesh((2, 4), ("data", "model"))
+    assert mesh_label(make_mesh(explicit)) == "data=2,model=4"
+    assert set(make_mesh(explicit).axis_types) == {AxisType.Auto}
+
+
+def test_a_jax_mesh_with_an_axis_of_another_name_is_refused():
+    with pytest.raises(MeshwenError, match="axis 'dp'"):
+        make_mesh(jax.make_mesh((2, 4), ("dp", "model")))

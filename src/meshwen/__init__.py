@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from meshwen.causal_lm import AutoModelForCausalLM, Qwen2ForCausalLM
+    from meshwen.compilation_cache import enable_compilation_cache
     from meshwen.config import Qwen2Config
     from meshwen.engine import Completion, Event, Request
     from meshwen.errors import MeshwenError
@@ -32,6 +33,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Tokenizer",
+    "enable_compilation_cache",
     "make_mesh",
 ]
 
@@ -45,6 +47,7 @@ _MODULES = {
     "Request": "engine",
     "SamplingParams": "sampling",
     "Tokenizer": "tokenizer",
+    "enable_compilation_cache": "compilation_cache",
     "make_mesh": "parallel.mesh",
 }
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from meshwen import demo
 from meshwen.checkpoints import LOAD_FORMATS, open_checkpoint
 from meshwen.config import PRESETS, Qwen2Config, preset
-from meshwen.engine import Completion, Engine, Event, Request
+from meshwen.engine import Completion, Engine, Event, Request, bucket
 from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh
@@ -40,7 +40,7 @@ class Qwen2ForCausalLM:
         tokenizer: its tokenizer; None for a preset, which has none.
         mesh: the devices.
         plan: how the model lies on them.
-        dtype: of weights, cache, and the inputs of products.
+        dtype: of weights, cached values, and the inputs of products with weights.
         generation_config: the checkpoint's sampling defaults.
         params: the weights, a nested dict by Hugging Face name.
         engine: runs requests; `generate` and `stream` are short for it.
@@ -78,8 +78,10 @@ class Qwen2ForCausalLM:
         Args:
             path_or_hub_id: a checkpoint's folder or GGUF file, a hub id, "demo" for the embedded
                 demo model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
-            mesh: a mesh string such as "1x8", or a mesh from `make_mesh`.
-            dtype: "bfloat16" or "float32", of weights, cache and the inputs of products.
+            mesh: a mesh string such as "1x8", or a mesh of axes `data` and `model` (or `model0`,
+                `model1`, ...).
+            dtype: "bfloat16" or "float32", of weights, cached values, and the inputs of products
+                with weights.
             numerics: "fast".
             load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
             revision: branch, tag or commit of a hub id.
@@ -93,7 +95,7 @@ class Qwen2ForCausalLM:
         _check_choice("dtype", dtype, DTYPES)
         _check_choice("numerics", numerics, NUMERICS)
         _check_choice("load_format", load_format, (*LOAD_FORMATS, "dummy"))
-        mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+        mesh = make_mesh(mesh)
         kind = jnp.dtype(dtype)
         name = str(path_or_hub_id)
         if load_format == "dummy" and name.lower() in PRESETS:
@@ -125,6 +127,10 @@ class Qwen2ForCausalLM:
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.
 
+        All at once: memory grows with the square of the sequence, for attention scores float32
+        [batch, heads, sequence, sequence]. The vocabulary of the result is split over the mesh
+        where `vocab_size` divides by it; elsewhere every device gets a copy.
+
         Args:
             input_ids: int [batch, sequence].
             attention_mask: int or bool [batch, sequence], 0 at padding, on either side; logits at
@@ -150,10 +156,20 @@ class Qwen2ForCausalLM:
             )
         mask = mask != 0
         positions = np.where(mask, mask.cumsum(axis=1) - 1, -1)
-        extra = -len(ids) % self.plan.data_devices
-        padded = [np.pad(a, ((0, extra), (0, 0))).astype(np.int32) for a in (ids, positions)]
-        logits = self._runner.logits(*padded)
-        return logits[: len(ids), :, : self.config.vocab_size]
+        if positions.max() >= self.config.context_length:
+            raise MeshwenError(
+                f"input_ids has a sequence of {positions.max() + 1} tokens, but the model's "
+                f"context is {self.config.context_length} tokens"
+            )
+        batch, length = ids.shape
+        # Rows to divide by the mesh; tokens to a bucket, so that few lengths are compiled.
+        extra = ((0, -batch % self.plan.data_devices), (0, bucket(length) - length))
+        ids, positions = (
+            np.pad(array, extra, constant_values=fill).astype(np.int32)
+            for array, fill in ((ids, 0), (positions, -1))
+        )
+        logits = self._runner.logits(ids, positions)
+        return logits[:batch, :length, : self.config.vocab_size]
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
         """Continues prompts.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -26,9 +27,11 @@ from meshwen.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 
-# Longest chunk of a prompt: bounds the memory of attention scores, [heads, chunk, slots] float32.
-_CHUNK = 512
+_LONGEST_CHUNK = 512
 _SMALLEST_BUCKET = 16
+# What a device's attention scores, float32 [batch, heads, chunk, slots], may take while a prompt is
+# read: with many long prompts the chunks get shorter.
+_SCORE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Engine:
         self._max_batch_size = max_batch_size
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Yields every token as it is drawn; requests are numbered in their order.
+        """Starts requests; every token comes as it is drawn. They are numbered in their order.
 
         Raises:
             MeshwenError: a prompt is empty, or leaves no room in the model's context.
@@ -117,8 +120,9 @@ class Engine:
         for number, request in enumerate(requests, start=1):
             self._check(number, request)
         sequences = [self._sequence(number, request) for number, request in enumerate(requests)]
-        for first in range(0, len(sequences), self._max_batch_size):
-            yield from self._run_batch(sequences[first : first + self._max_batch_size])
+        size = max(self._max_batch_size, self._runner.plan.data_devices)
+        batches = [sequences[first : first + size] for first in range(0, len(sequences), size)]
+        return (event for batch in batches for event in self._run_batch(batch))
 
     def _check(self, number: int, request: Request) -> None:
         config, length = self._runner.plan.config, len(request.prompt_tokens)
@@ -144,7 +148,7 @@ class Engine:
         batch = _Batch.of(sequences, self._runner.plan)
         hidden, cache = batch.prefill(self._runner)
         positions = batch.lengths
-        seen: Array | np.ndarray | None = batch.seen
+        seen = batch.seen
         sampled = self._runner.first(hidden, positions, batch.rows, seen, batch.method)
         tokens = np.asarray(sampled.tokens)
         first = time.perf_counter()
@@ -191,7 +195,7 @@ class _Batch:
     slots: int  # of the cache
     method: SamplingMethod
     rows: SamplerRows
-    seen: np.ndarray | None  # bool [B, V padded], tokens of the prompts
+    seen: Array | None  # bool [B, V padded], tokens of the prompts
 
     @classmethod
     def of(cls, sequences: list[_Sequence], plan: ParallelPlan) -> _Batch:
@@ -201,17 +205,19 @@ class _Batch:
         prompts = [s.request.prompt_tokens for s in sequences]
         lengths = np.ones(size, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        chunks = _chunks(int(lengths.max()))
+        budget = max(len(s.request.prompt_tokens) + s.limit for s in sequences)
+        row_bytes = 4 * (size // copies) * plan.heads.local_query_slots * bucket(budget)
+        chunks = _chunks(int(lengths.max()), longest=_SCORE_BYTES // row_bytes)
         token_ids = np.zeros((size, sum(chunks)), np.int32)
         for row, prompt in enumerate(prompts):
             token_ids[row, : len(prompt)] = prompt
         # The last chunk is written whole, its padding too.
-        needed = max(sum(chunks), *(len(s.request.prompt_tokens) + s.limit for s in sequences))
+        needed = max(sum(chunks), budget)
         sampling = [s.request.sampling for s in sequences]
         method = SamplingMethod.of(sampling, plan.config.vocab_size)
         rows = SamplerRows.of(sampling + [SamplingParams()] * (size - len(sampling)))
         seen = _seen(prompts, size, plan) if method.penalize else None
-        return cls(token_ids, lengths, chunks, _bucket(needed), method, rows, seen)
+        return cls(token_ids, lengths, chunks, bucket(needed), method, rows, seen)
 
     def prefill(self, runner: ModelRunner) -> tuple[Array, KVCache]:
         """Reads all prompts: each one's final hidden state [B, D], and the cache."""
@@ -228,11 +234,12 @@ class _Batch:
         return hidden, cache
 
 
-def _seen(prompts: list[tuple[int, ...]], size: int, plan: ParallelPlan) -> np.ndarray:
+def _seen(prompts: list[tuple[int, ...]], size: int, plan: ParallelPlan) -> Array:
     seen = np.zeros((size, len(plan.axis_source("vocab"))), bool)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
-    return seen
+    # Placed as a step returns it: the first step's program then serves all others.
+    return jax.device_put(seen, plan.sharding("batch", "vocab"))
 
 
 def _power_of_two(number: int) -> int:
@@ -240,13 +247,16 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _chunks(length: int) -> list[int]:
+def _chunks(length: int, longest: int) -> list[int]:
     """Bucketed chunks that cover a prompt: whole ones, then the smallest bucket for the rest."""
-    whole, rest = divmod(length, _CHUNK)
-    return [_CHUNK] * whole + ([_bucket(rest)] if rest else [])
+    chunk = _LONGEST_CHUNK
+    while chunk > max(longest, _SMALLEST_BUCKET):
+        chunk //= 2
+    whole, rest = divmod(length, chunk)
+    return [chunk] * whole + ([bucket(rest)] if rest else [])
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
     """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
     bucket = _SMALLEST_BUCKET
     while bucket < length:

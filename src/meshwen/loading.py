@@ -19,11 +19,12 @@ from meshwen.errors import MeshwenError
 from meshwen.model import Params
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import LM_HEAD, Weight, declared_weights, unflatten
+from meshwen.weights import EMBEDDING, LM_HEAD, Weight, declared_weights, unflatten
 
 # Told the number of weights placed so far, and of all.
 Progress = Callable[[int, int], None]
 
+_TIED_ROWS = 4096
 _TRANSPOSE_COLUMNS = 256  # A block that stays in cache: 8 times as fast on a large table.
 _ALIGNMENT = 64  # bytes, of XLA's CPU buffers
 # Buffers that old transformers versions wrote and that hold no parameter.
@@ -43,7 +44,13 @@ def check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelP
                 f"{checkpoint.path}: tensor {name} {list(shape)} is missing; "
                 "the checkpoint does not fit its config, or is incomplete"
             )
-        found = checkpoint.tensors[name].shape
+        source = checkpoint.tensors[name]
+        if not jnp.issubdtype(source.dtype, jnp.floating):
+            raise MeshwenError(
+                f"{checkpoint.path}: tensor {name} is {source.dtype}, not floating-point: "
+                "the checkpoint is quantised in a way that is not supported"
+            )
+        found = source.shape
         if found != shape:
             raise MeshwenError(
                 f"{checkpoint.path}: tensor {name} has shape {list(found)}, "
@@ -67,13 +74,16 @@ def load_params(
     """Places a checkpoint's weights on the plan's devices, cast to `dtype` (nearest even).
 
     Every device's part is read straight from the file into its place, one after the other: apart
-    from the weights themselves no more than one device's part of one weight is in memory.
+    from the weights themselves no more than one device's part of one weight, and where it has to be
+    expanded or padded a copy of it, is in memory.
 
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape.
     """
     weights = declared_weights(plan.config)
     check_tensors(checkpoint, weights, plan)
+    if plan.config.tie_word_embeddings and LM_HEAD.name in checkpoint.tensors:
+        _check_tied(checkpoint)
 
     def leaves() -> Iterator[tuple[str, Array]]:
         for done, weight in enumerate(weights):
@@ -103,6 +113,21 @@ def dummy_params(
         progress(len(weights), len(weights))
 
     return unflatten(leaves())
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Refuses a head that is stored beside tied embeddings and differs from them."""
+    embedding, head = (checkpoint.tensors[name] for name in (EMBEDDING.name, LM_HEAD.name))
+    same = embedding.shape == head.shape and all(
+        np.array_equal(embedding.read((rows,)), head.read((rows,)))
+        for first in range(0, embedding.shape[0], _TIED_ROWS)
+        for rows in [slice(first, first + _TIED_ROWS)]
+    )
+    if not same:
+        raise MeshwenError(
+            f"{checkpoint.path}: the config ties {head.name} to {embedding.name}, but the two "
+            'differ; to use both, set "tie_word_embeddings": false in config.json'
+        )
 
 
 def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> Array:
@@ -173,7 +198,7 @@ def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> A
     return _fill(
         positions,
         np.uint32(zlib.crc32(weight.name.encode()) ^ seed),
-        mean=1.0 if weight.axes == ("embed",) else 0.0,
+        mean=1.0 if weight.axes == ("embed",) else 0.0,  # Only norms have this one axis.
         transposed=weight.transposed,
         dtype=jnp.dtype(dtype),
         sharding=weight.sharding(plan),

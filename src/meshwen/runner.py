@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled steps: one program, run by every device of the mesh on its own part.
 
-Shapes are static. A decode step compiles once per batch size and cache length, and prefill once per
-length bucket besides; the cache is donated, so each step updates it in place.
+Shapes are static. A decode step compiles once for each batch size, cache length and sampling
+method, prefill once for each length of a chunk; batch sizes are powers of two, lengths buckets. The
+cache is donated, so each step updates it in place.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ModelRunner:
     Attributes:
         plan: how the model lies on the mesh.
         params: the weights, placed as `plan` says.
-        dtype: of weights and cache, and of the inputs of products.
+        dtype: of weights and cached values, and of the inputs of products with weights.
     """
 
     def __init__(self, plan: ParallelPlan, params: Params, dtype: jnp.dtype):
@@ -59,18 +60,20 @@ class ModelRunner:
             static="method",
             donate=(1, 5),
         )
+        self._empty_cache = jax.jit(partial(empty_cache, plan), static_argnums=(0, 1, 2))
+        self._empty_hidden = jax.jit(
+            lambda batch: jnp.zeros((batch, plan.config.hidden_size), jnp.float32),
+            static_argnums=0,
+            out_shardings=plan.sharding("batch", "embed"),
+        )
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences (a multiple of the plan's data devices)."""
-        return empty_cache(self.plan, batch, length, self.dtype)
+        return self._empty_cache(batch, length, self.dtype)
 
     def empty_hidden(self, batch: int) -> Array:
         """What `prefill` starts from: float32 [B, D]."""
-        shape, sharding = (
-            (batch, self.plan.config.hidden_size),
-            self.plan.sharding("batch", "embed"),
-        )
-        return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding)()
+        return self._empty_hidden(batch)
 
     def logits(self, token_ids: ArrayLike, positions: ArrayLike) -> Array:
         """Logits of whole sequences, without a cache.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -53,15 +54,23 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        for kind, noun, names in (
+            (Integral, "a whole number", ("max_new_tokens", "top_k", "seed")),
+            (Real, "a number", ("temperature", "top_p", "min_p", "repetition_penalty")),
+        ):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise MeshwenError(f"{name} must be {noun}, not {getattr(self, name)!r}")
+        strings = not isinstance(self.stop, str) and all(isinstance(s, str) for s in self.stop)
         for name, ok, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_k", 0 <= self.top_k < 1 << 31, "from 0 (off) to 2147483647"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop", strings and all(self.stop), "strings that are not empty"),
         ):
             if not ok:
                 raise MeshwenError(f"{name} must be {expected}, not {getattr(self, name)!r}")
@@ -70,12 +79,14 @@ class SamplingParams:
     def from_generation_config(cls, generation_config: Mapping[str, Any], **given: Any) -> Self:
         """A checkpoint's own defaults, with what the user gave in their place.
 
-        As in transformers, `do_sample` false means greedy. An explicit `temperature=0` also drops
-        the checkpoint's repetition penalty, so that greedy means the likeliest token.
+        As in transformers, `do_sample` false (or absent) means greedy; but who asks for `top_p`,
+        `top_k` or `min_p` without a temperature means to sample, at temperature 1. An explicit
+        `temperature=0` also drops the checkpoint's repetition penalty, so that greedy means the
+        likeliest token.
 
         Args:
             generation_config: the content of `generation_config.json`; {} for none.
-            given: fields of this class; None stands for "not given".
+            given: fields of this class; None stands for "not given". `stop` may be one string.
 
         Raises:
             MeshwenError: a value is impossible.
@@ -86,11 +97,12 @@ class SamplingParams:
         if generation_config.get("do_sample", False):
             values.setdefault("temperature", 1.0)
         else:
-            values["temperature"] = 0.0
+            values["temperature"] = 1.0 if {"top_p", "top_k", "min_p"} & set(given) else 0.0
         if given.get("temperature") == 0:
             values.pop("repetition_penalty", None)
         values.update(given)
-        values["stop"] = tuple(values.get("stop", ()))
+        stop = values.get("stop", ())
+        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         if unknown := set(values) - {field.name for field in fields(cls)}:
             raise TypeError(f"unknown sampling parameter {sorted(unknown)[0]!r}")
         return cls(**values)
@@ -242,10 +254,11 @@ def _noise(seed: Array, positions: Array, ids: Array) -> Array:
     """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
 
     def row(seed: Array, position: Array, ids: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed), position)
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
         bits = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i))[0])(ids)
-        uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
-        return -jnp.log(-jnp.log(uniform))
+        # Small numbers, which make large noise, are the finest; none is 0, whose noise is infinite.
+        uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+        return -jnp.log(-jnp.log1p(-uniform))
 
     ids = jnp.broadcast_to(ids, (seed.shape[0], ids.shape[1]))
     return jax.vmap(row)(seed, positions, ids)

@@ -24,8 +24,7 @@ class Weight:
     """One tensor: its Hugging Face name and its logical axes in the checkpoint's order.
 
     Projections are `[out, in]` in a checkpoint and are kept `[in, out]` on the devices
-    (`transposed`): XLA's CPU back end multiplies 8 float32 rows 1.4 times faster that way, and the
-    other back ends do not mind.
+    (`transposed`): XLA's CPU back end multiplies 8 float32 rows 1.4 times faster that way.
     """
 
     name: str
@@ -72,7 +71,7 @@ _LAYER = (
     _projection("mlp.up_proj", "mlp", "embed"),
     _projection("mlp.down_proj", "embed", "mlp"),
 )
-_EMBEDDING = Weight("model.embed_tokens.weight", ("vocab", "embed"))
+EMBEDDING = Weight("model.embed_tokens.weight", ("vocab", "embed"))
 _FINAL_NORM = Weight("model.norm.weight", ("embed",))
 LM_HEAD = _projection("lm_head", "vocab", "embed")
 
@@ -88,7 +87,7 @@ def declared_weights(config: Qwen2Config) -> list[Weight]:
         for w in _LAYER
     ]
     head = [] if config.tie_word_embeddings else [LM_HEAD]
-    return [_EMBEDDING, *layers, _FINAL_NORM, *head]
+    return [EMBEDDING, *layers, _FINAL_NORM, *head]
 
 
 def num_parameters(plan: ParallelPlan) -> int:

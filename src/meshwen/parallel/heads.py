@@ -5,8 +5,8 @@ Every device runs the same program, so every device must hold the same number of
 heads, each with G query-head slots. Qwen2.5's head counts rarely divide by the mesh (28 query and 4
 key/value heads on 8 or 32 devices), so
 
-- each key/value head's group of query heads is cut into `pieces` of G consecutive heads, and a
-  key/value head is copied to every device that holds one of its pieces;
+- each key/value head's group of query heads is cut into `pieces` of G consecutive heads, and there
+  is one copy of a key/value head with each of its pieces, mostly on different devices;
 - what does not fill up is padded. A padded slot has zero rows in the query projection and in the
   output projection: it adds exactly nothing, and no head is ever dropped.
 
@@ -62,7 +62,7 @@ class HeadLayout:
 
     @property
     def key_value_copies(self) -> float:
-        """How many devices hold each key/value head, on average over the padded cache."""
+        """Key/value slots on all devices, for each key/value head of the model."""
         return self.devices * self.local_key_value_heads / self.key_value_heads
 
     def key_value_slots(self) -> np.ndarray:

@@ -82,15 +82,20 @@ class MeshSpec:
         return "x".join(str(size) for _, size in self.axes)
 
 
-def make_mesh(spec: str | MeshSpec = "1") -> Mesh:
+def make_mesh(spec: str | MeshSpec | Mesh = "1") -> Mesh:
     """The JAX mesh of a mesh string, on the default back end's devices in row-major order.
+
+    A JAX mesh with axes `data` and `model` (or `model0`, `model1`, ...) is taken as it is.
 
     On the CPU, simulated devices are made when there are too few; that works until JAX has started
     its back end, which the first array or the first `jax.devices()` does.
 
     Raises:
-        MeshwenError: the string does not parse, or there are too few devices.
+        MeshwenError: the string does not parse, there are too few devices, or a JAX mesh has other
+            axes.
     """
+    if isinstance(spec, Mesh):
+        return _checked(spec)
     spec = spec if isinstance(spec, MeshSpec) else MeshSpec.parse(spec)
     _ask_for_cpu_devices(spec.devices)
     devices = jax.devices()
@@ -99,6 +104,17 @@ def make_mesh(spec: str | MeshSpec = "1") -> Mesh:
     shape = tuple(size for _, size in spec.axes)
     names = tuple(name for name, _ in spec.axes)
     return Mesh(np.asarray(devices[: spec.devices]).reshape(shape), names)
+
+
+def _checked(mesh: Mesh) -> Mesh:
+    """A JAX mesh as the package needs it: known axes, and none that JAX types explicitly."""
+    for name in mesh.axis_names:
+        if not re.fullmatch(rf"{DATA_AXIS}|{MODEL_AXIS}\d*", str(name)):
+            raise MeshwenError(
+                f"the mesh has an axis {name!r}; name its axes {DATA_AXIS} and {MODEL_AXIS} "
+                f"(or {MODEL_AXIS}0, {MODEL_AXIS}1, ...)"
+            )
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def data_axes(mesh: AnyMesh) -> tuple[str, ...]:
