@@ -3,6 +3,12 @@
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# More flags for the tests, e.g. PYTEST_FLAGS='-m "not slow"'.
+PYTEST_FLAGS ?=
+# The version of jax for the tests, e.g. JAX='jax==0.11.*'.
+JAX ?= jax
+# Where this would install a CUDA build, point pip to the CPU builds or name another.
+TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-torch lint format wheel clean
 
@@ -11,7 +17,7 @@ demo: $(VENV)/.installed
 	  "Ava has 12 apples. She buys 3 bags with 5 apples each. How many apples does Ava have now?"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # What PyTorch and transformers compute, in an environment of its own: the package needs neither.
 test-torch: $(VENV)-torch/.installed
@@ -37,12 +43,12 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "$(JAX)"
 	@touch $@ $(VENV)/.installed
 
 $(VENV)-torch/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
-	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch]" "transformers>=5,<6"
 	@touch $@
 
