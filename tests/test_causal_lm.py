@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python API: logits, generation, loading, and what importing the package starts."""
+
+import functools
+import json
+import logging
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import meshwen
+import reference
+from mesh_model import MeshModel, random_tokens
+from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM
+from meshwen.errors import MeshwenError
+from meshwen.parallel.mesh import make_mesh
+from speller import ANSWER, CONTEXT, answer_ids, token_ids, write_speller
+from tiny_model import TINY, greedy, weights
+
+SPLIT = "data=2,model=4"
+every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
+
+
+@functools.cache
+def tiny(mesh="1") -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(MeshModel(TINY, mesh).runner, None, {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_speller(tmp_path_factory.mktemp("models") / "speller")
+
+
+@pytest.fixture(scope="module")
+def speller(folder):
+    return Qwen2ForCausalLM.from_pretrained(str(folder), dtype="float32")
+
+
+# --- Logits
+
+
+@every_mesh
+def test_logits_of_a_batch_are_those_of_the_float64_reference(mesh):
+    ids = random_tokens(TINY, 3, 11)  # Three rows, which no two copies of the model share evenly.
+    found = tiny(mesh)(ids)
+    assert (found.shape, found.dtype) == ((3, 11, TINY.vocab_size), jnp.float32)
+    for row, tokens in zip(np.asarray(found), ids, strict=True):
+        expected = reference.logits(weights(), TINY, tokens.tolist())
+        np.testing.assert_allclose(row, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@every_mesh
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_no_logits(mesh, side):
+    ids = random_tokens(TINY, 3, 11)
+    padded, mask = np.full((3, 15), 9), np.zeros((3, 15), np.int64)
+    starts, lengths = {
+        "left": ([4, 9, 14], [11, 6, 1]),
+        "right": ([0, 0, 0], [11, 6, 1]),
+        "both": ([2, 5, 0], [11, 6, 8]),
+    }[side]
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        padded[row, start : start + length] = ids[row, :length]
+        mask[row, start : start + length] = 1
+    found, expected = np.asarray(tiny(mesh)(padded, mask)), np.asarray(tiny(mesh)(ids))
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        np.testing.assert_allclose(
+            found[row, start : start + length],
+            expected[row, :length],
+            rtol=0,
+            atol=1e-5 * np.abs(expected).max(),
+        )
+
+
+def test_lists_jax_arrays_and_boolean_masks_are_taken():
+    ids = random_tokens(TINY, 3, 11)
+    expected = np.asarray(tiny()(ids))
+    mask = np.ones(ids.shape, bool)
+    for form in (ids.tolist(), jnp.asarray(ids), ids.astype(np.uint16)):
+        np.testing.assert_array_equal(np.asarray(tiny()(form, mask.tolist())), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "words"),
+    [
+        ([1, 2], None, r"must be int \[batch, sequence\], not int64 \(2,\)"),
+        ([[]], None, r"must be int \[batch, sequence\]"),
+        ([[1.0, 2.0]], None, r"must be int \[batch, sequence\], not float64"),
+        ([[True]], None, r"must be int \[batch, sequence\], not bool"),
+        ([[0, TINY.vocab_size]], None, "from 0 to 262"),
+        ([[0, -1]], None, "from 0 to 262"),
+        ([[1] * 1101], None, "1101 tokens, but the model's context is 1100"),
+        ([[1, 2]], [[1]], r"attention_mask \(1, 1\) must have the shape \(1, 2\)"),
+    ],
+)
+def test_what_is_not_a_batch_of_ids_is_refused(ids, mask, words):
+    with pytest.raises(MeshwenError, match=words) as error:
+        tiny()(ids, mask)
+    assert "\n" not in str(error.value)
+
+
+def test_logits_of_another_length_in_the_bucket_compile_nothing(caplog):
+    model = tiny()
+    model(random_tokens(TINY, 3, 12))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        model(random_tokens(TINY, 3, 14))
+        assert "jit(logits_step)" not in caplog.text
+        model(random_tokens(TINY, 3, 17))
+        assert "jit(logits_step)" in caplog.text
+    caplog.clear()
+
+
+# --- Generation
+
+
+def test_a_prompt_is_text_or_ids_and_stands_alone_or_with_others(speller):
+    text, ids = "A\n", token_ids("A\n")
+    for one in (text, [text], ids, [ids], np.array(ids), [np.array(ids)]):
+        (found,) = speller.generate(one, max_new_tokens=20)
+        assert found.prompt_tokens == tuple(ids)
+        assert found.tokens == tuple(answer_ids())
+        assert (found.text, found.finish_reason, found.logprobs) == (ANSWER, "stop", None)
+
+
+def test_several_prompts_are_answered_in_order(speller):
+    found = speller.generate(["H", token_ids("i"), "A\n"], max_new_tokens=20)
+    assert [c.text for c in found] == [ANSWER[1:], ANSWER[2:], ANSWER]
+    assert [c.prompt_tokens for c in found] == [
+        tuple(token_ids(text)) for text in ("H", "i", "A\n")
+    ]
+
+
+def test_no_prompts_give_no_completions(speller):
+    assert speller.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("", "prompt 1 is empty"),
+        (["A", []], "prompt 2 is empty"),
+        ([[1], 2], "must be text, or all lists of token ids"),
+        ("A" * CONTEXT, f"prompt 1 has {CONTEXT} tokens"),
+        ([[259]], "outside the vocabulary of 259"),
+    ],
+)
+def test_a_bad_prompt_is_one_clear_line(speller, prompts, words):
+    with pytest.raises(MeshwenError, match=words) as error:
+        speller.generate(prompts)
+    assert "\n" not in str(error.value)
+
+
+def test_an_impossible_sampling_value_is_refused_before_the_first_piece(speller):
+    with pytest.raises(MeshwenError, match="top_p must be"):
+        speller.stream("A", top_p=2)
+
+
+def test_a_stream_is_the_completions_text_in_whole_characters(speller):
+    pieces = list(speller.stream("A\n", max_new_tokens=20))
+    assert pieces == list(ANSWER)
+    assert "".join(pieces) == speller.generate("A\n", max_new_tokens=20)[0].text
+    assert "".join(speller.stream("A\n", stop="!", max_new_tokens=20)) == ANSWER[:-1]
+
+
+def test_events_carry_every_token(speller):
+    events = list(speller.events("A\n", logprobs=True))
+    assert [event.token for event in events] == answer_ids()
+    assert tuple(event.logprob for event in events) == events[-1].completion.logprobs
+
+
+@every_mesh
+def test_without_a_tokenizer_ids_are_continued_and_text_is_refused(mesh):
+    prompt = random_tokens(TINY, 1, 5, seed=5)[0]
+    (found,) = tiny(mesh).generate(prompt, max_new_tokens=6)
+    assert (found.tokens, found.text) == (greedy(tuple(prompt.tolist()))[0], "")
+    with pytest.raises(MeshwenError, match="no tokenizer: give prompts as token ids"):
+        tiny(mesh).generate("text")
+
+
+def test_defaults_come_from_the_checkpoints_generation_config(folder, tmp_path):
+    copy = write_speller(tmp_path / "speller")
+    settings = {"do_sample": True, "temperature": 0.5, "top_k": 3, "eos_token_id": token_ids("i")}
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    model = Qwen2ForCausalLM.from_pretrained(copy, dtype="float32")
+    params = model.request("A", max_new_tokens=5).sampling
+    assert (params.temperature, params.top_k, params.max_new_tokens) == (0.5, 3, 5)
+    (found,) = model.generate("\n", temperature=0)  # Ends where the generation config says.
+    assert (found.text, found.finish_reason) == ("Hi", "stop")
+
+
+# --- Loading
+
+
+def test_the_model_shows_what_it_is(speller):
+    assert speller.config.vocab_size == 259
+    assert speller.mesh.size == 1
+    assert speller.dtype == jnp.float32
+    assert speller.tokenizer.decode(token_ids(ANSWER)) == ANSWER
+
+
+def test_a_mesh_is_a_string_or_a_mesh(folder):
+    for mesh in ("2x2", make_mesh("2x2")):
+        model = Qwen2ForCausalLM.from_pretrained(folder, mesh=mesh)
+        assert model.mesh == make_mesh("2x2")
+        assert model.dtype == jnp.bfloat16
+        assert model.generate("A\n", max_new_tokens=20)[0].text == ANSWER
+
+
+def test_another_architecture_is_refused_in_one_line(tmp_path):
+    llama = write_speller(tmp_path / "llama")
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MeshwenError, match=r"LlamaForCausalLM .*is not supported") as error:
+        AutoModelForCausalLM.from_pretrained(llama)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"dtype": "float16"}, "dtype 'float16' is not one of bfloat16, float32"),
+        ({"numerics": "loose"}, "numerics 'loose' is not one of"),
+        ({"load_format": "zip"}, "load_format 'zip' is not one of auto, .*dummy"),
+        ({"mesh": "2y4"}, "mesh '2y4' does not parse"),
+        ({"mesh": "64"}, "needs 64 devices"),
+    ],
+)
+def test_an_unknown_choice_is_named(folder, choices, words):
+    with pytest.raises(MeshwenError, match=words):
+        Qwen2ForCausalLM.from_pretrained(folder, **choices)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(MeshwenError, match="nothing-here does not exist"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path / "nothing-here")
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "Qwen2.5-72B"])
+def test_a_preset_runs_on_no_weights_but_those_that_were_asked_for(name):
+    with pytest.raises(MeshwenError, match=r"without weights: give .* or load_format dummy"):
+        Qwen2ForCausalLM.from_pretrained(name)
+
+
+def test_a_preset_runs_on_dummy_weights(monkeypatch):
+    monkeypatch.setattr("meshwen.causal_lm.PRESETS", ("qwen2.5-tiny",))
+    monkeypatch.setattr("meshwen.causal_lm.preset", {"qwen2.5-tiny": TINY}.get)
+    told = []
+    model = Qwen2ForCausalLM.from_pretrained(
+        "qwen2.5-tiny",
+        load_format="dummy",
+        mesh="1x8",
+        dtype="float32",
+        progress=lambda *step: told.append(step),
+    )
+    (found,) = model.generate([1, 2, 3], max_new_tokens=4)
+    assert len(found.tokens) == 4
+    assert max(found.tokens) < TINY.vocab_size
+    assert (model.config, model.tokenizer) == (TINY, None)
+    assert told[-1][0] == told[-1][1] > 0
+
+
+def test_a_checkpoints_weights_are_made_up_only_when_asked_for(folder):
+    model = Qwen2ForCausalLM.from_pretrained(folder, load_format="dummy", dtype="float32")
+    assert model.generate("A\n", max_new_tokens=20)[0].text != ANSWER
+    assert model.tokenizer is not None
+
+
+# --- Importing
+
+
+def test_importing_starts_no_back_end():
+    script = (
+        "import meshwen, meshwen.cli, meshwen.cli.app\n"
+        "for name in meshwen.__all__: getattr(meshwen, name)\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "import jax; jax.devices()\n"
+        "assert xla_bridge.backends_are_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_public_names_are_there_and_no_others():
+    assert dir(meshwen) == meshwen.__all__ == sorted(meshwen.__all__)
+    assert all(getattr(meshwen, name).__name__ for name in meshwen.__all__)
+    assert meshwen.AutoModelForCausalLM is meshwen.Qwen2ForCausalLM
+    with pytest.raises(AttributeError, match="'meshwen' has no attribute 'Gwen'"):
+        meshwen.Gwen  # noqa: B018

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests in, tokens out: against greedy decoding in float64, and against themselves alone."""
+
+import functools
+import logging
+import re
+from dataclasses import replace
+from math import ceil
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from mesh_model import MeshModel, random_tokens
+from meshwen import Qwen2ForCausalLM
+from meshwen.engine import Completion, Engine, Request, StopText
+from meshwen.errors import MeshwenError
+from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from speller import ANSWER, answer_ids, write_speller
+from tiny_model import STEPS, TINY, greedy, weights
+
+SPLIT = "data=2,model=4"
+PROMPTS = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (5, 1, 17, 30)]
+
+every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
+
+
+@functools.cache
+def model(mesh="1", config=TINY) -> MeshModel:
+    return MeshModel(config, mesh)
+
+
+def engine(mesh="1", eos=(), max_batch_size=4, config=TINY) -> Engine:
+    return Engine(model(mesh, config).runner, None, eos, max_batch_size)
+
+
+def request(prompt, **sampling) -> Request:
+    return Request(tuple(prompt), SamplingParams(**{"max_new_tokens": STEPS} | sampling))
+
+
+def completions(events) -> list[Completion]:
+    done = {event.request: event.completion for event in events if event.completion}
+    return [done[number] for number in range(len(done))]
+
+
+# --- The right tokens
+
+
+@pytest.mark.parametrize(("mesh", "count"), [("1", 4), (SPLIT, 3)])
+def test_a_batch_of_mixed_lengths_gives_each_prompts_own_tokens(mesh, count):
+    requests = [request(prompt, logprobs=True) for prompt in PROMPTS[:count]]
+    found = completions(engine(mesh).run(requests))
+    assert len(found) == count
+    for completion, prompt in zip(found, PROMPTS, strict=False):
+        tokens, logprobs = greedy(tuple(prompt))
+        assert completion.prompt_tokens == tuple(prompt)
+        assert completion.tokens == tokens
+        assert completion.finish_reason == "length"
+        np.testing.assert_allclose(completion.logprobs, logprobs, rtol=0, atol=1e-4)
+
+
+SAMPLED = [
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "top_k": 20, "seed": 2, "repetition_penalty": 1.3},
+    {"temperature": 1.2, "top_p": 0.9, "seed": 3},
+]
+
+
+@functools.cache
+def alone(number: int) -> tuple[int, ...]:
+    (completion,) = completions(engine().run([request(PROMPTS[number], **SAMPLED[number])]))
+    return completion.tokens
+
+
+@every_mesh
+def test_sampled_requests_do_not_depend_on_their_batch(mesh):
+    requests = [request(p, **s) for p, s in zip(PROMPTS, SAMPLED, strict=False)]
+    found = [c.tokens for c in completions(engine(mesh).run(requests))]
+    assert found == [alone(number) for number in range(len(SAMPLED))]
+
+
+def test_a_repetition_penalty_sees_prompt_and_answer():
+    prompt = tuple(PROMPTS[0])
+    (found,) = completions(engine().run([request(prompt, repetition_penalty=2.0)]))
+    expected = list(prompt)
+    for _ in range(STEPS):
+        scores = reference.logits(weights(), TINY, expected)[-1]
+        for token in set(expected):
+            scores[token] = scores[token] / 2 if scores[token] > 0 else scores[token] * 2
+        expected.append(int(np.argmax(scores)))
+    assert found.tokens == tuple(expected[len(prompt) :])
+    assert found.tokens != greedy(prompt)[0]
+
+
+def test_logprobs_come_only_to_those_who_asked():
+    events = list(engine().run([request(PROMPTS[0], logprobs=True), request(PROMPTS[1])]))
+    first, second = completions(events)
+    assert second.logprobs is None
+    assert first.logprobs == tuple(e.logprob for e in events if e.request == 0)
+    assert {e.logprob for e in events if e.request == 1} == {None}
+    np.testing.assert_allclose(first.logprobs, greedy(tuple(PROMPTS[0]))[1], rtol=0, atol=1e-4)
+
+
+def test_more_requests_than_fit_at_once_come_back_in_order():
+    prompts = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (5, 1, 7, 3, 2)]
+    events = list(engine(max_batch_size=2).run([request(prompt) for prompt in prompts]))
+    assert [c.tokens for c in completions(events)] == [greedy(tuple(p))[0] for p in prompts]
+    for number in range(len(prompts)):
+        of_one = [event for event in events if event.request == number]
+        assert [event.completion is None for event in of_one] == [True] * (STEPS - 1) + [False]
+        assert tuple(event.token for event in of_one) == of_one[-1].completion.tokens
+
+
+def test_no_requests_give_nothing():
+    assert list(engine().run([])) == []
+
+
+# --- The right end
+
+
+def test_each_request_ends_at_its_own_limit_and_disturbs_no_other():
+    limits = [1, STEPS, 3, 2]
+    requests = [request(p, max_new_tokens=n) for p, n in zip(PROMPTS, limits, strict=True)]
+    found = completions(engine().run(requests))
+    assert [c.tokens for c in found] == [
+        greedy(tuple(p))[0][:n] for p, n in zip(PROMPTS, limits, strict=True)
+    ]
+    assert {c.finish_reason for c in found} == {"length"}
+
+
+def test_a_finished_row_without_a_free_slot_disturbs_no_other():
+    # Both fill the cache's 16 slots to the last: the first at once, the second with its answer.
+    prompts = [random_tokens(TINY, 1, 15, seed=15)[0].tolist(), PROMPTS[0]]
+    requests = [request(prompts[0], max_new_tokens=1), request(prompts[1], max_new_tokens=11)]
+    found = completions(engine(max_batch_size=2).run(requests))
+    assert found[0].tokens == greedy(tuple(prompts[0]))[0][:1]
+    assert found[1].tokens[:STEPS] == greedy(tuple(prompts[1]))[0]
+    whole = model().logits([[*prompts[1], *found[1].tokens]])[0, len(prompts[1]) - 1 : -1]
+    assert found[1].tokens == tuple(whole.argmax(axis=1).tolist())
+
+
+def test_an_end_of_text_token_ends_its_own_request():
+    expected = [greedy(tuple(prompt))[0] for prompt in PROMPTS]
+    eos = {expected[0][2], expected[2][1]}
+    found = completions(engine(eos=eos).run([request(prompt) for prompt in PROMPTS]))
+    for completion, tokens in zip(found, expected, strict=True):
+        ends = [n for n, token in enumerate(tokens, start=1) if token in eos]
+        assert completion.tokens == tokens[: ends[0] if ends else STEPS]
+        assert completion.finish_reason == ("stop" if ends else "length")
+
+
+def test_an_end_of_text_token_at_the_limit_is_a_stop():
+    tokens = greedy(tuple(PROMPTS[0]))[0]
+    last = tokens.index(tokens[2])
+    (found,) = completions(
+        engine(eos={tokens[2]}).run([request(PROMPTS[0], max_new_tokens=last + 1)])
+    )
+    assert (found.tokens, found.finish_reason) == (tokens[: last + 1], "stop")
+
+
+def test_the_context_ends_an_answer():
+    short = engine(config=replace(TINY, max_position_embeddings=20))
+    prompts = [PROMPTS[2], PROMPTS[0], [*PROMPTS[2], 1, 2]]  # 17, 5 and 19 of 20 tokens.
+    found = completions(short.run([request(p) for p in prompts]))
+    assert [len(c.tokens) for c in found] == [3, STEPS, 1]
+    assert [c.finish_reason for c in found] == ["length"] * 3
+    assert [c.tokens for c in found] == [
+        greedy(tuple(p))[0][: len(c.tokens)] for p, c in zip(prompts, found, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "is empty"),
+        ([1] * TINY.max_position_embeddings, "1100 tokens.* context is 1100"),
+        ([1] * 5000, "5000 tokens.* context is 1100"),
+        ([3, TINY.vocab_size], "outside the vocabulary of 263"),
+        ([-1], "outside the vocabulary of 263"),
+    ],
+)
+def test_a_bad_prompt_is_counted_from_1_and_named_before_anything_runs(prompt, words):
+    with pytest.raises(MeshwenError, match=f"^prompt 2 .*{words}") as error:
+        engine(max_batch_size=1).run([request(PROMPTS[0]), request(prompt)])
+    assert "\n" not in str(error.value)
+
+
+def test_closing_the_events_early_leaves_the_engine_ready():
+    ready = engine()
+    events = ready.run([request(prompt) for prompt in PROMPTS])
+    assert next(events).token == greedy(tuple(PROMPTS[0]))[0][0]
+    events.close()
+    assert list(events) == []
+    found = completions(ready.run([request(prompt) for prompt in PROMPTS]))
+    assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in PROMPTS]
+
+
+# --- Long prompts
+
+
+@every_mesh
+def test_a_prompt_read_in_chunks_gives_what_one_pass_gives(mesh):
+    lengths = [520, 3, 1040, 512]
+    token_ids = random_tokens(TINY, len(lengths), max(lengths) + 2, seed=5)
+    prompts = [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
+    requests = [request(prompt, max_new_tokens=3, logprobs=True) for prompt in prompts]
+    found = completions(engine(mesh).run(requests))
+    for row, length, completion in zip(token_ids, lengths, found, strict=True):
+        row[length : length + 2] = completion.tokens[:2]
+    logits = model().logits(token_ids).astype(np.float64)  # A token sees none that come after it.
+    for row, length, completion in zip(logits, lengths, found, strict=True):
+        scores = row[length - 1 : length + 2]
+        assert completion.tokens == tuple(scores.argmax(axis=1).tolist())
+        best = scores.max(axis=1, keepdims=True)
+        expected = -np.log(np.exp(scores - best).sum(axis=1))
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
+
+
+def test_many_long_prompts_are_read_in_shorter_chunks(monkeypatch):
+    monkeypatch.setattr("meshwen.engine._SCORE_BYTES", 1)
+    found = completions(engine().run([request(prompt, logprobs=True) for prompt in PROMPTS]))
+    for completion, prompt in zip(found, PROMPTS, strict=True):
+        tokens, logprobs = greedy(tuple(prompt))
+        assert completion.tokens == tokens
+        np.testing.assert_allclose(completion.logprobs, logprobs, rtol=0, atol=1e-4)
+
+
+# --- Static shapes
+
+
+@pytest.fixture
+def compiled(caplog):
+    """The programs compiled since the last call, by name."""
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+
+        def names() -> list[str]:
+            found = re.findall(r"Finished XLA compilation of jit\((\S+)\)", caplog.text)
+            caplog.clear()
+            return found
+
+        yield names
+    caplog.clear()  # A failing test shows what it found, not the whole log.
+
+
+@every_mesh
+def test_a_second_batch_of_the_same_bucket_compiles_nothing(mesh, compiled):
+    fresh = MeshModel(TINY, mesh).runner
+    runs = Engine(fresh, None, (), 4)
+    compiled()
+    list(runs.run([request(prompt, **SAMPLED[1]) for prompt in PROMPTS]))
+    programs = [name for name in compiled() if name.endswith("_step")]
+    assert sorted(programs) == ["decode_step", "first_step", "prefill_step"]
+    others = [random_tokens(TINY, 1, n, seed=9)[0].tolist() for n in (28, 2, 9)]
+    list(runs.run([request(p, **SAMPLED[1] | {"seed": 8}) for p in [*others, PROMPTS[2]]]))
+    assert compiled() == []
+
+
+def test_a_longer_prompt_compiles_no_more_than_its_bucket(compiled):
+    list(engine().run([request(PROMPTS[0])]))
+    compiled()
+    list(engine().run([request([1] * 33)]))
+    assert "prefill_step" in compiled()  # So that the test above can see what it looks for.
+    list(engine().run([request([2] * 40)]))
+    assert compiled() == []
+
+
+# --- The compiled steps
+
+
+def test_a_step_consumes_the_cache_it_is_given():
+    runner = model().runner
+    lengths = np.array([3], np.int32)
+    cache, hidden = runner.empty_cache(1, 16), runner.empty_hidden(1)
+    token_ids = np.ones((1, 16), np.int32)
+    after, second = runner.prefill(cache, hidden, token_ids, np.int32(0), lengths, 16)[::-1]
+    assert hidden.is_deleted()
+    assert all(array.is_deleted() for array in jax.tree.leaves(cache))
+    params = [SamplingParams(repetition_penalty=1.1)]
+    method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
+    seen = jax.numpy.zeros((1, TINY.vocab_size), bool)
+    sampled, seen_after, last = runner.decode(after, lengths, lengths, rows, seen, method)
+    assert seen.is_deleted()
+    assert all(array.is_deleted() for array in jax.tree.leaves(after))
+    alive = jax.tree.leaves((second, sampled, seen_after, last, runner.params))
+    assert not any(array.is_deleted() for array in alive)
+
+
+_GATHER = re.compile(r"= (\w+)\[([\d,]+)\]\S* all-gather\(")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows_a_device", "sampling", "candidates"),
+    [
+        ("2x4", 4, {}, 1),
+        ("2x4", 4, {"temperature": 1.0, "top_k": 6}, 8),
+        ("2x4", 4, {"temperature": 1.0}, 1),
+        (SPLIT, 2, {"temperature": 1.0, "top_k": 6}, 8),
+    ],
+)
+def test_the_sampler_gathers_its_candidates_only(mesh, rows_a_device, sampling, candidates):
+    runner, batch = model(mesh).runner, 4
+    params = [SamplingParams(**sampling)] * batch
+    method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
+    token = np.zeros(batch, np.int32)
+    lowered = runner._decode.lower(
+        runner.params, runner.empty_cache(batch, 16), token, token, rows, None, method=method
+    )
+    gathered = _GATHER.findall(lowered.compile().as_text())
+    shape = f"{rows_a_device},{runner.plan.model_devices * candidates}"
+    assert sorted(gathered) == [("f32", shape), ("s32", shape)]
+    assert runner.plan.model_devices * candidates < ceil(TINY.vocab_size / 4)
+
+
+# --- Text and stop strings
+
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory):
+    folder = write_speller(tmp_path_factory.mktemp("models") / "speller")
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+TREE = "\N{CHRISTMAS TREE}"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens"),
+    [
+        ((), ANSWER, 9),
+        (("i",), "H", 2),
+        (("i ",), "H", 3),
+        ((TREE,), "Hi ", 7),
+        ((f" {TREE}!",), "Hi", 8),
+        ((f"{TREE}?", "iX", "!!"), ANSWER, 9),
+        ((f"{TREE}!", f"i {TREE}"), "H", 7),
+        (("!", f"i {TREE}!"), "H", 8),
+        (("<|im_end|>",), ANSWER, 9),
+    ],
+)
+def test_a_stop_string_ends_the_answer_at_the_token_that_completes_it(speller, stop, text, tokens):
+    prompt = speller.tokenizer.encode("\n")
+    events = list(speller.engine.run([request(prompt, stop=stop, max_new_tokens=20)]))
+    completion = events[-1].completion
+    assert completion.tokens == tuple(answer_ids()[:tokens])
+    assert completion.text == text == "".join(event.text for event in events)
+    assert completion.finish_reason == "stop"
+
+
+def test_a_character_cut_by_the_limit_is_shown_as_such(speller):
+    prompt = speller.tokenizer.encode("\n")
+    (found,) = completions(speller.engine.run([request(prompt, max_new_tokens=5)]))
+    assert (found.text, found.finish_reason) == ("Hi \N{REPLACEMENT CHARACTER}", "length")
+    stop = ("\N{REPLACEMENT CHARACTER}",)
+    (found,) = completions(speller.engine.run([request(prompt, max_new_tokens=5, stop=stop)]))
+    assert (found.text, found.finish_reason) == ("Hi ", "stop")
+
+
+def cut(text: str, stop: list[str]) -> str | None:
+    """The text before the first stop string; None where there is none."""
+    starts = [i for i in range(len(text)) if any(text[i:].startswith(s) for s in stop)]
+    return text[: starts[0]] if starts else None
+
+
+few_letters = st.text("ab", max_size=5)
+
+
+@given(
+    st.lists(few_letters, max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+)
+def test_text_is_cut_at_the_first_stop_string_and_no_part_of_one_is_shown(pieces, stop):
+    text, shown, came = StopText(stop), "", ""
+    for piece in pieces:
+        came += piece
+        shown += text.push(piece)
+        answer = cut(came, stop)
+        assert text.stopped == (answer is not None)
+        if answer is not None:
+            assert shown == answer == text.shown
+            assert text.push("more") == text.finish() == ""
+            return
+        # What is held back begins a stop string; what is shown was the most that could be.
+        held = came.removeprefix(shown)
+        assert came == shown + held
+        ends = [n for n in range(len(came) + 1) if any(s.startswith(came[n:]) for s in stop)]
+        assert len(shown) == min(ends, default=len(came))
+    assert shown + text.finish() == came == text.shown
+    assert not text.stopped

@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sampler against float64 definitions, and against itself on every mesh."""
+
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from meshwen.errors import MeshwenError
+from meshwen.parallel.contractions import TensorParallel
+from meshwen.parallel.mesh import make_mesh, model_axes
+from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams, mark_seen, sample
+
+MESHES = ("1", "2", "3", "1x8", "2x4")
+every_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+# Written out: what Qwen2.5's Instruct checkpoints ship, its parts for other programs included.
+QWEN_GENERATION_CONFIG = {
+    "bos_token_id": 151643,
+    "pad_token_id": 151643,
+    "do_sample": True,
+    "eos_token_id": [151645, 151643],
+    "repetition_penalty": 1.05,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "transformers_version": "4.37.0",
+}
+
+
+def params_of(**values) -> SamplingParams:
+    return SamplingParams(**values)
+
+
+# --- What may be asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("temperature", "warm"),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("top_k", 1 << 31),
+        ("top_k", 2.5),
+        ("min_p", -0.01),
+        ("min_p", 1.01),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("seed", -1),
+        ("seed", 1 << 32),
+        ("seed", 1.5),
+        ("stop", ("fine", "")),
+        ("stop", "a text"),
+        ("stop", (7,)),
+    ],
+)
+def test_an_impossible_value_is_named(name, value):
+    with pytest.raises(MeshwenError, match=f"^{name} must be .*not ") as error:
+        params_of(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 1),
+        ("temperature", 0),
+        ("temperature", np.float32(2)),
+        ("top_p", 1),
+        ("top_p", 1e-9),
+        ("top_k", (1 << 31) - 1),
+        ("min_p", 1),
+        ("repetition_penalty", 0.5),
+        ("seed", (1 << 32) - 1),
+        ("stop", ("\n\n", "END")),
+    ],
+)
+def test_values_at_the_edge_are_taken(name, value):
+    params = params_of(**{name: value})
+    assert getattr(params, name) == value
+    SamplerRows.of([params])  # Fits the arrays that the devices get.
+
+
+def test_a_checkpoint_gives_the_defaults():
+    params = SamplingParams.from_generation_config(QWEN_GENERATION_CONFIG)
+    assert params == params_of(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+
+
+def test_without_a_generation_config_the_likeliest_token_is_taken():
+    assert SamplingParams.from_generation_config({}) == SamplingParams()
+
+
+def test_given_values_stand_in_the_checkpoints_place_and_none_is_not_given():
+    given = {"temperature": None, "top_p": 0.5, "top_k": 0, "seed": None, "max_new_tokens": 7}
+    params = SamplingParams.from_generation_config(QWEN_GENERATION_CONFIG, **given)
+    assert params == params_of(
+        temperature=0.7, top_p=0.5, top_k=0, repetition_penalty=1.05, max_new_tokens=7
+    )
+
+
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_temperature_0_drops_the_repetition_penalty_that_is_not_given(zero):
+    greedy = SamplingParams.from_generation_config(QWEN_GENERATION_CONFIG, temperature=zero)
+    assert (greedy.temperature, greedy.repetition_penalty) == (0, 1)
+    given = SamplingParams.from_generation_config(
+        QWEN_GENERATION_CONFIG, temperature=zero, repetition_penalty=1.2
+    )
+    assert (given.temperature, given.repetition_penalty) == (0, 1.2)
+
+
+@pytest.mark.parametrize("do_sample", [False, None])
+def test_do_sample_false_is_greedy_with_the_checkpoints_penalty(do_sample):
+    config = QWEN_GENERATION_CONFIG | {"do_sample": do_sample}
+    params = SamplingParams.from_generation_config(config)
+    assert (params.temperature, params.repetition_penalty) == (0, 1.05)
+    assert SamplingParams.from_generation_config(config, temperature=0.3).temperature == 0.3
+
+
+def test_do_sample_without_a_temperature_is_1():
+    assert SamplingParams.from_generation_config({"do_sample": True}).temperature == 1
+    nulls = {"do_sample": True, "temperature": None, "top_k": None}
+    assert SamplingParams.from_generation_config(nulls) == params_of(temperature=1.0)
+
+
+@pytest.mark.parametrize("given", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_who_asks_for_a_filter_asks_to_sample(given):
+    greedy = QWEN_GENERATION_CONFIG | {"do_sample": False}
+    assert SamplingParams.from_generation_config({}, **given) == params_of(temperature=1.0, **given)
+    assert SamplingParams.from_generation_config(greedy, **given).temperature == 1
+    assert SamplingParams.from_generation_config(greedy, temperature=0, **given).temperature == 0
+
+
+def test_one_stop_string_is_one_string():
+    for stop in ("END", ["END"], ("END",)):
+        assert SamplingParams.from_generation_config({}, stop=stop).stop == ("END",)
+
+
+def test_an_unknown_parameter_is_refused():
+    with pytest.raises(TypeError, match="'heat'"):
+        SamplingParams.from_generation_config({}, heat=1)
+
+
+def test_a_checkpoints_impossible_value_is_named():
+    with pytest.raises(MeshwenError, match="top_p must be"):
+        SamplingParams.from_generation_config({"do_sample": True, "top_p": 7})
+
+
+# --- What a batch needs compiled
+
+SAMPLED = params_of(temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "candidates"),
+    [
+        ([params_of()], 1),
+        ([SAMPLED], 0),
+        ([replace(SAMPLED, top_k=1)], 1),
+        ([replace(SAMPLED, top_k=20)], 32),
+        ([replace(SAMPLED, top_k=32), params_of()], 32),
+        ([replace(SAMPLED, top_k=20), replace(SAMPLED, top_k=40)], 64),
+        ([replace(SAMPLED, top_k=90)], 100),
+        ([replace(SAMPLED, top_k=10**6)], 100),
+        ([replace(SAMPLED, top_p=0.9)], 100),
+        ([replace(SAMPLED, top_p=0.9, top_k=3)], 4),
+        ([replace(SAMPLED, min_p=0.1)], 100),
+        ([SAMPLED, params_of()], 100),
+        ([SAMPLED, replace(SAMPLED, top_k=3)], 100),
+    ],
+)
+def test_the_method_offers_as_many_candidates_as_some_row_can_keep(batch, candidates):
+    assert SamplingMethod.of(batch, 100) == SamplingMethod(candidates, False, False)
+
+
+def test_the_method_penalizes_and_gives_logprobs_when_some_row_wants_it():
+    batch = [params_of(), params_of(repetition_penalty=1.1), params_of(logprobs=True)]
+    assert SamplingMethod.of(batch, 100) == SamplingMethod(1, True, True)
+
+
+# --- Drawing
+
+ROWS = 4096
+
+
+@functools.cache
+def _compiled(mesh_text, vocab_size, method):
+    mesh = make_mesh(mesh_text)
+    axes = model_axes(mesh)
+    split, whole = PartitionSpec(None, axes), PartitionSpec()
+
+    def program(logits, rows, positions, seen):
+        tp = TensorParallel(axes)
+        return sample(logits, rows, positions, seen, vocab_size, method, tp)
+
+    seen_spec = split if method.penalize else whole
+    in_specs = (split, whole, whole, seen_spec)
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
+    return jax.jit(mapped), mesh.size
+
+
+def draw(logits, params, *, mesh="1", positions=None, seen=None, method=None):
+    """Tokens and log-probabilities of rows [B, V]; the padding is as likely as can be."""
+    logits = np.asarray(logits, np.float32)
+    batch, vocab_size = logits.shape
+    method = method or SamplingMethod.of(params, vocab_size)
+    program, devices = _compiled(mesh, vocab_size, method)
+    padding = ((0, 0), (0, -vocab_size % devices))
+    logits = np.pad(logits, padding, constant_values=1e9)
+    if method.penalize:
+        seen = np.zeros((batch, vocab_size), bool) if seen is None else seen
+        seen = np.pad(seen, padding)
+    positions = np.arange(batch) if positions is None else positions
+    rows = SamplerRows.of(params)
+    tokens, logprobs = program(logits, rows, np.asarray(positions, np.int32), seen)
+    return np.asarray(tokens), None if logprobs is None else np.asarray(logprobs)
+
+
+def draw_many(logits, params, *, mesh="1", seen=None):
+    """`ROWS` tokens from one row of logits, each at its own position."""
+    repeated = None if seen is None else np.broadcast_to(seen, (ROWS, len(logits)))
+    tiled = np.broadcast_to(logits, (ROWS, len(logits)))
+    return draw(tiled, [params] * ROWS, mesh=mesh, seen=repeated)[0]
+
+
+def distribution(logits, params, seen=()) -> np.ndarray:
+    """Probabilities after the filters, in the words of their papers: float64 [V]."""
+    scores = [float(x) for x in logits]
+    for token in seen:
+        factor = params.repetition_penalty
+        scores[token] *= factor if scores[token] < 0 else 1 / factor
+    weights = {token: math.exp(score / params.temperature) for token, score in enumerate(scores)}
+    ranked = sorted(weights, key=lambda token: -weights[token])
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    total = sum(weights[token] for token in ranked)
+    nucleus, reached = [], 0.0
+    for token in ranked:
+        if reached / total >= params.top_p:
+            break
+        nucleus.append(token)
+        reached += weights[token]
+    kept = [token for token in nucleus if weights[token] >= params.min_p * weights[ranked[0]]]
+    probabilities = np.zeros(len(scores))
+    probabilities[kept] = [weights[token] for token in kept]
+    return probabilities / probabilities.sum()
+
+
+def assert_drawn_from(tokens, probabilities):
+    """The tokens drawn are those that can be, as often as they should (Pearson's chi-square)."""
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    likely = probabilities > 10 / len(tokens)
+    assert not counts[probabilities == 0].any()
+    assert counts[likely].all()
+    expected = probabilities * len(tokens)
+    rest = expected[~likely].sum()
+    error = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    error += (counts[~likely].sum() - rest) ** 2 / rest if rest > 1 else 0
+    freedom = likely.sum()
+    # Wilson and Hilferty's normal approximation: 5 standard deviations.
+    spread = 2 / (9 * freedom)
+    assert (error / freedom) ** (1 / 3) < 1 - spread + 5 * math.sqrt(spread)
+
+
+def some_logits(size, seed=0, scale=1.5) -> np.ndarray:
+    return (scale * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
+
+
+FILTERS = {
+    "none": {},
+    "cold": {"temperature": 0.4},
+    "hot": {"temperature": 3.0},
+    "top-k": {"top_k": 5},
+    "top-k of a power of two": {"top_k": 8},
+    "top-p": {"top_p": 0.7},
+    "a narrow top-p": {"top_p": 0.01},
+    "min-p": {"min_p": 0.2},
+    "top-k and top-p": {"top_k": 6, "top_p": 0.8},
+    "all": {"temperature": 1.7, "top_k": 9, "top_p": 0.85, "min_p": 0.3},
+    "penalty": {"repetition_penalty": 1.6},
+    "penalty and all": {
+        "repetition_penalty": 0.6,
+        "temperature": 0.8,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.05,
+    },
+}
+SEEN = (0, 2, 3, 11, 17)
+every_filter = pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+
+
+@every_filter
+def test_tokens_are_drawn_from_what_the_filters_keep(filters):
+    params = params_of(**{"temperature": 1.0, "seed": 3} | filters)
+    logits, seen = some_logits(20), np.isin(np.arange(20), SEEN)
+    expected = distribution(logits, params, SEEN)
+    assert_drawn_from(draw_many(logits, params, mesh="3", seen=seen), expected)
+
+
+def test_what_is_drawn_from_another_distribution_is_noticed():
+    params = params_of(temperature=1.0)
+    tokens = draw_many(some_logits(20), params)
+    with pytest.raises(AssertionError):
+        assert_drawn_from(tokens, distribution(some_logits(20), replace(params, temperature=1.15)))
+
+
+@every_filter
+def test_the_reference_keeps_what_transformers_keeps(filters):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    params = params_of(**{"temperature": 1.0} | filters)
+    logits = some_logits(20)
+    steps = [
+        process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
+        process.TemperatureLogitsWarper(float(params.temperature)),
+    ]
+    steps += [process.TopKLogitsWarper(params.top_k)] if params.top_k else []
+    steps += [process.TopPLogitsWarper(params.top_p), process.MinPLogitsWarper(params.min_p)]
+    scores, seen = torch.tensor(logits[None], dtype=torch.float64), torch.tensor([SEEN])
+    for step in steps:
+        scores = step(seen, scores)
+    theirs = torch.softmax(scores, dim=-1)[0].numpy()
+    np.testing.assert_allclose(distribution(logits, params, SEEN), theirs, rtol=1e-6, atol=1e-12)
+
+
+def test_a_token_far_below_the_others_is_never_drawn_by_noise_alone():
+    # A vocabulary of Qwen2.5's size draws this many numbers in 128 steps.
+    rows, size = 128, 1 << 17
+    logits = np.full((rows, size), -200, np.float32)
+    logits[:, 7] = 0
+    tokens, _ = draw(logits, [params_of(temperature=1.0)] * rows)
+    assert set(tokens) == {7}
+
+
+def test_the_tail_of_a_large_vocabulary_is_drawn_as_often_as_it_should():
+    # Each of 65536 tokens has a probability of 2**-17, all of them together one half.
+    size = 1 << 16
+    logits = np.zeros(size, np.float32)
+    logits[5] = math.log(size - 1)
+    params, rows = params_of(temperature=1.0), 512
+    tokens, _ = draw(np.broadcast_to(logits, (rows, size)), [params] * rows)
+    assert abs((tokens == 5).sum() - rows / 2) < 5 * math.sqrt(rows / 4)
+
+
+def test_draws_of_different_seeds_and_positions_are_independent():
+    logits, size = np.zeros((ROWS, 4)), 4
+    by_seed, _ = draw(
+        logits, [replace(SAMPLED, seed=i) for i in range(ROWS)], positions=np.zeros(ROWS)
+    )
+    by_position, _ = draw(logits, [SAMPLED] * ROWS)
+    for tokens in (by_seed, by_position):
+        pairs = size * tokens[:-1] + tokens[1:]
+        assert_drawn_from(tokens, np.full(size, 1 / size))
+        assert_drawn_from(pairs, np.full(size**2, 1 / size**2))
+    assert_drawn_from(size * by_seed + by_position, np.full(size**2, 1 / size**2))
+
+
+# --- The same on every mesh, in every batch, by every method
+
+MIXED = [
+    params_of(),
+    replace(SAMPLED, seed=1),
+    replace(SAMPLED, seed=2, top_k=5),
+    replace(SAMPLED, seed=3, top_p=0.8),
+    replace(SAMPLED, seed=4, min_p=0.1, temperature=1.3),
+    params_of(repetition_penalty=1.5),
+    replace(SAMPLED, seed=5, top_k=7, top_p=0.9, repetition_penalty=1.3),
+]
+STEPS, VOCAB = 8, 101
+
+
+def mixed_batch():
+    """Each of `MIXED` at several positions, with logits and seen tokens of its own."""
+    params = MIXED * STEPS
+    rng = np.random.default_rng(1)
+    logits = some_logits((len(params), VOCAB), seed=2, scale=2)
+    seen = rng.random((len(params), VOCAB)) < 0.3
+    return logits, params, np.repeat(np.arange(STEPS) * 37, len(MIXED)), seen
+
+
+@functools.cache
+def mixed_on_one_device():
+    logits, params, positions, seen = mixed_batch()
+    return draw(logits, params, positions=positions, seen=seen)[0]
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, "data=2,model=4"])
+def test_seeded_draws_are_the_same_on_every_mesh(mesh):
+    logits, params, positions, seen = mixed_batch()
+    found, _ = draw(logits, params, mesh=mesh, positions=positions, seen=seen)
+    np.testing.assert_array_equal(found, mixed_on_one_device())
+
+
+@pytest.mark.parametrize("request_number", range(len(MIXED)))
+def test_a_request_draws_the_same_alone_and_by_its_own_method(request_number):
+    logits, params, positions, seen = mixed_batch()
+    rows = slice(request_number, None, len(MIXED))
+    method = SamplingMethod.of(params[rows], VOCAB)
+    assert method != SamplingMethod.of(params, VOCAB)
+    found, _ = draw(
+        logits[rows], params[rows], mesh="2x4", positions=positions[rows], seen=seen[rows]
+    )
+    np.testing.assert_array_equal(found, mixed_on_one_device()[rows])
+
+
+def test_the_row_does_not_matter():
+    logits, params, positions, seen = mixed_batch()
+    order = np.random.default_rng(3).permutation(len(params))
+    found, _ = draw(
+        logits[order], [params[i] for i in order], positions=positions[order], seen=seen[order]
+    )
+    np.testing.assert_array_equal(found, mixed_on_one_device()[order])
+
+
+@pytest.mark.parametrize("candidates", [16, VOCAB])
+def test_the_number_of_candidates_does_not_matter(candidates):
+    params = [replace(SAMPLED, seed=seed, top_k=5, top_p=0.9) for seed in range(64)]
+    logits = some_logits((64, VOCAB))
+    found, _ = draw(logits, params, mesh="3", method=SamplingMethod(candidates, False, False))
+    by_definition = [
+        np.flatnonzero(distribution(row, p)) for row, p in zip(logits, params, strict=True)
+    ]
+    assert all(token in kept for token, kept in zip(found, by_definition, strict=True))
+    np.testing.assert_array_equal(found, draw(logits, params)[0])
+
+
+# --- Greedy
+
+
+@pytest.mark.parametrize(
+    ("mesh", "others"), [*((mesh, []) for mesh in MESHES), ("1", [SAMPLED]), ("3", [SAMPLED])]
+)
+def test_equally_likely_tokens_give_the_lowest_id(mesh, others):
+    logits = np.full((12, 37), -1.0)
+    rng = np.random.default_rng(4)
+    for row in range(len(logits) - 1):  # The last is all equal.
+        logits[row, rng.choice(37, rng.integers(1, 12), replace=False)] = 2.5
+    params = [params_of()] * len(logits) + others
+    rows = np.concatenate([logits, np.zeros((len(others), 37))])
+    found, _ = draw(rows, params, mesh=mesh)
+    assert found[: len(logits)].tolist() == [row.tolist().index(row.max()) for row in logits]
+
+
+@pytest.mark.parametrize("mesh", ["1", "1x8"])
+def test_top_k_keeps_the_lowest_ids_of_equally_likely_tokens(mesh):
+    params = [replace(SAMPLED, top_k=3, seed=seed) for seed in range(200)]
+    found, _ = draw(np.zeros((200, 37)), params, mesh=mesh)
+    assert set(found) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("mesh", ["3", "2x4"])
+@pytest.mark.parametrize("params", [params_of(), SAMPLED, replace(SAMPLED, top_p=0.99)])
+def test_padding_of_the_vocabulary_is_never_drawn(mesh, params):
+    batch = [replace(params, seed=seed, logprobs=True) for seed in range(200)]
+    found, logprobs = draw(np.full((200, 37), -50.0), batch, mesh=mesh)
+    assert found.max() < 37
+    np.testing.assert_allclose(logprobs, -math.log(37), rtol=1e-6)
+
+
+def test_a_penalty_pushes_both_signs_down():
+    logits = [[2.0, 1.9, -1.0, -1.1], [-1.0, -1.1, -9.0, -9.0]]
+    seen = np.array([[True, False, False, False]] * 2)
+    params = [params_of(repetition_penalty=1.5)] * 2
+    assert draw(logits, params, seen=seen)[0].tolist() == [1, 1]
+
+
+# --- Log-probabilities
+
+
+@every_mesh
+def test_logprobs_are_of_the_unmodified_logits(mesh):
+    size = 5001
+    logits = some_logits((8, size), scale=8)
+    params = [replace(SAMPLED, seed=i, top_k=20, temperature=2.0, logprobs=True) for i in range(6)]
+    params += [params_of(logprobs=True, repetition_penalty=3.0)] * 2
+    seen = np.random.default_rng(0).random((8, size)) < 0.9
+    tokens, found = draw(logits, params, mesh=mesh, seen=seen)
+    exact = logits.astype(np.float64)
+    exact -= exact.max(axis=1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, exact[np.arange(8), tokens], rtol=0, atol=1e-5)
+    assert found.dtype == np.float32
+
+
+def test_there_are_no_logprobs_unless_asked_for():
+    assert draw(np.zeros((1, 8)), [params_of()])[1] is None
+
+
+# --- Tokens seen
+
+
+@pytest.mark.parametrize("mesh", ["1", "2x4"])
+def test_a_new_token_is_marked_as_seen(mesh):
+    devices = make_mesh(mesh)
+    axes, size = model_axes(devices), 7 * devices.size
+    split = PartitionSpec(None, axes)
+    mark = jax.shard_map(
+        lambda seen, tokens: mark_seen(seen, tokens, TensorParallel(axes)),
+        mesh=devices,
+        in_specs=(split, PartitionSpec()),
+        out_specs=split,
+    )
+    seen = np.random.default_rng(0).random((size, size)) < 0.2
+    found = jax.jit(mark)(seen, jnp.arange(size))
+    np.testing.assert_array_equal(found, seen | np.eye(size, dtype=bool))
