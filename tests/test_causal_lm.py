@@ -15,7 +15,7 @@ import pytest
 import meshwen
 import reference
 from mesh_model import MeshModel, random_tokens
-from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM
+from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM, config
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import make_mesh
 from speller import ANSWER, CONTEXT, answer_ids, token_ids, write_speller
@@ -212,9 +212,9 @@ def test_a_mesh_is_a_string_or_a_mesh(folder):
 
 def test_another_architecture_is_refused_in_one_line(tmp_path):
     llama = write_speller(tmp_path / "llama")
-    config = json.loads((llama / "config.json").read_text())
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    (llama / "config.json").write_text(json.dumps(config))
+    settings = json.loads((llama / "config.json").read_text())
+    settings |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (llama / "config.json").write_text(json.dumps(settings))
     with pytest.raises(MeshwenError, match=r"LlamaForCausalLM .*is not supported") as error:
         AutoModelForCausalLM.from_pretrained(llama)
     assert "\n" not in str(error.value)
@@ -247,11 +247,11 @@ def test_a_preset_runs_on_no_weights_but_those_that_were_asked_for(name):
 
 
 def test_a_preset_runs_on_dummy_weights(monkeypatch):
-    monkeypatch.setattr("meshwen.causal_lm.PRESETS", ("qwen2.5-tiny",))
-    monkeypatch.setattr("meshwen.causal_lm.preset", {"qwen2.5-tiny": TINY}.get)
+    small = (48, 32, 2, 6, 2, 263, True)  # The fields of the published sizes.
+    monkeypatch.setitem(config._PUBLISHED, "qwen2.5-7b", small)
     told = []
     model = Qwen2ForCausalLM.from_pretrained(
-        "qwen2.5-tiny",
+        "Qwen2.5-7B",
         load_format="dummy",
         mesh="1x8",
         dtype="float32",
@@ -259,8 +259,8 @@ def test_a_preset_runs_on_dummy_weights(monkeypatch):
     )
     (found,) = model.generate([1, 2, 3], max_new_tokens=4)
     assert len(found.tokens) == 4
-    assert max(found.tokens) < TINY.vocab_size
-    assert (model.config, model.tokenizer) == (TINY, None)
+    assert max(found.tokens) < 263
+    assert (model.config, model.tokenizer) == (config.preset("qwen2.5-7b"), None)
     assert told[-1][0] == told[-1][1] > 0
 
 
