@@ -22,6 +22,7 @@ from checkpoint_writers import (
 from meshwen.checkpoints import open_checkpoint
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.sampling import SamplingParams
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
@@ -245,13 +246,16 @@ def test_metadata_is_plain_python_for_the_tokenizer(tmp_path):
     assert checkpoint.generation_config == {"eos_token_id": [3, 2]}
 
 
-def test_sampling_settings_are_passed_on(tmp_path):
+@pytest.mark.parametrize(("temperature", "sampled"), [(0.7, True), (0.0, False)])
+def test_sampling_settings_have_their_effect(tmp_path, temperature, sampled):
     def extra(writer: object) -> None:
-        writer.add_float32("general.sampling.temp", 0.7)
+        writer.add_float32("general.sampling.temp", temperature)
         writer.add_int32("general.sampling.top_k", 20)
 
     path = write_gguf(tmp_path / "x.gguf", float_gguf_tensors(), extra=extra)
-    assert open_checkpoint(str(path)).generation_config == {"temperature": 0.7, "top_k": 20}
+    found = open_checkpoint(str(path)).generation_config
+    assert found == {"temperature": temperature, "top_k": 20, "do_sample": sampled}
+    assert SamplingParams.from_generation_config(found).temperature == temperature
 
 
 def test_every_metadata_type_is_read(tmp_path):

@@ -327,16 +327,18 @@ def generation_dict(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a GGUF file says about sampling, in the words of a generation_config.json.
 
     Every token that ends a text for llama.cpp ends it here: the end-of-sequence token, the
-    end-of-turn token, and ChatML's two by name.
+    end-of-turn token, and ChatML's two by name. A temperature above 0 is to be sampled with.
     """
     ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     ids += [tokens.index(text) for text in ("<|im_end|>", "<|endoftext|>") if text in tokens]
-    sampling = {
+    sampling: dict[str, Any] = {
         name: _number(metadata[f"general.sampling.{key}"])
         for name, key in _SAMPLING_KEYS.items()
         if f"general.sampling.{key}" in metadata
     }
+    if "temperature" in sampling:
+        sampling["do_sample"] = sampling["temperature"] > 0
     ends = list(dict.fromkeys(token for token in ids if token is not None))
     return ({"eos_token_id": ends} if ends else {}) | sampling
 
