@@ -79,9 +79,11 @@ def test_every_bfloat16_pattern_survives_nan_payloads_included(torch, tmp_path):
     np.testing.assert_array_equal(read.view(np.uint16), patterns)
 
 
-def test_float_types_and_parameters_are_read_as_they_are(torch, tmp_path):
+def test_other_types_and_parameters_are_read_as_they_are(torch, tmp_path):
     state = {
         "half": torch.ones(2, 3, dtype=torch.float16),
+        "integer": torch.arange(6),
+        "bool": torch.tensor([True, False]),
         "parameter": torch.nn.Parameter(torch.arange(6.0).reshape(2, 3)),
         "transposed": torch.arange(6.0).reshape(2, 3).T,
     }
@@ -140,7 +142,10 @@ def test_truncated_file_is_refused(torch, tmp_path, keep):
 
 def test_what_is_not_a_supported_tensor_is_named(torch, tmp_path):
     path = write_folder(tmp_path) / "pytorch_model.bin"
-    for value, described in ((3, "int"), (torch.zeros(2, dtype=torch.int8), "torch.int8")):
+    for value, described in (
+        (3, "int"),
+        (torch.zeros(2, dtype=torch.complex64), "torch.complex64"),
+    ):
         torch.save({"x": value}, path)
         assert f"x is {described}" in error_of(tmp_path)
     torch.save([torch.zeros(2)], path)

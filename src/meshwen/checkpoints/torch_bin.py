@@ -20,6 +20,12 @@ _DTYPES = {
     "torch.float32": np.dtype(np.float32),
     "torch.float16": np.dtype(np.float16),
     "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "torch.int64": np.dtype(np.int64),
+    "torch.int32": np.dtype(np.int32),
+    "torch.int16": np.dtype(np.int16),
+    "torch.int8": np.dtype(np.int8),
+    "torch.uint8": np.dtype(np.uint8),
+    "torch.bool": np.dtype(np.bool_),
 }
 
 
@@ -80,7 +86,7 @@ def _source(path: Path, name: str, value: Any) -> TorchTensor:
     if dtype not in _DTYPES:
         raise MeshwenError(
             f"{path}: {name} is {dtype}, which is not supported; use a checkpoint in "
-            f"{', '.join(kind.removeprefix('torch.') for kind in _DTYPES)}"
+            f"{', '.join(kind.removeprefix('torch.') for kind in list(_DTYPES)[:4])}"
         )
     return TorchTensor(
         name=name,
