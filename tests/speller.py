@@ -7,6 +7,7 @@ bytes all differ, and the emoji takes four tokens.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.checkpoints import Checkpoint
+from meshwen.cli.load import load_model
 from meshwen.tokenizer import byte_alphabet
 
 ANSWER = "Hi \N{CHRISTMAS TREE}!"
@@ -82,6 +86,19 @@ def write_speller(folder: Path) -> Path:
     save_file(_weights(config["vocab_size"]), folder / "model.safetensors")
     _write_tokenizer(folder)
     return folder
+
+
+def load_once() -> Callable[..., Qwen2ForCausalLM]:
+    """The command line's `load_model`, keeping models: what one test compiles serves the next."""
+    models = {}
+
+    def load(checkpoint: Checkpoint, tokenizer: object, **options: object) -> Qwen2ForCausalLM:
+        key = (checkpoint.path, checkpoint.format, *sorted(options.items()))
+        if key not in models:
+            models[key] = load_model(checkpoint, tokenizer, **options)
+        return models[key]
+
+    return load
 
 
 def _weights(vocab: int) -> dict[str, np.ndarray]:

@@ -11,11 +11,20 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
-from checkpoint_writers import random_weights, write_folder, write_json
+from checkpoint_writers import (
+    CONFIG,
+    float_gguf_tensors,
+    random_weights,
+    write_folder,
+    write_gguf,
+    write_json,
+)
 from meshwen.checkpoints import open_checkpoint
 from meshwen.checkpoints.hub import looks_like_hub_id
+from meshwen.config import preset
 from meshwen.errors import MeshwenError
 
 
@@ -120,6 +129,32 @@ def test_malformed_generation_config_is_an_error(tmp_path, content):
     assert "generation_config.json" in error_of(tmp_path)
 
 
+SMALL_FILES = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+}
+OTHER_FILES = {
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model-q4_k_m.gguf",
+    "README.md",
+    "onnx/config.json",
+    "onnx/model.safetensors",
+    "original/merges.txt",
+    "original/pytorch_model.bin",
+}
+
+
+def downloaded(options: dict[str, object]) -> set[str]:
+    """What of a repository's files the hub's library takes, given `snapshot_download`'s options."""
+    patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+    return set(filter_repo_objects(sorted(SMALL_FILES | OTHER_FILES), **patterns))
+
+
 def test_hub_snapshot_is_opened_under_its_id(tmp_path, monkeypatch):
     asked = []
     write_folder(tmp_path / "snapshot", random_weights())
@@ -133,8 +168,7 @@ def test_hub_snapshot_is_opened_under_its_id(tmp_path, monkeypatch):
     assert checkpoint.name == checkpoint.config.name == "org/name"
     ((repo_id, options),) = asked
     assert (repo_id, options["revision"]) == ("org/name", "v1")
-    assert "*.safetensors" in options["allow_patterns"]
-    assert not any("bin" in pattern for pattern in options["allow_patterns"])
+    assert downloaded(options) == {*SMALL_FILES, "model.safetensors"}
 
 
 @pytest.mark.parametrize(("load_format", "rounds"), [("auto", 2), ("torch", 1), ("safetensors", 1)])
@@ -152,6 +186,56 @@ def test_torch_files_are_fetched_only_for_want_of_safetensors(
     assert "weights" in error_of("org/name", load_format=load_format)
     assert len(asked) == rounds
     assert ("pytorch_model*.bin" in asked[-1]) == (load_format != "safetensors")
+
+
+def test_made_up_weights_need_a_config_alone(tmp_path):
+    write_folder(tmp_path / "tiny")
+    for path in (tmp_path / "tiny", write_gguf(tmp_path / "x.gguf", float_gguf_tensors())):
+        checkpoint = open_checkpoint(str(path), load_format="dummy")
+        assert checkpoint.config.hidden_size == CONFIG["hidden_size"]
+        assert (checkpoint.format, checkpoint.tensors) == (None, {})
+
+
+def test_made_up_weights_take_the_tokenizer_that_is_there(tmp_path):
+    folder = write_folder(tmp_path)
+    assert open_checkpoint(str(folder), load_format="dummy").tokenizer_files is None
+    (folder / "tokenizer.json").touch()
+    assert open_checkpoint(str(folder), load_format="dummy").tokenizer_files == folder
+
+
+def test_made_up_weights_of_a_hub_id_download_no_weights(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id: str, **options: object) -> str:
+        asked.append(downloaded(options))
+        return str(write_folder(tmp_path))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("org/name", load_format="dummy")
+    assert checkpoint.name == checkpoint.config.name == "org/name"
+    assert asked == [SMALL_FILES]
+
+
+def test_a_preset_is_a_config_without_weights(no_hub):
+    checkpoint = open_checkpoint("Qwen2.5-7B", load_format="dummy")
+    assert checkpoint.config == preset("qwen2.5-7b")
+    assert (checkpoint.format, checkpoint.tensors, checkpoint.tokenizer_files) == (None, {}, None)
+    assert "without weights" in error_of("qwen2.5-7b")
+    assert "for a hub id only" in error_of("qwen2.5-7b", load_format="dummy", revision="v1")
+
+
+def test_an_existing_folder_goes_before_a_preset_of_its_name(tmp_path, monkeypatch):
+    write_folder(tmp_path / "qwen2.5-7b", random_weights())
+    monkeypatch.chdir(tmp_path)
+    for load_format in ("auto", "dummy"):
+        checkpoint = open_checkpoint("qwen2.5-7b", load_format=load_format)
+        assert checkpoint.config.hidden_size == CONFIG["hidden_size"]
+
+
+def test_demo_is_the_embedded_checkpoint(tmp_path, monkeypatch):
+    write_folder(tmp_path, random_weights())
+    monkeypatch.setattr("meshwen.demo.path", lambda: tmp_path)
+    assert open_checkpoint("demo").path == tmp_path
 
 
 def test_gguf_from_the_hub_asks_for_a_path(no_hub):

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """`meshwen chat`: turns, commands, and Ctrl-C, on a checkpoint whose answer is known."""
 
-import functools
 import io
 import json
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
 from meshwen.cli import chat as chat_module
 from meshwen.cli import main
-from meshwen.cli.load import load_model
-from speller import ANSWER, CONTEXT, write_speller
+from speller import ANSWER, CONTEXT, load_once, write_speller
 
-load_once = functools.cache(load_model)  # So that what a test compiles serves the next.
+load_model = load_once()
 
 
 @pytest.fixture(autouse=True)
 def _one_model_and_no_lasting_cache(monkeypatch):
     monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
-    monkeypatch.setattr("meshwen.cli.chat.load_model", load_once)
+    monkeypatch.setattr("meshwen.cli.chat.load_model", load_model)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came(chat, capsys, monkeypatch, 
 
     def write(text):
         written.append(text)
-        if written[-2:] == ["i", ""] or text == "i":
+        if text == "i":
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(sys.stdout, "write", write)
@@ -81,6 +81,40 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_came(chat, capsys, monkeypatch, 
     assert "".join(written) == "Hi\n"
     assert "(stopped)" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_the_program_whatever_it_is_busy_with():
+    script = (
+        "import hashlib\n"
+        "from meshwen.cli.interrupt import ctrl_c\n"
+        "with ctrl_c():\n"
+        "    print('busy', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"  # Minutes within one C call.
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"busy\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_closed_stdin_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat"]) == 2
+    assert "stdin is closed" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_made(capsys, monkeypatch):
+    monkeypatch.setattr(chat_module, "load_model", None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    assert main(["chat", "--model", "qwen2.5-7b", "--load-format", "dummy"]) == 2
+    assert "no tokenizer, so it cannot chat" in capsys.readouterr().err
 
 
 def test_a_conversation_beyond_the_context_is_refused_and_stays(chat, capsys, tmp_path):

@@ -4,12 +4,15 @@
 import io
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
+from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.checkpoints import LOAD_FORMATS
 from meshwen.cli import app, main
 from meshwen.cli.options import LoadFormat
+from meshwen.errors import MeshwenError
 from speller import write_speller
 
 
@@ -50,6 +53,8 @@ def error(capsys, arguments):
         (["generate", "hi", "--stop", ""], "stop must be strings that are not empty"),
         (["generate", "hi", "--raw", "--system", "x"], "--system needs the chat template"),
         (["generate", "hi", "--logprobs"], "add --json"),
+        (["generate", "hi", "--model", "qwen2.5-7b", "--load-format", "dummy"], "no tokenizer"),
+        (["generate", "hi", "--batch-size", "0"], "--batch-size"),
         (["generate", " "], "the prompt is empty"),
         (["generate", "hi", "--prompts-file", "x"], "not both"),
         (["generate", "--prompts-file", "no-such-file"], "cannot read no-such-file: No such file"),
@@ -58,7 +63,7 @@ def error(capsys, arguments):
         (["inspect"], "Missing argument 'MODEL'"),
         (["inspect", "qwen2.5-7b", "--filter", "foo*"], "no tensor of qwen2.5-7b has a name like"),
         (["inspect", "qwen2.5-7b", "--stats"], "--stats reads weights"),
-        (["inspect", "a/b", "--load-format", "dummy"], "--load-format dummy takes a folder"),
+        (["inspect", "qwen2.5-7b", "--load-format", "torch"], "without weights"),
         (["inspect", "--frob"], "No such option: --frob"),
         (["frobnicate"], "No such command 'frobnicate'"),
     ],
@@ -67,11 +72,57 @@ def test_what_the_user_must_change_is_said_in_one_line(capsys, arguments, messag
     assert message in error(capsys, arguments)
 
 
-def test_a_prompt_beyond_the_context_is_refused(capsys, speller):
-    assert main(["generate", "x" * 200, "--model", speller]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.splitlines()[-1].startswith("meshwen: error: prompt 1 has 219 tokens")
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails where weights are read or made up."""
+
+    def fail(*_):
+        raise AssertionError("weights were wanted")
+
+    monkeypatch.setattr("meshwen.causal_lm.load_params", fail)
+    monkeypatch.setattr("meshwen.causal_lm.dummy_params", fail)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x" * 200, "line 1 has 219 tokens, but the model's context is 160"),
+        ('{"prompt_tokens": [1, 259]}', "line 1 has a token id outside the vocabulary of 259"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused_before_loading(
+    capsys, tmp_path, speller, no_weights, line, message
+):
+    (tmp_path / "prompts").write_text(line)
+    arguments = ["--prompts-file", str(tmp_path / "prompts"), "--model", speller]
+    assert message in error(capsys, ["generate", *arguments])
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused_before_loading(
+    capsys, tmp_path, no_weights
+):
+    folder = write_speller(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    assert "no chat template: use --raw" in error(
+        capsys, ["generate", "hi", "--model", str(folder)]
+    )
+
+
+def test_a_broken_tokenizer_is_refused_before_loading(tmp_path, no_weights):
+    folder = write_speller(tmp_path)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(MeshwenError, match=r"tokenizer\.json"):
+        Qwen2ForCausalLM.from_pretrained(folder)
+
+
+def test_an_impossible_value_of_the_checkpoint_names_its_file(capsys, tmp_path, no_weights):
+    path = write_speller(tmp_path) / "generation_config.json"
+    path.write_text('{"top_p": 1.5}')
+    for arguments in (["generate", "hi"], ["chat"]):
+        line = error(capsys, [*arguments, "--model", str(tmp_path)])
+        assert f"{path}: top_p must be above 0" in line
+    line = error(capsys, ["generate", "hi", "--model", str(tmp_path), "--top-k", "-1"])
+    assert "error: top_k must be" in line
 
 
 def test_a_hub_id_is_refused_offline(capsys, monkeypatch, tmp_path):
@@ -80,6 +131,12 @@ def test_a_hub_id_is_refused_offline(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert "HF_HUB_OFFLINE" in error(capsys, ["inspect", "some-one/some-model"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"], ["--prompts-file", "-"]])
+def test_a_closed_stdin_is_no_prompt(capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "stdin is closed" in error(capsys, ["generate", *arguments])
 
 
 def test_debug_shows_the_traceback_before_the_line(capsys):
@@ -122,7 +179,21 @@ def test_without_arguments_the_commands_are_listed(capsys):
 
 
 def test_the_load_formats_offered_are_those_that_exist():
-    assert [choice.value for choice in LoadFormat] == [*LOAD_FORMATS, "dummy"]
+    assert tuple(LoadFormat) == LOAD_FORMATS
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_version_is_that_of_the_installed_package(capsys, monkeypatch, installed):
+    versions = {"meshwen": "1.2.3"} if installed else {}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"meshwen {'1.2.3' if installed else '0+unknown'}\n"
 
 
 def test_jax_is_not_imported_before_a_command_runs():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`meshwen generate` end to end, on a checkpoint whose answer is known."""
 
-import functools
+import io
 import json
 import os
 import subprocess
@@ -11,16 +11,25 @@ import numpy as np
 import pytest
 
 from meshwen.cli import main
-from meshwen.cli.load import load_model
-from speller import ANSWER, answer_ids, answer_logprobs, chat_ids, token_ids, write_speller
+from meshwen.errors import MeshwenError
+from speller import (
+    ANSWER,
+    CONTEXT,
+    answer_ids,
+    answer_logprobs,
+    chat_ids,
+    load_once,
+    token_ids,
+    write_speller,
+)
 
-load_once = functools.cache(load_model)  # So that what a test compiles serves the next.
+load_model = load_once()
 
 
 @pytest.fixture(autouse=True)
 def _one_model_and_no_lasting_cache(monkeypatch):
     monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
-    monkeypatch.setattr("meshwen.cli.generate.load_model", load_once)
+    monkeypatch.setattr("meshwen.cli.generate.load_model", load_model)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +99,43 @@ def test_prompts_of_a_file_keep_their_order_and_fields(speller, capsys, tmp_path
     assert found[1]["id"] == "x"
     assert (found[2]["n"], found[2]["prompt_tokens"]) == ([1], token_ids("\n"))
     assert main(["generate", *arguments]) == 0
-    assert capsys.readouterr().out == "[1/3] plain\nHi \n\n[2/3] a\nHi \n\n[3/3] 198\nHi \n"
+    output = capsys.readouterr()
+    assert output.out == "[1/3] plain\nHi \n\n[2/3] a\nHi \n\n[3/3] 198\nHi \n"
+    assert "cut off after 3 tokens, see --max-new-tokens: 3 of 3 answers\n" in output.err
+
+
+def test_an_answer_that_the_context_cuts_off_is_announced(speller, capsys):
+    # The template takes 19 tokens around a user's message; this leaves room for 3 more.
+    assert main(["generate", "x" * (CONTEXT - 19 - 3), "--model", speller]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{ANSWER[:3]}\n"
+    assert f"cut off where the model's context of {CONTEXT} tokens is full: 1 of 1 answer\n" in (
+        output.err
+    )
+    assert main(["generate", "hi", "--model", speller]) == 0
+    assert "cut off" not in capsys.readouterr().err
+
+
+def test_text_that_stdout_cannot_encode_comes_out_escaped(speller, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["generate", "hi", "--model", speller]) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue() == ANSWER.encode("ascii", "backslashreplace") + b"\n"
+
+
+def test_the_batch_size_reaches_the_engine(tmp_path, monkeypatch):
+    sizes = []
+
+    def load(*_, max_batch_size, **__):
+        sizes.append(max_batch_size)
+        raise MeshwenError("enough")
+
+    monkeypatch.setattr("meshwen.causal_lm.Qwen2ForCausalLM.from_checkpoint", load)
+    folder = str(write_speller(tmp_path))
+    for arguments in ((), ("--batch-size", "3")):
+        assert main(["generate", "hi", "--model", folder, *arguments]) == 2
+    assert sizes == [8, 3]
 
 
 def test_a_field_that_an_answer_has_itself_is_refused(capsys, tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -51,8 +52,8 @@ def test_bytes_of_a_device_are_those_of_its_shards(capsys):
     assert found["weights"]["per_device"] == shards
     assert found["weights"]["all_devices"] == 8 * shards
     assert found["weights"]["model"] == 2 * 7_615_616_512
-    # 28 layers, keys and values, one kv head of 128 dimensions a device, 2 bytes each.
-    assert found["kv_cache"]["per_device_per_token"] == 28 * 2 * 128 * 2
+    # 28 layers, one kv head of 128 dimensions a device, keys of 4 bytes and values of 2.
+    assert found["kv_cache"]["per_device_per_token"] == 28 * 128 * (4 + 2)
     by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
     gate = by_name["model.layers.3.mlp.gate_proj.weight"]
     assert gate["axes"] == ["mlp", "embed"]
@@ -100,6 +101,42 @@ def test_stats_are_those_of_the_finite_values(tmp_path, capsys):
     assert (stats["nan"], stats["inf"]) == (1, 1)
     assert stats["mean"] == pytest.approx(finite.mean(), rel=1e-6)
     assert (stats["min"], stats["max"]) == (finite.min(), finite.max())
+
+
+def test_stats_of_a_scalar_and_of_integers(tmp_path, capsys):
+    extra = {"scalar": np.array(-2.5, np.float32), "integers": np.arange(5)}
+    folder = write_folder(tmp_path / "tiny", random_weights() | extra)
+    assert main(["inspect", str(folder), "--stats", "--json"]) == 2  # No Qwen2 has such tensors.
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["tensors"]}
+    found = {name: [rows[name]["stats"][key] for key in ("min", "max", "mean")] for name in extra}
+    assert found == {"scalar": [-2.5] * 3, "integers": [0, 4, 2]}
+    assert (rows["scalar"]["file_shape"], rows["integers"]["file_dtype"]) == ([], "int64")
+
+
+def test_a_hub_id_is_inspected_without_its_weights_unless_asked_for(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id, *, allow_patterns, **options):
+        asked.append("*.safetensors" in allow_patterns)
+        return str(write_folder(tmp_path, random_weights()))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert main(["inspect", "org/name"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("org/name (config only, no weights)")
+    assert "--stats, or --load-format safetensors, downloads the weights" in output.err
+    for arguments in (("--stats",), ("--load-format", "safetensors")):
+        assert report(capsys, "org/name", *arguments)["format"] == "safetensors"
+    assert asked == [False, True, True]
+
+
+def test_the_bytes_table_names_the_dtype_of_each_part(capsys):
+    for dtype, title in (
+        ("bfloat16", "Bytes in bfloat16; keys of the KV cache in float32"),
+        ("float32", "Bytes in float32"),
+    ):
+        assert main(["inspect", "qwen2.5-7b", "--dtype", dtype]) == 0
+        assert title in [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_tables_show_the_layout_and_fold_layers_that_are_alike(capsys):

@@ -10,7 +10,7 @@
 Names are imported when they are first used, and importing the package starts no JAX back end.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from meshwen.parallel.mesh import make_mesh
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
+
+    __version__: str
 
 __all__ = [
     "AutoModelForCausalLM",
@@ -53,7 +55,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name on first use."""
+    """Imports a public name, or looks up `__version__`, on first use."""
+    if name == "__version__":
+        try:
+            return metadata.version("meshwen")
+        except metadata.PackageNotFoundError:  # Run from its sources.
+            return "0+unknown"
     if name not in _MODULES:
         raise AttributeError(f"module 'meshwen' has no attribute {name!r}")
     return getattr(import_module(f"meshwen.{_MODULES[name]}"), name)

@@ -13,9 +13,8 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from meshwen import demo
-from meshwen.checkpoints import LOAD_FORMATS, open_checkpoint
-from meshwen.config import PRESETS, Qwen2Config, preset
+from meshwen.checkpoints import Checkpoint, open_checkpoint
+from meshwen.config import Qwen2Config
 from meshwen.engine import Completion, Engine, Event, Request, bucket
 from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
@@ -27,7 +26,6 @@ from meshwen.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
 NUMERICS = ("fast",)
-DEMO = "demo"
 
 Prompt = str | Sequence[int]
 
@@ -94,35 +92,41 @@ class Qwen2ForCausalLM:
         """
         _check_choice("dtype", dtype, DTYPES)
         _check_choice("numerics", numerics, NUMERICS)
-        _check_choice("load_format", load_format, (*LOAD_FORMATS, "dummy"))
         mesh = make_mesh(mesh)
-        kind = jnp.dtype(dtype)
         name = str(path_or_hub_id)
-        if load_format == "dummy" and name.lower() in PRESETS:
-            plan = ParallelPlan(preset(name), mesh)
-            runner = ModelRunner(plan, dummy_params(plan, kind, progress), kind)
-            return cls(runner, None, {}, max_batch_size)
-        if name.lower() in PRESETS and not Path(name).exists():
-            raise MeshwenError(
-                f"{name} is the shape of a model, without weights: give a checkpoint or hub id, "
-                "or load_format dummy for made-up weights"
+        with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+            return cls.from_checkpoint(
+                checkpoint,
+                Tokenizer.from_checkpoint(checkpoint),
+                mesh=mesh,
+                dtype=dtype,
+                max_batch_size=max_batch_size,
+                progress=progress,
             )
-        path = str(demo.path()) if name == DEMO else name
-        files = "auto" if load_format == "dummy" else load_format
-        with open_checkpoint(path, load_format=files, revision=revision) as checkpoint:
-            plan = ParallelPlan(checkpoint.config, mesh)
-            if load_format == "dummy":
-                params = dummy_params(plan, kind, progress)
-            else:
-                params = load_params(checkpoint, plan, kind, progress)
-            source = checkpoint.tokenizer_files
-            tokenizer = (
-                Tokenizer.from_folder(source)
-                if isinstance(source, Path)
-                else Tokenizer.from_gguf(source)
-            )
-            runner = ModelRunner(plan, params, kind)
-            return cls(runner, tokenizer, checkpoint.generation_config, max_batch_size)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None,
+        *,
+        mesh: Mesh,
+        dtype: str = "bfloat16",
+        max_batch_size: int = 8,
+        progress: Progress = lambda done, total: None,
+    ) -> Self:
+        """Loads an open checkpoint onto a mesh: the second half of `from_pretrained`.
+
+        A checkpoint that was opened without weights gets made-up ones. It may be closed afterwards.
+        """
+        kind = jnp.dtype(dtype)
+        plan = ParallelPlan(checkpoint.config, mesh)
+        if checkpoint.format is None:
+            params = dummy_params(plan, kind, progress)
+        else:
+            params = load_params(checkpoint, plan, kind, progress)
+        runner = ModelRunner(plan, params, kind)
+        return cls(runner, tokenizer, checkpoint.generation_config, max_batch_size)
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers.decoders import ByteLevel
 
 from meshwen.chat_template import ChatTemplate, Message
+from meshwen.checkpoints.base import Checkpoint
 from meshwen.errors import MeshwenError
 from meshwen.tokenizer_files import TokenizerParts, read_folder, read_gguf
 
@@ -83,6 +84,18 @@ class Tokenizer:
             MeshwenError: it is not Qwen2's kind of tokenizer, or a key is missing or broken.
         """
         return cls(read_gguf(metadata))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "Tokenizer | None":
+        """Build an open checkpoint's tokenizer; None where there are no files for one.
+
+        Raises:
+            MeshwenError: as `from_folder` and `from_gguf`.
+        """
+        files = checkpoint.tokenizer_files
+        if files is None:
+            return None
+        return cls.from_folder(files) if isinstance(files, Path) else cls.from_gguf(files)
 
     @property
     def vocab_size(self) -> int:

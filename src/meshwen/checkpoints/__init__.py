@@ -3,61 +3,95 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from meshwen import demo
 from meshwen.checkpoints.base import Checkpoint, TensorSource, read_json
 from meshwen.checkpoints.gguf import config_dict, generation_dict, read_gguf
 from meshwen.checkpoints.hub import download, looks_like_hub_id
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
-from meshwen.config import Qwen2Config
+from meshwen.config import PRESETS, Qwen2Config, preset
 from meshwen.errors import MeshwenError
 
-__all__ = ["LOAD_FORMATS", "Checkpoint", "TensorSource", "open_checkpoint"]
+__all__ = ["LOAD_FORMATS", "Checkpoint", "TensorSource", "name_kind", "open_checkpoint"]
 
-LOAD_FORMATS = ("auto", "safetensors", "torch", "gguf")
+LOAD_FORMATS = ("auto", "safetensors", "torch", "gguf", "dummy")
 
 
 def open_checkpoint(
-    path_or_id: str, *, load_format: str = "auto", revision: str | None = None
+    name: str, *, load_format: str = "auto", revision: str | None = None
 ) -> Checkpoint:
     """Opens a checkpoint without reading its weights.
 
     Args:
-        path_or_id: a Hugging Face model folder, a .gguf file (or a folder with one), a .safetensors
-            file beside its config.json, or a hub id `organisation/name`.
+        name: a Hugging Face model folder, a .gguf file (or a folder with one), a .safetensors file
+            beside its config.json, a hub id `organisation/name`, "demo" for the embedded demo
+            model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
         load_format: "safetensors", "torch" or "gguf" to insist on one; "auto" takes the first of
-            these that a folder holds.
+            these that a folder holds; "dummy" looks for no weights, and downloads none: the
+            checkpoint then has no tensors, and its format is None.
         revision: branch, tag or commit, for a hub id.
 
     Raises MeshwenError, in one line, when there is nothing to open, when a file is missing or
     corrupt, and when the model is not a Qwen2.
     """
     if load_format not in LOAD_FORMATS:
-        raise MeshwenError(
-            f"unknown load format {load_format!r}: choose one of {', '.join(LOAD_FORMATS)}"
-        )
-    path = Path(path_or_id).expanduser()
-    name = path.resolve().stem if path.is_file() else path.resolve().name
-    if path.exists():
-        if revision is not None:
-            raise MeshwenError(f"{path} is a path: a revision ({revision!r}) is for a hub id only")
-    elif looks_like_hub_id(path_or_id):
-        path = download(path_or_id, load_format=load_format, revision=revision)
-        name = path_or_id
-    else:
-        raise MeshwenError(
-            f"{path_or_id} does not exist: pass a model folder, a .gguf file, or a hub id such as "
-            "Qwen/Qwen2.5-0.5B-Instruct"
-        )
+        raise MeshwenError(f"load_format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
+    kind = name_kind(name)
+    if kind != "hub" and revision is not None:
+        raise MeshwenError(f"{name} is a {kind}: a revision ({revision!r}) is for a hub id only")
+    if kind == "preset":
+        return _open_preset(name, load_format)
+    if kind == "hub":
+        folder = download(name, load_format=load_format, revision=revision)
+        return _open_folder(folder, name, load_format)
+    path = demo.path() if name == "demo" else Path(name).expanduser()
     if path.is_file():
-        return _open_file(path, name, load_format)
-    return _open_folder(path, name, load_format)
+        return _open_file(path, path.resolve().stem, load_format)
+    return _open_folder(path, path.resolve().name, load_format)
+
+
+def name_kind(name: str) -> Literal["path", "preset", "hub"]:
+    """What a model's name stands for: a path goes before a preset, and a preset before a hub id.
+
+    "demo" always stands for the path of the demo model. Raises MeshwenError when it is none of all.
+    """
+    if name == "demo" or Path(name).expanduser().exists():
+        return "path"
+    if name.lower() in PRESETS:
+        return "preset"
+    if looks_like_hub_id(name):
+        return "hub"
+    raise MeshwenError(
+        f"{name} does not exist: pass a model folder, a .gguf file, or a hub id such as "
+        "Qwen/Qwen2.5-0.5B-Instruct"
+    )
+
+
+def _open_preset(name: str, load_format: str) -> Checkpoint:
+    if load_format != "dummy":
+        raise MeshwenError(
+            f"{name} is the shape of a model, without weights: give a checkpoint or hub id, "
+            "or load_format dummy for made-up weights"
+        )
+    config = preset(name)
+    return Checkpoint(
+        name=config.name,
+        path=None,
+        format=None,
+        config=config,
+        generation_config={},
+        tensors={},
+        tokenizer_files=None,
+    )
 
 
 def _open_file(path: Path, name: str, load_format: str) -> Checkpoint:
-    if path.suffix == ".gguf" and load_format in ("auto", "gguf"):
-        return _open_gguf(path, name)
+    if path.suffix == ".gguf" and load_format in ("auto", "gguf", "dummy"):
+        return _open_gguf(path, name, load_format)
+    if path.suffix == ".safetensors" and load_format == "dummy":
+        return _open_config(path.parent, name)
     if path.suffix == ".safetensors" and load_format in ("auto", "safetensors"):
         return _open_safetensors(path.parent, name, {path: set()})
     raise MeshwenError(
@@ -71,14 +105,31 @@ def _open_folder(folder: Path, name: str, load_format: str) -> Checkpoint:
         return _open_safetensors(folder, name, shards)
     if load_format in ("auto", "torch") and (shards := find_torch(folder)):
         return _open_torch(folder, name, shards)
-    if load_format in ("auto", "gguf") and (files := sorted(folder.glob("*.gguf"))):
+    files = sorted(folder.glob("*.gguf"))
+    if load_format == "dummy" and ((folder / "config.json").is_file() or not files):
+        return _open_config(folder, name)
+    if load_format in ("auto", "gguf", "dummy") and files:
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise MeshwenError(f"{folder} has several GGUF files, pass the path of one: {names}")
-        return _open_gguf(files[0], name)
+        return _open_gguf(files[0], name, load_format)
     kinds = "safetensors, torch .bin or GGUF" if load_format == "auto" else load_format
     raise MeshwenError(
         f"{folder} holds no {kinds} weights: check the path; a download may be unfinished"
+    )
+
+
+def _open_config(folder: Path, name: str) -> Checkpoint:
+    """A folder without its weights, and with a tokenizer only if there is one."""
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+    return Checkpoint(
+        name=name,
+        path=folder,
+        format=None,
+        config=replace(Qwen2Config.from_json(folder), name=name),
+        generation_config=_generation_config(folder),
+        tensors={},
+        tokenizer_files=folder if has_tokenizer else None,
     )
 
 
@@ -112,7 +163,7 @@ def _open_torch(folder: Path, name: str, shards: dict[Path, set[str]]) -> Checkp
     )
 
 
-def _open_gguf(path: Path, name: str) -> Checkpoint:
+def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     metadata, tensors, file = read_gguf(path)
     try:
         config = Qwen2Config.from_dict(config_dict(metadata, tensors), name=name)
@@ -121,10 +172,10 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     return Checkpoint(
         name=name,
         path=path,
-        format="gguf",
+        format=None if load_format == "dummy" else "gguf",
         config=config,
         generation_config=generation_dict(metadata),
-        tensors=tensors,
+        tensors={} if load_format == "dummy" else tensors,
         tokenizer_files=metadata,
         on_close=file.close,
     )

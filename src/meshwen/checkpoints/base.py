@@ -109,24 +109,25 @@ class Checkpoint:
 
     Attributes:
         name: what to call the model: the hub id, or the name of the folder or file.
-        path: the folder, or the GGUF file.
-        format: "safetensors", "torch" or "gguf".
+        path: the folder, or the GGUF file; None for a preset.
+        format: "safetensors", "torch" or "gguf"; None when opened without weights.
         config: the model's dimensions.
         generation_config: the content of `generation_config.json`, or what a GGUF file says in its
             place, under the same names; {} when there is none.
         tensors: what the files hold, by Hugging Face name, in file order. Nothing is added for tied
             embeddings and nothing is left out.
-        tokenizer_files: the folder with the tokenizer's files; for GGUF, the file's metadata.
+        tokenizer_files: the folder with the tokenizer's files; for GGUF, the file's metadata; None
+            when opened without weights where there is no tokenizer either.
     """
 
     name: str
-    path: Path
-    format: str
+    path: Path | None
+    format: str | None
     config: Qwen2Config
     generation_config: dict[str, Any]
     tensors: Mapping[str, TensorSource]
-    tokenizer_files: Path | Mapping[str, Any]
-    on_close: Callable[[], None]
+    tokenizer_files: Path | Mapping[str, Any] | None
+    on_close: Callable[[], None] = lambda: None
 
     def close(self) -> None:
         """Lets go of the files. Arrays that were read stay valid."""

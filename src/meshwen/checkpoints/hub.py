@@ -10,6 +10,8 @@ from meshwen.errors import MeshwenError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json")
 _ALWAYS = ["*.json", "merges.txt", "*.jinja"]
+# A star also matches slashes. Of what lies in a subfolder only *.jinja is wanted: chat templates.
+_NEVER = ["*/*[!a]"]
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -21,7 +23,8 @@ def download(repo_id: str, *, load_format: str, revision: str | None) -> Path:
     """The folder with the files of a hub repository, downloaded where the cache lacks them.
 
     Fetches configuration, tokenizer and safetensors; torch files only for `load_format="torch"`, or
-    when there are no safetensors. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN have their usual meanings.
+    when there are no safetensors; no weights for `load_format="dummy"`. HF_HUB_OFFLINE, HF_HOME and
+    HF_TOKEN have their usual meanings.
     Raises MeshwenError when the repository cannot be reached, found or opened.
     """
     if load_format == "gguf":
@@ -29,6 +32,8 @@ def download(repo_id: str, *, load_format: str, revision: str | None) -> Path:
             f"cannot choose a GGUF file of {repo_id} on the hub: download the one that you want "
             f"(`hf download {repo_id} FILE.gguf`) and pass its path"
         )
+    if load_format == "dummy":
+        return _snapshot(repo_id, revision)
     if load_format != "torch":
         folder = _snapshot(repo_id, revision, "*.safetensors")
         found = any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
@@ -37,7 +42,7 @@ def download(repo_id: str, *, load_format: str, revision: str | None) -> Path:
     return _snapshot(repo_id, revision, "pytorch_model*.bin")
 
 
-def _snapshot(repo_id: str, revision: str | None, weights: str) -> Path:
+def _snapshot(repo_id: str, revision: str | None, *weights: str) -> Path:
     # Slow to import, and not needed for a path.
     import huggingface_hub
     from huggingface_hub import errors
@@ -48,8 +53,8 @@ def _snapshot(repo_id: str, revision: str | None, weights: str) -> Path:
             huggingface_hub.snapshot_download(
                 repo_id,
                 revision=revision,
-                allow_patterns=[*_ALWAYS, weights],
-                ignore_patterns=["*/*"],
+                allow_patterns=[*_ALWAYS, *weights],
+                ignore_patterns=_NEVER,
             )
         )
     except errors.GatedRepoError as error:

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `meshwen` command: its sub-commands, and what it says and returns when something goes wrong.
 
-Exit status: 0 done; 1 a check failed (`verify`, `eval compare`), or nobody reads stdout any more;
-2 the user must change something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C.
+Exit status: 0 done; 1 nobody reads stdout any more; 2 the user must change something; 3 a defect of
+meshwen or of the machine; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+import meshwen
 from meshwen.cli.chat import chat
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
+from meshwen.cli.interrupt import INTERRUPTED
 from meshwen.errors import MeshwenError
 
-USER_MUST_CHANGE, DEFECT, INTERRUPTED = 2, 3, 130
+USER_MUST_CHANGE, DEFECT = 2, 3
 
 app = typer.Typer(
     name="meshwen",
@@ -29,8 +33,21 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"meshwen {meshwen.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _meshwen() -> None:
+def _meshwen(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
     """Qwen2.5 in JAX, tensor-parallel on any mesh of devices."""
 
 
@@ -46,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _print_any_text()
     try:
         status = app(arguments, prog_name="meshwen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -56,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status, message = _explain(error)
         print(f"meshwen: error: {message}", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _print_any_text() -> None:
+    """Lets text that the terminal's or pipe's encoding lacks come out escaped, not as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _explain(error: Exception) -> tuple[int, str]:

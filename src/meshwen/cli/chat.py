@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import signal
+import io
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,8 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import Meter, note
 from meshwen.cli.conversation import Conversation, load_messages
-from meshwen.cli.load import load_model
+from meshwen.cli.interrupt import ctrl_c
+from meshwen.cli.load import load_model, sampling_params
 from meshwen.errors import MeshwenError
 
 _HELP = """\
@@ -25,7 +25,8 @@ _HELP = """\
 /save FILE    append the conversation to FILE: one JSON object, for --load and --prompts-file
 /quit         leave; Ctrl-D does too
 //TEXT        say something that begins with a slash
-Ctrl-C        stop an answer; what has come of it stays in the conversation"""
+Ctrl-C        stop an answer; what has come of it stays in the conversation
+Ctrl-C twice  leave at once, whatever is running"""
 
 
 def chat(
@@ -60,9 +61,12 @@ def chat(
     Each line of input is a turn; /help lists the commands. Answers go to stdout, everything else
     to stderr, so that it works in a pipe too.
     """
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.parallel.mesh import make_mesh
     from meshwen.sampling import SamplingParams
+    from meshwen.tokenizer import Tokenizer
 
-    sampling = {
+    given = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -72,17 +76,18 @@ def chat(
         "seed": seed,
         "stop": stop,
     }
-    SamplingParams.from_generation_config({}, **sampling)  # Impossible values fail before loading.
+    SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
+    if sys.stdin is None:  # Closed, as `<&-` does.
+        raise MeshwenError("there is nothing to answer: stdin is closed")
+    devices = make_mesh(mesh)
     messages = [] if load is None else load_messages(load)
-    loaded = load_model(
-        model,
-        mesh=mesh,
-        dtype=dtype,
-        numerics=numerics,
-        load_format=load_format,
-        revision=revision,
-    )
-    conversation = Conversation(loaded, sampling, messages)
+    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+        sampling = sampling_params(checkpoint, given)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        if tokenizer is None:
+            raise MeshwenError("the model has no tokenizer, so it cannot chat")
+        loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype)
+    conversation = Conversation(loaded, tokenizer, sampling, messages)
     if system is not None:
         conversation.set_system(system)
     interactive = sys.stdin.isatty()
@@ -133,7 +138,7 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
     """Prints the answer as it comes, until it ends or Ctrl-C is pressed."""
     meter = Meter()
     completion = None
-    with _ctrl_c() as pressed, closing(conversation.say(text)) as events:
+    with ctrl_c() as pressed, closing(conversation.say(text)) as events:
         for event in meter.watch(events):
             print(event.text, end="", flush=True)
             completion = event.completion
@@ -148,17 +153,6 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
         note(f"(cut off after {len(completion.tokens)} tokens: see --max-new-tokens)")
     if interactive:
         note(f"({meter.summary()})")
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C sets: the answer then ends between two tokens, in good order."""
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _terminal_lines() -> Iterator[str]:
@@ -182,6 +176,8 @@ def _terminal_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):  # Whatever the terminal's encoding is.
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         for line in sys.stdin:
             yield line.rstrip("\r\n")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from meshwen.engine import Event
+    from meshwen.engine import Completion, Event
 
 _PIPED_WIDTH = 100
 
@@ -66,18 +66,25 @@ def count_text(count: int) -> str:
 
 
 class Meter:
-    """Measures answers as they come."""
+    """Measures answers as they come.
+
+    Attributes:
+        completions: the answers that are whole.
+    """
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._times: list[float] = []
         self._requests: set[int] = set()
+        self.completions: list[Completion] = []
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
         """Passes events on."""
         for event in events:
             self._times.append(time.perf_counter() - self._started)
             self._requests.add(event.request)
+            if event.completion is not None:
+                self.completions.append(event.completion)
             yield event
 
     def summary(self) -> str:

@@ -14,6 +14,8 @@ from meshwen.errors import MeshwenError
 if TYPE_CHECKING:
     from meshwen.causal_lm import Qwen2ForCausalLM
     from meshwen.engine import Completion, Event
+    from meshwen.sampling import SamplingParams
+    from meshwen.tokenizer import Tokenizer
 
 
 class Conversation:
@@ -24,16 +26,14 @@ class Conversation:
     """
 
     def __init__(
-        self, model: Qwen2ForCausalLM, sampling: dict[str, Any], messages: list[dict[str, Any]]
+        self,
+        model: Qwen2ForCausalLM,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        messages: list[dict[str, Any]],
     ):
-        """Takes fields of `SamplingParams`, and what was said before.
-
-        Raises:
-            MeshwenError: the model has no tokenizer.
-        """
-        if model.tokenizer is None:
-            raise MeshwenError("the model has no tokenizer, so it cannot chat")
-        self._model, self._tokenizer, self._sampling = model, model.tokenizer, sampling
+        """Takes what was said before, too."""
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self.messages = messages
 
     def set_system(self, text: str) -> None:
@@ -53,6 +53,8 @@ class Conversation:
         Raises:
             MeshwenError: the conversation no longer fits the context; it stays as it was.
         """
+        from meshwen.engine import Request
+
         messages = [*self.messages, _message("user", text)]
         token_ids = self._tokenizer.encode_chat(messages)
         context = self._model.config.context_length
@@ -65,7 +67,7 @@ class Conversation:
         self.messages = messages
         answer = ""
         try:
-            for event in self._model.events(token_ids, **self._sampling):
+            for event in self._model.engine.run([Request(tuple(token_ids), self._sampling)]):
                 answer += event.text
                 yield event
         finally:

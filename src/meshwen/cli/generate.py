@@ -12,7 +12,7 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, note
-from meshwen.cli.load import load_model
+from meshwen.cli.load import load_model, sampling_params
 from meshwen.cli.prompts import Prompt, read_prompts
 from meshwen.errors import MeshwenError
 
@@ -48,6 +48,7 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    batch_size: options.BatchSize = 8,
     system: options.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
@@ -77,8 +78,11 @@ def generate(
 
     Answers go to stdout, everything else to stderr.
     """
-    from meshwen.parallel.mesh import mesh_label
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.engine import Request
+    from meshwen.parallel.mesh import make_mesh, mesh_label
     from meshwen.sampling import SamplingParams
+    from meshwen.tokenizer import Tokenizer
 
     if raw and system is not None:
         raise MeshwenError("--system needs the chat template, which --raw leaves out")
@@ -96,19 +100,19 @@ def generate(
         "logprobs": logprobs,
     }
     SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
+    devices = make_mesh(mesh)
     prompts = read_prompts(prompt, prompts_file)
     if as_json:
         _check_extra_fields(prompts)
-    loaded = load_model(
-        model,
-        mesh=mesh,
-        dtype=dtype,
-        numerics=numerics,
-        load_format=load_format,
-        revision=revision,
-    )
-    token_ids = [p.token_ids(loaded.tokenizer, raw=raw, system=system) for p in prompts]
-    requests = [loaded.request(ids, **given) for ids in token_ids]
+    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+        # Whatever can be refused is refused before any weight is read.
+        sampling = sampling_params(checkpoint, given)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        token_ids = [p.token_ids(tokenizer, raw=raw, system=system) for p in prompts]
+        for one, ids in zip(prompts, token_ids, strict=True):
+            one.check_fits(ids, checkpoint.config)
+        loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype, batch_size=batch_size)
+    requests = [Request(ids, sampling) for ids in token_ids]
     meter = Meter()
     events = meter.watch(loaded.engine.run(requests))
     if as_json:
@@ -117,13 +121,14 @@ def generate(
             "mesh": mesh_label(loaded.mesh),
             "dtype": dtype.value,
             "numerics": numerics.value,
-            "sampling": _sampling_dict(requests[0].sampling),
+            "sampling": _sampling_dict(sampling),
         }
         _write_json(events, prompts, settings)
     elif len(prompts) == 1 and not no_stream:
-        _write_stream(events, loaded.tokenizer)
+        _write_stream(events, tokenizer)
     else:
-        _write_answers(events, prompts, loaded.tokenizer)
+        _write_answers(events, prompts, tokenizer)
+    _note_cut_off(meter.completions, sampling, loaded.config.context_length)
     note(meter.summary())
 
 
@@ -173,6 +178,19 @@ def _in_order(events: Iterable[Event]) -> Iterator[tuple[int, Completion]]:
         while following in waiting:
             yield following, waiting.pop(following)
             following += 1
+
+
+def _note_cut_off(
+    completions: Sequence[Completion], sampling: SamplingParams, context: int
+) -> None:
+    cut_off = [c for c in completions if c.finish_reason == "length"]
+    limit = sampling.max_new_tokens
+    full = sum(len(c.tokens) < limit for c in cut_off)
+    answers = f"of {len(completions)} answer{'s' * (len(completions) > 1)}"
+    if limited := len(cut_off) - full:
+        note(f"cut off after {limit} tokens, see --max-new-tokens: {limited} {answers}")
+    if full:
+        note(f"cut off where the model's context of {context} tokens is full: {full} {answers}")
 
 
 def _sampling_dict(sampling: SamplingParams) -> dict[str, Any]:

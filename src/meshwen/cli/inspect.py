@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import output_console, progress_bar
-from meshwen.config import PRESETS, Qwen2Config, preset
+from meshwen.cli.console import note, output_console, progress_bar
+from meshwen.config import PRESETS
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
@@ -57,9 +55,11 @@ def inspect(
 ) -> None:
     """Show a model's config, its tensors, and how they lie on a mesh.
 
-    Nothing is put on a device, so any mesh can be inspected on any machine. Exit status 2 when the
+    Nothing is put on a device, so any mesh can be inspected on any machine. Of a hub id, only the
+    config is downloaded unless --stats or --load-format asks for more. Exit status 2 when the
     checkpoint's tensors do not fit its config.
     """
+    from meshwen.checkpoints import name_kind, open_checkpoint
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.cli.inspect_tables import print_inspection
     from meshwen.loading import check_tensors
@@ -67,10 +67,15 @@ def inspect(
     from meshwen.weights import declared_weights
 
     abstract_mesh = _abstract_mesh(mesh)
-    config, opened = _open(model, load_format, revision)
-    with opened as checkpoint:
-        plan = ParallelPlan(config, abstract_mesh)
-        rows = tensor_rows(plan, {} if checkpoint is None else checkpoint.tensors, pattern or "*")
+    opened_as = _load_format(model, load_format, stats)
+    with open_checkpoint(model, load_format=opened_as, revision=revision) as checkpoint:
+        if opened_as != load_format and name_kind(model) == "hub":
+            note(
+                f"{model}: its config alone; --stats, or --load-format safetensors, downloads the "
+                "weights and looks at them too"
+            )
+        plan = ParallelPlan(checkpoint.config, abstract_mesh)
+        rows = tensor_rows(plan, checkpoint.tensors, pattern or "*")
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")
         if stats:
@@ -81,8 +86,8 @@ def inspect(
         else:
             fold = pattern is None and not stats
             print_inspection(report, rows, output_console(), fold=fold)
-        if checkpoint is not None:
-            check_tensors(checkpoint, declared_weights(config), plan)
+        if checkpoint.format is not None:
+            check_tensors(checkpoint, declared_weights(checkpoint.config), plan)
 
 
 def _abstract_mesh(text: str) -> AbstractMesh:
@@ -95,34 +100,21 @@ def _abstract_mesh(text: str) -> AbstractMesh:
     return AbstractMesh(sizes, names)
 
 
-def _open(
-    model: str, load_format: options.LoadFormat, revision: str | None
-) -> tuple[Qwen2Config, AbstractContextManager[Checkpoint | None]]:
-    """The model's config, and its checkpoint where weights are not made up."""
-    from meshwen import demo
-    from meshwen.checkpoints import open_checkpoint
+def _load_format(model: str, load_format: options.LoadFormat, stats: bool) -> str:
+    """What to open: a preset has no weights, and a hub id's are downloaded only if asked for."""
+    from meshwen.checkpoints import name_kind
 
-    dummy = load_format is options.LoadFormat.DUMMY
-    if model.lower() in PRESETS and not Path(model).exists():
-        return preset(model), nullcontext()
-    if dummy and Path(model).is_dir():
-        return Qwen2Config.from_json(model), nullcontext()
-    if dummy:
-        raise MeshwenError(
-            f"--load-format dummy takes a folder with a config.json or one of {', '.join(PRESETS)};"
-            f" found {model}"
-        )
-    path = str(demo.path()) if model == "demo" else model
-    checkpoint = open_checkpoint(path, load_format=load_format.value, revision=revision)
-    return checkpoint.config, checkpoint
+    kind = name_kind(model)
+    config_alone = kind == "preset" or (kind == "hub" and not stats)
+    if config_alone and load_format is options.LoadFormat.AUTO:
+        return options.LoadFormat.DUMMY
+    return load_format
 
 
-def _with_stats(
-    rows: list[TensorRow], model: str, checkpoint: Checkpoint | None
-) -> list[TensorRow]:
+def _with_stats(rows: list[TensorRow], model: str, checkpoint: Checkpoint) -> list[TensorRow]:
     from meshwen.cli.inspect_report import tensor_stats
 
-    if checkpoint is None:
+    if checkpoint.format is None:
         raise MeshwenError(f"--stats reads weights, and {model} was opened without any")
     found = []
     with progress_bar("reading tensors") as progress:

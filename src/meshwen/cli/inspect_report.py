@@ -79,7 +79,7 @@ def tensor_rows(
 
     Args:
         plan: the model on its mesh.
-        sources: the checkpoint's tensors; {} without a checkpoint.
+        sources: the checkpoint's tensors; {} when it was opened without weights.
         pattern: keeps the names that this glob matches.
     """
     declared = {weight.name: weight for weight in declared_weights(plan.config)}
@@ -96,9 +96,11 @@ def tensor_stats(source: TensorSource) -> Stats:
     if not prod(source.shape):
         return Stats(None, None, None, 0, 0)
     low, high, total, finite, nan, inf = np.inf, -np.inf, 0.0, 0, 0, 0
-    step = max(1, _ELEMENTS_AT_A_TIME // prod(source.shape[1:]))
-    for start in range(0, source.shape[0], step):
-        values = source.read((slice(start, start + step),)).astype(np.float32)
+    rows, *columns = source.shape or (1,)
+    step = max(1, _ELEMENTS_AT_A_TIME // prod(columns))
+    for start in range(0, rows, step):
+        index = (slice(start, start + step),) if source.shape else ()
+        values = np.atleast_1d(source.read(index)).astype(np.float32)
         good = values[np.isfinite(values)]
         nan += int(np.isnan(values).sum())
         inf += int(np.isinf(values).sum())
@@ -168,13 +170,13 @@ def cache_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
 
 
 def inspection(
-    plan: ParallelPlan, checkpoint: Checkpoint | None, rows: list[TensorRow], dtype: str
+    plan: ParallelPlan, checkpoint: Checkpoint, rows: list[TensorRow], dtype: str
 ) -> dict[str, Any]:
     """All of it, as plain JSON values; `dtype` is that of weights and cache."""
     kept = jnp.dtype(dtype)
     return {
-        "model": plan.config.name if checkpoint is None else checkpoint.name,
-        "format": None if checkpoint is None else checkpoint.format,
+        "model": checkpoint.name,
+        "format": checkpoint.format,
         "config": plan.config.to_dict(),
         "parameters": num_parameters(plan),
         "mesh": mesh_label(plan.mesh),

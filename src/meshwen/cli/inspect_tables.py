@@ -190,8 +190,9 @@ def _slot(head: int | None) -> str:
 
 def _print_bytes(report: dict[str, Any], console: Console) -> None:
     weights, cache = report["weights"], report["kv_cache"]
+    keys = "" if report["dtype"] == "float32" else "; keys of the KV cache in float32"
     table = _table(
-        f"Bytes in {report['dtype']}",
+        f"Bytes in {report['dtype']}{keys}",
         *("", ">model", ">per device", ">padding and copies"),
     )
     total = {"all weights": weights}

@@ -4,23 +4,46 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from meshwen.cli import options
 from meshwen.cli.console import bytes_text, count_text, note, progress_bar
+from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from meshwen.causal_lm import Qwen2ForCausalLM
+    from meshwen.checkpoints import Checkpoint
+    from meshwen.sampling import SamplingParams
+    from meshwen.tokenizer import Tokenizer
+
+
+def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> SamplingParams:
+    """The checkpoint's own sampling defaults, with what the user gave in their place.
+
+    Raises:
+        MeshwenError: a value is impossible; names the checkpoint where that is not the user's.
+    """
+    from meshwen.sampling import SamplingParams
+
+    SamplingParams.from_generation_config({}, **given)
+    try:
+        return SamplingParams.from_generation_config(checkpoint.generation_config, **given)
+    except MeshwenError as error:
+        path = checkpoint.path
+        where = path / "generation_config.json" if path is not None and path.is_dir() else path
+        raise MeshwenError(f"{where}: {error}; give another value as an option") from None
 
 
 def load_model(
-    name: str,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
     *,
-    mesh: str,
+    mesh: Mesh,
     dtype: options.DType,
-    numerics: options.Numerics,
-    load_format: options.LoadFormat,
-    revision: str | None,
+    batch_size: int = 1,
 ) -> Qwen2ForCausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
     from meshwen.causal_lm import Qwen2ForCausalLM
@@ -29,18 +52,16 @@ def load_model(
     enable_compilation_cache()
     started = time.perf_counter()
     with progress_bar("loading weights") as progress:
-        model = Qwen2ForCausalLM.from_pretrained(
-            name,
+        model = Qwen2ForCausalLM.from_checkpoint(
+            checkpoint,
+            tokenizer,
             mesh=mesh,
             dtype=dtype.value,
-            numerics=numerics.value,
-            load_format=load_format.value,
-            revision=revision,
+            max_batch_size=batch_size,
             progress=progress,
         )
     _note_layout(model, time.perf_counter() - started)
-    made_up = load_format is options.LoadFormat.DUMMY
-    if made_up:
+    if checkpoint.format is None:
         note("weights: random, as --load-format dummy asks; the answers mean nothing")
     elif dtype is options.DType.BFLOAT16 and model.config.torch_dtype != "bfloat16":
         note(

@@ -15,7 +15,7 @@ MODEL_HELP = (
 
 
 class DType(StrEnum):
-    """What weights, products and the KV cache are kept in."""
+    """What weights, products and the values of the KV cache are kept in."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -47,7 +47,11 @@ Mesh = Annotated[
     ),
 ]
 Dtype = Annotated[
-    DType, typer.Option("--dtype", help="What weights, products and the KV cache are kept in.")
+    DType,
+    typer.Option(
+        "--dtype",
+        help="What weights, products and the KV cache's values are kept in (its keys: float32).",
+    ),
 ]
 NumericsOption = Annotated[
     Numerics, typer.Option("--numerics", help="How products are summed over the devices.")
@@ -65,7 +69,7 @@ MaxNewTokens = Annotated[
     typer.Option(
         "--max-new-tokens",
         help="Most tokens of an answer. Default, here and for all below: what "
-        "the checkpoint's generation_config.json says.",
+        "the checkpoint's generation_config.json says, or 256 tokens if it says nothing.",
         show_default=False,
     ),
 ]
@@ -73,7 +77,8 @@ Temperature = Annotated[
     float | None,
     typer.Option(
         "--temperature",
-        help="0 takes the likeliest token, and no repetition penalty unless one is given.",
+        help="0 takes the likeliest token, and no repetition penalty unless one is given. "
+        "Without a generation_config.json that says otherwise: 0.",
         show_default=False,
     ),
 ]
@@ -108,6 +113,9 @@ RepetitionPenalty = Annotated[
         help="Above 1: makes tokens that were there already less likely.",
         show_default=False,
     ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Prompts to answer at the same time.")
 ]
 Seed = Annotated[
     int | None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
+    from meshwen.config import Qwen2Config
     from meshwen.tokenizer import Tokenizer
 
 _KINDS = ("prompt", "messages", "prompt_tokens")
@@ -77,6 +78,25 @@ class Prompt:
         except MeshwenError as error:
             raise MeshwenError(f"{self.where}: {error}") from error
 
+    def check_fits(self, token_ids: Sequence[int], config: Qwen2Config) -> None:
+        """Refuses token ids that the model cannot go on from.
+
+        Raises:
+            MeshwenError: there are none, or too many, or one is outside the vocabulary.
+        """
+        length, context = len(token_ids), config.context_length
+        if not length:
+            raise MeshwenError(f"{self.where} has no tokens: there is nothing to go on from")
+        if length >= context:
+            raise MeshwenError(
+                f"{self.where} has {length} tokens, but the model's context is {context} tokens, "
+                "the answer included; shorten it"
+            )
+        if not all(0 <= token < config.vocab_size for token in token_ids):
+            raise MeshwenError(
+                f"{self.where} has a token id outside the vocabulary of {config.vocab_size}"
+            )
+
     def _messages(self, system: str | None) -> list[Any]:
         messages = self.content
         if isinstance(messages, str):
@@ -100,7 +120,7 @@ def read_prompts(argument: str | None, prompts_file: str | None) -> list[Prompt]
         if argument is not None:
             raise MeshwenError("give either a prompt or --prompts-file, not both")
         return _parse_lines(prompts_file, _read(prompts_file))
-    if argument is None and sys.stdin.isatty():
+    if argument is None and sys.stdin is not None and sys.stdin.isatty():
         raise MeshwenError(
             "there is no prompt: give one as an argument, pipe it in, or use --prompts-file"
         )
@@ -112,6 +132,8 @@ def read_prompts(argument: str | None, prompts_file: str | None) -> list[Prompt]
 
 
 def _read(path: str) -> str:
+    if path == "-" and sys.stdin is None:  # Closed, as `<&-` does.
+        raise MeshwenError("there is no prompt: stdin is closed; give one as an argument")
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode()
