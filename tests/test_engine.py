@@ -82,8 +82,20 @@ def test_sampled_requests_do_not_depend_on_their_batch(mesh):
     assert found == [alone(number) for number in range(len(SAMPLED))]
 
 
+def test_an_interrupted_answer_goes_on_as_it_would_have():
+    prompt, sampling = PROMPTS[0], SAMPLED[0]
+    begun = alone(0)[:3]
+    rest = STEPS - len(begun)
+    (found,) = completions(
+        engine().run([request([*prompt, *begun], **sampling, max_new_tokens=rest)])
+    )
+    assert found.tokens == alone(0)[3:]
+
+
 def test_a_repetition_penalty_sees_prompt_and_answer():
     prompt = tuple(PROMPTS[0])
+    prompt += greedy(prompt)[0][:-1]
+    assert greedy(prompt)[0][0] in prompt
     (found,) = completions(engine().run([request(prompt, repetition_penalty=2.0)]))
     expected = list(prompt)
     for _ in range(STEPS):
@@ -92,7 +104,7 @@ def test_a_repetition_penalty_sees_prompt_and_answer():
             scores[token] = scores[token] / 2 if scores[token] > 0 else scores[token] * 2
         expected.append(int(np.argmax(scores)))
     assert found.tokens == tuple(expected[len(prompt) :])
-    assert found.tokens != greedy(prompt)[0]
+    assert found.tokens[0] != greedy(prompt)[0][0]
 
 
 def test_logprobs_come_only_to_those_who_asked():
