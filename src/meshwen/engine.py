@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.kv_cache import KVCache
 from meshwen.parallel.plan import ParallelPlan
@@ -90,6 +91,30 @@ class Event:
     completion: Completion | None
 
 
+def check_prompt(token_ids: Sequence[int], config: Qwen2Config, name: str) -> None:
+    """Refuses a prompt that the model cannot continue.
+
+    Args:
+        token_ids: the prompt.
+        config: the model's.
+        name: what to call the prompt: "prompt 3".
+
+    Raises:
+        MeshwenError: it is empty, or leaves no room in the model's context, or has a token id
+            outside the vocabulary.
+    """
+    length, context = len(token_ids), config.context_length
+    if not length:
+        raise MeshwenError(f"{name} is empty; give it at least one token")
+    if length >= context:
+        raise MeshwenError(
+            f"{name} has {length} tokens, but the model's context is {context} tokens, the answer "
+            "included; shorten it"
+        )
+    if not all(0 <= token < config.vocab_size for token in token_ids):
+        raise MeshwenError(f"{name} has a token id outside the vocabulary of {config.vocab_size}")
+
+
 class Engine:
     """Runs requests on a model.
 
@@ -118,25 +143,11 @@ class Engine:
             MeshwenError: a prompt is empty, or leaves no room in the model's context.
         """
         for number, request in enumerate(requests, start=1):
-            self._check(number, request)
+            check_prompt(request.prompt_tokens, self._runner.plan.config, f"prompt {number}")
         sequences = [self._sequence(number, request) for number, request in enumerate(requests)]
         size = max(self._max_batch_size, self._runner.plan.data_devices)
         batches = [sequences[first : first + size] for first in range(0, len(sequences), size)]
         return (event for batch in batches for event in self._run_batch(batch))
-
-    def _check(self, number: int, request: Request) -> None:
-        config, length = self._runner.plan.config, len(request.prompt_tokens)
-        if not length:
-            raise MeshwenError(f"prompt {number} is empty; give it at least one token")
-        if length >= config.context_length:
-            raise MeshwenError(
-                f"prompt {number} has {length} tokens, but the model's context is "
-                f"{config.context_length} tokens, the answer included; shorten the prompt"
-            )
-        if not all(0 <= token < config.vocab_size for token in request.prompt_tokens):
-            raise MeshwenError(
-                f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}"
-            )
 
     def _sequence(self, number: int, request: Request) -> _Sequence:
         room = self._runner.plan.config.context_length - len(request.prompt_tokens)

@@ -79,7 +79,7 @@ def generate(
     Answers go to stdout, everything else to stderr.
     """
     from meshwen.checkpoints import open_checkpoint
-    from meshwen.engine import Request
+    from meshwen.engine import Request, check_prompt
     from meshwen.parallel.mesh import make_mesh, mesh_label
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def generate(
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         token_ids = [p.token_ids(tokenizer, raw=raw, system=system) for p in prompts]
         for one, ids in zip(prompts, token_ids, strict=True):
-            one.check_fits(ids, checkpoint.config)
+            check_prompt(ids, checkpoint.config, one.where)
         loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype, batch_size=batch_size)
     requests = [Request(ids, sampling) for ids in token_ids]
     meter = Meter()

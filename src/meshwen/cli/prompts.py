@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from meshwen.config import Qwen2Config
     from meshwen.tokenizer import Tokenizer
 
 _KINDS = ("prompt", "messages", "prompt_tokens")
@@ -77,25 +76,6 @@ class Prompt:
             return tuple(tokenizer.encode_chat(self._messages(system)))
         except MeshwenError as error:
             raise MeshwenError(f"{self.where}: {error}") from error
-
-    def check_fits(self, token_ids: Sequence[int], config: Qwen2Config) -> None:
-        """Refuses token ids that the model cannot go on from.
-
-        Raises:
-            MeshwenError: there are none, or too many, or one is outside the vocabulary.
-        """
-        length, context = len(token_ids), config.context_length
-        if not length:
-            raise MeshwenError(f"{self.where} has no tokens: there is nothing to go on from")
-        if length >= context:
-            raise MeshwenError(
-                f"{self.where} has {length} tokens, but the model's context is {context} tokens, "
-                "the answer included; shorten it"
-            )
-        if not all(0 <= token < config.vocab_size for token in token_ids):
-            raise MeshwenError(
-                f"{self.where} has a token id outside the vocabulary of {config.vocab_size}"
-            )
 
     def _messages(self, system: str | None) -> list[Any]:
         messages = self.content
