@@ -3,9 +3,7 @@
 
 from meshwen import Qwen2ForCausalLM
 
-QUESTION = (
-    "Ava has 12 apples. She buys 3 bags with 5 apples each. How many apples now?"
-)
+QUESTION = "Ava has 12 apples. She buys 3 bags with 5 apples each. How many apples now?"
 
 model = Qwen2ForCausalLM.from_pretrained("demo", mesh="1x8")
 prompt = model.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
