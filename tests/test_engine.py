@@ -75,6 +75,7 @@ def alone(number: int) -> tuple[int, ...]:
     return completion.tokens
 
 
+@pytest.mark.slow
 @every_mesh
 def test_sampled_requests_do_not_depend_on_their_batch(mesh):
     requests = [request(p, **s) for p, s in zip(PROMPTS, SAMPLED, strict=False)]
@@ -213,6 +214,7 @@ def test_closing_the_events_early_leaves_the_engine_ready():
 # --- Long prompts
 
 
+@pytest.mark.slow
 @every_mesh
 def test_a_prompt_read_in_chunks_gives_what_one_pass_gives(mesh):
     lengths = [520, 3, 1040, 512]

@@ -317,6 +317,7 @@ def test_what_is_drawn_from_another_distribution_is_noticed():
         assert_drawn_from(tokens, distribution(some_logits(20), replace(params, temperature=1.15)))
 
 
+@pytest.mark.torch
 @every_filter
 def test_the_reference_keeps_what_transformers_keeps(filters):
     torch = pytest.importorskip("torch")
