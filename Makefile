@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
-	  "Ava has 12 apples. She buys 3 bags with 5 apples each. How many apples does Ava have now?"
+	  'Maya buys 4 books at $$7 each and pays with $$50. How much change does she get?'
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -4,8 +4,8 @@
 from meshwen import Qwen2ForCausalLM
 
 QUESTIONS = [
-    "Tom has 7 pens. He gives 2 pens to Mia. How many pens does Tom have left?",
-    "A box holds 6 eggs. How many eggs are in 4 boxes?",
+    "Maya buys 4 books at $7 each and pays with $50. How much change does she get?",
+    "There are 6 bowls with 7 marbles each and 4 loose marbles. How many marbles are there in all?",
 ]
 
 model = Qwen2ForCausalLM.from_pretrained("demo", mesh="data=2,model=4")

@@ -6,7 +6,7 @@ import numpy as np
 from meshwen import Qwen2ForCausalLM, make_mesh
 
 MESHES = ("8x4", "2x4", "1x8", "3", "1")  # The largest first: it sets how many devices there are.
-QUESTION = "A box holds 6 eggs. How many eggs are in 4 boxes?"
+QUESTION = "Maya buys 4 books at $7 each and pays with $50. How much change does she get?"
 
 results = {}
 for mesh in MESHES:

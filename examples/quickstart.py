@@ -3,7 +3,7 @@
 
 from meshwen import Qwen2ForCausalLM
 
-QUESTION = "Ava has 12 apples. She buys 3 bags with 5 apples each. How many apples now?"
+QUESTION = "Maya buys 4 books at $7 each and pays with $50. How much change does she get?"
 
 model = Qwen2ForCausalLM.from_pretrained("demo", mesh="1x8")
 prompt = model.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
