@@ -15,7 +15,7 @@ import pytest
 import meshwen
 import reference
 from mesh_model import MeshModel, random_tokens
-from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM, config
+from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM, presets
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import make_mesh
 from speller import ANSWER, CONTEXT, answer_ids, token_ids, write_speller
@@ -248,7 +248,7 @@ def test_a_preset_runs_on_no_weights_but_those_that_were_asked_for(name):
 
 def test_a_preset_runs_on_dummy_weights(monkeypatch):
     small = (48, 32, 2, 6, 2, 263, True)  # The fields of the published sizes.
-    monkeypatch.setitem(config._PUBLISHED, "qwen2.5-7b", small)
+    monkeypatch.setitem(presets._PUBLISHED, "qwen2.5-7b", small)
     told = []
     model = Qwen2ForCausalLM.from_pretrained(
         "Qwen2.5-7B",
@@ -260,7 +260,7 @@ def test_a_preset_runs_on_dummy_weights(monkeypatch):
     (found,) = model.generate([1, 2, 3], max_new_tokens=4)
     assert len(found.tokens) == 4
     assert max(found.tokens) < 263
-    assert (model.config, model.tokenizer) == (config.preset("qwen2.5-7b"), None)
+    assert (model.config, model.tokenizer) == (presets.preset("qwen2.5-7b"), None)
     assert told[-1][0] == told[-1][1] > 0
 
 

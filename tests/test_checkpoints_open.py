@@ -24,8 +24,8 @@ from checkpoint_writers import (
 )
 from meshwen.checkpoints import open_checkpoint
 from meshwen.checkpoints.hub import looks_like_hub_id
-from meshwen.config import preset
 from meshwen.errors import MeshwenError
+from meshwen.presets import preset
 
 
 def error_of(path: object, **options: str) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from meshwen.config import PRESETS, Qwen2Config, RopeScaling, preset
+from meshwen.config import Qwen2Config, RopeScaling
 from meshwen.errors import MeshwenError
+from meshwen.presets import PRESETS, preset
 
 # config.json of published checkpoints, as they were written.
 QWEN25_7B_INSTRUCT = {

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from meshwen.config import Qwen2Config, RopeScaling, preset
+from meshwen.config import Qwen2Config, RopeScaling
+from meshwen.presets import preset
 from meshwen.rope import inverse_frequencies
 
 SCALINGS = {

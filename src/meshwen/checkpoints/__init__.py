@@ -11,8 +11,9 @@ from meshwen.checkpoints.gguf import config_dict, generation_dict, read_gguf
 from meshwen.checkpoints.hub import download, looks_like_hub_id
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
-from meshwen.config import PRESETS, Qwen2Config, preset
+from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.presets import PRESETS, preset
 
 __all__ = ["LOAD_FORMATS", "Checkpoint", "TensorSource", "name_kind", "open_checkpoint"]
 

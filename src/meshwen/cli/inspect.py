@@ -11,8 +11,8 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console, progress_bar
-from meshwen.config import PRESETS
 from meshwen.errors import MeshwenError
+from meshwen.presets import PRESETS
 
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh

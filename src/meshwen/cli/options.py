@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from meshwen.config import PRESETS
+from meshwen.presets import PRESETS
 
 MODEL_HELP = (
     "A model folder, a .gguf file, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or demo. "
