@@ -82,8 +82,9 @@ class MeshModel:
         mesh: str = "1",
         dtype: type = np.float32,
         weights: Mapping[str, np.ndarray] | None = None,
+        numerics: str = "fast",
     ):
-        self.plan = ParallelPlan(config, make_mesh(mesh))
+        self.plan = ParallelPlan(config, make_mesh(mesh), numerics)
         weights = reference.random_weights(config) if weights is None else weights
         dtype = jnp.dtype(dtype)
         self.params = load_params(memory_checkpoint(config, weights), self.plan, dtype)
@@ -138,9 +139,11 @@ def _step(params, token_ids, start, cache, *, config, tp):
 
 
 @functools.cache
-def shared_model(config: Qwen2Config, mesh: str = "1") -> MeshModel:
-    """A float32 model that several test files share, so that each program compiles once."""
-    return MeshModel(config, mesh)
+def shared_model(
+    config: Qwen2Config, mesh: str = "1", dtype: type = np.float32, numerics: str = "fast"
+) -> MeshModel:
+    """A model that several test files share, so that each program compiles once."""
+    return MeshModel(config, mesh, dtype, numerics=numerics)
 
 
 def random_tokens(config: Qwen2Config, batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -21,7 +21,6 @@ from mesh_model import (
     relative_error,
     shared_model,
 )
-from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
 from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
@@ -225,7 +224,7 @@ def test_what_stands_in_padded_slots_adds_exactly_nothing(config, mesh):
 def test_every_row_of_the_embedding_is_found_exactly(mesh):
     config = SMALL_7B
     model = shared_model(config, mesh)
-    tp, plan = TensorParallel.of(model.plan, jnp.float32), model.plan
+    tp, plan = model.runner.tp, model.plan
     lookup = jax.shard_map(
         tp.embed,
         mesh=plan.mesh,

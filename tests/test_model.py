@@ -267,7 +267,7 @@ def test_rms_norm_of_large_and_tiny_rows():
     x = rng.standard_normal((4, 16)) * np.array([[1e-6], [1e-2], [1.0], [1e4]])
     weight = rng.standard_normal(16).astype(np.float32)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
-    found = rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(weight), 1e-6)
+    found = rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(weight), 1e-6, TensorParallel())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

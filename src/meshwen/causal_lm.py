@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +19,13 @@ from meshwen.engine import Completion, Engine, Event, Request, bucket
 from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
+from meshwen.parallel.plan import Numerics, ParallelPlan
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplingParams
 from meshwen.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
-NUMERICS = ("fast",)
+NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 
 Prompt = str | Sequence[int]
 
@@ -65,7 +65,7 @@ class Qwen2ForCausalLM:
         *,
         mesh: str | Mesh = "1",
         dtype: str = "bfloat16",
-        numerics: str = "fast",
+        numerics: Numerics = "fast",
         load_format: str = "auto",
         revision: str | None = None,
         max_batch_size: int = 8,
@@ -80,7 +80,8 @@ class Qwen2ForCausalLM:
                 `model1`, ...).
             dtype: "bfloat16" or "float32", of weights, cached values, and the inputs of products
                 with weights.
-            numerics: "fast".
+            numerics: "fast", or "exact" for the same bits on every mesh and in every batch: see
+                `meshwen.parallel.exact`.
             load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
             revision: branch, tag or commit of a hub id.
             max_batch_size: requests that run at once.
@@ -100,6 +101,7 @@ class Qwen2ForCausalLM:
                 Tokenizer.from_checkpoint(checkpoint),
                 mesh=mesh,
                 dtype=dtype,
+                numerics=numerics,
                 max_batch_size=max_batch_size,
                 progress=progress,
             )
@@ -112,6 +114,7 @@ class Qwen2ForCausalLM:
         *,
         mesh: Mesh,
         dtype: str = "bfloat16",
+        numerics: Numerics = "fast",
         max_batch_size: int = 8,
         progress: Progress = lambda done, total: None,
     ) -> Self:
@@ -120,7 +123,7 @@ class Qwen2ForCausalLM:
         A checkpoint that was opened without weights gets made-up ones. It may be closed afterwards.
         """
         kind = jnp.dtype(dtype)
-        plan = ParallelPlan(checkpoint.config, mesh)
+        plan = ParallelPlan(checkpoint.config, mesh, numerics)
         if checkpoint.format is None:
             params = dummy_params(plan, kind, progress)
         else:

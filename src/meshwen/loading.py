@@ -19,7 +19,14 @@ from meshwen.errors import MeshwenError
 from meshwen.model import Params
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import EMBEDDING, LM_HEAD, Weight, declared_weights, unflatten
+from meshwen.weights import (
+    EMBEDDING,
+    LM_HEAD,
+    Weight,
+    declared_weights,
+    placed_weights,
+    unflatten,
+)
 
 # Told the number of weights placed so far, and of all.
 Progress = Callable[[int, int], None]
@@ -80,15 +87,15 @@ def load_params(
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape.
     """
-    weights = declared_weights(plan.config)
-    check_tensors(checkpoint, weights, plan)
+    check_tensors(checkpoint, declared_weights(plan.config), plan)
     if plan.config.tie_word_embeddings and LM_HEAD.name in checkpoint.tensors:
         _check_tied(checkpoint)
+    weights = placed_weights(plan)
 
     def leaves() -> Iterator[tuple[str, Array]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
-            yield weight.name, _place(checkpoint.tensors[weight.name], weight, plan, dtype)
+            yield weight.path, _place(checkpoint.tensors[weight.name], weight, plan, dtype)
         progress(len(weights), len(weights))
 
     return unflatten(leaves())
@@ -104,12 +111,12 @@ def dummy_params(
 
     Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices.
     """
-    weights = declared_weights(plan.config)
+    weights = placed_weights(plan)
 
     def leaves() -> Iterator[tuple[str, Array]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
-            yield weight.name, _dummy(weight, plan, dtype, seed)
+            yield weight.path, _dummy(weight, plan, dtype, seed)
         progress(len(weights), len(weights))
 
     return unflatten(leaves())
@@ -132,7 +139,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
 
 def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> Array:
     shape, sharding = weight.device_shape(plan), weight.sharding(plan)
-    positions = [plan.axis_source(axis) for axis in weight.device_axes]
+    positions = weight.positions(plan)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # Only a sharding that names no devices gives None.
@@ -192,8 +199,8 @@ def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
 
 def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> Array:
     positions = [
-        jax.device_put(plan.axis_source(axis).astype(np.int32), plan.sharding(axis))
-        for axis in weight.device_axes
+        jax.device_put(positions.astype(np.int32), plan.sharding(axis))
+        for axis, positions in zip(weight.device_axes, weight.positions(plan), strict=True)
     ]
     return _fill(
         positions,

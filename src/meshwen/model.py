@@ -22,7 +22,7 @@ from jax import Array
 
 from meshwen.config import Qwen2Config
 from meshwen.kv_cache import KVCache, LayerCache
-from meshwen.parallel.contractions import TensorParallel, product
+from meshwen.parallel.contractions import TensorParallel
 from meshwen.rope import inverse_frequencies
 
 Params = dict[str, Any]
@@ -70,7 +70,7 @@ def hidden_states(
         x, layer_cache = layer(weights, x, rotary, mask, layer_cache, positions.queries[:, 0])
         if layer_cache is not None:
             new_cache.append(layer_cache)
-    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps, tp)
     return x, tuple(new_cache)
 
 
@@ -96,10 +96,10 @@ def decoder_layer(
     tp: TensorParallel,
 ) -> tuple[Array, LayerCache | None]:
     """One pre-norm layer: [B, T, D] -> [B, T, D]."""
-    h = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps)
+    h = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps, tp)
     h, cache = attention(weights["self_attn"], h, rotary, mask, cache, start, config.head_dim, tp)
     x = x + h
-    h = rms_norm(x, weights["post_attention_layernorm"]["weight"], config.rms_norm_eps)
+    h = rms_norm(x, weights["post_attention_layernorm"]["weight"], config.rms_norm_eps, tp)
     return x + mlp(weights["mlp"], h, tp), cache
 
 
@@ -119,16 +119,18 @@ def attention(
         for name in ("q_proj", "k_proj", "v_proj")
     )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
     q, k = rotate(q, rotary), rotate(k, rotary)
-    k, v = k.swapaxes(2, 3), v.astype(weights["o_proj"]["weight"].dtype)  # k [B, K, H, T]
+    k, v = k.swapaxes(2, 3), v.astype(weights["v_proj"]["weight"].dtype)  # k [B, K, H, T]
     if cache is not None:
         cache = cache.write(k, v, start)
         slots = mask.shape[-1]
         k, v = cache.keys[..., :slots], cache.values[:, :, :slots]
-    y = scaled_dot_product_attention(q, k, v, mask)
+    y = scaled_dot_product_attention(q, k, v, mask, tp)
     return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
 
 
-def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def scaled_dot_product_attention(
+    q: Array, k: Array, v: Array, mask: Array, tp: TensorParallel
+) -> Array:
     """softmax(q k^T / sqrt(H)) v, each key/value head serving its G consecutive query heads.
 
     Args:
@@ -136,20 +138,18 @@ def scaled_dot_product_attention(q: Array, k: Array, v: Array, mask: Array) -> A
         k: float32 [B, K, H, S].
         v: [B, K, S, H].
         mask: bool [B, T, S], true where the query sees the key.
+        tp: the contractions.
 
     Returns:
         float32 [B, K*G, T, H].
     """
     B, N, T, H = q.shape
     K, S = k.shape[1], k.shape[3]
-    q = q.reshape(B, K, N // K * T, H)
-    scores = product(q, k, (((3,), (2,)), ((0, 1), (0, 1)))) * H**-0.5  # [B, K, G*T, S]
-    scores = scores.reshape(B, K, N // K, T, S)
+    q = (q * H**-0.5).reshape(B, K, N // K * T, H)
+    scores = tp.scores(q, k).reshape(B, K, N // K, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype).reshape(B, K, N // K * T, S)
-    y = product(weights, v, (((3,), (2,)), ((0, 1), (0, 1)))).reshape(B, K, N // K, T, H)
+    y, total = tp.weighted_values(weights.reshape(B, K, N // K * T, S), v)
     return (y / total).reshape(B, N, T, H)
 
 
@@ -160,10 +160,9 @@ def mlp(weights: Params, x: Array, tp: TensorParallel) -> Array:
     return tp.row(jax.nn.silu(gate) * up, weights["down_proj"]["weight"])
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+def rms_norm(x: Array, weight: Array, eps: float, tp: TensorParallel) -> Array:
     """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32."""
-    variance = jnp.square(x).mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(variance + eps) * weight.astype(jnp.float32)
+    return x * jax.lax.rsqrt(tp.mean_square(x) + eps) * weight.astype(jnp.float32)
 
 
 def rotary_tables(config: Qwen2Config, positions: Array) -> tuple[Array, Array]:

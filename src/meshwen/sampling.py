@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from meshwen.errors import MeshwenError
-from meshwen.parallel.contractions import TensorParallel, product
+from meshwen.parallel.contractions import TensorParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,14 +240,27 @@ def _draw(values: Array, choices: Array, rows: SamplerRows, positions: Array) ->
     rank = jnp.arange(values.shape[1])
     top_k = jnp.where(rows.top_k == 0, values.shape[1], rows.top_k)[:, None]
     scaled = jnp.where(rank < top_k, values / temperature, -jnp.inf)
-    probabilities = jax.nn.softmax(scaled, axis=1)
-    before = jnp.cumsum(probabilities, axis=1) - probabilities
-    keep = (before < rows.top_p[:, None]) | (rank == 0)
+    # Sums whose order depends neither on the number of rows nor on that of the candidates: what a
+    # request draws is its own affair.
+    weights = jnp.exp(scaled - scaled[:, :1])
+    total = _tree_sum(weights)
+    probabilities = weights / total
+    before = (lax.associative_scan(jnp.add, weights, axis=1) - weights) / total
+    top_p = rows.top_p[:, None]
+    keep = (before < top_p) | (rank == 0) | (top_p >= 1)
     kept = jnp.where(keep, probabilities, 0)
     keep &= kept >= rows.min_p[:, None] * kept[:, :1]
     scores = jnp.where(keep, scaled + _noise(rows.seed, positions, choices), -jnp.inf)
     best = jnp.where(greedy, 0, jnp.argmax(scores, axis=1))
     return jnp.take_along_axis(choices, best[:, None], axis=1)[:, 0]
+
+
+def _tree_sum(x: Array) -> Array:
+    """The sum of each row, neighbours first, unchanged by zeros behind: [B, C] -> [B, 1]."""
+    while x.shape[1] > 1:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
+        x = x[:, ::2] + x[:, 1::2]
+    return x
 
 
 def _noise(seed: Array, positions: Array, ids: Array) -> Array:
@@ -266,14 +279,8 @@ def _noise(seed: Array, positions: Array, ids: Array) -> Array:
 
 def _logprobs(logits: Array, ids: Array, tokens: Array, tp: TensorParallel) -> Array:
     """Log-probabilities of the tokens: float32 [B]."""
-    largest = logits.max(axis=1)
-    if tp.axes:
-        largest = lax.pmax(largest, tp.axes)
-    shifted = logits - largest[:, None]
-    # A product with ones adds 150,000 terms in many partial sums, an order more exactly than a
-    # running sum does.
-    ones = jnp.ones((logits.shape[1], 1), jnp.float32)
-    total = product(jnp.exp(shifted), ones, (((1,), (0,)), ((), ())))[:, 0]
-    chosen = jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1)
-    total, chosen = tp.all_reduce(total), tp.all_reduce(chosen)
+    shifted = logits - tp.largest(logits.max(axis=1))[:, None]
+    total = tp.vocabulary_sum(jnp.exp(shifted))
+    # One addend is not zero, so the sum is exact in any order.
+    chosen = tp.only(jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1))
     return chosen - jnp.log(total)

@@ -9,10 +9,11 @@ tensors all derive from the two tables below. The pytree of weights mirrors the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import numpy as np
 from jax.sharding import NamedSharding
 
 from meshwen.config import Qwen2Config
@@ -25,11 +26,33 @@ class Weight:
 
     Projections are `[out, in]` in a checkpoint and are kept `[in, out]` on the devices
     (`transposed`): XLA's CPU back end multiplies 8 float32 rows 1.4 times faster that way.
+
+    Attributes:
+        name: in the checkpoint.
+        axes: logical axes, in the checkpoint's order.
+        transposed: whether they are swapped on the devices.
+        leaf: the array holds only this one of the equal parts that each device's part of the
+            last axis is cut into: exact numerics multiplies them one by one. None: all.
+        path: where the array stands in the pytree, when not where `name` says.
     """
 
     name: str
     axes: tuple[str, ...]
     transposed: bool = False
+    leaf: int | None = None
+    path: str = ""
+
+    def positions(self, plan: ParallelPlan) -> list[np.ndarray]:
+        """For each axis on the devices, which position of the checkpoint's stands where.
+
+        See `ParallelPlan.axis_source`.
+        """
+        sources = [plan.axis_source(axis) for axis in self.axes]
+        if self.leaf is not None:
+            leaves = prod(plan.leaves(self.axes[-1]))
+            parts = sources[-1].reshape(plan.model_devices, leaves, -1)
+            sources[-1] = parts[:, self.leaf].reshape(-1)
+        return sources[::-1] if self.transposed else sources
 
     def shape(self, plan: ParallelPlan) -> tuple[int, ...]:
         """Shape in the checkpoint."""
@@ -42,7 +65,7 @@ class Weight:
 
     def device_shape(self, plan: ParallelPlan) -> tuple[int, ...]:
         """Shape on all devices together, padding and copies included."""
-        return tuple(len(plan.axis_source(axis)) for axis in self.device_axes)
+        return tuple(len(positions) for positions in self.positions(plan))
 
     def sharding(self, plan: ParallelPlan) -> NamedSharding:
         """Sharding of the array of `device_shape`."""
@@ -88,6 +111,34 @@ def declared_weights(config: Qwen2Config) -> list[Weight]:
     ]
     head = [] if config.tie_word_embeddings else [LM_HEAD]
     return [EMBEDDING, *layers, _FINAL_NORM, *head]
+
+
+def placed_weights(plan: ParallelPlan) -> list[Weight]:
+    """Every array of weights on the plan's devices, each with its `path` in the pytree.
+
+    These are the declared weights; but in exact numerics
+
+    - a row-parallel weight is one array a leaf. Slices of one array would do, did XLA's CPU back
+      end not copy them: a step of bfloat16 products then takes 4 times as long;
+    - a tied embedding table also stands transposed in the place of `lm_head`, as products
+      that are cut along the hidden size need it.
+    """
+    declared = [replace(w, path=w.name) for w in declared_weights(plan.config)]
+    if not plan.exact:
+        return declared
+    if plan.config.tie_word_embeddings:
+        declared.append(replace(EMBEDDING, transposed=True, path=LM_HEAD.name))
+    return [part for weight in declared for part in _leaves(weight, plan)]
+
+
+def _leaves(weight: Weight, plan: ParallelPlan) -> list[Weight]:
+    if weight.axes[-1] not in ("query", "mlp") or len(weight.axes) < 2:
+        return [weight]
+    shape = plan.leaves(weight.axes[-1])
+    return [
+        replace(weight, leaf=i, path=".".join([weight.path, *map(str, index)]))
+        for i, index in enumerate(np.ndindex(shape))
+    ]
 
 
 def num_parameters(plan: ParallelPlan) -> int:

@@ -86,7 +86,7 @@ def chat(
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError("the model has no tokenizer, so it cannot chat")
-        loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype)
+        loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype, numerics=numerics)
     conversation = Conversation(loaded, tokenizer, sampling, messages)
     if system is not None:
         conversation.set_system(system)

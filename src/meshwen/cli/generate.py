@@ -111,7 +111,14 @@ def generate(
         token_ids = [p.token_ids(tokenizer, raw=raw, system=system) for p in prompts]
         for one, ids in zip(prompts, token_ids, strict=True):
             check_prompt(ids, checkpoint.config, one.where)
-        loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype, batch_size=batch_size)
+        loaded = load_model(
+            checkpoint,
+            tokenizer,
+            mesh=devices,
+            dtype=dtype,
+            numerics=numerics,
+            batch_size=batch_size,
+        )
     requests = [Request(ids, sampling) for ids in token_ids]
     meter = Meter()
     events = meter.watch(loaded.engine.run(requests))

@@ -17,7 +17,7 @@ from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.kv_cache import cache_bytes_per_token
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import Weight, declared_weights, num_parameters
+from meshwen.weights import Weight, declared_weights, num_parameters, placed_weights
 
 _ELEMENTS_AT_A_TIME = 1 << 22
 _PARTS = {
@@ -137,9 +137,9 @@ def weight_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Bytes of weights: on each device, on all devices, and of the model without a mesh."""
     parts: dict[str, Any] = {part: {"model": 0, "per_device": 0} for part in _PARTS}
     for weight in declared_weights(plan.config):
-        part = parts[_part(weight.name)]
-        part["model"] += prod(weight.shape(plan)) * dtype.itemsize
-        part["per_device"] += prod(weight.shard_shape(plan)) * dtype.itemsize
+        parts[_part(weight.name)]["model"] += prod(weight.shape(plan)) * dtype.itemsize
+    for weight in placed_weights(plan):
+        parts[_part(weight.name)]["per_device"] += prod(weight.shard_shape(plan)) * dtype.itemsize
     parts = {name: part for name, part in parts.items() if part["model"]}
     for part in parts.values():
         part["cost_percent"] = _percent(part["per_device"] * plan.model_devices, part["model"])

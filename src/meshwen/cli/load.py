@@ -43,6 +43,7 @@ def load_model(
     *,
     mesh: Mesh,
     dtype: options.DType,
+    numerics: options.Numerics,
     batch_size: int = 1,
 ) -> Qwen2ForCausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
@@ -57,6 +58,7 @@ def load_model(
             tokenizer,
             mesh=mesh,
             dtype=dtype.value,
+            numerics=numerics.value,
             max_batch_size=batch_size,
             progress=progress,
         )

@@ -35,6 +35,7 @@ class Numerics(StrEnum):
     """How products are summed over the devices."""
 
     FAST = "fast"
+    EXACT = "exact"
 
 
 Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
@@ -54,7 +55,11 @@ Dtype = Annotated[
     ),
 ]
 NumericsOption = Annotated[
-    Numerics, typer.Option("--numerics", help="How products are summed over the devices.")
+    Numerics,
+    typer.Option(
+        "--numerics",
+        help="fast, or exact: the same bits on every mesh and in every batch.",
+    ),
 ]
 LoadFormatOption = Annotated[
     LoadFormat,

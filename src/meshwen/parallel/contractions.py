@@ -16,15 +16,10 @@ are also reduced in float32, and bfloat16 costs no more accuracy on many devices
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-
-from meshwen.parallel.plan import ParallelPlan
-
-# XLA's CPU back end takes 8 times as long for a bfloat16 product of one row as for one of eight
-# rows (all layers of Qwen2.5-0.5B: 485 against 59 ms with jax 0.10, 831 against 60 with 0.12).
-_CPU_BFLOAT16_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -39,19 +34,12 @@ class TensorParallel:
     axes: tuple[str, ...] = ()
     min_rows: int = 1
 
-    @classmethod
-    def of(cls, plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
-        """The contractions for a plan, with weights of `dtype`."""
-        on_cpu = plan.mesh.devices.flat[0].platform == "cpu"
-        rows = _CPU_BFLOAT16_ROWS if on_cpu and dtype == jnp.bfloat16 else 1
-        return cls(plan.model_axes, rows)
-
     def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
         y = self._product(x, weight, contract=0)
         return y if bias is None else y + bias.astype(jnp.float32)
 
-    def row(self, x: Array, weight: Array) -> Array:
+    def row(self, x: Array, weight: Any) -> Array:
         """`x @ weight`, all-reduced; input split: [..., in/n] x [in/n, out] -> f32 [..., out]."""
         return self.all_reduce(self._product(x, weight, contract=0))
 
@@ -60,15 +48,51 @@ class TensorParallel:
         row = token_ids - self.index() * table.shape[0]
         here = (row >= 0) & (row < table.shape[0])
         rows = jnp.take(table, jnp.where(here, row, 0), axis=0).astype(jnp.float32)
-        return self.all_reduce(jnp.where(here[..., None], rows, 0))
+        return self.only(jnp.where(here[..., None], rows, 0))
 
     def tied_logits(self, x: Array, table: Array) -> Array:
         """Logits from the embedding table: [..., D] x [V/n, D] -> float32 [..., V/n], split."""
         return self._product(x, table, contract=1)
 
+    def mean_square(self, x: Array) -> Array:
+        """Mean of squares over the last axis: float32 [..., D] -> float32 [..., 1]."""
+        return jnp.square(x).mean(axis=-1, keepdims=True)
+
+    def scores(self, q: Array, k: Array) -> Array:
+        """q k^T: float32 [B, K, R, H] x [B, K, H, S] -> float32 [B, K, R, S]."""
+        return product(q, k, (((3,), (2,)), ((0, 1), (0, 1))))
+
+    def weighted_values(self, weights: Array, v: Array) -> tuple[Array, Array]:
+        """Values summed with weights, and the weights summed.
+
+        Args:
+            weights: float32 [B, K, R, S].
+            v: [B, K, S, H].
+
+        Returns:
+            float32 [B, K, R, H], float32 [B, K, R, 1].
+        """
+        total = weights.sum(axis=-1, keepdims=True)
+        return product(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1)))), total
+
     def all_reduce(self, x: Array) -> Array:
         """The sum of `x` over the devices that split the model."""
         return lax.psum(x, self.axes) if self.axes else x
+
+    def only(self, x: Array) -> Array:
+        """What one device has and the others have zeros for: float32, any shape."""
+        return self.all_reduce(x)
+
+    def largest(self, x: Array) -> Array:
+        """The largest over the devices: float32 [B] -> float32 [B]."""
+        return lax.pmax(x, self.axes) if self.axes else x
+
+    def vocabulary_sum(self, x: Array) -> Array:
+        """The sum over the vocabulary: float32 [B, V/n] -> float32 [B]."""
+        # A product with ones adds 150,000 terms in many partial sums, an order more exactly than a
+        # running sum does.
+        ones = jnp.ones((x.shape[1], 1), jnp.float32)
+        return self.all_reduce(product(x, ones, (((1,), (0,)), ((), ())))[:, 0])
 
     def index(self) -> Array | int:
         """This device's number among those that split the model, row-major."""

@@ -20,6 +20,8 @@ from math import ceil
 
 import numpy as np
 
+from meshwen.errors import MeshwenError
+
 PADDING = -1
 
 
@@ -110,4 +112,31 @@ def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLay
     return min(
         candidates,
         key=lambda c: (c.local_query_slots + c.local_key_value_heads, c.local_key_value_heads),
+    )
+
+
+def exact_head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
+    """The layout for exact numerics: pieces whose partial sums are subtrees of one fixed tree.
+
+    A group of query heads is padded to a power of two slots, and pieces are halves, quarters, ...
+    of these. A piece that is a whole group leaves its padding out: an addend of exactly zero.
+
+    Args:
+        query_heads: query heads; a multiple of `key_value_heads`.
+        key_value_heads: key/value heads; a power of two.
+        devices: tensor-parallel devices; a power of two.
+
+    Raises:
+        MeshwenError: the number of key/value heads is no power of two.
+    """
+    if key_value_heads & (key_value_heads - 1):
+        raise MeshwenError(
+            f"exact numerics needs a power of two of key/value heads, not {key_value_heads}; "
+            "use fast numerics"
+        )
+    group = query_heads // key_value_heads
+    copies = max(1, devices // key_value_heads)
+    slots = max(1, (1 << (group - 1).bit_length()) // copies)
+    return HeadLayout(
+        devices, query_heads, key_value_heads, max(1, key_value_heads // devices), min(group, slots)
     )

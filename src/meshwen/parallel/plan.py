@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
+from typing import Literal
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshwen.config import Qwen2Config
-from meshwen.parallel.heads import PADDING, HeadLayout, head_layout
+from meshwen.errors import MeshwenError
+from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
 from meshwen.parallel.mesh import axes_size, data_axes, model_axes
 
 # What each logical axis is split over: the mesh axes that carry the model, the batch, or none.
@@ -36,13 +38,41 @@ LOGICAL_AXIS_RULES: dict[str, str] = {
     "head_dim": REPLICATED,
 }
 
+Numerics = Literal["fast", "exact"]
+
+# Into how many leaves exact numerics cuts the MLP's inner dimension and the vocabulary, whatever
+# the mesh: a mesh may split the model over any number of devices that divides it.
+LEAVES = 32
+
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """A model's layout on a mesh."""
+    """A model's layout on a mesh.
+
+    Attributes:
+        config: the model's hyperparameters.
+        mesh: abstract is enough to tell the layout, with no devices behind it.
+        numerics: "fast", or "exact": see `meshwen.parallel.exact`.
+
+    Raises:
+        MeshwenError: exact numerics does not exist for this model on this mesh.
+    """
 
     config: Qwen2Config
-    mesh: Mesh | AbstractMesh  # Abstract: enough to tell the layout, with no devices behind it.
+    mesh: Mesh | AbstractMesh
+    numerics: Numerics = "fast"
+
+    def __post_init__(self) -> None:
+        if self.exact and LEAVES % self.model_devices:
+            raise MeshwenError(
+                f"exact numerics splits a model over 1, 2, 4, 8, 16 or {LEAVES} devices, "
+                f"not {self.model_devices}; choose another mesh, or fast numerics"
+            )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the numerics are exact."""
+        return self.numerics == "exact"
 
     @cached_property
     def model_axes(self) -> tuple[str, ...]:
@@ -68,7 +98,18 @@ class ParallelPlan:
     def heads(self) -> HeadLayout:
         """The head layout over the model's devices."""
         c = self.config
-        return head_layout(c.num_attention_heads, c.num_key_value_heads, self.model_devices)
+        layout = exact_head_layout if self.exact else head_layout
+        return layout(c.num_attention_heads, c.num_key_value_heads, self.model_devices)
+
+    def leaves(self, axis: str) -> tuple[int, ...]:
+        """How exact numerics cuts one device's part of a contracted axis, as a nested shape.
+
+        `query`: key/value heads, then the query-head slots of each; `mlp`: slices of its inner
+        dimension. All leaves have the same size, on every mesh.
+        """
+        if axis == "query":
+            return self.heads.local_key_value_heads, self.heads.group_slots
+        return (LEAVES // self.model_devices,)
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The mesh axes that a logical axis is split over; () where it is replicated."""
@@ -115,6 +156,8 @@ class ParallelPlan:
         if axis == "key_value":
             return _head_rows(self.heads.key_value_slots(), self.config.head_dim)
         shards = axes_size(self.mesh, self.mesh_axes(axis))
+        if self.exact and axis in ("mlp", "vocab"):
+            shards = LEAVES
         source = np.arange(ceil(size / shards) * shards)
         source[size:] = PADDING
         return source

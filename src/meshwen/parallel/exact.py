@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contractions that give the same bits on every mesh, whatever else is in the batch.
+
+Floating-point addition is not associative, so a result is a matter of the order of its additions.
+Here that order is fixed by the model alone, never by the mesh, the batch or the padding:
+
+- What is split over devices is cut into *leaves* that are the same on every mesh: the query-head
+  slots, 32 slices of the MLP's inner dimension, 32 slices of the vocabulary. Leaves are added in a
+  binary tree, neighbours first. A device owns an aligned run of leaves, a subtree, and adds it by
+  itself. The top of the tree crosses devices: every device gets its share of the partial sums of
+  all (all-to-all), adds them in tree order, and the shares are gathered. There is no
+  floating-point all-reduce, whose order XLA leaves open. An addend of zero (a padded leaf) changes
+  nothing, so a tree may be cut short.
+- Inside a leaf the matrix product decides. Its order must depend neither on how many rows there
+  are nor on how wide a device's part is. XLA's CPU back end has two libraries, measured on jax 0.10
+  and 0.12 (AVX-512):
+
+  - YNNPACK multiplies bfloat16 in one order for any number of rows from 2 up and columns from 64
+    up (from 16 for short sums). In float32 it cuts the sum to suit its cache, by rows and columns.
+  - Eigen adds float32 products one after the other up to 304 of them; from 152 up it may share a
+    sum among threads. Sums of up to 128 come in the same order for any number of rows and columns.
+
+  So float32 products are cut into sums of up to 128, handed to Eigen (YNNPACK refuses a transposed
+  left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns.
+- Reductions are such products with ones. XLA's own order of a reduction depends on the shape.
+- -0.0 and +0.0 are equal but different bits, and a cut tree may lose the sign of a zero. So every
+  product ends with +0.0 in the place of -0.0.
+
+On other back ends the same program runs; whether its products keep their order, `verify` finds out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from meshwen.parallel.contractions import TensorParallel, product
+
+# Only single matrix products go to YNNPACK, no reductions and nothing fused with them: it would
+# take those by their size.
+COMPILER_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+
+_LONGEST_SUM = 128  # products that one float32 matrix product adds up
+_MIN_ROWS = 8  # of bfloat16 products: fewer are slower, and one would have another order
+_MIN_COLUMNS = 64
+_ONES = 16  # equal columns of a sum's product with ones: one column would have another order
+# What the partial sums of a float32 product may take; longer products go by blocks of rows.
+_PARTIAL_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class ExactTensorParallel(TensorParallel):
+    """Contractions over the mesh axes `axes`, the same to the bit on every mesh.
+
+    Attributes:
+        axes: mesh axes that split the model.
+        vocabulary_leaves: slices of the vocabulary on each device.
+    """
+
+    vocabulary_leaves: int = 32
+
+    def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
+        y = _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+        return y if bias is None else y + bias.astype(jnp.float32)
+
+    def row(self, x: Array, weight: Any) -> Array:
+        """`x @ weight`, summed over the devices; input split.
+
+        Args:
+            x: [..., in/n].
+            weight: the leaves, each [in/n/leaves, out], in a list, or lists of lists: subtrees.
+
+        Returns:
+            float32 [..., out].
+        """
+        leaves, tree = jax.tree.flatten(weight)
+        rows = x.reshape(-1, x.shape[-1])
+        parts = jnp.split(rows, len(leaves), axis=1)
+        sums = [_product(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+        total = self._across_devices(_tree_of(jax.tree.unflatten(tree, sums)))
+        return total.reshape(*x.shape[:-1], total.shape[-1])
+
+    def mean_square(self, x: Array) -> Array:
+        """Mean of squares over the last axis: float32 [..., D] -> float32 [..., 1]."""
+        return _sums(jnp.square(x))[..., None] / x.shape[-1]
+
+    def scores(self, q: Array, k: Array) -> Array:
+        """q k^T: float32 [B, K, R, H] x [B, K, H, S] -> float32 [B, K, R, S]."""
+        return _float32_product(q, k)
+
+    def weighted_values(self, weights: Array, v: Array) -> tuple[Array, Array]:
+        """Values summed with weights, and the weights summed.
+
+        Zeros behind the last position that counts change nothing: the positions are cut into sums
+        from the left.
+
+        Args:
+            weights: float32 [B, K, R, S].
+            v: [B, K, S, H].
+
+        Returns:
+            float32 [B, K, R, H], float32 [B, K, R, 1].
+        """
+        y = _float32_product(weights, v.astype(jnp.float32), _LONGEST_SUM)
+        return y, _sums(weights, _LONGEST_SUM)[..., None]
+
+    def only(self, x: Array) -> Array:
+        """What one device has and the others have zeros for: an all-reduce of the bits."""
+        if not self.axes:
+            return x
+        bits = lax.psum(lax.bitcast_convert_type(x, jnp.int32), self.axes)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+
+    def largest(self, x: Array) -> Array:
+        """The largest over the devices: float32 [B] -> float32 [B]."""
+        return lax.all_gather(x, self.axes).max(axis=0) if self.axes else x
+
+    def vocabulary_sum(self, x: Array) -> Array:
+        """The sum over the vocabulary: float32 [B, V/n] -> float32 [B]."""
+        leaves = x.reshape(x.shape[0], self.vocabulary_leaves, -1)
+        total = _tree(_sums(leaves), axis=1)
+        return _tree(lax.all_gather(total, self.axes), axis=0) if self.axes else total
+
+    def _across_devices(self, x: Array) -> Array:
+        """The tree's top: float32 [M, D], a subtree's sum on every device -> float32 [M, D]."""
+        if not self.axes:
+            return _positive_zeros(x)
+        n = lax.axis_size(self.axes)
+        padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % n))).reshape(x.shape[0], n, -1)
+        shares = lax.all_to_all(padded, self.axes, split_axis=1, concat_axis=0)
+        share = _tree(shares.reshape(n, x.shape[0], -1), axis=0)
+        return lax.all_gather(share, self.axes, axis=1, tiled=True)[:, : x.shape[1]]
+
+
+def _product(x: Array, weight: Array) -> Array:
+    """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
+    if weight.dtype != jnp.float32:
+        rows, columns = max(0, _MIN_ROWS - x.shape[0]), max(0, _MIN_COLUMNS - weight.shape[1])
+        x, padded = _pad(x.astype(weight.dtype), 0, rows), _pad(weight, 1, columns)
+        y = product(x, padded, (((1,), (0,)), ((), ())))
+        return _positive_zeros(y[: y.shape[0] - rows, : weight.shape[1]])
+    partial_bytes = 4 * -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
+    block = max(_MIN_ROWS, _PARTIAL_BYTES // partial_bytes // _MIN_ROWS * _MIN_ROWS)
+    if x.shape[0] <= block:
+        return _float32_product(x, weight)
+    blocks = _pad(x, 0, -x.shape[0] % block).reshape(-1, block, x.shape[1])
+    y = lax.map(lambda rows: _float32_product(rows, weight), blocks)
+    return y.reshape(-1, weight.shape[1])[: x.shape[0]]
+
+
+def _float32_product(a: Array, b: Array, length: int = 0) -> Array:
+    """a @ b: float32 [..., M, c] x float32 [..., c, N] -> float32 [..., M, N].
+
+    Cut into sums of `length` from the left; 0: of one length that divides c.
+    """
+    M, batch = a.shape[-2], a.ndim - 2
+    a = jnp.swapaxes(_pad(a, batch, _row_padding(M)), -1, -2)
+    # The barrier keeps XLA from folding the transposition into the product.
+    a = lax.optimization_barrier(a)
+    length = length or _sum_length(a.shape[batch])
+    whole, rest = divmod(a.shape[batch], length)
+    cut, sums = whole * length, []
+    if whole:
+        parts = [
+            operand[..., :cut, :].reshape(*operand.shape[:batch], whole, length, operand.shape[-1])
+            for operand in (a, b)
+        ]
+        sums.append(_transposed_product(*parts))
+    if rest:
+        sums.append(_transposed_product(*(o[..., None, cut:, :] for o in (a, b))))
+    y = sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=batch)
+    return _tree(y, axis=batch)[..., :M, :]
+
+
+def _transposed_product(a: Array, b: Array) -> Array:
+    """float32 [..., c, M] x [..., c, N] -> float32 [..., M, N]."""
+    batch = tuple(range(a.ndim - 2))
+    contracted = (a.ndim - 2,), (a.ndim - 2,)
+    return product(a, b, (contracted, (batch, batch)))
+
+
+def _sum_length(length: int) -> int:
+    """How many products to add up at once, so that no weight need be cut unevenly and copied.
+
+    The most that divides `length`; but where these are few, the most.
+    """
+    most = min(length, _LONGEST_SUM)
+    even = max(k for k in range(1, most + 1) if length % k == 0)
+    return even if even >= _LONGEST_SUM // 8 else most
+
+
+def _sums(x: Array, length: int = 0) -> Array:
+    """The sum over the last axis: float32 [..., c] -> float32 [...]."""
+    rows = x.reshape(-1, x.shape[-1])
+    ones = jnp.ones((x.shape[-1], _ONES), jnp.float32)
+    return _float32_product(rows, ones, length)[:, 0].reshape(x.shape[:-1])
+
+
+def _row_padding(rows: int) -> int:
+    """Rows to add so that there are 1, 2, 4 or a multiple of 8: others may be summed otherwise."""
+    wanted = (
+        1 << (rows - 1).bit_length() if rows <= _MIN_ROWS else -(-rows // _MIN_ROWS) * _MIN_ROWS
+    )
+    return wanted - rows
+
+
+def _tree_of(node: Any) -> Array:
+    """The sum of equal arrays in (lists of) lists, as a binary tree: neighbours first."""
+    if not isinstance(node, list):
+        return node
+    sums = [_tree_of(child) for child in node]
+    while len(sums) > 1:
+        pairs = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)]
+        sums = pairs + sums[2 * len(pairs) :]
+    return sums[0]
+
+
+def _tree(x: Array, axis: int) -> Array:
+    """The sum over an axis, as a binary tree: neighbours first."""
+    parts = [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
+    return _positive_zeros(_tree_of(parts))
+
+
+def _positive_zeros(x: Array) -> Array:
+    return jnp.where(x == 0, 0.0, x)
+
+
+def _pad(x: Array, axis: int, count: int) -> Array:
+    """Zeros behind an axis."""
+    if not count:
+        return x
+    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])

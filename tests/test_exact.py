@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact numerics: the same bits on every mesh, in every batch, however a prompt is read."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import reference
+from mesh_model import (
+    SMALL_7B,
+    SMALL_HALF_B,
+    MeshModel,
+    count_collectives,
+    padded_rows,
+    random_tokens,
+    shared_model,
+)
+from meshwen.errors import MeshwenError
+from meshwen.parallel.heads import PADDING, exact_head_layout
+from meshwen.parallel.mesh import make_mesh
+from meshwen.parallel.plan import ParallelPlan
+
+BATCH, LENGTH, SLOTS = 4, 16, 32
+MESHES = ("2", "4", "1x8", "2x4", "4x2", "16", "1x32", "8x4", "data=2,model=4")
+CONFIGS = {"28 over 4 heads": SMALL_7B, "14 over 2 heads, tied": SMALL_HALF_B}
+DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
+
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+every_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+
+def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.int32), expected.view(np.int32))
+
+
+def exact(config, mesh="1", dtype=np.float32) -> MeshModel:
+    return shared_model(config, mesh, dtype, "exact")
+
+
+def forward(config, mesh="1", dtype=np.float32) -> np.ndarray:
+    return exact(config, mesh, dtype).logits(random_tokens(config, BATCH, LENGTH))
+
+
+@every_config
+@every_dtype
+@every_mesh
+def test_logits_have_the_bits_of_one_device(config, dtype, mesh):
+    assert_same_bits(forward(config, mesh, dtype), forward(config, "1", dtype))
+
+
+@every_config
+@every_dtype
+@pytest.mark.parametrize("mesh", ["1", "2x4", "8x4", "data=2,model=4"])
+def test_a_prompt_read_in_chunks_or_token_by_token_gives_the_same_bits(config, dtype, mesh):
+    model, token_ids = exact(config, mesh, dtype), random_tokens(config, BATCH, LENGTH)
+    for chunk in (8, 1):
+        cache, found = model.cache(BATCH, SLOTS), []
+        for start in range(0, LENGTH, chunk):
+            part = token_ids[:, start : start + chunk]
+            out, cache = model.step(part, [start] * BATCH, cache)
+            found.append(out)
+        assert_same_bits(np.concatenate(found, axis=1), forward(config, "1", dtype))
+
+
+@every_config
+@every_dtype
+def test_a_sequence_does_not_depend_on_its_batch_row_or_padding(config, dtype):
+    model, token_ids = exact(config, "2", dtype), random_tokens(config, BATCH, LENGTH)
+    expected = forward(config, "1", dtype)
+    assert_same_bits(model.logits(token_ids[2:3]), expected[2:3])
+    assert_same_bits(model.logits(token_ids[::-1][:3]), expected[::-1][:3])
+    padded = np.pad(padded_rows([3, 16, 9, 1], token_ids), ((0, 0), (0, 8)), constant_values=1)
+    positions = np.where(np.arange(24) < np.array([[3], [16], [9], [1]]), np.arange(24), -1)
+    found = model.logits(padded, positions)
+    for row, length in enumerate([3, 16, 9, 1]):
+        assert_same_bits(found[row, :length], expected[row, :length])
+
+
+@every_dtype
+def test_a_longer_cache_changes_nothing(dtype):
+    model, token_ids = exact(SMALL_7B, "2", dtype), random_tokens(SMALL_7B, 2, LENGTH)
+    found = [model.step(token_ids, [0, 0], model.cache(2, slots))[0] for slots in (16, 128, 200)]
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 13])
+@every_dtype
+def test_one_step_of_any_batch_has_the_bits_of_the_whole(dtype, batch):
+    token_ids = random_tokens(SMALL_7B, 13, 1)
+    whole = exact(SMALL_7B, "1", dtype).logits(token_ids)
+    found = exact(SMALL_7B, "8x4", dtype).logits(token_ids[:batch])
+    assert_same_bits(found, whole[:batch])
+
+
+def wild_weights(seed: int) -> dict[str, np.ndarray]:
+    """Wide exponents, cancelling sums, denormals and signed zeros."""
+    rng = np.random.default_rng(seed)
+    weights = reference.random_weights(SMALL_7B)
+    for name, array in weights.items():
+        wild = array * np.exp2(rng.integers(-12, 6, array.shape))
+        if array.ndim == 2:
+            wild[:, 1::2] = np.where(
+                rng.random(wild[:, 1::2].shape) < 0.3, -wild[:, ::2], wild[:, 1::2]
+            )
+            wild[rng.random(array.shape) < 0.05] = -0.0
+            wild[rng.random(array.shape) < 0.05] = 1e-41
+        weights[name] = wild.astype(np.float32)
+    weights["model.embed_tokens.weight"][5] = -0.0
+    weights["model.layers.1.mlp.down_proj.weight"][7] = 0
+    return weights
+
+
+@pytest.mark.parametrize("seed", range(3))
+@every_dtype
+def test_wild_numbers_keep_their_bits(dtype, seed):
+    weights, token_ids = wild_weights(seed), random_tokens(SMALL_7B, 3, LENGTH, seed)
+    token_ids[:, 3] = 5
+    expected = MeshModel(SMALL_7B, "1", dtype, weights, "exact").logits(token_ids)
+    assert np.isfinite(expected).all()
+    for mesh in ("2x4", "1x32"):
+        found = MeshModel(SMALL_7B, mesh, dtype, weights, "exact").logits(token_ids)
+        assert_same_bits(found, expected)
+    one = MeshModel(SMALL_7B, "4", dtype, weights, "exact").logits(token_ids[1:2])
+    assert_same_bits(one, expected[1:2])
+
+
+def test_the_error_is_no_larger_than_that_of_fast_numerics():
+    # At the real width: fast numerics adds up sums of 256 there, exact numerics of 128.
+    config = replace(SMALL_HALF_B, hidden_size=896, intermediate_size=4864, head_dim=64)
+    weights, token_ids = reference.random_weights(config), random_tokens(config, 2, LENGTH)
+    expected = np.stack([reference.logits(weights, config, row.tolist()) for row in token_ids])
+    fast, exact = (
+        MeshModel(config, "1", np.float32, weights, numerics).logits(token_ids)
+        for numerics in ("fast", "exact")
+    )
+    errors = [
+        np.sqrt(np.square(found[..., : config.vocab_size] - expected).mean())
+        for found in (fast, exact)
+    ]
+    assert errors[1] <= errors[0]
+
+
+@pytest.mark.parametrize("mesh", ["2x4", "data=2,model=4", "1x32"])
+def test_sums_cross_devices_by_all_to_all_and_all_gather(mesh):
+    model = exact(SMALL_7B, mesh)
+    sums = 2 * SMALL_7B.num_hidden_layers
+    hlo = model.compiled(BATCH, LENGTH).as_text()
+    # The one all-reduce adds the bits of embeddings, as integers.
+    assert count_collectives(hlo) == {"all-reduce": 1, "all-to-all": sums, "all-gather": sums}
+    assert not [line for line in hlo.splitlines() if " all-reduce(" in line and "= f32" in line]
+
+
+def test_fast_numerics_does_differ_between_meshes():
+    found = [shared_model(SMALL_7B, m).logits(random_tokens(SMALL_7B, BATCH, LENGTH)) for m in "18"]
+    vocab = SMALL_7B.vocab_size
+    assert (found[0][..., :vocab] != found[1][..., :vocab]).any()
+
+
+@pytest.mark.parametrize(("query", "key_value"), [(14, 2), (12, 2), (28, 4), (40, 8), (64, 8)])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32])
+def test_pieces_of_heads_are_subtrees_of_one_tree(query, key_value, devices):
+    layout = exact_head_layout(query, key_value, devices)
+    group = query // key_value
+    whole = 1 << (group - 1).bit_length()
+    slots = layout.query_slots().reshape(-1, layout.group_slots)
+    assert sorted(slots[slots != PADDING]) == list(range(query))
+    piece = max(1, whole * key_value // max(devices, key_value))
+    for first in slots[slots[:, 0] != PADDING, 0]:
+        assert first % group % piece == 0
+
+
+def test_what_exact_numerics_cannot_do_is_refused():
+    with pytest.raises(MeshwenError, match="1, 2, 4, 8, 16 or 32 devices, not 3"):
+        ParallelPlan(SMALL_7B, make_mesh("3"), "exact")
+    odd = replace(SMALL_7B, num_attention_heads=27, num_key_value_heads=3)
+    with pytest.raises(MeshwenError, match="power of two of key/value heads, not 3"):
+        _ = ParallelPlan(odd, make_mesh("2"), "exact").heads
