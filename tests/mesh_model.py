@@ -2,11 +2,9 @@
 """The model as the tests run it: any config, weights from memory, any mesh."""
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 import jax
@@ -22,6 +20,7 @@ from meshwen.model import Positions, hidden_states, logits
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runner import ModelRunner
+from meshwen.verify import hlo as verify_hlo
 
 # 7B's 28 query and 4 key/value heads at 1/16 scale, with a vocabulary that no mesh divides.
 SMALL_7B = Qwen2Config(
@@ -157,36 +156,13 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-_COLLECTIVE = re.compile(
-    r"= .*? (all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute"
-    r"|collective-broadcast|reduce-scatter)(?:-start)?\((.*)"
-)
-
-
 def collectives(hlo: str) -> list[tuple[str, int]]:
     """The collectives of a compiled program's HLO text: (kind, devices in each group), in order."""
-    return [
-        (match[1], _group_size(match[2]))
-        for match in map(_COLLECTIVE.search, hlo.splitlines())
-        if match
-    ]
+    return [(found.kind, found.group_size) for found in verify_hlo.collectives(hlo)]
 
 
 def count_collectives(hlo: str) -> dict[str, int]:
     return dict(Counter(kind for kind, _ in collectives(hlo)))
-
-
-def _group_size(attributes: str) -> int:
-    """Devices in a replica group, 0 if none is given. XLA has three ways to write the groups."""
-    groups = attributes.partition("replica_groups=")[2]
-    if found := re.match(r"\{\{([\d,]+)\}", groups):  # {{0,1},{2,3}}
-        return found[1].count(",") + 1
-    if found := re.match(r"\[(\d+),(\d+)\]<=", groups):  # [2,2]<=[4]
-        return int(found[2])
-    if found := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups):  # mesh['a'=2,'b'=2] {'b'}
-        sizes = dict(axis.split("=") for axis in found[1].split(","))
-        return prod(int(sizes[axis]) for axis in found[2].split(","))
-    return 0
 
 
 def padded_rows(lengths: Sequence[int], token_ids: np.ndarray) -> np.ndarray:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every mesh gives what one device gives, with the collectives it should have and no others."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 import reference
 from mesh_model import (
@@ -15,14 +12,12 @@ from mesh_model import (
     SMALL_HALF_B,
     MeshModel,
     collectives,
-    count_collectives,
     padded_rows,
     random_tokens,
     relative_error,
     shared_model,
 )
 from meshwen.parallel.heads import PADDING
-from meshwen.parallel.mesh import make_mesh
 from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
 
 # In units of the largest logit. float32 rounding gives 1e-6, whatever the order of the sums.
@@ -131,41 +126,6 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
 def test_what_is_not_tensor_parallel_communicates_nothing(mesh):
     model = shared_model(SMALL_7B, mesh)
     assert collectives(model.compiled(BATCH, LENGTH).as_text()) == []
-
-
-SAMPLES = {
-    "all-reduce": lambda x: jax.lax.psum(x, ("model0", "model1")),
-    "all-gather": lambda x: jax.lax.all_gather(x, ("model0", "model1"), axis=0, tiled=True),
-    "all-to-all": lambda x: jax.lax.all_to_all(x, ("model0", "model1"), 1, 0, tiled=True),
-    "collective-permute": lambda x: jax.lax.ppermute(x, "model1", [(0, 1), (1, 2), (2, 3), (3, 0)]),
-    "reduce-scatter": lambda x: jax.lax.psum_scatter(x, ("model0", "model1"), tiled=True),
-}
-
-
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("kind", SAMPLES)
-def test_the_collectives_of_a_program_are_seen(kind, times):
-    def program(x):
-        for _ in range(times):
-            x = jnp.sin(SAMPLES[kind](jnp.resize(x, (8, 64))))
-        return x
-
-    hlo = compiled_text(program)
-    assert count_collectives(hlo) == {kind: times}
-    if kind != "collective-permute":
-        assert {size for _, size in collectives(hlo)} == {8}
-
-
-def test_a_sum_over_two_axes_one_after_the_other_is_seen_as_two():
-    program = partial(jax.lax.psum, axis_name="model0"), partial(jax.lax.psum, axis_name="model1")
-    hlo = compiled_text(lambda x: program[1](jnp.sin(program[0](x))))
-    assert collectives(hlo) == [("all-reduce", 2), ("all-reduce", 4)]
-
-
-def compiled_text(program) -> str:
-    mesh, spec = make_mesh("2x4"), PartitionSpec(("model0", "model1"))
-    mapped = jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return jax.jit(mapped).lower(jnp.ones((64, 64))).compile().as_text()
 
 
 def test_weights_a_device_shrink_as_the_mesh_grows():

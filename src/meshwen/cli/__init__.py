@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `meshwen generate`, `chat` and `inspect`, one file a command."""
+"""The command line: `meshwen generate`, `chat`, `inspect` and `verify`, one file a command."""
 
 from meshwen.cli.app import main
 

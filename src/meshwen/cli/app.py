@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `meshwen` command: its sub-commands, and what it says and returns when something goes wrong.
 
-Exit status: 0 done; 1 nobody reads stdout any more; 2 the user must change something; 3 a defect of
-meshwen or of the machine; 130 stopped with Ctrl-C.
+Exit status: 0 done; 1 a check failed, or nobody reads stdout any more; 2 the user must change
+something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from meshwen.cli.chat import chat
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
 from meshwen.cli.interrupt import INTERRUPTED
+from meshwen.cli.verify import verify
 from meshwen.errors import MeshwenError
 
 USER_MUST_CHANGE, DEFECT = 2, 3
@@ -54,6 +55,7 @@ def _meshwen(
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("inspect")(inspect)
+app.command("verify")(verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

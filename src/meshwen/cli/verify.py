@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen verify`: whether every mesh gives what one device gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.console import note, output_console
+from meshwen.cli.prompts import read_prompts
+from meshwen.errors import MeshwenError
+
+if TYPE_CHECKING:
+    from meshwen.checkpoints import Checkpoint
+    from meshwen.parallel.mesh import MeshSpec
+    from meshwen.verify.workload import Workload
+
+_MESHES = "1x1,1x8,2x4,8x4,1x32"
+_STEPS = 16
+
+
+class NumericsChoice(StrEnum):
+    """Which numerics to check."""
+
+    FAST = "fast"
+    EXACT = "exact"
+    BOTH = "both"
+
+
+def _file(option: str, help_text: str) -> Any:
+    return typer.Option(option, metavar="FILE", help=help_text, show_default=False)
+
+
+def verify(
+    model: options.Model = "demo",
+    meshes: Annotated[
+        str | None,
+        typer.Option(
+            "--meshes",
+            help="Meshes, with , or ; between them; the others are held against the first. "
+            f"Default: {_MESHES}.",
+            show_default=False,
+        ),
+    ] = None,
+    numerics: Annotated[
+        NumericsChoice | None,
+        typer.Option("--numerics", help="Default: both.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        options.DType | None,
+        typer.Option(
+            "--dtype",
+            help="What weights, products and the KV cache's values are kept in. Default: float32, "
+            "whose bounds are the tightest.",
+            show_default=False,
+        ),
+    ] = None,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    prompts: Annotated[
+        str | None, _file("--prompts", "Prompts, a line each, as generate's --prompts-file.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help=f"Tokens after each prompt, past an end of text too. Default: {_STEPS}.",
+            show_default=False,
+        ),
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        _file(
+            "--golden", 'Reference outputs: JSON {"cases": [{"input_ids": ..., "greedy": ...}]}.'
+        ),
+    ] = None,
+    json_file: Annotated[Path | None, _file("--json", "Write a certificate.")] = None,
+    html_file: Annotated[Path | None, _file("--html", "Write a report to look at.")] = None,
+    against: Annotated[
+        Path | None,
+        _file("--against", "Run a certificate's tokens again, and say what differs."),
+    ] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Put faults in, and see that each is found.")
+    ] = False,
+    debug: options.Debug = False,
+) -> int:
+    """Check that every mesh gives what one device gives.
+
+    All meshes compute the same tokens; their logits are held against the first mesh's, and the
+    collectives of the compiled step are counted. Exit status 1 when a promise is broken, or the
+    outcome is not the certificate's.
+    """
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.compilation_cache import enable_compilation_cache
+    from meshwen.verify.certificate import certificate, read_certificate
+    from meshwen.verify.parity import verify as run_verify
+    from meshwen.verify.report_html import html_report
+
+    if against is not None and (prompts is not None or golden is not None or max_new_tokens):
+        raise MeshwenError("--against has its own prompts; leave out what else names some")
+    before = None if against is None else read_certificate(against)
+    specs = parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
+    kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
+    chosen = _numerics(numerics, before)
+    for file in (json_file, html_file):
+        _check_writable(file)
+    enable_compilation_cache()
+    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+        expected = None if golden is None else _read_golden(golden)
+        workload = _workload(checkpoint, prompts, expected, before, max_new_tokens or _STEPS)
+        outcome = run_verify(
+            checkpoint, specs, chosen, kind, workload, test_self=self_test, note=note
+        )
+        compared = None if expected is None else _compared(golden, expected, outcome, kind)
+        found = certificate(checkpoint, outcome, kind, compared)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if html_file is not None:
+        html_file.write_text(html_report(found), encoding="utf-8")
+    return 0 if _print(found, before) else 1
+
+
+def parse_meshes(text: str) -> list[MeshSpec]:
+    """Meshes with `;` or `,` between them; `data=2,model=4` stays together.
+
+    Raises:
+        MeshwenError: one does not parse, is there twice, or there is none.
+    """
+    from meshwen.parallel.mesh import MeshSpec
+
+    found: list[str] = []
+    for part in text.split(";"):
+        axes: list[str] = []
+        for piece in (piece.strip() for piece in part.split(",") if piece.strip()):
+            name, is_axis, _ = piece.partition("=")
+            if not is_axis or any(axis.partition("=")[0] == name for axis in axes):
+                found.append(",".join(axes))
+                axes = []
+            if is_axis:
+                axes.append(piece)
+            else:
+                found.append(piece)
+        found.append(",".join(axes))
+    specs = [MeshSpec.parse(mesh) for mesh in found if mesh]
+    if not specs:
+        raise MeshwenError(f"--meshes {text!r} names no mesh; give e.g. {_MESHES}")
+    labels = [str(spec) for spec in specs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise MeshwenError(f"--meshes names {twice[0]} twice")
+    return specs
+
+
+def _numerics(given: NumericsChoice | None, before: dict[str, Any] | None) -> list[Any]:
+    if given is None and before is not None:
+        return list(before["numerics"])
+    if given is None or given is NumericsChoice.BOTH:
+        return ["fast", "exact"]
+    return [given.value]
+
+
+def _workload(
+    checkpoint: Checkpoint,
+    prompts: str | None,
+    golden: list[dict[str, Any]] | None,
+    before: dict[str, Any] | None,
+    steps: int,
+) -> Workload:
+    """What to run: a certificate's tokens, reference prompts, the user's, or the built-in ones."""
+    import numpy as np
+
+    from meshwen.engine import check_prompt
+    from meshwen.verify.workload import Workload, check_length
+
+    tokens = None
+    if before is not None:
+        ids, tokens = before["prompts"], np.array(before["tokens"], np.int32)
+        steps = tokens.shape[1]
+    elif golden is not None:
+        if prompts is not None:
+            raise MeshwenError("--golden has its own prompts: leave out --prompts")
+        ids = [case["input_ids"] for case in golden]
+        steps = min(steps, *(len(case["greedy"]) for case in golden))
+    else:
+        ids = _prompt_ids(checkpoint, prompts)
+    for number, one in enumerate(ids):
+        check_prompt(one, checkpoint.config, f"prompt {number}")
+    check_length(ids, steps, checkpoint.config)
+    return Workload(tuple(map(tuple, ids)), steps, continuations=tokens)
+
+
+def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequence[int]]:
+    from meshwen.cli.prompts import Prompt
+    from meshwen.tokenizer import Tokenizer
+    from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
+
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    if prompts is None and tokenizer is None:
+        return made_up_prompts(checkpoint.config)
+    if prompts is None:
+        asked = [Prompt("a built-in prompt", text) for text in BUILT_IN_PROMPTS]
+    else:
+        asked = read_prompts(None, prompts)
+    return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in asked]
+
+
+def _read_golden(path: Path) -> list[dict[str, Any]]:
+    try:
+        cases = json.loads(path.read_bytes())["cases"]
+        if cases and all(len(case["input_ids"]) and len(case["greedy"]) for case in cases):
+            return list(cases)
+    except OSError as error:
+        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise MeshwenError(
+        f'{path} has no reference outputs: expected {{"cases": [{{"input_ids": [...], '
+        '"greedy": [...]}]}'
+    )
+
+
+def _compared(
+    path: Path | None, golden: list[dict[str, Any]], outcome: Any, dtype: str
+) -> dict[str, Any]:
+    from meshwen.verify.certificate import golden_comparison
+
+    expected = [case["greedy"] for case in golden]
+    return golden_comparison(str(path), expected, outcome.generated, dtype)
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuses a file that cannot be written, before anything is run."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise MeshwenError(f"cannot write {path}: its folder does not exist, or it is one")
+
+
+def _print(found: dict[str, Any], before: dict[str, Any] | None) -> bool:
+    """Prints tables and verdicts; whether all is well."""
+    from meshwen.cli.verify_tables import print_certificate
+    from meshwen.verify.certificate import differences
+
+    console = output_console()
+    print_certificate(found, console)
+    if before is None:
+        return bool(found["ok"])
+    changed = differences(before, found)
+    for line in changed["environment"]:
+        console.print(f"environment: {line}", markup=False)
+    for line in changed["outcome"]:
+        console.print(f"differs from the certificate: {line}", markup=False)
+    if not changed["outcome"]:
+        other = " though the environment is another" if changed["environment"] else ""
+        console.print(f"the outcome is the certificate's, to the bit{other}")
+    return bool(found["ok"]) and not changed["outcome"]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `meshwen verify` prints for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from meshwen.cli.console import bytes_text
+from meshwen.verify.picture import bytes_range, collective_lines, greedy_text, strip, worst
+
+_COLUMNS = (
+    *("mesh", ">n", ">weights", ">cache", ">max diff", ">relative", ">mean KL"),
+    *(">greedy", ">proven", "bits", ">sent", ">s"),
+)
+
+
+def print_certificate(found: dict[str, Any], console: Console) -> None:
+    """Prints tables, pictures and the verdict."""
+    prompts, steps = len(found["prompts"]), len(found["tokens"][0])
+    console.print(
+        Text(
+            f"{found['model']} in {found['dtype']}: {prompts} prompts, {steps} tokens after each, "
+            f"against {found['meshes'][0]}",
+            style="bold",
+        )
+    )
+    for numerics in found["numerics"]:
+        rows = [row for row in found["rows"] if row["numerics"] == numerics]
+        console.print(_table(numerics, rows))
+        _print_parting(rows, console)
+        _print_collectives(rows, found["layers"], console)
+    _print_self_test(found["self_test"], console)
+    if found["golden"] is not None:
+        golden = found["golden"]
+        console.print(f"\n{golden['file']}: {golden['equal']} of {golden['prompts']} prompts equal")
+    _print_verdict(found, console)
+
+
+def _table(numerics: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title=f"\n{numerics} (n devices; on each: weights, KV cache, bytes sent for a token)",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in _COLUMNS:
+        right = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"), justify="right" if right else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*_cells(row), style="red" if row["broken"] else None)
+    return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cached = row["cached"]
+    return [
+        row["mesh"],
+        str(row["devices"]),
+        bytes_range(row["weight_bytes"], bytes_text),
+        bytes_range(row["cache_bytes"], bytes_text),
+        _number(worst(row, "max_abs")),
+        _number(worst(row, "max_relative")),
+        _number(worst(row, "mean_kl")),
+        f"{cached['agree']}/{cached['positions']}",
+        f"{cached['proven']}/{cached['positions']}",
+        "equal" if row["bits_equal"] else "differ",
+        bytes_text(row["sent_bytes_per_token"]),
+        f"{sum(row['seconds']):.1f}",
+    ]
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _print_parting(rows: list[dict[str, Any]], console: Console) -> None:
+    """A strip a mesh, cut to the console's width."""
+    console.print(
+        "\nembedding, attention and MLP of each layer, final norm "
+        "(· same bits, ▁ to █: 1e-8 to 1 apart)"
+    )
+    width = max(len(row["mesh"]) for row in rows)
+    for row in rows:
+        where = row["parting"] or "nowhere"
+        line = Text(f"{row['mesh']:<{width}}  {strip(row)}  bits part: {where}")
+        if row["cached"]["first_divergence"] is not None:
+            line.append(f"; greedy tokens {greedy_text(row)}")
+        console.print(line)
+
+
+def _print_collectives(rows: list[dict[str, Any]], layers: int, console: Console) -> None:
+    """The collectives of a decode step, meshes with the same ones on a line."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(", ".join(collective_lines(row, layers)), []).append(row["mesh"])
+    console.print("\ncollectives of a decode step")
+    for lines, meshes in alike.items():
+        console.print(Text(f"{' '.join(meshes)}: {lines}"))
+
+
+def _print_self_test(self_test: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    for key, faults in self_test.items():
+        console.print(Text(f"\nself-test on {key}", style="bold"))
+        for fault in faults:
+            mark = "found" if fault["caught"] else "NOT FOUND"
+            place = fault["found_at"] or "nowhere"
+            console.print(Text(f"{mark}: {fault['fault']}; put at {fault['put_at']}, seen {place}"))
+
+
+def _print_verdict(found: dict[str, Any], console: Console) -> None:
+    if found["ok"]:
+        console.print(Text("\nevery promise was kept", style="bold green"))
+        return
+    console.print(Text("\nbroken", style="bold red"))
+    for promise in found["broken"]:
+        console.print(Text(f"- {promise}", style="red"))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The self-test: faults that a mesh could have are put in, and must be found where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from meshwen.model import Params
+from meshwen.verify.localise import Parting, Prober, RowHook, Trace, parting
+from meshwen.verify.mesh_run import MeshRun
+
+ATTENTION, MLP = "attention output", "MLP output"
+
+
+@dataclass(frozen=True)
+class FaultFound:
+    """A fault that was put in, and where the check says that bits part.
+
+    Attributes:
+        fault: what was done.
+        put_at: where.
+        found_at: where it was found; None: not at all.
+    """
+
+    fault: str
+    put_at: Parting
+    found_at: Parting | None
+
+    @property
+    def caught(self) -> bool:
+        """Whether it was found, and at the right place."""
+        return self.found_at == self.put_at
+
+
+def self_test(run: MeshRun, prober: Prober, expected: Trace, whole: np.ndarray) -> list[FaultFound]:
+    """Puts each fault in, one after the other, and looks for it.
+
+    Args:
+        run: a sound model on a mesh.
+        prober: its prober.
+        expected: the trace that a faulty one is held against: this mesh's own, or, in exact
+            numerics, another mesh's.
+        whole: the run's sound logits.
+    """
+    layers = run.plan.config.num_hidden_layers
+    head_dim = run.plan.config.head_dim
+    middle, last = Parting(layers // 2, MLP), Parting(layers - 1, ATTENTION)
+    order = Parting(layers // 3, MLP)
+
+    def trace(place: Parting, change: Callable[[np.ndarray], np.ndarray]) -> Trace:
+        return prober.trace(whole, with_changed_weight(run.runner.params, place, change))
+
+    reversing = Prober(run, reversed_sum(order))
+    found = [
+        ("one element of one device's weights has the wrong sign", middle, trace(middle, negated)),
+        ("one layer's sum is taken in another order", order, reversing.trace(whole)),
+        (
+            "one head of one device is dropped",
+            last,
+            trace(last, lambda rows: without_head(rows, head_dim)),
+        ),
+    ]
+    return [FaultFound(name, place, parting(expected, faulty)) for name, place, faulty in found]
+
+
+def with_changed_weight(
+    params: Params, place: Parting, change: Callable[[np.ndarray], np.ndarray]
+) -> Params:
+    """Weights of which one device's part of the place's row-parallel weight is another.
+
+    Nothing is copied but that part, the first one that does not hold zeros alone.
+    """
+    assert place.layer is not None
+    block, name = {ATTENTION: ("self_attn", "o_proj"), MLP: ("mlp", "down_proj")}[place.operation]
+    layers = list(params["model"]["layers"])
+    layer = dict(layers[place.layer])
+    weight = layer[block][name]["weight"]
+    leaves, tree = jax.tree.flatten(weight)  # One array, or one a leaf in exact numerics.
+    changed = jax.tree.unflatten(tree, [_with_changed_part(leaves[0], change), *leaves[1:]])
+    layer[block] = layer[block] | {name: layer[block][name] | {"weight": changed}}
+    layers[place.layer] = layer
+    return params | {"model": params["model"] | {"layers": layers}}
+
+
+def negated(part: np.ndarray) -> np.ndarray:
+    """The largest element with the other sign."""
+    flat = np.abs(part.astype(np.float32)).argmax()
+    part.flat[flat] = -part.flat[flat]
+    return part
+
+
+def without_head(part: np.ndarray, head_dim: int) -> np.ndarray:
+    """Zeros in the rows [slots * head_dim, D] of the first query-head slot."""
+    part[:head_dim] = 0
+    return part
+
+
+def reversed_sum(place: Parting) -> RowHook:
+    """Reverses the terms of one row-parallel product: the same sum, in another order."""
+    assert place.layer is not None
+    number = 2 * place.layer + (place.operation == MLP)
+
+    def hook(product: int, x: Array, weight: Any) -> tuple[Array, Any]:
+        return (x[..., ::-1], _reversed(weight)) if product == number else (x, weight)
+
+    return hook
+
+
+def _reversed(weight: Any) -> Any:
+    if isinstance(weight, list):
+        return [_reversed(part) for part in reversed(weight)]
+    return weight[::-1]
+
+
+def _with_changed_part(array: Array, change: Callable[[np.ndarray], np.ndarray]) -> Array:
+    shards = array.addressable_shards
+    parts = [shard.data for shard in shards]
+    index = next(i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
+    parts[index] = jax.device_put(change(np.array(parts[index])), shards[index].device)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)

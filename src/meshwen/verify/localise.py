@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where two runs part: checksums of the bits that every operation of the model gives.
+
+The model is run as it is, with contractions that note what goes through them. A checksum is a sum
+of bit patterns modulo 2^32, each multiplied by an odd number of its own: the order of the addition
+does not matter, so the same bits have the same checksum on every mesh. Noting stops fusions that
+there would be otherwise; whether that changed the logits is checked, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from meshwen.config import Qwen2Config
+from meshwen.model import Params, Positions, hidden_states, logits
+from meshwen.parallel.contractions import TensorParallel
+from meshwen.verify.mesh_run import MeshRun
+
+# Changes what `row` is given, of the row-parallel products that it is asked about.
+RowHook = Callable[[int, Array, Any], tuple[Array, Any]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the operations of a model gave on one mesh.
+
+    Attributes:
+        operations: their names, in order.
+        checksums: uint32 [operations], over all prompts and positions.
+        samples: float32 [prompts, operations but logits, D], at each prompt's last position.
+        devices_agree: every device that should hold the same activations has the same bits.
+        neutral: the logits have the bits that they have without checksums.
+    """
+
+    operations: tuple[str, ...]
+    checksums: np.ndarray
+    samples: np.ndarray
+    devices_agree: bool
+    neutral: bool
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first operation where two runs differ; `layer` None outside of the layers."""
+
+    layer: int | None
+    operation: str
+
+    def __str__(self) -> str:
+        return self.operation if self.layer is None else f"layer {self.layer}, {self.operation}"
+
+
+def operation_names(layers: int) -> tuple[str, ...]:
+    """What is noted, in order."""
+    in_layers = [
+        f"{layer}:{name}" for layer in range(layers) for name in ("attention output", "MLP output")
+    ]
+    return ("embedding", *in_layers, "final norm", "logits")
+
+
+def parting(expected: Trace, found: Trace) -> Parting | None:
+    """The first operation whose bits differ; None where there is none."""
+    assert expected.operations == found.operations
+    apart = np.flatnonzero(expected.checksums != found.checksums)
+    return _place(found.operations[apart[0]]) if len(apart) else None
+
+
+def divergence(expected: Trace, found: Trace) -> list[float]:
+    """The largest difference of each operation but logits, in units of its largest value."""
+    difference = np.abs(expected.samples - found.samples).max(axis=(0, 2))
+    scale = np.abs(expected.samples).max(axis=(0, 2))
+    relative = difference / np.where(scale == 0, 1, scale)
+    return [float(value) for value in relative]
+
+
+def _place(operation: str) -> Parting:
+    layer, _, name = operation.rpartition(":")
+    return Parting(int(layer) if layer else None, name)
+
+
+class Prober:
+    """Traces one run's model, with its own weights or with changed ones.
+
+    Args:
+        run: the model on its mesh.
+        row_hook: changes what row-parallel products are given.
+    """
+
+    def __init__(self, run: MeshRun, row_hook: RowHook | None = None):
+        self._run = run
+
+        def probe_step(
+            params: Params,
+            token_ids: Array,
+            positions: Array,
+            rows: Array,
+            *,
+            config: Qwen2Config,
+            tp: TensorParallel,
+        ) -> tuple[Array, Array, Array]:
+            return _probe(params, token_ids, positions, rows, config, tp, row_hook)
+
+        self._probe = run.runner._compiled(
+            probe_step,
+            ("batch length", "batch length", "batch"),
+            ("batch vocab", "batch length", "batch length vocab"),
+        )
+
+    def trace(self, whole: np.ndarray, params: Params | None = None) -> Trace:
+        """Runs the workload's sequences.
+
+        Args:
+            whole: float32 [prompts, steps, vocab], the logits without checksums.
+            params: other weights; None for the run's own.
+        """
+        run = self._run
+        sums, samples, found = [], [], []
+        for rows, tokens, positions in run.groups():
+            weights = run.runner.params if params is None else params
+            checksums, sample, out = self._probe(weights, tokens, positions, rows)
+            sums.append(np.asarray(checksums))
+            samples.append(np.asarray(sample))
+            found += run.asked_logits(rows, out)
+        totals, agree = _total(np.stack(sums), run.plan.data_devices, run.plan.model_devices)
+        logit_bits = np.stack(found).view(np.uint32)
+        return Trace(
+            operation_names(run.plan.config.num_hidden_layers),
+            totals,
+            np.concatenate(samples)[: len(run.workload.prompts)],
+            agree,
+            bool(np.array_equal(logit_bits, np.ascontiguousarray(whole).view(np.uint32))),
+        )
+
+
+def _total(sums: np.ndarray, data: int, model: int) -> tuple[np.ndarray, bool]:
+    """All devices' checksums as one of each operation, and whether copies agree.
+
+    Args:
+        sums: uint32 [batches, data, model * operations].
+        data: groups of devices with different rows.
+        model: devices with the same rows; each has its own part of the logits, the last operation.
+    """
+    by_device = sums.reshape(len(sums), data, model, -1)
+    copies, parts = by_device[..., :-1], by_device[..., -1:]
+    agree = bool((copies == copies[:, :, :1]).all())
+    whole = np.concatenate([copies[:, :, 0], parts.sum(axis=2, dtype=np.uint32)], axis=-1)
+    return whole.sum(axis=(0, 1), dtype=np.uint32), agree
+
+
+class _Recorder:
+    """Contractions that note their results; everything else is that of `tp`."""
+
+    def __init__(self, tp: TensorParallel, row_hook: RowHook | None):
+        self._tp, self._row_hook = tp, row_hook
+        self.noted: list[Array] = []
+        self._row_products = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tp, name)
+
+    def embed(self, token_ids: Array, table: Array) -> Array:
+        self.noted.append(self._tp.embed(token_ids, table))
+        return self.noted[-1]
+
+    def row(self, x: Array, weight: Any) -> Array:
+        if self._row_hook is not None:
+            x, weight = self._row_hook(self._row_products, x, weight)
+        self._row_products += 1
+        self.noted.append(self._tp.row(x, weight))
+        return self.noted[-1]
+
+
+def _probe(
+    params: Params,
+    token_ids: Array,
+    positions: Array,
+    rows: Array,
+    config: Qwen2Config,
+    tp: TensorParallel,
+    row_hook: RowHook | None,
+) -> tuple[Array, Array, Array]:
+    """Checksums uint32 [1, operations], samples float32 [B, operations - 1, D], logits."""
+    recorder = _Recorder(tp, row_hook)
+    recording = cast(TensorParallel, recorder)
+    # Without jit all layers are traced one by one, so that each has its own note.
+    with jax.disable_jit():
+        where = Positions(positions, positions)
+        x, _ = hidden_states(params, token_ids, where, None, config, recording)
+    scores = logits(params, x, tp)
+    noted = [*recorder.noted, x]
+    expected = len(operation_names(config.num_hidden_layers)) - 1
+    assert len(noted) == expected, f"{len(noted)} operations noted, not {expected}"
+    valid = positions >= 0
+    sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in noted]
+    first = tp.index() * scores.shape[-1]
+    sums.append(_checksum(scores, valid, rows, first, config.vocab_size))
+    last = positions.argmax(axis=1)[:, None, None]
+    samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in noted]
+    return jnp.stack(sums)[None], jnp.stack(samples, axis=1), scores
+
+
+def _checksum(values: Array, valid: Array, rows: Array, first: Array | int, size: int) -> Array:
+    """The checksum of a device's float32 [B, T, N], whose columns are numbers `first`, ... of all.
+
+    Args:
+        values: what to check.
+        valid: bool [B, T].
+        rows: int32 [B], the rows' numbers.
+        first: the number of the first column.
+        size: columns from this number on are padding.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    columns = first + jnp.arange(values.shape[2], dtype=jnp.int32)
+    place = rows.astype(jnp.uint32)[:, None] * 65_537 + jnp.arange(
+        values.shape[1], dtype=jnp.uint32
+    )
+    place = place[..., None] * jnp.uint32(0x9E3779B1) + columns.astype(jnp.uint32)
+    counted = valid[..., None] & (columns < size)
+    return jnp.where(counted, bits * (2 * place + 1), 0).sum(dtype=jnp.uint32)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on one mesh, run on a workload in the two ways there are: whole, and with a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from meshwen.config import Qwen2Config
+from meshwen.kv_cache import KVCache
+from meshwen.model import Params, Positions, hidden_states, logits
+from meshwen.parallel.contractions import TensorParallel
+from meshwen.parallel.mesh import mesh_label
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.runner import ModelRunner
+from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.verify.workload import Workload
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a mesh gives for a workload.
+
+    Attributes:
+        whole: float32 [prompts, steps, vocab], logits of forward passes without a cache.
+        cached: the same from a prefill, and a decode step a token.
+        greedy: int32 [prompts, steps], what the sampler takes after each of the tokens fed.
+    """
+
+    whole: np.ndarray
+    cached: np.ndarray
+    greedy: np.ndarray
+
+
+class MeshRun:
+    """A model on a mesh, and the programs that a workload needs.
+
+    Attributes:
+        runner: the model.
+        workload: what it is asked; `feed` completes it.
+    """
+
+    def __init__(self, plan: ParallelPlan, params: Params, dtype: jnp.dtype, workload: Workload):
+        self.runner = ModelRunner(plan, params, dtype)
+        self.workload = workload
+        self._vocab = plan.config.vocab_size
+        greedy = [SamplingParams()] * workload.rows
+        self._method = SamplingMethod.of(greedy, self._vocab)
+        self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
+        self._decode = self._compiled_decode()
+        self._head = self.runner._compiled(head_step, ("batch embed",), "batch vocab")
+        self._decode_logits = self.runner._compiled(
+            decode_logits_step,
+            ("batch heads", "batch", "batch"),
+            ("batch vocab", "batch heads"),
+            donate=(1,),
+        )
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """How the model lies on the mesh."""
+        return self.runner.plan
+
+    @property
+    def label(self) -> str:
+        """The mesh as a string."""
+        return mesh_label(self.plan.mesh)
+
+    @property
+    def decode_hlo(self) -> str:
+        """The optimised HLO text of the runner's own decode step."""
+        return self._decode.as_text() or ""
+
+    def generate(self) -> np.ndarray:
+        """The greedy tokens after each prompt: int32 [prompts, steps]."""
+        return self._greedy(None)[: len(self.workload.prompts)]
+
+    def observe(self) -> Observed:
+        """Runs the workload, with the tokens that it is fed."""
+        prompts = len(self.workload.prompts)
+        greedy = self._greedy(self.workload.fed())[:prompts]
+        return Observed(self._whole(), self._cached()[:prompts], greedy)
+
+    def groups(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The sequences in batches as small as can be: rows, token ids, positions of each."""
+        tokens, positions = self.workload.sequences()
+        size = self.workload.rows_multiple
+        return [
+            (np.arange(i, i + size, dtype=np.int32), tokens[i : i + size], positions[i : i + size])
+            for i in range(0, self.workload.rows, size)
+        ]
+
+    def asked_logits(self, rows: np.ndarray, found: Array) -> list[np.ndarray]:
+        """Of a batch's logits [B, T, V padded] those that are compared: [steps, V] a prompt."""
+        logits = np.asarray(found)
+        return [
+            logits[i, self.workload.asked(row), : self._vocab]
+            for i, row in enumerate(rows)
+            if row < len(self.workload.prompts)
+        ]
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Bytes of weights on the device with the least, and with the most."""
+        return self._held(self.runner.params)
+
+    def cache_bytes(self) -> tuple[int, int]:
+        """The same of the KV cache of the workload."""
+        return self._held(self._empty_cache())
+
+    def _held(self, arrays: Any) -> tuple[int, int]:
+        held = dict.fromkeys(self.plan.mesh.devices.flat, 0)
+        for array in jax.tree.leaves(arrays):
+            for shard in array.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        return min(held.values()), max(held.values())
+
+    def _whole(self) -> np.ndarray:
+        found: list[np.ndarray] = []
+        for rows, tokens, positions in self.groups():
+            found += self.asked_logits(rows, self.runner.logits(tokens, positions))
+        return np.stack(found)
+
+    def _cached(self) -> np.ndarray:
+        """Logits with a cache: float32 [rows, steps, V]."""
+        hidden, cache = self._prefill()
+        params, fed, lengths = self.runner.params, self.workload.fed(), self.workload.lengths
+        found = [self._head(params, hidden)]
+        for step in range(self.workload.steps - 1):
+            out, cache = self._decode_logits(params, cache, fed[:, step], lengths + step)
+            found.append(out)
+            found[-1].block_until_ready()
+        return np.stack([np.asarray(out)[:, : self._vocab] for out in found], axis=1)
+
+    def _greedy(self, fed: np.ndarray | None) -> np.ndarray:
+        """The sampler's tokens: int32 [rows, steps], fed with others' or (None) with its own."""
+        hidden, cache = self._prefill()
+        params, lengths = self.runner.params, self.workload.lengths
+        sampled = self.runner.first(hidden, lengths, self._rows, None, self._method)
+        found = [np.asarray(sampled.tokens)]
+        for step in range(self.workload.steps - 1):
+            tokens = found[-1] if fed is None else fed[:, step]
+            sampled, _, cache = self._decode(
+                params, cache, tokens, lengths + step, self._rows, None
+            )
+            found.append(np.asarray(sampled.tokens))
+        return np.stack(found, axis=1)
+
+    def _prefill(self) -> tuple[Array, KVCache]:
+        w = self.workload
+        hidden = self.runner.empty_hidden(w.rows)
+        start = np.int32(0)
+        return self.runner.prefill(
+            self._empty_cache(), hidden, w.prompt_rows(), start, w.lengths, w.prompt_slots
+        )
+
+    def _empty_cache(self) -> KVCache:
+        return self.runner.empty_cache(self.workload.rows, self.workload.slots)
+
+    def _compiled_decode(self) -> jax.stages.Compiled:
+        row = np.zeros(self.workload.rows, np.int32)
+        decode = cast(jax.stages.Wrapped, self.runner._decode)
+        lowered = decode.lower(
+            self.runner.params, self._empty_cache(), row, row, self._rows, None, method=self._method
+        )
+        return lowered.compile()
+
+
+def head_step(params: Params, hidden: Array, *, config: Qwen2Config, tp: TensorParallel) -> Array:
+    """Logits of final hidden states: float32 [B, D] -> float32 [B, V/n]."""
+    return logits(params, hidden, tp)
+
+
+def decode_logits_step(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    positions: Array,
+    *,
+    config: Qwen2Config,
+    tp: TensorParallel,
+) -> tuple[Array, KVCache]:
+    """What the runner's decode step does, but with the logits in the sampler's place.
+
+    Args:
+        params: the weights.
+        cache: of earlier tokens.
+        tokens: int32 [B].
+        positions: int32 [B].
+        config: the model's hyperparameters.
+        tp: the contractions.
+
+    Returns:
+        float32 [B, V/n], and the cache.
+    """
+    B, slots = tokens.shape[0], cache[0].values.shape[2]
+    where = Positions(positions[:, None], jnp.broadcast_to(jnp.arange(slots), (B, slots)))
+    x, cache = hidden_states(params, tokens[:, None], where, cache, config, tp)
+    return logits(params, x[:, 0], tp), cache

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far logits are from a reference, and whether that can change a greedy token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Logits of all positions of all prompts, against the reference's.
+
+    Attributes:
+        bits_equal: every logit has the same bits; -0.0 and 0.0 differ.
+        max_abs: the largest difference.
+        mean_abs: the mean difference.
+        max_relative: `max_abs` in units of the largest reference logit.
+        mean_kl: mean Kullback-Leibler divergence from the reference, in nats.
+        positions: how many positions there are.
+        agree: at how many of them the likeliest token is the reference's.
+        first_divergence: (prompt, position) of the first one where it is not.
+        proven: at how many positions no difference could have changed the likeliest token, as
+            every one is below half the gap between the reference's two largest logits.
+        smallest_gap: the smallest such gap.
+    """
+
+    bits_equal: bool
+    max_abs: float
+    mean_abs: float
+    max_relative: float
+    mean_kl: float
+    positions: int
+    agree: int
+    first_divergence: tuple[int, int] | None
+    proven: int
+    smallest_gap: float
+
+
+def compare(reference: np.ndarray, found: np.ndarray) -> Difference:
+    """Compares logits, a prompt at a time so that little memory is needed.
+
+    Args:
+        reference: float32 [prompts, positions, vocab].
+        found: the same shape.
+    """
+    assert reference.shape == found.shape
+    rows = [_compare_prompt(r, f) for r, f in zip(reference, found, strict=True)]
+    largest, total, kl, gaps, same = (np.stack(column) for column in zip(*rows, strict=True))
+    scale = float(np.abs(reference).max())
+    max_abs = float(largest.max())
+    mean_kl = float(kl.mean())
+    apart = np.argwhere(~same)
+    return Difference(
+        bits_equal=bool(np.array_equal(_bits(reference), _bits(found))),
+        max_abs=max_abs,
+        mean_abs=float(total.sum() / reference.size),
+        max_relative=max_abs / scale if scale else max_abs,
+        mean_kl=0.0 if mean_kl < 0 else mean_kl,  # Rounding may give -1e-17; NaN stays.
+        positions=same.size,
+        agree=int(same.sum()),
+        first_divergence=(int(apart[0][0]), int(apart[0][1])) if len(apart) else None,
+        proven=int((largest < gaps / 2).sum()),
+        smallest_gap=float(gaps.min()),
+    )
+
+
+def _compare_prompt(reference: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each position: largest and summed difference, KL, top-2 gap, same likeliest token."""
+    wide, other = reference.astype(np.float64), found.astype(np.float64)
+    distance = np.abs(wide - other)
+    log_p, log_q = _log_softmax(wide), _log_softmax(other)
+    second, first = np.partition(wide, -2, axis=-1)[:, -2:].T
+    return (
+        distance.max(axis=-1),
+        distance.sum(axis=-1),
+        (np.exp(log_p) * (log_p - log_q)).sum(axis=-1),
+        first - second,
+        wide.argmax(axis=-1) == other.argmax(axis=-1),
+    )
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint32)

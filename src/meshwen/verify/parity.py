@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every mesh on the same tokens, held against the first one."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshwen.checkpoints import Checkpoint
+from meshwen.loading import dummy_params, load_params
+from meshwen.parallel.mesh import MeshSpec, make_mesh
+from meshwen.parallel.plan import Numerics, ParallelPlan
+from meshwen.verify.faults import FaultFound, self_test
+from meshwen.verify.hlo import Collective, collectives, fingerprint, summary
+from meshwen.verify.localise import Prober, Trace, divergence, parting
+from meshwen.verify.mesh_run import MeshRun, Observed
+from meshwen.verify.metrics import Difference, compare
+from meshwen.verify.promises import broken_by_collectives, broken_by_logits, broken_by_probe
+from meshwen.verify.workload import Workload
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mesh, against the first mesh with the same numerics.
+
+    Attributes:
+        mesh: as a string.
+        numerics: "fast" or "exact".
+        devices: how many.
+        data_devices: how many of them have other rows of the batch.
+        weight_bytes: weights on the device with the least, and with the most.
+        cache_bytes: the same of the KV cache of all prompts.
+        whole: logits of forward passes without a cache.
+        cached: logits through prefill and decode steps.
+        greedy_agree: positions where the decode step's sampler takes the first mesh's token.
+        greedy_is_likeliest: the sampler's tokens are the likeliest by `cached` everywhere.
+        collectives: of a decode step; alike ones together, with how many there are.
+        sent_bytes_per_token: what one device sends for one token of one sequence.
+        operations: what the checksums are of.
+        operations_equal: which of them have the first mesh's bits.
+        divergence: relative differences of all operations but the logits.
+        parting: the first operation with other bits; None: nowhere.
+        logits_sha256: of each prompt's logits, by `whole` and `cached`.
+        hlo_sha256: of the decode step's optimised HLO.
+        heads: key/value heads of each device, and the query heads of each of them; None: padding.
+        seconds: to load, and to compile and run.
+        broken: promises that this mesh breaks.
+    """
+
+    mesh: str
+    numerics: str
+    devices: int
+    data_devices: int
+    weight_bytes: tuple[int, int]
+    cache_bytes: tuple[int, int]
+    whole: Difference
+    cached: Difference
+    greedy_agree: int
+    greedy_is_likeliest: bool
+    collectives: tuple[tuple[Collective, int], ...]
+    sent_bytes_per_token: float
+    operations: tuple[str, ...]
+    operations_equal: tuple[bool, ...]
+    divergence: tuple[float, ...]
+    parting: str | None
+    logits_sha256: dict[str, list[str]]
+    hlo_sha256: str
+    heads: dict[str, Any]
+    seconds: tuple[float, float]
+    broken: tuple[str, ...]
+
+    @property
+    def bits_equal(self) -> bool:
+        """Whether both kinds of logits have the first mesh's bits."""
+        return self.whole.bits_equal and self.cached.bits_equal
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All rows, and the workload with the tokens that were fed.
+
+    Attributes:
+        rows: one a mesh and numerics.
+        workload: what was asked.
+        generated: int32 [prompts, steps], the first mesh's own greedy tokens.
+        faults: what the self-test found, by numerics and mesh; empty without one.
+    """
+
+    rows: tuple[Row, ...]
+    workload: Workload
+    generated: np.ndarray
+    faults: dict[str, list[FaultFound]]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    observed: Observed
+    trace: Trace
+
+
+def verify(
+    checkpoint: Checkpoint,
+    meshes: Sequence[MeshSpec],
+    numerics: Sequence[Numerics],
+    dtype: str,
+    workload: Workload,
+    *,
+    test_self: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Runs the workload on every mesh; one mesh's weights at a time are in memory.
+
+    Args:
+        checkpoint: an open one; made-up weights where it has none.
+        meshes: the first one is what the others are held against.
+        numerics: each for itself.
+        dtype: "float32" or "bfloat16".
+        workload: without continuations, the first mesh's greedy tokens become these.
+        test_self: also put faults in, on the mesh with the most devices.
+        note: told of each mesh that is done.
+
+    Raises:
+        MeshwenError: a mesh does not exist, or has no exact numerics.
+    """
+    make_mesh(max(meshes, key=lambda mesh: mesh.devices))  # Simulated devices enough for all.
+    plans = [ParallelPlan(checkpoint.config, make_mesh(m), n) for n in numerics for m in meshes]
+    workload = replace(workload, rows_multiple=int(np.lcm.reduce([p.data_devices for p in plans])))
+    largest = {
+        n: max((p for p in plans if p.numerics == n), key=lambda plan: plan.model_devices)
+        for n in numerics
+    }
+    rows: list[Row] = []
+    faults: dict[str, list[FaultFound]] = {}
+    reference: _Reference | None = None
+    generated: np.ndarray | None = None
+    for number, plan in enumerate(plans):
+        started = time.perf_counter()
+        run = MeshRun(plan, _params(checkpoint, plan, dtype), jnp.dtype(dtype), workload)
+        loaded = time.perf_counter()
+        if generated is None:
+            generated = run.generate()
+        if workload.continuations is None:
+            run.workload = workload = replace(workload, continuations=generated)
+        observed, prober = run.observe(), Prober(run)
+        trace = prober.trace(observed.whole)
+        if number % len(meshes) == 0:
+            reference = _Reference(observed, trace)
+        assert reference is not None
+        seconds = (loaded - started, time.perf_counter() - loaded)
+        rows.append(_row(run, observed, trace, reference, dtype, seconds))
+        note(_said(rows[-1]))
+        if test_self and plan == largest[plan.numerics]:
+            expected = reference.trace if plan.numerics == "exact" else trace
+            key = f"{plan.numerics} {run.label}"
+            faults[key] = self_test(run, prober, expected, observed.whole)
+        del run, prober, observed, trace
+        _let_go()
+    assert generated is not None
+    return Outcome(tuple(rows), workload, generated, faults)
+
+
+def _params(checkpoint: Checkpoint, plan: ParallelPlan, dtype: str) -> Any:
+    if checkpoint.format is None:
+        return dummy_params(plan, jnp.dtype(dtype))
+    return load_params(checkpoint, plan, jnp.dtype(dtype))
+
+
+def _let_go() -> None:
+    """Frees a mesh's weights and programs before the next one's are made."""
+    jax.clear_caches()
+    gc.collect()
+
+
+def _row(
+    run: MeshRun,
+    observed: Observed,
+    trace: Trace,
+    reference: _Reference,
+    dtype: str,
+    seconds: tuple[float, float],
+) -> Row:
+    plan, hlo = run.plan, run.decode_hlo
+    whole = compare(reference.observed.whole, observed.whole)
+    cached = compare(reference.observed.cached, observed.cached)
+    found = collectives(hlo)
+    first = parting(reference.trace, trace)
+    agree = int((observed.greedy == reference.observed.greedy).sum())
+    kinds = {"whole-sequence": whole, "cached": cached}
+    broken = [
+        *broken_by_logits(plan.numerics, dtype, kinds, agree == observed.greedy.size),
+        *broken_by_collectives(plan.numerics, plan.config.num_hidden_layers, found),
+        *broken_by_probe(trace.neutral, trace.devices_agree),
+    ]
+    local_rows = run.workload.rows // plan.data_devices
+    return Row(
+        mesh=run.label,
+        numerics=plan.numerics,
+        devices=plan.mesh.size,
+        data_devices=plan.data_devices,
+        weight_bytes=run.weight_bytes(),
+        cache_bytes=run.cache_bytes(),
+        whole=whole,
+        cached=cached,
+        greedy_agree=agree,
+        greedy_is_likeliest=bool((observed.greedy == observed.cached.argmax(axis=-1)).all()),
+        collectives=tuple(summary(found)),
+        sent_bytes_per_token=sum(c.sent_bytes for c in found) / local_rows,
+        operations=trace.operations,
+        operations_equal=tuple((trace.checksums == reference.trace.checksums).tolist()),
+        divergence=tuple(divergence(reference.trace, trace)),
+        parting=None if first is None else str(first),
+        logits_sha256={
+            "whole": [_sha256(logits) for logits in observed.whole],
+            "cached": [_sha256(logits) for logits in observed.cached],
+        },
+        hlo_sha256=fingerprint(hlo),
+        heads=_heads(plan),
+        seconds=seconds,
+        broken=tuple(broken),
+    )
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, "<f4").tobytes()).hexdigest()
+
+
+def _heads(plan: ParallelPlan) -> dict[str, Any]:
+    heads = plan.heads
+    return {
+        "key_value": _none_for_padding(heads.key_value_slots().tolist()),
+        "query": _none_for_padding(heads.query_slots().tolist()),
+    }
+
+
+def _none_for_padding(slots: Any) -> Any:
+    if isinstance(slots, list):
+        return [_none_for_padding(slot) for slot in slots]
+    return None if slots < 0 else slots
+
+
+def _said(row: Row) -> str:
+    verdict = "; ".join(row.broken) or ("bits equal" if row.bits_equal else "within bounds")
+    return f"{row.numerics} {row.mesh}: {verdict} ({sum(row.seconds):.1f} s)"
