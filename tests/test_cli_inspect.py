@@ -46,6 +46,20 @@ def test_seven_b_on_eight_devices_pads_each_group_by_one_slot(capsys):
     assert heads["key_value_cost_percent"] == 100
 
 
+def test_exact_numerics_shows_its_leaves_and_its_tree(capsys):
+    sums = report(capsys, "qwen2.5-7b", "--mesh", "2x4", "--numerics", "exact")["sums"]
+    assert sums["MLP output"]["leaves_per_device"] == 4
+    assert sums["MLP output"]["leaf"] == "1/32 of the inner dimension: 592 inputs"
+    assert sums["attention output"]["device_tree"] == "((0+1)+(2+3))"
+    assert sums["across_devices"] == "(((d0+d1)+(d2+d3))+((d4+d5)+(d6+d7)))"
+    one = report(capsys, "qwen2.5-7b", "--numerics", "exact")["sums"]
+    assert one["attention output"]["leaves_per_device"] == 28
+    # The padded eighth slot of a group adds nothing, so the tree is cut short there.
+    group = "(((0+1)+(2+3))+((4+5)+6))"
+    assert one["attention output"]["device_tree"].startswith(f"(({group}+")
+    assert report(capsys, "qwen2.5-7b", "--mesh", "2x4")["sums"] is None
+
+
 def test_bytes_of_a_device_are_those_of_its_shards(capsys):
     found = report(capsys, "qwen2.5-7b", "--mesh", "2x4")
     shards = sum(np.prod(tensor["shard_shape"], dtype=int) * 2 for tensor in found["tensors"])

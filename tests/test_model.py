@@ -274,4 +274,4 @@ def test_rms_norm_of_large_and_tiny_rows():
 def test_rotation_pairs_each_dimension_with_that_half_a_head_away():
     x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
     quarter_turn = (jnp.asarray([0.0, 1.0]), jnp.asarray([1.0, 0.0]))
-    assert rotate(x, quarter_turn).reshape(-1).tolist() == [-3.0, 2.0, 1.0, 4.0]
+    assert rotate(x, quarter_turn, TensorParallel()).reshape(-1).tolist() == [-3.0, 2.0, 1.0, 4.0]

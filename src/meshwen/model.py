@@ -58,7 +58,7 @@ def hidden_states(
         float32 [B, T, D], and the updated cache; () without one.
     """
     model = params["model"]
-    rotary = rotary_tables(config, positions.queries)
+    rotary = rotary_tables(config, positions.queries, tp)
     masks = {kind: _mask(positions, config, kind) for kind in set(config.layer_types)}
     # Layers of one kind share a trace: 24 of them then lower in the time of one.
     layer = jax.jit(partial(decoder_layer, config=config, tp=tp))
@@ -118,7 +118,7 @@ def attention(
         _split_heads(tp.column(x, weights[name]["weight"], weights[name]["bias"]), head_dim)
         for name in ("q_proj", "k_proj", "v_proj")
     )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
-    q, k = rotate(q, rotary), rotate(k, rotary)
+    q, k = rotate(q, rotary, tp), rotate(k, rotary, tp)
     k, v = k.swapaxes(2, 3), v.astype(weights["v_proj"]["weight"].dtype)  # k [B, K, H, T]
     if cache is not None:
         cache = cache.write(k, v, start)
@@ -165,18 +165,19 @@ def rms_norm(x: Array, weight: Array, eps: float, tp: TensorParallel) -> Array:
     return x * jax.lax.rsqrt(tp.mean_square(x) + eps) * weight.astype(jnp.float32)
 
 
-def rotary_tables(config: Qwen2Config, positions: Array) -> tuple[Array, Array]:
+def rotary_tables(config: Qwen2Config, positions: Array, tp: TensorParallel) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles: int [B, T] -> two float32 [B, 1, T, H/2]."""
     frequencies, attention_factor = inverse_frequencies(config)
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    (angles,) = tp.rounded((positions[:, None, :, None].astype(jnp.float32) * frequencies,))
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
-def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
+def rotate(x: Array, rotary: tuple[Array, Array], tp: TensorParallel) -> Array:
     """Rotary embedding (arXiv 2104.09864) of [B, N, T, H]; dimension i pairs with i + H/2."""
     cos, sin = rotary
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    a, b, c, d = tp.rounded((first * cos, second * sin, second * cos, first * sin))
+    return jnp.concatenate([a - b, c + d], axis=-1)
 
 
 def _mask(positions: Positions, config: Qwen2Config, layer_type: str) -> Array:

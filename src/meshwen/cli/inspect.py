@@ -33,6 +33,7 @@ def inspect(
     ],
     mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
+    numerics: options.NumericsOption = options.Numerics.FAST,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     pattern: Annotated[
@@ -74,7 +75,7 @@ def inspect(
                 f"{model}: its config alone; --stats, or --load-format safetensors, downloads the "
                 "weights and looks at them too"
             )
-        plan = ParallelPlan(checkpoint.config, abstract_mesh)
+        plan = ParallelPlan(checkpoint.config, abstract_mesh, numerics.value)
         rows = tensor_rows(plan, checkpoint.tensors, pattern or "*")
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshwen.checkpoints import Checkpoint, TensorSource
+from meshwen.cli.inspect_sums import sums_report
 from meshwen.kv_cache import cache_bytes_per_token
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
@@ -181,10 +182,12 @@ def inspection(
         "parameters": num_parameters(plan),
         "mesh": mesh_label(plan.mesh),
         "dtype": dtype,
+        "numerics": plan.numerics,
         "tensors": [_row_dict(row) for row in rows],
         "head_layout": head_report(plan),
         "weights": weight_report(plan, kept),
         "kv_cache": cache_report(plan, kept),
+        "sums": sums_report(plan),
     }
 
 

@@ -36,6 +36,8 @@ def print_inspection(
         console.print(_stats_table(rows))
     _print_heads(report, console)
     _print_bytes(report, console)
+    if report["sums"] is not None:
+        _print_sums(report["sums"], console)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -216,6 +218,20 @@ def _print_bytes(report: dict[str, Any], console: Console) -> None:
         f"\nAll devices together: {bytes_text(weights['all_devices'])} of weights. "
         f"KV cache of one sequence of {context} tokens: {full} per device."
     )
+
+
+def _print_sums(sums: dict[str, Any], console: Console) -> None:
+    table = _table(
+        "Sums in exact numerics: leaves that no mesh changes, added in one tree",
+        *("sum", "a leaf", ">per device", "added on each device"),
+    )
+    for name in ("attention output", "MLP output"):
+        sum_ = sums[name]
+        leaves = str(sum_["leaves_per_device"])
+        table.add_row(name, sum_["leaf"], leaves, sum_["device_tree"])
+    console.print(table)
+    if "+" in sums["across_devices"]:
+        console.print(f"\nThen the devices' sums: {sums['across_devices']}.")
 
 
 def _cost(percent: float) -> str:

@@ -22,6 +22,8 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
 
   So float32 products are cut into sums of up to 128, handed to Eigen (YNNPACK refuses a transposed
   left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns.
+- A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
+  XLA forms one depends on what it fuses.
 - Reductions are such products with ones. XLA's own order of a reduction depends on the shape.
 - -0.0 and +0.0 are equal but different bits, and a cut tree may lose the sign of a zero. So every
   product ends with +0.0 in the place of -0.0.
@@ -89,7 +91,8 @@ class ExactTensorParallel(TensorParallel):
 
     def mean_square(self, x: Array) -> Array:
         """Mean of squares over the last axis: float32 [..., D] -> float32 [..., 1]."""
-        return _sums(jnp.square(x))[..., None] / x.shape[-1]
+        (mean,) = self.rounded((_sums(jnp.square(x))[..., None] / x.shape[-1],))
+        return mean
 
     def scores(self, q: Array, k: Array) -> Array:
         """q k^T: float32 [B, K, R, H] x [B, K, H, S] -> float32 [B, K, R, S]."""
@@ -110,6 +113,10 @@ class ExactTensorParallel(TensorParallel):
         """
         y = _float32_product(weights, v.astype(jnp.float32), _LONGEST_SUM)
         return y, _sums(weights, _LONGEST_SUM)[..., None]
+
+    def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The products, each rounded to float32 by itself."""
+        return lax.optimization_barrier(products)
 
     def only(self, x: Array) -> Array:
         """What one device has and the others have zeros for: an all-reduce of the bits."""

@@ -2,13 +2,15 @@
 """Mesh strings, and the devices behind them.
 
 `8`, `1x8`, `2x4`: every axis is tensor-parallel. `data=2,model=4`: the batch is split over `data`,
-the model over `model`. Devices are taken in row-major order. On the CPU a mesh larger than the
-machine's device count gets simulated devices; on any other back end that is an error.
+the model over `model`. Devices are taken in row-major order, equally many of each process. On the
+CPU a mesh larger than the machine's device count gets simulated devices; on any other back end that
+is an error.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from meshwen.distributed import process_count
 from meshwen.errors import MeshwenError
 
 AnyMesh = Mesh | AbstractMesh
@@ -88,22 +91,41 @@ def make_mesh(spec: str | MeshSpec | Mesh = "1") -> Mesh:
     A JAX mesh with axes `data` and `model` (or `model0`, `model1`, ...) is taken as it is.
 
     On the CPU, simulated devices are made when there are too few; that works until JAX has started
-    its back end, which the first array or the first `jax.devices()` does.
+    its back end, which the first array or the first `jax.devices()` does. Where there are several
+    processes, all of them make the mesh, and each puts in equally many devices.
 
     Raises:
-        MeshwenError: the string does not parse, there are too few devices, or a JAX mesh has other
-            axes.
+        MeshwenError: the string does not parse, there are too few devices, they cannot be shared
+            equally between the processes, or a JAX mesh has other axes.
     """
     if isinstance(spec, Mesh):
         return _checked(spec)
     spec = spec if isinstance(spec, MeshSpec) else MeshSpec.parse(spec)
-    _ask_for_cpu_devices(spec.devices)
-    devices = jax.devices()
+    processes = process_count()
+    of_each, rest = divmod(spec.devices, processes)
+    if rest:
+        raise MeshwenError(
+            f"mesh {spec}: {spec.devices} device{'s' * (spec.devices > 1)} cannot be shared "
+            f"equally between {processes} processes; use a mesh whose size they divide"
+        )
+    _ask_for_cpu_devices(of_each)
+    devices = _first_of_each_process(jax.devices(), of_each)
     if len(devices) < spec.devices:
-        raise MeshwenError(_too_few(spec, devices))
+        raise MeshwenError(_too_few(spec, devices, processes))
     shape = tuple(size for _, size in spec.axes)
     names = tuple(name for name, _ in spec.axes)
-    return Mesh(np.asarray(devices[: spec.devices]).reshape(shape), names)
+    return Mesh(np.asarray(devices).reshape(shape), names)
+
+
+def _first_of_each_process(devices: list[jax.Device], count: int) -> list[jax.Device]:
+    """At most `count` devices of each process, in JAX's order."""
+    taken: Counter[int] = Counter()
+    chosen = []
+    for device in devices:
+        if taken[device.process_index] < count:
+            taken[device.process_index] += 1
+            chosen.append(device)
+    return chosen
 
 
 def _checked(mesh: Mesh) -> Mesh:
@@ -147,12 +169,14 @@ def _ask_for_cpu_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def _too_few(spec: MeshSpec, devices: list[jax.Device]) -> str:
+def _too_few(spec: MeshSpec, devices: list[jax.Device], processes: int) -> str:
     platform = devices[0].platform
     have = f"mesh {spec} needs {spec.devices} devices, but JAX has {len(devices)} ({platform})"
+    if processes > 1:
+        have += f", {spec.devices // processes} of each of {processes} processes"
     if platform != "cpu":
         return f"{have}; use a smaller mesh, or JAX_PLATFORMS=cpu for simulated devices"
     return (
         f"{have}: its CPU back end has already started; make the largest mesh first, "
-        f"or start Python with JAX_NUM_CPU_DEVICES={spec.devices}"
+        f"or start Python with JAX_NUM_CPU_DEVICES={spec.devices // processes}"
     )
