@@ -125,7 +125,9 @@ def test_a_mesh_larger_than_a_running_cpu_back_end_names_the_way_out():
 
 
 def test_a_mesh_larger_than_a_real_back_end_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="tpu", id=0)] * 4)
+    monkeypatch.setattr(
+        jax, "devices", lambda: [SimpleNamespace(platform="tpu", id=0, process_index=0)] * 4
+    )
     with pytest.raises(
         MeshwenError, match=r"mesh 2x4 needs 8 .* has 4 \(tpu\); use a smaller mesh"
     ):

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.config import Qwen2Config
+from meshwen.distributed import to_host
 from meshwen.engine import Completion, Engine, Event, Request, bucket
 from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
@@ -136,7 +137,8 @@ class Qwen2ForCausalLM:
 
         All at once: memory grows with the square of the sequence, for attention scores float32
         [batch, heads, sequence, sequence]. The vocabulary of the result is split over the mesh
-        where `vocab_size` divides by it; elsewhere every device gets a copy.
+        where `vocab_size` divides by it; elsewhere every device gets a copy. Where the mesh spans
+        several processes, all of them call this, and each gets a copy of its own.
 
         Args:
             input_ids: int [batch, sequence].
@@ -175,8 +177,8 @@ class Qwen2ForCausalLM:
             np.pad(array, extra, constant_values=fill).astype(np.int32)
             for array, fill in ((ids, 0), (positions, -1))
         )
-        logits = self._runner.logits(ids, positions)
-        return logits[:batch, :length, : self.config.vocab_size]
+        logits = self._runner.logits(ids, positions)[:batch, :length, : self.config.vocab_size]
+        return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
         """Continues prompts.

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from meshwen.config import Qwen2Config
+from meshwen.distributed import to_host
 from meshwen.errors import MeshwenError
 from meshwen.kv_cache import KVCache
 from meshwen.parallel.plan import ParallelPlan
@@ -161,7 +162,7 @@ class Engine:
         positions = batch.lengths
         seen = batch.seen
         sampled = self._runner.first(hidden, positions, batch.rows, seen, batch.method)
-        tokens = np.asarray(sampled.tokens)
+        tokens = to_host(sampled.tokens)
         first = time.perf_counter()
         while True:
             yield from _events(sequences, tokens, sampled, first - started, first)
@@ -174,14 +175,14 @@ class Engine:
             running = np.zeros_like(positions)
             running[: len(sequences)] = [not s.finish_reason for s in sequences]
             positions = positions + running  # Not in place: the step may still be reading it.
-            tokens = np.asarray(sampled.tokens)
+            tokens = to_host(sampled.tokens)
 
 
 def _events(
     sequences: list[_Sequence], tokens: np.ndarray, sampled: Sampled, to_first: float, first: float
 ) -> Iterator[Event]:
     """The step's tokens of the sequences that are still running."""
-    logprobs = None if sampled.logprobs is None else np.asarray(sampled.logprobs)
+    logprobs = None if sampled.logprobs is None else to_host(sampled.logprobs)
     for row, sequence in enumerate(sequences):
         if sequence.finish_reason:
             continue

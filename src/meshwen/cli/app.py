@@ -20,6 +20,7 @@ from meshwen.cli.chat import chat
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
 from meshwen.cli.interrupt import INTERRUPTED
+from meshwen.cli.processes import over_processes
 from meshwen.cli.verify import verify
 from meshwen.errors import MeshwenError
 
@@ -40,6 +41,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_ONE_PERSON = (
+    "chat runs in one process, where its user is; over several, use generate with --prompts-file, "
+    'whose "messages" go on with a conversation'
+)
+
+
 @app.callback()
 def _meshwen(
     version: Annotated[
@@ -52,8 +59,8 @@ def _meshwen(
     """Qwen2.5 in JAX, tensor-parallel on any mesh of devices."""
 
 
-app.command("generate")(generate)
-app.command("chat")(chat)
+app.command("generate")(over_processes(generate))
+app.command("chat")(over_processes(chat, refusal=_ONE_PERSON))
 app.command("inspect")(inspect)
 app.command("verify")(verify)
 
@@ -67,6 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _print_any_text()
     try:
+        status = _run(arguments)
+    except SystemExit as stop:  # Nobody reads stdout any more.
+        _leave(stop.code if isinstance(stop.code, int) else DEFECT)
+        raise
+    if status:
+        _leave(status)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    try:
         status = app(arguments, prog_name="meshwen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
@@ -76,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status, message = _explain(error)
         print(f"meshwen: error: {message}", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _leave(status: int) -> None:
+    """Keeps a process that failed from waiting for others, where the command started any."""
+    if "meshwen.distributed" in sys.modules:  # Importing it takes its time.
+        from meshwen.distributed import leave
+
+        leave(status)
 
 
 def _print_any_text() -> None:

@@ -79,6 +79,7 @@ def generate(
     Answers go to stdout, everything else to stderr.
     """
     from meshwen.checkpoints import open_checkpoint
+    from meshwen.distributed import shared
     from meshwen.engine import Request, check_prompt
     from meshwen.parallel.mesh import make_mesh, mesh_label
     from meshwen.sampling import SamplingParams
@@ -101,7 +102,9 @@ def generate(
     }
     SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
     devices = make_mesh(mesh)
-    prompts = read_prompts(prompt, prompts_file)
+    # Process 0 alone reads them: what it is asked, all answer.
+    read = shared("prompts", lambda: [asdict(p) for p in read_prompts(prompt, prompts_file)])
+    prompts = [Prompt(**fields) for fields in read]
     if as_json:
         _check_extra_fields(prompts)
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that run a command over several processes, declared once for every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import wraps
+from inspect import Parameter
+from inspect import signature as signature_of
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from meshwen.errors import MeshwenError
+
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="Run over several processes, all started with the same options; process 0 listens "
+        "here. auto: ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for this and the next two.",
+        show_default=False,
+    ),
+]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option("--num-processes", min=1, help="How many processes.", show_default=False),
+]
+ProcessId = Annotated[
+    int | None,
+    typer.Option(
+        "--process-id", min=0, help="Which of them this is, from 0; 0 prints.", show_default=False
+    ),
+]
+_OPTIONS = {"coordinator": Coordinator, "num_processes": NumProcesses, "process_id": ProcessId}
+
+# What may differ between machines (where files lie), or is read by process 0 alone.
+_OWN_AFFAIR = {"model", "prompt", "prompts_file", "debug"}
+
+
+def over_processes(command: Callable[..., Any], refusal: str | None = None) -> Callable[..., Any]:
+    """A command with the options to run it over several processes.
+
+    Process 0 prints what the command prints; of the others only errors show.
+
+    Args:
+        command: the command.
+        refusal: why it has to run in one process, if it does: then the options say so.
+    """
+
+    @wraps(command)
+    def run(
+        coordinator: str | None, num_processes: int | None, process_id: int | None, **own: Any
+    ) -> Any:
+        if coordinator is None:
+            if num_processes is not None or process_id is not None:
+                raise MeshwenError("--num-processes and --process-id need --coordinator HOST:PORT")
+            return command(**own)
+        if refusal is not None:
+            raise MeshwenError(refusal)
+        from meshwen.distributed import process_index, start
+
+        start(coordinator, num_processes, process_id)
+        _check_alike(own)
+        with _others_named(), _own_output() if process_index() == 0 else _no_output():
+            return command(**own)
+
+    hints = get_type_hints(command, include_extras=True)
+    signature = signature_of(command)
+    kept = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+    added = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option)
+        for name, option in _OPTIONS.items()
+    ]
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*kept, *added]
+    )
+    run.__annotations__ = hints | _OPTIONS
+    return run
+
+
+def _check_alike(own: Mapping[str, Any]) -> None:
+    """Refuses options that are not those of process 0: the processes would wait for each other."""
+    from meshwen.distributed import process_index, shared
+
+    mine = json.loads(json.dumps({k: v for k, v in own.items() if k not in _OWN_AFFAIR}))
+    others = shared("options", lambda: mine)
+    for name, value in mine.items():
+        if value != others.get(name):
+            raise MeshwenError(
+                f"--{name.replace('_', '-')} is {value} in process {process_index()}, but "
+                f"{others.get(name)} in process 0; start all processes with the same options"
+            )
+
+
+@contextmanager
+def _others_named() -> Iterator[None]:
+    """Adds to an unexpected error where it came, and that its cause may lie elsewhere."""
+    from meshwen.distributed import process_count, process_index
+
+    try:
+        yield
+    except MeshwenError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"error in process {process_index()} of {process_count()}; if another has ended, look "
+            f"there for the cause: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _own_output() -> Iterator[None]:
+    """Keeps the file of stdout for Python: the library of CPU collectives writes there too."""
+    sys.stdout.flush()
+    file = sys.stdout.fileno()
+    kept = os.dup(file)
+    with (
+        open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as stdout,
+        redirect_stdout(stdout),
+        open(os.devnull, "wb") as nowhere,
+    ):
+        os.dup2(nowhere.fileno(), file)
+        try:
+            yield
+        finally:
+            os.dup2(kept, file)
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Shows nothing of what is printed."""
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        os.dup2(nowhere.fileno(), 1)
+        yield

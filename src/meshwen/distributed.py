@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run over several processes, on one machine or many: `jax.distributed`.
+
+Every process runs the same program on the same input, and each computes with its own devices. Where
+a process reads something that only it can see, or needs a value that lies on another's devices,
+they exchange it here. With one process nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax import Array
+
+from meshwen.errors import MeshwenError
+
+AUTO = "auto"
+START_TIMEOUT = 60.0  # seconds, for all processes to come
+
+# Seconds after which a silent process counts as dead; JAX then ends the others.
+_HEARTBEAT_TIMEOUT = 20
+# How long a process that failed waits for the others to fail alike, before it leaves them behind.
+_LEAVING_TIMEOUT = 5.0
+_LONG = 7 * 24 * 3600  # seconds
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def start(
+    coordinator: str,
+    processes: int | None = None,
+    index: int | None = None,
+    timeout: float = START_TIMEOUT,
+) -> None:
+    """Joins this process to the others; to be called before JAX has started its back end.
+
+    Args:
+        coordinator: HOST:PORT, where process 0 listens; "auto" asks the cluster (Slurm, Open MPI,
+            Kubernetes, a TPU slice) for all three.
+        processes: number of processes.
+        index: this process's number, from 0.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        MeshwenError: an argument is impossible, there is no cluster to ask, process 0 does not
+            answer, or not all processes came in time.
+    """
+    if coordinator == AUTO:
+        if processes is not None or index is not None:
+            raise MeshwenError("a coordinator 'auto' knows the number of processes, and each id")
+        _initialize({}, f"the cluster's processes did not all come within {timeout:.0f} s", timeout)
+        return
+    host, port = _address(coordinator)
+    if processes is None or index is None:
+        raise MeshwenError(
+            f"coordinator {coordinator}: the number of processes, or this one's id, is missing; "
+            "give both"
+        )
+    if not 0 <= index < processes:
+        raise MeshwenError(
+            f"process id {index} is impossible among {processes}: ids go from 0 to the number of "
+            "processes less one"
+        )
+    options: dict[str, Any] = {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": index,
+        "cluster_detection_method": "deactivate",
+    }
+    if host in _LOOPBACK:  # Then no other machine need reach it.
+        options["coordinator_bind_address"] = coordinator
+    deadline = time.monotonic() + timeout
+    if index == 0:
+        _check_free(coordinator, port)
+    else:
+        _wait_for(coordinator, host, port, timeout)
+    _initialize(
+        options,
+        f"{coordinator}: not all of the {processes} processes came within {timeout:.0f} s; start "
+        f"each with its own id, 0 to {processes - 1}",
+        deadline - time.monotonic(),
+    )
+
+
+def process_count() -> int:
+    """Number of processes; unlike `jax.process_count()` this starts no back end."""
+    return int(_state().num_processes)
+
+
+def process_index() -> int:
+    """This process's number; unlike `jax.process_index()` this starts no back end."""
+    return int(_state().process_id)
+
+
+def shared(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives in process 0, which alone calls it; the others wait for that.
+
+    Args:
+        name: of the value, the same in every process and used once in a run.
+        make: gives a value that JSON can hold.
+
+    Raises:
+        MeshwenError: `make` raised it; in every process.
+    """
+    if process_count() == 1:
+        return make()
+    client, key = _state().client, f"meshwen/{name}"
+    if process_index():
+        found = json.loads(client.blocking_key_value_get(key, _LONG * 1000))
+        if "error" in found:
+            raise MeshwenError(found["error"])
+        return found["value"]
+    try:
+        value = make()
+    except MeshwenError as error:
+        client.key_value_set(key, json.dumps({"error": str(error)}))
+        raise
+    client.key_value_set(key, json.dumps({"value": value}))
+    return value
+
+
+def to_host(array: Array) -> np.ndarray:
+    """An array's values, wherever they lie; every process has to ask for them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def leave(status: int) -> None:
+    """Ends a process that failed while others run: at once, not when those are done.
+
+    Those end too: when they miss it, or when they fail alike. Returns where there are no others.
+    """
+    if _state().client is None:
+        return
+    leaving = threading.Thread(target=_shut_down, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVING_TIMEOUT)
+    _exit(status)
+
+
+def _shut_down() -> None:
+    with suppress(RuntimeError):
+        jax.distributed.shutdown()
+
+
+def _exit(status: int) -> NoReturn:
+    """Without what JAX does at exit: it would wait for the others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _state() -> Any:
+    """What JAX knows of the processes.
+
+    Its public functions tell it too, but start the back end first, whose simulated devices depend
+    on it.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise MeshwenError(
+            f"coordinator {coordinator!r} is no address; expected HOST:PORT, e.g. 10.0.0.1:1234"
+        )
+    return host, int(port)
+
+
+def _check_free(coordinator: str, port: int) -> None:
+    """JAX ends the process where it cannot listen; this says why."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise MeshwenError(
+                f"coordinator {coordinator}: process 0 cannot listen there ({error.strerror}); "
+                "give another port, the same to every process"
+            ) from None
+
+
+def _wait_for(coordinator: str, host: str, port: int, timeout: float) -> None:
+    """Waits until process 0 listens. JAX would end the process where nobody does."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise MeshwenError(
+                    f"coordinator {coordinator}: no answer within {timeout:.0f} s ({error}); "
+                    "process 0 listens there once it is started: start it, and check the address"
+                ) from None
+        time.sleep(0.2)
+
+
+def _initialize(options: dict[str, Any], too_late: str, timeout: float) -> None:
+    """`jax.distributed.initialize`, in a thread: at its own timeout it ends the process."""
+    failures: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                **options,
+                initialization_timeout=_LONG,
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            )
+        except Exception as error:
+            failures.append(error)
+
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(max(1.0, timeout))
+    if connecting.is_alive():
+        raise MeshwenError(too_late)
+    if failures and not options and isinstance(failures[0], ValueError):
+        raise MeshwenError(
+            f"coordinator 'auto': JAX finds no cluster here ({failures[0]}); give HOST:PORT, the "
+            "number of processes and this one's id"
+        )
+    if failures:
+        raise MeshwenError(f"cannot join the other processes: {failures[0]}") from failures[0]
