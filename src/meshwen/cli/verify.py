@@ -201,14 +201,20 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
     from meshwen.tokenizer import Tokenizer
     from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
 
-    tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    if prompts is None and tokenizer is None:
-        return made_up_prompts(checkpoint.config)
-    if prompts is None:
-        asked = [Prompt("a built-in prompt", text) for text in BUILT_IN_PROMPTS]
-    else:
+    if prompts is not None:
         asked = read_prompts(None, prompts)
-    return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in asked]
+        needed = not all(prompt.is_token_ids for prompt in asked)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None
+        return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in asked]
+    try:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    except MeshwenError as error:
+        note(f"{error}; so the prompts are made-up token ids")
+        tokenizer = None
+    if tokenizer is None:
+        return made_up_prompts(checkpoint.config)
+    built_in = [Prompt("a built-in prompt", text) for text in BUILT_IN_PROMPTS]
+    return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in built_in]
 
 
 def _read_golden(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -162,7 +161,7 @@ def verify(
             key = f"{plan.numerics} {run.label}"
             faults[key] = self_test(run, prober, expected, observed.whole)
         del run, prober, observed, trace
-        _let_go()
+        gc.collect()  # Weights and programs, before the next mesh's are made.
     assert generated is not None
     return Outcome(tuple(rows), workload, generated, faults)
 
@@ -171,12 +170,6 @@ def _params(checkpoint: Checkpoint, plan: ParallelPlan, dtype: str) -> Any:
     if checkpoint.format is None:
         return dummy_params(plan, jnp.dtype(dtype))
     return load_params(checkpoint, plan, jnp.dtype(dtype))
-
-
-def _let_go() -> None:
-    """Frees a mesh's weights and programs before the next one's are made."""
-    jax.clear_caches()
-    gc.collect()
 
 
 def _row(

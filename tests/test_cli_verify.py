@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen verify` through its command line: exit statuses, files, and what it refuses."""
+
+import json
+
+import pytest
+
+from checkpoint_writers import random_weights, write_folder
+from meshwen.cli import main
+from meshwen.cli.verify import parse_meshes
+from meshwen.errors import MeshwenError
+
+SHORT = ("--meshes", "1,2", "--numerics", "fast", "--max-new-tokens", "3")
+
+
+@pytest.fixture(autouse=True)
+def _no_lasting_cache(monkeypatch):
+    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_folder(tmp_path_factory.mktemp("models") / "tiny", random_weights()))
+
+
+@pytest.fixture(scope="module")
+def certificate(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("certificates") / "certificate.json"
+    assert main(["verify", "--model", model, *SHORT, "--json", str(path)]) == 0
+    return path
+
+
+def test_a_sound_model_passes_and_its_faults_are_found(model, capsys, tmp_path):
+    page, file = tmp_path / "report.html", tmp_path / "certificate.json"
+    options = ["--self-test", "--html", str(page), "--json", str(file)]
+    assert main(["verify", "--model", model, *SHORT, *options]) == 0
+    said = capsys.readouterr()
+    assert "every promise was kept" in said.out
+    assert "fast 2: within bounds" in said.err
+    found = json.loads(file.read_text())
+    assert [fault["caught"] for fault in found["self_test"]["fast 2"]] == [True] * 3
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_broken_promise_is_exit_status_1(model, capsys, monkeypatch):
+    monkeypatch.setattr("meshwen.verify.promises.FLOAT32_RELATIVE", 0.0)
+    assert main(["verify", "--model", model, *SHORT]) == 1
+    assert "at most 0e+00 is promised" in capsys.readouterr().out
+
+
+def test_a_fault_that_is_not_found_is_exit_status_1(model, capsys, monkeypatch):
+    monkeypatch.setattr("meshwen.verify.faults.negated", lambda part: part)
+    assert main(["verify", "--model", model, *SHORT, "--self-test"]) == 1
+    assert "NOT FOUND: one element" in capsys.readouterr().out
+
+
+def test_a_certificate_is_run_again_with_all_its_settings(model, certificate, capsys):
+    assert main(["verify", "--model", model, "--against", str(certificate)]) == 0
+    assert "the outcome is the certificate's, to the bit" in capsys.readouterr().out
+
+
+def test_another_outcome_than_the_certificates_is_exit_status_1(certificate, capsys, tmp_path):
+    other = write_folder(tmp_path / "other", random_weights(seed=1))
+    assert main(["verify", "--model", str(other), "--against", str(certificate)]) == 1
+    said = capsys.readouterr().out
+    assert "differs from the certificate: weights" in said
+    assert "differs from the certificate: logits (whole and cached) of fast 2" in said
+
+
+def test_prompts_and_reference_outputs_come_from_files(model, capsys, tmp_path):
+    prompts, golden, file = (tmp_path / name for name in ("p.jsonl", "golden.json", "c.json"))
+    prompts.write_text('{"prompt_tokens": [1, 2, 3]}\n{"prompt_tokens": [4]}\n')
+    run = ["verify", "--model", model, *SHORT, "--json", str(file)]
+    assert main([*run, "--prompts", str(prompts)]) == 0
+    found = json.loads(file.read_text())
+    assert found["prompts"] == [[1, 2, 3], [4]]
+    cases = [
+        {"input_ids": ids, "greedy": tokens}
+        for ids, tokens in zip(found["prompts"], found["tokens"], strict=True)
+    ]
+    golden.write_text(json.dumps({"cases": cases}))
+    assert main([*run, "--golden", str(golden)]) == 0
+    cases[1]["greedy"][0] ^= 1
+    golden.write_text(json.dumps({"cases": cases}))
+    assert main([*run, "--golden", str(golden)]) == 1
+    assert "golden prompt 1: other tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "meshes"),
+    [
+        ("1x1,1x8,2x4", ["1x1", "1x8", "2x4"]),
+        ("1;data=2,model=4;8", ["1", "data=2,model=4", "8"]),
+        ("1, data=2,model=4, 8", ["1", "data=2,model=4", "8"]),
+        ("data=2,data=4,model=2,model=8", ["data=2,model=1", "data=4,model=2", "model=8"]),
+    ],
+)
+def test_meshes_are_split_where_one_ends(text, meshes):
+    expected = [mesh.removeprefix("model=") for mesh in meshes]
+    assert [str(spec) for spec in parse_meshes(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("1,1x8,8,8", "twice"), (";", "no mesh"), ("x", "parse")]
+)
+def test_meshes_that_make_no_sense_are_refused(text, said):
+    with pytest.raises(MeshwenError, match=said):
+        parse_meshes(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--meshes", "1,3", "--numerics", "exact"], "exact numerics splits a model over"),
+        (["--max-new-tokens", "120"], "do not fit the model's context"),
+        (["--json", "no/such/folder/c.json"], "cannot write"),
+        (["--against", "pyproject.toml"], "is not JSON"),
+        (["--against", "none.json"], "cannot read none.json"),
+        (["--golden", "none.json"], "cannot read none.json"),
+        (["--golden", "pyproject.toml"], "no reference outputs"),
+        (["--prompts", "none.txt"], "cannot read none.txt"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_exit_status_2(model, options, said, capsys):
+    assert main(["verify", "--model", model, *options]) == 2
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("meshwen: error: ")
+    assert said in error
+    assert all("made-up token ids" in line for line in notes)

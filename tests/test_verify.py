@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every mesh is asked the same, and what it answers is written down so that it can be checked."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import reference
+from meshwen.errors import MeshwenError
+from meshwen.parallel.mesh import MeshSpec
+from meshwen.verify.certificate import (
+    certificate,
+    differences,
+    golden_comparison,
+    read_certificate,
+    weights_sha256,
+)
+from meshwen.verify.parity import verify
+from meshwen.verify.picture import height, strip
+from meshwen.verify.report_html import html_report
+from meshwen.verify.workload import Workload, check_length
+from tiny_model import TINY, greedy, weights
+from verify_model import PROMPTS, STEPS, checkpoint, mesh_run, observed, without_tokens, workload
+
+MESHES = ("1", "data=2,model=2")
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    meshes = [MeshSpec.parse(mesh) for mesh in MESHES]
+    return verify(checkpoint(), meshes, ["fast", "exact"], "float32", without_tokens())
+
+
+@pytest.fixture(scope="module")
+def found(outcome):
+    return certificate(checkpoint(), outcome, "float32", None)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "numerics"), [("1", "fast"), ("data=2,model=2", "fast"), ("4", "exact")]
+)
+def test_both_ways_to_compute_logits_give_those_of_float64(mesh, numerics):
+    got = observed(mesh, numerics)
+    for row, (prompt, tokens) in enumerate(zip(PROMPTS, workload().continuations, strict=True)):
+        expected = reference.logits(weights(), TINY, [*prompt, *tokens.tolist()[:-1]])
+        expected = expected[len(prompt) - 1 :]
+        for logits in (got.whole[row], got.cached[row]):
+            np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("mesh", ["1", "data=2,model=2"])
+def test_generated_tokens_are_the_greedy_ones_of_float64(mesh):
+    expected = [greedy(prompt)[0][:STEPS] for prompt in PROMPTS]
+    assert mesh_run(mesh).generate().tolist() == [list(tokens) for tokens in expected]
+
+
+def test_a_mesh_that_is_fed_other_tokens_says_what_it_would_take():
+    run = mesh_run("4")
+    fed = np.full((len(PROMPTS), STEPS), 7, np.int32)
+    run.workload = Workload(PROMPTS, STEPS, 2, fed)
+    try:
+        got = run.observe()
+    finally:
+        run.workload = workload()
+    expected = reference.logits(weights(), TINY, [*PROMPTS[1], 7, 7])[-STEPS:]
+    assert got.greedy[1].tolist() == expected.argmax(axis=-1).tolist()
+    np.testing.assert_array_equal(got.greedy, got.cached.argmax(axis=-1))
+
+
+def test_exact_meshes_have_equal_bits_and_fast_ones_are_within_bounds(outcome):
+    assert [(row.numerics, row.mesh) for row in outcome.rows] == [
+        (numerics, mesh) for numerics in ("fast", "exact") for mesh in MESHES
+    ]
+    assert [row.bits_equal for row in outcome.rows] == [True, False, True, True]
+    assert not any(row.broken for row in outcome.rows)
+    assert [row.parting is None for row in outcome.rows] == [row.bits_equal for row in outcome.rows]
+    assert all(row.whole.positions == len(PROMPTS) * STEPS for row in outcome.rows)
+    assert all(row.greedy_is_likeliest for row in outcome.rows)
+
+
+def test_a_device_holds_its_part_and_sends_what_its_collectives_send(outcome):
+    one, two = outcome.rows[:2]
+    assert one.weight_bytes[1] == sum(array.nbytes for array in weights().values())
+    assert two.weight_bytes[0] == two.weight_bytes[1] < one.weight_bytes[0] * 0.6
+    # Keys and values of float32 in 2 layers, 16 slots for each of 4 rows.
+    assert one.cache_bytes[0] == 2 * 2 * 16 * 4 * TINY.num_key_value_heads * TINY.head_dim * 4
+    assert two.cache_bytes == (one.cache_bytes[0] // 4, one.cache_bytes[0] // 4)
+    assert one.sent_bytes_per_token == 0
+    # On 2 devices a ring all-reduce sends all that it reduces, an all-gather half of its result.
+    reduced, gathered = 5 * TINY.hidden_size * 4, 2 * (1 / 2) * 2 * 4
+    assert two.sent_bytes_per_token == reduced + gathered
+
+
+def test_rows_of_every_batch_divide_by_every_mesh(outcome):
+    assert outcome.workload.rows_multiple == 2
+    assert outcome.workload.rows == 4
+    tokens, positions = outcome.workload.sequences()
+    assert (positions[3] == positions[0]).all()
+    assert (tokens[3] == tokens[0]).all()
+    assert positions.max(axis=1).tolist() == [8, 3, 6, 8]
+
+
+def test_the_same_run_has_the_same_certificate(found, outcome):
+    again = json.loads(json.dumps(certificate(checkpoint(), outcome, "float32", None)))
+    assert found["ok"]
+    assert differences(again, found) == {"outcome": [], "environment": []}
+
+
+def test_a_certificate_tells_other_weights_tokens_and_logits(found, tmp_path):
+    other = checkpoint(**{HEAD: weights()[HEAD][::-1].copy()})
+    changed = verify(other, [MeshSpec.parse("1")], ["fast"], "float32", workload())
+    after = certificate(other, changed, "float32", None)
+    assert differences(found, after)["outcome"] == [
+        "weights",
+        "tokens: the first mesh generates others",
+        "logits (whole and cached) of fast 1",
+    ]
+
+
+def test_a_certificate_tells_another_environment(found):
+    other = found | {"environment": found["environment"] | {"jax": "9.9"}}
+    (line,) = differences(other, found)["environment"]
+    assert line.startswith("jax: '9.9' before")
+
+
+def test_weights_are_hashed_by_name_and_value():
+    first = weights_sha256(checkpoint())
+    assert first == weights_sha256(checkpoint())
+    changed = weights()[HEAD].copy()
+    changed[-1, -1] += 1
+    assert first != weights_sha256(checkpoint(**{HEAD: changed}))
+
+
+def test_a_certificate_is_read_back_or_refused(found, tmp_path):
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(found))
+    assert read_certificate(path) == json.loads(json.dumps(found))
+    for text in ("{", "[]", "{}", json.dumps({"format": found["format"]})):
+        path.write_text(text)
+        with pytest.raises(MeshwenError, match=r"certificate\.json"):
+            read_certificate(path)
+    with pytest.raises(MeshwenError, match="cannot read"):
+        read_certificate(tmp_path / "none.json")
+
+
+def test_golden_tokens_are_compared_as_far_as_both_go():
+    generated = np.array([[1, 2, 3], [4, 5, 6]])
+    same = golden_comparison("g.json", [[1, 2], [4, 5, 6, 7]], generated, "float32")
+    assert (same["equal"], same["broken"]) == (2, [])
+    other = golden_comparison("g.json", [[1, 2], [4, 9]], generated, "float32")
+    assert (other["equal"], len(other["broken"])) == (1, 1)
+    assert golden_comparison("g.json", [[1, 2], [4, 9]], generated, "bfloat16")["broken"] == []
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    with pytest.raises(MeshwenError, match="do not fit"):
+        check_length([[1] * 1095], 6, TINY)
+    check_length([[1] * 1094], 6, TINY)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.text, self.outside = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br", "line", "circle", "polyline"):
+            self.open.append(tag)
+        self.outside += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        if tag not in ("line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_is_one_page_that_loads_nothing(found):
+    text = html_report(found)
+    page = Page(text)
+    assert page.open == []
+    assert page.outside == []
+    assert "http" not in text
+    assert "@import" not in text
+    assert text.count("<polyline") == len(MESHES) * 2
+    assert "prefers-color-scheme: dark" in text
+    assert {"fast", "exact", *MESHES} <= set(page.text)
+
+
+def test_the_report_shows_what_broke_and_escapes_names(found):
+    text = html_report(found | {"ok": False, "broken": ["<b>1x8</b>"], "model": "<script>"})
+    assert "&lt;b&gt;1x8&lt;/b&gt;" in text
+    assert "<script>" not in text
+
+
+def test_a_picture_has_a_character_an_operation():
+    row = {"operations_equal": [True, False, False, False], "divergence": [0, 1e-9, 1e-4, 2.0]}
+    assert strip(row) == "·▁▅█"
+    assert height(float("nan")) == 1

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fault is found, in the layer and the operation where it is."""
+
+import jax
+import numpy as np
+import pytest
+
+from meshwen.verify.faults import (
+    ATTENTION,
+    MLP,
+    negated,
+    reversed_sum,
+    self_test,
+    with_changed_weight,
+    without_head,
+)
+from meshwen.verify.localise import Parting, Prober, divergence, operation_names, parting
+from tiny_model import TINY
+from verify_model import PROMPTS, mesh_run, observed, prober, trace
+
+EVERYWHERE = [Parting(layer, name) for layer in range(2) for name in (ATTENTION, MLP)]
+every_numerics = pytest.mark.parametrize("numerics", ["fast", "exact"])
+every_place = pytest.mark.parametrize("place", EVERYWHERE, ids=str)
+
+
+@every_numerics
+@pytest.mark.parametrize("mesh", ["1", "4", "data=2,model=2"])
+def test_checksums_change_no_logit_and_copies_agree(mesh, numerics):
+    found = trace(mesh, numerics)
+    assert found.neutral
+    assert found.devices_agree
+
+
+@pytest.mark.parametrize("mesh", ["4", "data=2,model=2"])
+def test_checksums_of_equal_bits_are_equal_on_every_mesh(mesh):
+    assert parting(trace("1", "exact"), trace(mesh, "exact")) is None
+    assert divergence(trace("1", "exact"), trace(mesh, "exact")) == [0.0] * 6
+
+
+def test_fast_meshes_part_at_the_first_sum_over_devices():
+    assert parting(trace("1"), trace("4")) == Parting(0, ATTENTION)
+    assert max(divergence(trace("1"), trace("4"))) < 1e-5
+
+
+@every_place
+def test_a_wrong_weight_is_found_where_it_is(place):
+    run = mesh_run("4")
+    params = with_changed_weight(run.runner.params, place, negated)
+    found = prober("4").trace(observed("4").whole, params)
+    assert parting(trace("4"), found) == place
+    assert not found.neutral
+
+
+@every_place
+def test_a_sum_in_another_order_is_found_where_it_is(place):
+    found = Prober(mesh_run("4"), reversed_sum(place)).trace(observed("4").whole)
+    assert parting(trace("4"), found) == place
+    assert max(divergence(trace("4"), found)) < 1e-5
+
+
+@every_numerics
+def test_the_self_test_finds_every_fault(numerics):
+    run = mesh_run("4", numerics)
+    expected = trace("1" if numerics == "exact" else "4", numerics)
+    found = self_test(run, prober("4", numerics), expected, observed("4", numerics).whole)
+    assert [fault.caught for fault in found] == [True] * 3
+    assert len({str(fault.put_at) for fault in found}) == 3
+
+
+def test_a_fault_that_is_not_there_is_not_found():
+    assert parting(trace("4"), prober("4").trace(observed("4").whole)) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        (("model", "embed_tokens", "weight"), Parting(None, "embedding")),
+        (("model", "norm", "weight"), Parting(None, "final norm")),
+        (("lm_head", "weight"), Parting(None, "logits")),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Parting) else "",
+)
+def test_faults_outside_of_the_layers_are_found(path, place):
+    params = replaced(mesh_run("4").runner.params, path, lambda a: a * np.float32(1.5))
+    found = prober("4").trace(observed("4").whole, params)
+    assert parting(trace("4"), found) == place
+    assert found.devices_agree
+
+
+def test_a_device_that_is_not_like_the_others_is_noticed():
+    def on_one_device(array):
+        parts = [shard.data for shard in array.addressable_shards]
+        parts[2] = parts[2] * 2
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+    params = replaced(mesh_run("4").runner.params, ("model", "norm", "weight"), on_one_device)
+    assert not prober("4").trace(observed("4").whole, params).devices_agree
+
+
+def test_logits_that_the_checksums_were_not_taken_of_are_noticed():
+    other = observed("4").whole.copy()
+    other[0, 0, 0] = np.nextafter(other[0, 0, 0], np.float32(np.inf))
+    assert not prober("4").trace(other).neutral
+
+
+def test_a_swap_of_two_values_changes_a_checksum():
+    def swapped(array):
+        return array[:, np.r_[1, 0, 2 : array.shape[1]]]
+
+    params = replaced(mesh_run("1").runner.params, ("model", "embed_tokens", "weight"), swapped)
+    found = prober("1").trace(observed("1").whole, params)
+    assert parting(trace("1"), found) == Parting(None, "embedding")
+
+
+def test_operations_are_named_in_order():
+    names = operation_names(TINY.num_hidden_layers)
+    assert names[:3] == ("embedding", "0:attention output", "0:MLP output")
+    assert names[-2:] == ("final norm", "logits")
+    assert trace("1").samples.shape == (len(PROMPTS), len(names) - 1, TINY.hidden_size)
+
+
+def test_faults_are_what_they_say():
+    part = np.array([[1, -3], [2, 0]], np.float32)
+    np.testing.assert_array_equal(negated(part.copy()), [[1, 3], [2, 0]])
+    np.testing.assert_array_equal(without_head(part.copy(), 1), [[0, 0], [2, 0]])
+
+
+def test_a_changed_weight_leaves_the_original_as_it_was():
+    params = mesh_run("4").runner.params
+    weight = params["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
+    before = np.asarray(weight)
+    other = with_changed_weight(params, Parting(1, MLP), negated)
+    changed = other["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
+    assert (np.asarray(changed) != before).sum() == 1
+    np.testing.assert_array_equal(weight, before)
+    assert params["model"]["layers"][1]["mlp"]["down_proj"]["weight"] is weight
+
+
+def replaced(tree, path, change):
+    """The tree with one leaf changed."""
+    name, *rest = path
+    new = replaced(tree[name], rest, change) if rest else change(tree[name])
+    if not rest:
+        new = jax.device_put(new, tree[name].sharding)
+    return tree | {name: new}

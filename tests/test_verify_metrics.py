@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured of logits, and which of it breaks a promise."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from meshwen.verify.hlo import Collective
+from meshwen.verify.metrics import compare
+from meshwen.verify.promises import broken_by_collectives, broken_by_logits, broken_by_probe
+
+LOGITS = np.array([[[4, 1, 0], [0, 2, 1]], [[1, 1.5, 9], [3, 0, 0]]], np.float32)
+SAME = compare(LOGITS, LOGITS)
+
+
+def changed(*at_and_value) -> np.ndarray:
+    logits = LOGITS.copy()
+    logits[at_and_value[:-1]] = at_and_value[-1]
+    return logits
+
+
+def test_equal_logits_differ_in_nothing():
+    assert SAME.bits_equal
+    assert (SAME.max_abs, SAME.mean_abs, SAME.mean_kl, SAME.max_relative) == (0, 0, 0, 0)
+    assert (SAME.positions, SAME.agree, SAME.proven) == (4, 4, 4)
+    assert SAME.first_divergence is None
+    assert SAME.smallest_gap == 1
+
+
+def test_the_sign_of_a_zero_is_a_difference_of_bits_alone():
+    found = compare(LOGITS, changed(0, 0, 2, -0.0))
+    assert not found.bits_equal
+    assert found.max_abs == 0
+
+
+def test_differences_are_those_of_all_logits():
+    found = compare(LOGITS, changed(1, 1, 2, 0.5))
+    assert found.max_abs == 0.5
+    assert found.mean_abs == pytest.approx(0.5 / 12)
+    assert found.max_relative == pytest.approx(0.5 / 9)
+    p, q = (np.exp(row) / np.exp(row).sum() for row in ([3.0, 0, 0], [3.0, 0, 0.5]))
+    assert found.mean_kl == pytest.approx((p * np.log(p / q)).sum() / 4)
+
+
+def test_a_token_that_changed_is_counted_and_placed():
+    found = compare(LOGITS, changed(1, 0, 0, 10))
+    assert (found.agree, found.first_divergence) == (3, (1, 0))
+
+
+@pytest.mark.parametrize(("logit", "proven"), [(1.4, 4), (1.6, 3), (0.4, 3)])
+def test_a_token_is_proven_where_differences_are_below_half_the_gap(logit, proven):
+    found = compare(LOGITS, changed(0, 1, 2, logit))  # The gap is 1.
+    assert (found.agree, found.proven) == (4, proven)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_logit_that_is_no_number_breaks_fast_numerics(dtype):
+    found = compare(LOGITS, changed(0, 0, 0, np.nan))
+    assert found.proven == 3
+    assert len(broken_by_logits("fast", dtype, {"cached": found}, True)) == 1
+
+
+def test_exact_numerics_promise_bits_and_the_samplers_tokens():
+    other = replace(SAME, bits_equal=False)
+    assert broken_by_logits("exact", "float32", {"cached": SAME}, True) == []
+    assert len(broken_by_logits("exact", "float32", {"cached": other}, True)) == 1
+    assert len(broken_by_logits("exact", "bfloat16", {"cached": SAME, "whole": other}, False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "field", "kept", "broken"),
+    [("float32", "max_relative", 9e-5, 2e-4), ("bfloat16", "mean_kl", 4e-2, 6e-2)],
+)
+def test_fast_numerics_promise_a_bound(dtype, field, kept, broken):
+    for value, count in ((kept, 0), (broken, 1)):
+        difference = replace(SAME, bits_equal=False, **{field: value})
+        assert len(broken_by_logits("fast", dtype, {"cached": difference}, True)) == count
+
+
+def test_fast_numerics_promise_two_all_reduces_a_layer_and_one():
+    reduce, gather = (
+        Collective("all-reduce", "f32", 8, 64, "add"),
+        Collective("all-gather", "", 8, 1),
+    )
+    assert broken_by_collectives("fast", 3, [reduce] * 7 + [gather] * 2) == []
+    assert "8 all-reduces" in broken_by_collectives("fast", 3, [reduce] * 8)[0]
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "reduce-scatter"])
+def test_exact_numerics_promise_no_sum_of_floats_by_xla(kind):
+    floats = Collective(kind, "bf16", 8, 64, "add")
+    harmless = [
+        replace(floats, dtype="s32"),
+        replace(floats, reducer="maximum"),
+        Collective("all-to-all", "f32", 8, 64),
+    ]
+    assert broken_by_collectives("exact", 3, harmless) == []
+    assert len(broken_by_collectives("exact", 3, [floats] * 4)) == 1
+
+
+def test_checksums_that_change_the_logits_are_no_evidence():
+    assert broken_by_probe(neutral=True, devices_agree=True) == []
+    assert len(broken_by_probe(neutral=False, devices_agree=False)) == 2
