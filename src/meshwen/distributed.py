@@ -31,7 +31,7 @@ START_TIMEOUT = 60.0  # seconds, for all processes to come
 # Seconds after which a silent process counts as dead; JAX then ends the others.
 _HEARTBEAT_TIMEOUT = 20
 # How long a process that failed waits for the others to fail alike, before it leaves them behind.
-_LEAVING_TIMEOUT = 5.0
+_LEAVING_TIMEOUT = 3.0
 _LONG = 7 * 24 * 3600  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -127,6 +127,25 @@ def shared(name: str, make: Callable[[], Any]) -> Any:
         raise
     client.key_value_set(key, json.dumps({"value": value}))
     return value
+
+
+def gathered(name: str, value: Any) -> list[Any]:
+    """The `value` of every process, in their order.
+
+    Args:
+        name: as for `shared`.
+        value: what JSON can hold; it comes back as that does.
+    """
+    text = json.dumps(value)
+    if process_count() == 1:
+        return [json.loads(text)]
+    client, key = _state().client, f"meshwen/{name}"
+    client.key_value_set(f"{key}/{process_index()}", text)
+    found = (
+        client.blocking_key_value_get(f"{key}/{index}", _LONG * 1000)
+        for index in range(process_count())
+    )
+    return [json.loads(one) for one in found]
 
 
 def to_host(array: Array) -> np.ndarray:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -85,17 +84,17 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
 
 
 def _check_alike(own: Mapping[str, Any]) -> None:
-    """Refuses options that are not those of process 0: the processes would wait for each other."""
-    from meshwen.distributed import process_index, shared
+    """Refuses options that differ between processes: these would wait for each other forever."""
+    from meshwen.distributed import gathered
 
-    mine = json.loads(json.dumps({k: v for k, v in own.items() if k not in _OWN_AFFAIR}))
-    others = shared("options", lambda: mine)
-    for name, value in mine.items():
-        if value != others.get(name):
-            raise MeshwenError(
-                f"--{name.replace('_', '-')} is {value} in process {process_index()}, but "
-                f"{others.get(name)} in process 0; start all processes with the same options"
-            )
+    first, *others = gathered("options", {k: v for k, v in own.items() if k not in _OWN_AFFAIR})
+    for index, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                raise MeshwenError(
+                    f"--{name.replace('_', '-')} is {first[name]} in process 0 but "
+                    f"{other.get(name)} in process {index}; start all with the same options"
+                )
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one of several processes does for a test: runs a model on meshes, and tells what came."""
+
+import json
+import sys
+from pathlib import Path
+
+from meshwen import Qwen2ForCausalLM
+from meshwen.checkpoints.base import MappedTensor
+
+IDS = [[5, 11, 3, 70, 8, 8, 200], [9, 1, 2, 3, 4, 500, 6]]
+
+
+def observe(mesh: str, numerics: str) -> dict:
+    """What the demo model gives on a mesh, and how many bytes of weights were read for it."""
+    read, bytes_read = MappedTensor.read, []
+
+    def counting(self, index=()):
+        part = read(self, index)
+        bytes_read.append(part.nbytes)
+        return part
+
+    MappedTensor.read = counting
+    try:
+        model = Qwen2ForCausalLM.from_pretrained(
+            "demo", mesh=mesh, dtype="float32", numerics=numerics
+        )
+    finally:
+        MappedTensor.read = read
+    answers = model.generate(IDS, max_new_tokens=4, logprobs=True)
+    logits = model(IDS)
+    return {
+        "bytes": sum(bytes_read),
+        "tokens": [list(answer.tokens) for answer in answers],
+        "logprobs": [list(answer.logprobs) for answer in answers],
+        "logits": logits.tolist(),
+    }
+
+
+if __name__ == "__main__":
+    from meshwen.distributed import start
+
+    address, index, output, *runs = sys.argv[1:]
+    start(address, 2, int(index))
+    found = {run: observe(*run.split()) for run in runs}
+    Path(output).write_text(json.dumps(found), encoding="utf-8")

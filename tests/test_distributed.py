@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes, each with its own devices: they give what one gives, or an error."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import process_worker
+from meshwen.cli import main
+from meshwen.distributed import start
+from meshwen.errors import MeshwenError
+
+FAST = ("1x8 fast", "2x4 fast", "data=2,model=4 fast")
+EXACT = "2x4 exact"
+QUESTION = "Maya buys 4 books at $7 each and pays with $50. How much change does she get?"
+ANSWER = "4*7=28 dollars\n50-28=22 dollars back\n#### 22\n"
+LIMIT = 60  # seconds in which the others stop when a process dies
+
+
+@pytest.fixture
+def port():
+    return free_port()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def spawn(*arguments) -> subprocess.Popen:
+    """A Python that has no device count set."""
+    tests = Path(__file__).parent
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tests,
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def generate(port, index, *arguments) -> subprocess.Popen:
+    own = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index)
+    return spawn("-m", "meshwen", "generate", *arguments, *own)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes sees, by run."""
+    folder, address = tmp_path_factory.mktemp("processes"), f"127.0.0.1:{free_port()}"
+    outputs = [folder / str(index) for index in range(2)]
+    started = [
+        spawn("process_worker.py", address, index, output, *FAST, EXACT)
+        for index, output in enumerate(outputs)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [json.loads(output.read_bytes()) for output in outputs]
+
+
+@cache
+def one_process(run):
+    return process_worker.observe(*run.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", FAST)
+def test_two_processes_give_what_one_gives(found, run):
+    expected = one_process(run)
+    for process in found:
+        assert process[run]["tokens"] == expected["tokens"]
+        np.testing.assert_allclose(process[run]["logits"], expected["logits"], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(
+            process[run]["logprobs"], expected["logprobs"], rtol=0, atol=2e-4
+        )
+
+
+@pytest.mark.slow
+def test_exact_numerics_give_the_bits_of_one_device(found):
+    expected = one_process("1 exact")
+    for process in found:
+        assert process[EXACT]["logits"] == expected["logits"]
+        assert process[EXACT]["logprobs"] == expected["logprobs"]
+
+
+@pytest.mark.slow
+def test_each_process_reads_the_bytes_of_its_own_devices(found):
+    everything = one_process("1x8 fast")["bytes"]
+    ours, theirs = (process["1x8 fast"]["bytes"] for process in found)
+    assert ours + theirs == everything
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_process_0_alone_prints_and_alone_reads_the_prompt(port):
+    started = [generate(port, index, "--mesh", "1x8") for index in range(2)]
+    (out, err), (others_out, others_err) = (
+        process.communicate(text, timeout=200)
+        for process, text in zip(started, (QUESTION, "not this"), strict=True)
+    )
+    assert [process.returncode for process in started] == [0, 0], err + others_err
+    assert out == ANSWER
+    assert "mesh: 1x8, 8 simulated cpu devices" in err
+    assert "first token after" in err
+    assert (others_out, others_err) == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_stop_when_a_process_dies(port, tmp_path, victim):
+    prompts = tmp_path / "prompts"
+    prompts.write_text(f"{QUESTION}\n" * 1000, encoding="utf-8")
+    arguments = ("--prompts-file", prompts, "--batch-size", 1, "--mesh", "1x8")
+    started = [generate(port, index, *arguments) for index in range(2)]
+    assert started[0].stdout.readline().startswith("[1/1000]")
+    started[victim].kill()
+    killed = time.monotonic()
+    survivor = started[1 - victim]
+    _, errors = survivor.communicate(timeout=LIMIT)
+    assert time.monotonic() - killed < LIMIT
+    assert survivor.returncode != 0
+    assert "if another has ended, look there" in errors or "another task died" in errors
+    started[victim].communicate()
+
+
+@pytest.mark.slow
+def test_options_that_differ_are_refused_by_all(port):
+    started = [generate(port, index, "hi", "--seed", index + 7) for index in range(2)]
+    for process in started:
+        _, errors = process.communicate(timeout=LIMIT)
+        assert process.returncode == 2
+        assert "--seed is 7 in process 0 but 8 in process 1" in errors
+
+
+@pytest.mark.slow
+def test_an_error_of_the_prompt_and_of_the_mesh_ends_all(port):
+    for arguments, message in (
+        (("--mesh", "1x3"), "3 devices"),
+        (("--mesh", "2", "--prompts-file", "no"), "no:"),
+    ):
+        started = [generate(port, index, *arguments) for index in range(2)]
+        for process in started:
+            _, errors = process.communicate(timeout=LIMIT)
+            assert process.returncode == 2
+            assert message in errors
+        port = free_port()
+
+
+@pytest.mark.slow
+def test_process_0_does_not_wait_for_others_forever(port):
+    program = (
+        "import sys, meshwen.distributed as d\n"
+        "from meshwen.cli import main\n"
+        "d.start.__defaults__ = (None, None, 1.0)\n"
+        f"sys.exit(main('generate hi --coordinator 127.0.0.1:{port} --num-processes 3 "
+        "--process-id 0'.split()))"
+    )
+    process = spawn("-c", program)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 2, errors
+    assert "not all of the 3 processes came within 1 s" in errors
+
+
+def test_a_coordinator_that_never_comes_is_an_error(port):
+    with pytest.raises(MeshwenError, match=rf"127.0.0.1:{port}: no answer within 0 s .* start it"):
+        start(f"127.0.0.1:{port}", 2, 1, timeout=0.1)
+
+
+def test_a_port_in_use_is_an_error(port):
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        with pytest.raises(MeshwenError, match=r"cannot listen there .*give another port"):
+            start(f"127.0.0.1:{port}", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host", 2, 0), "no address"),
+        (("host:99999", 2, 0), "no address"),
+        (("host:1", 2, None), "this one's id, is missing"),
+        (("host:1", None, 0), "the number of processes"),
+        (("host:1", 2, 2), "id 2 is impossible among 2"),
+        (("auto", 2, None), "knows the number"),
+    ],
+)
+def test_an_impossible_argument_is_refused(arguments, message):
+    with pytest.raises(MeshwenError, match=message):
+        start(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate hi --process-id 1", "need --coordinator HOST:PORT"),
+        ("chat --coordinator h:1 --num-processes 2 --process-id 0", "chat runs in one process"),
+    ],
+)
+def test_a_command_line_that_cannot_run_is_refused(arguments, message, capsys):
+    assert main(arguments.split()) == 2
+    assert message in capsys.readouterr().err
