@@ -62,7 +62,7 @@ def _meshwen(
 app.command("generate")(over_processes(generate))
 app.command("chat")(over_processes(chat, refusal=_ONE_PERSON))
 app.command("inspect")(inspect)
-app.command("verify")(verify)
+app.command("verify")(over_processes(verify))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,8 +38,8 @@ ProcessId = Annotated[
 ]
 _OPTIONS = {"coordinator": Coordinator, "num_processes": NumProcesses, "process_id": ProcessId}
 
-# What may differ between machines (where files lie), or is read by process 0 alone.
-_OWN_AFFAIR = {"model", "prompt", "prompts_file", "debug"}
+# What may differ between machines (where files lie), or is read or written by process 0 alone.
+_OWN_AFFAIR = {"model", "prompt", "prompts_file", "prompts", "json_file", "html_file", "debug"}
 
 
 def over_processes(command: Callable[..., Any], refusal: str | None = None) -> Callable[..., Any]:
@@ -87,7 +87,8 @@ def _check_alike(own: Mapping[str, Any]) -> None:
     """Refuses options that differ between processes: these would wait for each other forever."""
     from meshwen.distributed import gathered
 
-    first, *others = gathered("options", {k: v for k, v in own.items() if k not in _OWN_AFFAIR})
+    mine = {name: str(value) for name, value in own.items() if name not in _OWN_AFFAIR}
+    first, *others = gathered("options", mine)
     for index, other in enumerate(others, start=1):
         for name in first:
             if other.get(name) != first[name]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,6 +101,7 @@ def verify(
     """
     from meshwen.checkpoints import open_checkpoint
     from meshwen.compilation_cache import enable_compilation_cache
+    from meshwen.distributed import process_count, process_index
     from meshwen.verify.certificate import certificate, read_certificate
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.report_html import html_report
@@ -107,6 +109,10 @@ def verify(
     if against is not None and (prompts is not None or golden is not None or max_new_tokens):
         raise MeshwenError("--against has its own prompts; leave out what else names some")
     before = None if against is None else read_certificate(against)
+    if process_count() > 1 and self_test:
+        raise MeshwenError("--self-test runs in one process: leave out --coordinator")
+    if process_index():  # Process 0 alone writes.
+        json_file = html_file = None
     specs = parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
     kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
     chosen = _numerics(numerics, before)
@@ -198,11 +204,13 @@ def _workload(
 
 def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequence[int]]:
     from meshwen.cli.prompts import Prompt
+    from meshwen.distributed import shared
     from meshwen.tokenizer import Tokenizer
     from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
 
     if prompts is not None:
-        asked = read_prompts(None, prompts)
+        read = shared("prompts", lambda: [asdict(p) for p in read_prompts(None, prompts)])
+        asked = [Prompt(**fields) for fields in read]
         needed = not all(prompt.is_token_ids for prompt in asked)
         tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None
         return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in asked]

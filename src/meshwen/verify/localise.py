@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from meshwen.config import Qwen2Config
+from meshwen.distributed import to_host
 from meshwen.model import Params, Positions, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.verify.mesh_run import MeshRun
@@ -125,8 +126,8 @@ class Prober:
         for rows, tokens, positions in run.groups():
             weights = run.runner.params if params is None else params
             checksums, sample, out = self._probe(weights, tokens, positions, rows)
-            sums.append(np.asarray(checksums))
-            samples.append(np.asarray(sample))
+            sums.append(to_host(checksums))
+            samples.append(to_host(sample))
             found += run.asked_logits(rows, out)
         totals, agree = _total(np.stack(sums), run.plan.data_devices, run.plan.model_devices)
         logit_bits = np.stack(found).view(np.uint32)

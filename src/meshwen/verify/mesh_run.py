@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from meshwen.config import Qwen2Config
+from meshwen.distributed import to_host
 from meshwen.kv_cache import KVCache
 from meshwen.model import Params, Positions, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
@@ -97,7 +98,7 @@ class MeshRun:
 
     def asked_logits(self, rows: np.ndarray, found: Array) -> list[np.ndarray]:
         """Of a batch's logits [B, T, V padded] those that are compared: [steps, V] a prompt."""
-        logits = np.asarray(found)
+        logits = to_host(found)
         return [
             logits[i, self.workload.asked(row), : self._vocab]
             for i, row in enumerate(rows)
@@ -105,7 +106,7 @@ class MeshRun:
         ]
 
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes of weights on the device with the least, and with the most."""
+        """Bytes of weights on the device with the least, and with the most, of this process."""
         return self._held(self.runner.params)
 
     def cache_bytes(self) -> tuple[int, int]:
@@ -113,7 +114,7 @@ class MeshRun:
         return self._held(self._empty_cache())
 
     def _held(self, arrays: Any) -> tuple[int, int]:
-        held = dict.fromkeys(self.plan.mesh.devices.flat, 0)
+        held = dict.fromkeys(self.plan.mesh.local_devices, 0)
         for array in jax.tree.leaves(arrays):
             for shard in array.addressable_shards:
                 held[shard.device] += shard.data.nbytes
@@ -134,20 +135,20 @@ class MeshRun:
             out, cache = self._decode_logits(params, cache, fed[:, step], lengths + step)
             found.append(out)
             found[-1].block_until_ready()
-        return np.stack([np.asarray(out)[:, : self._vocab] for out in found], axis=1)
+        return np.stack([to_host(out)[:, : self._vocab] for out in found], axis=1)
 
     def _greedy(self, fed: np.ndarray | None) -> np.ndarray:
         """The sampler's tokens: int32 [rows, steps], fed with others' or (None) with its own."""
         hidden, cache = self._prefill()
         params, lengths = self.runner.params, self.workload.lengths
         sampled = self.runner.first(hidden, lengths, self._rows, None, self._method)
-        found = [np.asarray(sampled.tokens)]
+        found = [to_host(sampled.tokens)]
         for step in range(self.workload.steps - 1):
             tokens = found[-1] if fed is None else fed[:, step]
             sampled, _, cache = self._decode(
                 params, cache, tokens, lengths + step, self._rows, None
             )
-            found.append(np.asarray(sampled.tokens))
+            found.append(to_host(sampled.tokens))
         return np.stack(found, axis=1)
 
     def _prefill(self) -> tuple[Array, KVCache]:
