@@ -51,7 +51,7 @@ def test_a_broken_promise_is_exit_status_1(model, capsys, monkeypatch):
 def test_a_fault_that_is_not_found_is_exit_status_1(model, capsys, monkeypatch):
     monkeypatch.setattr("meshwen.verify.faults.negated", lambda part: part)
     assert main(["verify", "--model", model, *SHORT, "--self-test"]) == 1
-    assert "NOT FOUND: one element" in capsys.readouterr().out
+    assert "but nowhere: one element" in capsys.readouterr().out
 
 
 def test_a_certificate_is_run_again_with_all_its_settings(model, certificate, capsys):

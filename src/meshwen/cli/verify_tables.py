@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwen.cli.console import bytes_text
-from meshwen.verify.picture import bytes_range, collective_lines, greedy_text, strip, worst
+from meshwen.verify.picture import bytes_range, collectives_by_mesh, greedy_text, strip, worst
 
 _COLUMNS = (
     *("mesh", ">n", ">weights", ">cache", ">max diff", ">relative", ">mean KL"),
@@ -34,6 +34,7 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
         console.print(_table(numerics, rows))
         _print_parting(rows, console)
         _print_collectives(rows, found["layers"], console)
+    _print_cache(found["rows"], console)
     _print_self_test(found["self_test"], console)
     if found["golden"] is not None:
         golden = found["golden"]
@@ -99,22 +100,32 @@ def _print_parting(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def _print_collectives(rows: list[dict[str, Any]], layers: int, console: Console) -> None:
-    """The collectives of a decode step, meshes with the same ones on a line."""
-    alike: dict[str, list[str]] = {}
-    for row in rows:
-        alike.setdefault(", ".join(collective_lines(row, layers)), []).append(row["mesh"])
     console.print("\ncollectives of a decode step")
-    for lines, meshes in alike.items():
-        console.print(Text(f"{' '.join(meshes)}: {lines}"))
+    for meshes, text in collectives_by_mesh(rows, layers).items():
+        console.print(Text(f"{meshes}: {text}"))
+
+
+def _print_cache(rows: list[dict[str, Any]], console: Console) -> None:
+    """How far logits through the cache are from those of whole sequences, on each mesh."""
+    console.print("\nlogits through the cache, against those of whole sequences on the same mesh")
+    for numerics in dict.fromkeys(row["numerics"] for row in rows):
+        own = [row["cached_against_whole"] for row in rows if row["numerics"] == numerics]
+        equal = all(difference["bits_equal"] for difference in own)
+        largest = max(difference["max_relative"] for difference in own)
+        text = "bits equal" if equal else f"at most {largest:.1e} of the largest logit apart"
+        console.print(f"{numerics}: {text} on {len(own)} meshes")
 
 
 def _print_self_test(self_test: dict[str, list[dict[str, Any]]], console: Console) -> None:
     for key, faults in self_test.items():
         console.print(Text(f"\nself-test on {key}", style="bold"))
         for fault in faults:
-            mark = "found" if fault["caught"] else "NOT FOUND"
-            place = fault["found_at"] or "nowhere"
-            console.print(Text(f"{mark}: {fault['fault']}; put at {fault['put_at']}, seen {place}"))
+            if fault["caught"]:
+                console.print(Text(f"found at {fault['put_at']}: {fault['fault']}"))
+                continue
+            seen = fault["found_at"] or "nowhere"
+            said = f"NOT FOUND at {fault['put_at']}, but {seen}: {fault['fault']}"
+            console.print(Text(said, style="red"))
 
 
 def _print_verdict(found: dict[str, Any], console: Console) -> None:

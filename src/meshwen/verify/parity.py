@@ -39,6 +39,7 @@ class Row:
         cache_bytes: the same of the KV cache of all prompts.
         whole: logits of forward passes without a cache.
         cached: logits through prefill and decode steps.
+        cached_against_whole: this mesh's `cached` logits, held against its own `whole` ones.
         greedy_agree: positions where the decode step's sampler takes the first mesh's token.
         greedy_is_likeliest: the sampler's tokens are the likeliest by `cached` everywhere.
         collectives: of a decode step; alike ones together, with how many there are.
@@ -62,6 +63,7 @@ class Row:
     cache_bytes: tuple[int, int]
     whole: Difference
     cached: Difference
+    cached_against_whole: Difference
     greedy_agree: int
     greedy_is_likeliest: bool
     collectives: tuple[tuple[Collective, int], ...]
@@ -186,7 +188,12 @@ def _row(
     found = collectives(hlo)
     first = parting(reference.trace, trace)
     agree = int((observed.greedy == reference.observed.greedy).sum())
-    kinds = {"whole-sequence": whole, "cached": cached}
+    own = compare(observed.whole, observed.cached)
+    kinds = {
+        "whole-sequence logits, against the first mesh's": whole,
+        "logits through the cache, against the first mesh's": cached,
+        "logits through the cache, against whole-sequence ones": own,
+    }
     broken = [
         *broken_by_logits(plan.numerics, dtype, kinds, agree == observed.greedy.size),
         *broken_by_collectives(plan.numerics, plan.config.num_hidden_layers, found),
@@ -202,6 +209,7 @@ def _row(
         cache_bytes=run.cache_bytes(),
         whole=whole,
         cached=cached,
+        cached_against_whole=own,
         greedy_agree=agree,
         greedy_is_likeliest=bool((observed.greedy == observed.cached.argmax(axis=-1)).all()),
         collectives=tuple(summary(found)),

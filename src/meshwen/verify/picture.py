@@ -36,7 +36,15 @@ def bytes_range(least_and_most: tuple[int, int], text: Any) -> str:
     return str(text(most) if least == most else f"{text(least)} to {text(most)}")
 
 
-def collective_lines(row: dict[str, Any], layers: int) -> list[str]:
+def collectives_by_mesh(rows: list[dict[str, Any]], layers: int) -> dict[str, str]:
+    """The collectives of a decode step, each with the meshes, on one line, that have them."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(", ".join(_collectives(row, layers)), []).append(row["mesh"])
+    return {" ".join(meshes): text for text, meshes in alike.items()}
+
+
+def _collectives(row: dict[str, Any], layers: int) -> list[str]:
     """`2 all-reduce f32 a layer`, and what there is beside the layers."""
     lines = []
     for found in row["collectives"]:

@@ -35,24 +35,24 @@ def broken_by_logits(
     Args:
         numerics: "fast" or "exact".
         dtype: "float32" or "bfloat16".
-        kinds: differences from the first mesh, by how the logits were computed.
+        kinds: differences, by what was held against what.
         sampler_agrees: the decode step's greedy tokens are the first mesh's.
     """
     broken = []
     for kind, difference in kinds.items():
         if numerics == "exact":
             if not difference.bits_equal:
-                broken.append(f"{kind} logits are not those of the first mesh to the bit")
+                broken.append(f"{kind}: not the same bits")
         elif dtype == "float32":
             # Written so that NaN, which is below nothing, breaks it too.
             if not difference.max_relative <= FLOAT32_RELATIVE:
                 broken.append(
-                    f"{kind} logits differ by {difference.max_relative:.1e} of the largest; "
+                    f"{kind}: differences of {difference.max_relative:.1e} of the largest; "
                     f"at most {FLOAT32_RELATIVE:.0e} is promised"
                 )
         elif not difference.mean_kl <= BFLOAT16_KL:
             broken.append(
-                f"{kind} logits have a mean KL divergence of {difference.mean_kl:.1e}; "
+                f"{kind}: a mean KL divergence of {difference.mean_kl:.1e}; "
                 f"at most {BFLOAT16_KL:.0e} is promised"
             )
     if numerics == "exact" and not sampler_agrees:

@@ -12,7 +12,7 @@ from meshwen.verify.picture import (
     LARGEST,
     SMALLEST,
     bytes_range,
-    collective_lines,
+    collectives_by_mesh,
     greedy_text,
     height,
     worst,
@@ -31,21 +31,22 @@ def html_report(certificate: dict[str, Any]) -> str:
     template = environment.from_string(
         (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     )
-    layers = certificate["layers"]
-    sections = [
-        {
-            "numerics": numerics,
-            "rows": [
-                _shown(row, layers) for row in certificate["rows"] if row["numerics"] == numerics
-            ],
-            "plot": _plot([r for r in certificate["rows"] if r["numerics"] == numerics]),
-        }
-        for numerics in certificate["numerics"]
-    ]
+    sections = []
+    for numerics in certificate["numerics"]:
+        rows = [row for row in certificate["rows"] if row["numerics"] == numerics]
+        shown = [_shown(row) for row in rows]
+        sections.append(
+            {
+                "numerics": numerics,
+                "rows": shown,
+                "collectives": collectives_by_mesh(rows, certificate["layers"]),
+                "plot": _plot(rows),
+            }
+        )
     return template.render(c=certificate, sections=sections, steps=len(certificate["tokens"][0]))
 
 
-def _shown(row: dict[str, Any], layers: int) -> dict[str, Any]:
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row with what the page writes of it."""
     return row | {
         "weights": bytes_range(row["weight_bytes"], _bytes),
@@ -55,7 +56,6 @@ def _shown(row: dict[str, Any], layers: int) -> dict[str, Any]:
         "max_relative": worst(row, "max_relative"),
         "mean_kl": worst(row, "mean_kl"),
         "greedy": greedy_text(row),
-        "collective_lines": collective_lines(row, layers),
         "devices_heads": _devices_heads(row["heads"]),
         "hidden_devices": max(0, len(row["heads"]["query"]) - _MOST_DEVICES),
     }
