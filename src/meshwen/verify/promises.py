@@ -15,7 +15,7 @@ FLOAT32_RELATIVE = 1e-4
 # bfloat16: activations are rounded to 8 bits before each product, so another order of a sum can tip
 # a rounding, and the tipped value is what all later layers see. Single logits have no useful bound
 # then, but the distribution has: the mean divergence was 1.7e-5 nats for the 0.5B, 2.7e-5 for the
-# demo. The bound leaves room for longer prompts and for positions whose attention is ill-conditioned.
+# demo. The bound leaves room for longer prompts and for ill-conditioned attention.
 BFLOAT16_KL = 5e-2
 # Megatron's scheme: one all-reduce after attention, one after the MLP, one for the embedding.
 ALL_REDUCES_PER_LAYER, ALL_REDUCES_BESIDE = 2, 1
