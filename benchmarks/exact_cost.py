@@ -3,8 +3,8 @@
 
     python benchmarks/exact_cost.py --model PATH --dtype float32 --meshes 1,2,1x8
 
-Medians of several runs after warm-up; nothing else should run. One mesh at a time is in memory, with
-the weights of both numerics.
+The least of three medians after warm-up; nothing else should run. One mesh at a time is in memory,
+with the weights of both numerics.
 """
 
 import argparse
