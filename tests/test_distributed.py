@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import process_worker
+from meshwen.checkpoints import open_checkpoint
 from meshwen.cli import main
 from meshwen.distributed import start
 from meshwen.errors import MeshwenError
@@ -100,8 +101,11 @@ def test_exact_numerics_give_the_bits_of_one_device(found):
 def test_each_process_reads_the_bytes_of_its_own_devices(found):
     everything = one_process("1x8 fast")["bytes"]
     ours, theirs = (process["1x8 fast"]["bytes"] for process in found)
+    with open_checkpoint("demo") as checkpoint:
+        stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     assert ours + theirs == everything
     assert ours == theirs
+    assert ours < 0.55 * stored  # Half, and what every device holds a copy of.
 
 
 @pytest.mark.slow
