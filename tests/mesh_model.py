@@ -118,7 +118,7 @@ class MeshModel:
                 lowered = self.runner._logits.lower(self.params, tokens, tokens)
             else:
                 start, cache = np.zeros(batch, np.int32), self.cache(batch, slots)
-                program = self.runner._compiled(
+                program = self.runner.compiled(
                     _step,
                     ("batch length", "batch", "batch heads"),
                     ("batch length vocab", "batch heads"),

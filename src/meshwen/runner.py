@@ -41,20 +41,20 @@ class ModelRunner:
         self.tp = tensor_parallel(plan, dtype)
         weights = placed_weights(plan)
         self._params_spec = unflatten((w.path, w.sharding(plan).spec) for w in weights)
-        self._logits = self._compiled(
+        self._logits = self.compiled(
             _logits_step, ("batch length", "batch length"), "batch length vocab"
         )
-        self._prefill = self._compiled(
+        self._prefill = self.compiled(
             _prefill_step,
             (_CACHE, "batch embed", "batch length", "", "batch"),
             ("batch embed", _CACHE),
             static="slots",
             donate=(1, 2),
         )
-        self._first = self._compiled(
+        self._first = self.compiled(
             _first_step, ("batch embed", "batch", "batch", "batch vocab"), "batch", static="method"
         )
-        self._decode = self._compiled(
+        self._decode = self.compiled(
             _decode_step,
             (_CACHE, "batch", "batch", "batch", "batch vocab"),
             ("batch", "batch vocab", _CACHE),
@@ -148,7 +148,7 @@ class ModelRunner:
         """
         return self._decode(self.params, cache, tokens, positions, rows, seen, method=method)
 
-    def _compiled(
+    def compiled(
         self,
         step: Callable[..., Any],
         in_axes: tuple[str, ...],

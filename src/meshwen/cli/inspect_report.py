@@ -16,6 +16,7 @@ import numpy as np
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.cli.inspect_sums import sums_report
 from meshwen.kv_cache import cache_bytes_per_token
+from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights import Weight, declared_weights, num_parameters, placed_weights
@@ -129,8 +130,8 @@ def head_report(plan: ParallelPlan) -> dict[str, Any]:
         "query_cost_percent": _percent(slots, heads.query_heads),
         "key_value_copies": heads.key_value_copies,
         "key_value_cost_percent": _percent(heads.key_value_copies, 1),
-        "device_key_value_heads": _null_padding(heads.key_value_slots().tolist()),
-        "device_query_heads": _null_padding(heads.query_slots().tolist()),
+        "device_key_value_heads": named_slots(heads.key_value_slots()),
+        "device_query_heads": named_slots(heads.query_slots()),
     }
 
 
@@ -225,10 +226,3 @@ def _part(name: str) -> str:
 
 def _percent(found: float, ideal: float) -> float:
     return round((found / ideal - 1) * 100, 2)
-
-
-def _null_padding(slots: Any) -> Any:
-    """Nested lists with None where a slot is empty."""
-    if isinstance(slots, list):
-        return [_null_padding(slot) for slot in slots]
-    return None if slots < 0 else slots

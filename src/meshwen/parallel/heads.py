@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -82,6 +83,13 @@ class HeadLayout:
         head = (piece // self.pieces)[:, None] * group + within
         head[(within >= group) | (piece[:, None] // self.pieces >= self.key_value_heads)] = PADDING
         return head.reshape(self.devices, self.local_key_value_heads, self.group_slots)
+
+
+def named_slots(slots: np.ndarray) -> Any:
+    """Slots as nested lists, with None where one is empty: what JSON holds of a layout."""
+    if slots.ndim == 0:
+        return None if slots == PADDING else int(slots)
+    return [named_slots(part) for part in slots]
 
 
 def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:

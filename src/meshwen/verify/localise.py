@@ -108,7 +108,7 @@ class Prober:
         ) -> tuple[Array, Array, Array]:
             return _probe(params, token_ids, positions, rows, config, tp, row_hook)
 
-        self._probe = run.runner._compiled(
+        self._probe = run.runner.compiled(
             probe_step,
             ("batch length", "batch length", "batch"),
             ("batch vocab", "batch length", "batch length vocab"),

@@ -54,8 +54,8 @@ class MeshRun:
         self._method = SamplingMethod.of(greedy, self._vocab)
         self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
         self._decode = self._compiled_decode()
-        self._head = self.runner._compiled(head_step, ("batch embed",), "batch vocab")
-        self._decode_logits = self.runner._compiled(
+        self._head = self.runner.compiled(head_step, ("batch embed",), "batch vocab")
+        self._decode_logits = self.runner.compiled(
             decode_logits_step,
             ("batch heads", "batch", "batch"),
             ("batch vocab", "batch heads"),

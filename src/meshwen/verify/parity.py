@@ -15,6 +15,7 @@ import numpy as np
 
 from meshwen.checkpoints import Checkpoint
 from meshwen.loading import dummy_params, load_params
+from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import Numerics, ParallelPlan
 from meshwen.verify.faults import FaultFound, self_test
@@ -236,15 +237,9 @@ def _sha256(array: np.ndarray) -> str:
 def _heads(plan: ParallelPlan) -> dict[str, Any]:
     heads = plan.heads
     return {
-        "key_value": _none_for_padding(heads.key_value_slots().tolist()),
-        "query": _none_for_padding(heads.query_slots().tolist()),
+        "key_value": named_slots(heads.key_value_slots()),
+        "query": named_slots(heads.query_slots()),
     }
-
-
-def _none_for_padding(slots: Any) -> Any:
-    if isinstance(slots, list):
-        return [_none_for_padding(slot) for slot in slots]
-    return None if slots < 0 else slots
 
 
 def _said(row: Row) -> str:
