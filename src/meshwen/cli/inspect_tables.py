@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from itertools import groupby, zip_longest
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshwen.cli.console import bytes_text, count_text
+from meshwen.cli.console import bytes_text, count_text, plain_table
 from meshwen.cli.inspect_report import TensorRow
 
 _SHARED_FIELDS = ("architectures", "model_type", "hidden_act", "max_window_layers")
@@ -40,23 +39,6 @@ def print_inspection(
         _print_sums(report["sums"], console)
 
 
-def _table(title: str, *columns: str) -> Table:
-    """A table whose columns are aligned to the right where their name begins with `>`."""
-    table = Table(
-        title=f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for column in columns:
-        justify: JustifyMethod = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
-    return table
-
-
 def _config_table(config: dict[str, Any]) -> Table:
     """Every field but those that all Qwen2 models share, in two columns."""
     kinds = [f"{len(list(run))} x {kind}" for kind, run in groupby(config["layer_types"])]
@@ -70,7 +52,7 @@ def _config_table(config: dict[str, Any]) -> Table:
 
 
 def _tensor_table(rows: list[TensorRow], *, fold: bool) -> Table:
-    table = _table(
+    table = plain_table(
         "Tensors (axes: each logical axis, and the mesh axes that split it)",
         *("name", ">shape", "file", "axes", ">per device"),
     )
@@ -132,7 +114,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _stats_table(rows: list[TensorRow]) -> Table:
-    table = _table(
+    table = plain_table(
         "Values (least, greatest and mean: of the finite ones)",
         *("name", ">min", ">max", ">mean", ">NaN", ">Inf"),
     )
@@ -149,7 +131,7 @@ def _stats_table(rows: list[TensorRow]) -> Table:
 def _print_heads(report: dict[str, Any], console: Console) -> None:
     heads = report["head_layout"]
     groups = heads["data_groups"]
-    table = _table(
+    table = plain_table(
         f"Heads: {heads['query_heads']} query and {heads['key_value_heads']} key/value heads on "
         f"mesh {report['mesh']}"
         + (f", the same in all {groups} data groups" if groups > 1 else ""),
@@ -193,7 +175,7 @@ def _slot(head: int | None) -> str:
 def _print_bytes(report: dict[str, Any], console: Console) -> None:
     weights, cache = report["weights"], report["kv_cache"]
     keys = "" if report["dtype"] == "float32" else "; keys of the KV cache in float32"
-    table = _table(
+    table = plain_table(
         f"Bytes in {report['dtype']}{keys}",
         *("", ">model", ">per device", ">padding and copies"),
     )
@@ -221,7 +203,7 @@ def _print_bytes(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_sums(sums: dict[str, Any], console: Console) -> None:
-    table = _table(
+    table = plain_table(
         "Sums in exact numerics: leaves that no mesh changes, added in one tree",
         *("sum", "a leaf", ">per device", "added on each device"),
     )

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshwen.cli.console import bytes_text
+from meshwen.cli.console import bytes_text, plain_table
 from meshwen.verify.picture import bytes_range, collectives_by_mesh, greedy_text, strip, worst
 
 _COLUMNS = (
@@ -43,20 +42,10 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
 
 
 def _table(numerics: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title=f"\n{numerics} (n devices; on each: weights, KV cache, bytes sent for a token)",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for column in _COLUMNS:
-        right = column.startswith(">")
-        table.add_column(
-            column.removeprefix(">"), justify="right" if right else "left", no_wrap=True
-        )
+    title = f"{numerics} (n devices; on each: weights, KV cache, bytes sent for a token)"
+    table = plain_table(title, *_COLUMNS)
+    for column in table.columns:
+        column.no_wrap = True
     for row in rows:
         table.add_row(*_cells(row), style="red" if row["broken"] else None)
     return table
