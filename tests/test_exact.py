@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.errors import MeshwenError
+from meshwen.parallel.exact import COMPILER_OPTIONS, ExactTensorParallel
 from meshwen.parallel.heads import PADDING, exact_head_layout
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -98,6 +100,35 @@ def test_one_step_of_any_batch_has_the_bits_of_the_whole(dtype, batch):
     assert_same_bits(found, whole[:batch])
 
 
+@every_dtype
+@pytest.mark.parametrize(("inner", "columns"), [(128, 512), (128, 4096), (448, 18944), (896, 4864)])
+def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner, columns):
+    # Among them shapes where Eigen shares longer sums among threads: few rows and many columns.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((512, inner)).astype(np.float32)
+    weight = rng.standard_normal((inner, columns)).astype(dtype)
+    column = jax.jit(ExactTensorParallel(()).column, compiler_options=COMPILER_OPTIONS)
+    expected = np.asarray(column(x, weight))
+    for rows in (1, 2, 3, 4, 7, 8, 24, 48, 130):
+        assert_same_bits(np.asarray(column(x[:rows], weight)), expected[:rows])
+    for parts in (2, 4, 8):
+        part = np.ascontiguousarray(weight[:, : columns // parts])
+        assert_same_bits(np.asarray(column(x[:40], part)), expected[:40, : columns // parts])
+
+
+@pytest.mark.parametrize("function", [jnp.exp, jax.nn.silu, jnp.log1p], ids=lambda f: f.__name__)
+def test_a_function_has_one_approximation_for_any_width_and_surroundings(function):
+    pointwise = ExactTensorParallel(()).pointwise
+    x = np.random.default_rng(0).uniform(0, 20, (2048, 15)).astype(np.float32)
+    lowered = jax.jit(
+        lambda x: pointwise(function, x - x.min(axis=1, keepdims=True)),
+        compiler_options=COMPILER_OPTIONS,
+    )
+    expected = np.asarray(jax.jit(function)((x - x.min(axis=1, keepdims=True)).reshape(-1, 64)))
+    assert_same_bits(np.asarray(lowered(x)), expected.reshape(x.shape))
+    assert_same_bits(np.asarray(lowered(x[:1])), expected.reshape(x.shape)[:1])
+
+
 def wild_weights(seed: int) -> dict[str, np.ndarray]:
     """Wide exponents, cancelling sums, denormals and signed zeros."""
     rng = np.random.default_rng(seed)
@@ -131,7 +162,7 @@ def test_wild_numbers_keep_their_bits(dtype, seed):
 
 
 def test_the_error_is_no_larger_than_that_of_fast_numerics():
-    # At the real width: fast numerics adds up sums of 256 there, exact numerics of 128.
+    # At the real width: fast numerics adds up sums of 256 there, exact numerics of 64.
     config = replace(SMALL_HALF_B, hidden_size=896, intermediate_size=4864, head_dim=64)
     weights, token_ids = reference.random_weights(config), random_tokens(config, 2, LENGTH)
     expected = np.stack([reference.logits(weights, config, row.tolist()) for row in token_ids])

@@ -148,7 +148,7 @@ def scaled_dot_product_attention(
     q = (q * H**-0.5).reshape(B, K, N // K * T, H)
     scores = tp.scores(q, k).reshape(B, K, N // K, T, S)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = tp.pointwise(jnp.exp, scores - scores.max(axis=-1, keepdims=True))
     y, total = tp.weighted_values(weights.reshape(B, K, N // K * T, S), v)
     return (y / total).reshape(B, N, T, H)
 
@@ -157,19 +157,21 @@ def mlp(weights: Params, x: Array, tp: TensorParallel) -> Array:
     """SwiGLU (arXiv 2002.05202): [B, T, D] -> [B, T, D]."""
     gate = tp.column(x, weights["gate_proj"]["weight"])
     up = tp.column(x, weights["up_proj"]["weight"])
-    return tp.row(jax.nn.silu(gate) * up, weights["down_proj"]["weight"])
+    return tp.row(tp.pointwise(jax.nn.silu, gate) * up, weights["down_proj"]["weight"])
 
 
 def rms_norm(x: Array, weight: Array, eps: float, tp: TensorParallel) -> Array:
     """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32."""
-    return x * jax.lax.rsqrt(tp.mean_square(x) + eps) * weight.astype(jnp.float32)
+    scale = tp.pointwise(jax.lax.rsqrt, tp.mean_square(x) + eps)
+    return x * scale * weight.astype(jnp.float32)
 
 
 def rotary_tables(config: Qwen2Config, positions: Array, tp: TensorParallel) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles: int [B, T] -> two float32 [B, 1, T, H/2]."""
     frequencies, attention_factor = inverse_frequencies(config)
     (angles,) = tp.rounded((positions[:, None, :, None].astype(jnp.float32) * frequencies,))
-    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+    cos, sin = tp.pointwise(jnp.cos, angles), tp.pointwise(jnp.sin, angles)
+    return cos * attention_factor, sin * attention_factor
 
 
 def rotate(x: Array, rotary: tuple[Array, Array], tp: TensorParallel) -> Array:

@@ -200,10 +200,11 @@ def sample(
     if method.candidates:
         values, choices = _likeliest(logits, ids, method.candidates, tp)
         tokens = (
-            choices[:, 0] if method.candidates == 1 else _draw(values, choices, rows, positions)
+            choices[:, 0] if method.candidates == 1 else _draw(values, choices, rows, positions, tp)
         )
     else:
-        scores = logits / rows.temperature[:, None] + _noise(rows.seed, positions, ids[None])
+        (scaled,) = tp.rounded((logits / rows.temperature[:, None],))
+        scores = scaled + _noise(rows.seed, positions, ids[None], tp)
         tokens = _likeliest(scores, ids, 1, tp)[1][:, 0]
     return Sampled(tokens, _logprobs(raw, ids, tokens, tp) if method.logprobs else None)
 
@@ -233,16 +234,19 @@ def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tup
     return values, choices
 
 
-def _draw(values: Array, choices: Array, rows: SamplerRows, positions: Array) -> Array:
+def _draw(
+    values: Array, choices: Array, rows: SamplerRows, positions: Array, tp: TensorParallel
+) -> Array:
     """Draws from candidates sorted by logit; filters as transformers orders them: int32 [B]."""
     greedy = rows.temperature == 0
     temperature = jnp.where(greedy, 1, rows.temperature)[:, None]
     rank = jnp.arange(values.shape[1])
     top_k = jnp.where(rows.top_k == 0, values.shape[1], rows.top_k)[:, None]
-    scaled = jnp.where(rank < top_k, values / temperature, -jnp.inf)
+    (scaled,) = tp.rounded((values / temperature,))
+    scaled = jnp.where(rank < top_k, scaled, -jnp.inf)
     # Sums whose order depends neither on the number of rows nor on that of the candidates: what a
     # request draws is its own affair.
-    weights = jnp.exp(scaled - scaled[:, :1])
+    weights = tp.pointwise(jnp.exp, scaled - scaled[:, :1])
     total = _tree_sum(weights)
     probabilities = weights / total
     before = (lax.associative_scan(jnp.add, weights, axis=1) - weights) / total
@@ -250,7 +254,7 @@ def _draw(values: Array, choices: Array, rows: SamplerRows, positions: Array) ->
     keep = (before < top_p) | (rank == 0) | (top_p >= 1)
     kept = jnp.where(keep, probabilities, 0)
     keep &= kept >= rows.min_p[:, None] * kept[:, :1]
-    scores = jnp.where(keep, scaled + _noise(rows.seed, positions, choices), -jnp.inf)
+    scores = jnp.where(keep, scaled + _noise(rows.seed, positions, choices, tp), -jnp.inf)
     best = jnp.where(greedy, 0, jnp.argmax(scores, axis=1))
     return jnp.take_along_axis(choices, best[:, None], axis=1)[:, 0]
 
@@ -263,24 +267,24 @@ def _tree_sum(x: Array) -> Array:
     return x
 
 
-def _noise(seed: Array, positions: Array, ids: Array) -> Array:
+def _noise(seed: Array, positions: Array, ids: Array, tp: TensorParallel) -> Array:
     """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
 
     def row(seed: Array, position: Array, ids: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
         bits = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i))[0])(ids)
         # Small numbers, which make large noise, are the finest; none is 0, whose noise is infinite.
-        uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
-        return -jnp.log(-jnp.log1p(-uniform))
+        return (bits.astype(jnp.float32) + 0.5) * 2.0**-32
 
     ids = jnp.broadcast_to(ids, (seed.shape[0], ids.shape[1]))
-    return jax.vmap(row)(seed, positions, ids)
+    uniform = jax.vmap(row)(seed, positions, ids)
+    return tp.pointwise(lambda u: -jnp.log(-jnp.log1p(-u)), uniform)
 
 
 def _logprobs(logits: Array, ids: Array, tokens: Array, tp: TensorParallel) -> Array:
     """Log-probabilities of the tokens: float32 [B]."""
     shifted = logits - tp.largest(logits.max(axis=1))[:, None]
-    total = tp.vocabulary_sum(jnp.exp(shifted))
+    total = tp.vocabulary_sum(tp.pointwise(jnp.exp, shifted))
     # One addend is not zero, so the sum is exact in any order.
     chosen = tp.only(jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1))
-    return chosen - jnp.log(total)
+    return chosen - tp.pointwise(jnp.log, total)

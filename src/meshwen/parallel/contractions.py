@@ -15,6 +15,7 @@ are also reduced in float32, and bfloat16 costs no more accuracy on many devices
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,13 @@ class TensorParallel:
         A compiler may round a product and its sum at once, here and not there.
         """
         return products
+
+    def pointwise(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """A function of each element, such as exp.
+
+        A compiler may approximate it in several ways, here in one and there in another.
+        """
+        return function(x)
 
     def all_reduce(self, x: Array) -> Array:
         """The sum of `x` over the devices that split the model."""

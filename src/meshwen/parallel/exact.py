@@ -17,13 +17,17 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
 
   - YNNPACK multiplies bfloat16 in one order for any number of rows from 2 up and columns from 64
     up (from 16 for short sums). In float32 it cuts the sum to suit its cache, by rows and columns.
-  - Eigen adds float32 products one after the other up to 304 of them; from 152 up it may share a
-    sum among threads. Sums of up to 128 come in the same order for any number of rows and columns.
+  - Eigen adds float32 products one after the other up to 304 of them, but may share a sum among
+    threads, for some shapes, where a thread's share is more than 32 (`shouldShardByInnerDim`).
+    Sums of up to 64 it never shares, however many threads there are.
 
-  So float32 products are cut into sums of up to 128, handed to Eigen (YNNPACK refuses a transposed
+  So float32 products are cut into sums of up to 64, handed to Eigen (YNNPACK refuses a transposed
   left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns.
 - A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
   XLA forms one depends on what it fuses.
+- Functions such as exp are computed by themselves, in rows that fill whole vector registers: XLA
+  has other approximations for what is left over, and other roundings where it fuses (2% of the
+  values of `exp(x - max)` differ from those of exp of the difference).
 - Reductions are such products with ones. XLA's own order of a reduction depends on the shape.
 - -0.0 and +0.0 are equal but different bits, and a cut tree may lose the sign of a zero. So every
   product ends with +0.0 in the place of -0.0.
@@ -33,6 +37,7 @@ On other back ends the same program runs; whether its products keep their order,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +51,18 @@ from meshwen.parallel.contractions import TensorParallel, product
 # take those by their size.
 COMPILER_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # jax 0.10 takes optimization barriers out before it fuses; later versions do so afterwards.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 
-_LONGEST_SUM = 128  # products that one float32 matrix product adds up
+_LONGEST_SUM = 64  # products that one float32 matrix product adds up
 _MIN_ROWS = 8  # of bfloat16 products: fewer are slower, and one would have another order
 _MIN_COLUMNS = 64
 _ONES = 16  # equal columns of a sum's product with ones: one column would have another order
-# What the partial sums of a float32 product may take; longer products go by blocks of rows.
-_PARTIAL_BYTES = 1 << 28
+_VECTORS = 64  # elements that fill whole vector registers
+# What the partial sums of a float32 product may take; larger products go by blocks of rows, whose
+# partial sums are still in the cache when they are added.
+_PARTIAL_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,13 @@ class ExactTensorParallel(TensorParallel):
         """The products, each rounded to float32 by itself."""
         return lax.optimization_barrier(products)
 
+    def pointwise(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """A function of each element, by itself and in rows of one width."""
+        rows = _pad(x.reshape(-1), 0, -x.size % _VECTORS).reshape(-1, _VECTORS)
+        (rows,) = lax.optimization_barrier((rows,))
+        (y,) = lax.optimization_barrier((function(rows),))
+        return y.reshape(-1)[: x.size].reshape(x.shape)
+
     def only(self, x: Array) -> Array:
         """What one device has and the others have zeros for: an all-reduce of the bits."""
         if not self.axes:
@@ -154,10 +170,12 @@ def _product(x: Array, weight: Array) -> Array:
         y = product(x, padded, (((1,), (0,)), ((), ())))
         return _positive_zeros(y[: y.shape[0] - rows, : weight.shape[1]])
     partial_bytes = 4 * -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
-    block = max(_MIN_ROWS, _PARTIAL_BYTES // partial_bytes // _MIN_ROWS * _MIN_ROWS)
-    if x.shape[0] <= block:
+    most = max(_MIN_ROWS, _PARTIAL_BYTES // partial_bytes)
+    count = -(-x.shape[0] // most)
+    if count == 1:
         return _float32_product(x, weight)
-    blocks = _pad(x, 0, -x.shape[0] % block).reshape(-1, block, x.shape[1])
+    block = -(-x.shape[0] // (count * _MIN_ROWS)) * _MIN_ROWS
+    blocks = _pad(x, 0, count * block - x.shape[0]).reshape(count, block, x.shape[1])
     y = lax.map(lambda rows: _float32_product(rows, weight), blocks)
     return y.reshape(-1, weight.shape[1])[: x.shape[0]]
 
