@@ -49,7 +49,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)-torch/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
 	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,torch]" "transformers>=5,<6"
+	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,transformers]"
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 """`meshwen verify` through its command line: exit statuses, files, and what it refuses."""
 
 import json
+import sys
 
 import pytest
 
@@ -83,7 +84,21 @@ def test_prompts_and_reference_outputs_come_from_files(model, capsys, tmp_path):
     cases[1]["greedy"][0] ^= 1
     golden.write_text(json.dumps({"cases": cases}))
     assert main([*run, "--golden", str(golden)]) == 1
-    assert "golden prompt 1: other tokens" in capsys.readouterr().out
+    assert "prompt 1, token 0: " in capsys.readouterr().out
+
+
+@pytest.mark.torch
+def test_transformers_generates_the_same_tokens(model, capsys):
+    pytest.importorskip("transformers")
+    run = ["verify", "--model", model, *SHORT, "--reference", "transformers"]
+    assert main(run) == 0
+    assert "transformers: 4 of 4 prompts equal" in capsys.readouterr().out
+
+
+def test_a_missing_reference_says_what_to_install(model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["verify", "--model", model, *SHORT, "--reference", "transformers"]) == 2
+    assert "pip install 'meshwen[transformers]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -118,6 +133,8 @@ def test_meshes_that_make_no_sense_are_refused(text, said):
         (["--against", "none.json"], "cannot read none.json"),
         (["--golden", "none.json"], "cannot read none.json"),
         (["--golden", "pyproject.toml"], "no reference outputs"),
+        (["--reference", "transformers", "--golden", "g.json"], "leave out --golden"),
+        (["--reference", "transformers", "--load-format", "dummy"], "transformers cannot read"),
         (["--prompts", "none.txt"], "cannot read none.txt"),
     ],
 )
@@ -126,4 +143,5 @@ def test_what_cannot_be_run_is_one_line_and_exit_status_2(model, options, said, 
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("meshwen: error: ")
     assert said in error
-    assert all("made-up token ids" in line for line in notes)
+    expected = ("made-up token ids", "transformers generates")
+    assert all(line.endswith(expected) for line in notes)

@@ -149,11 +149,21 @@ def test_a_certificate_is_read_back_or_refused(found, tmp_path):
 
 def test_golden_tokens_are_compared_as_far_as_both_go():
     generated = np.array([[1, 2, 3], [4, 5, 6]])
-    same = golden_comparison("g.json", [[1, 2], [4, 5, 6, 7]], generated, "float32")
+    cases = [{"greedy": [1, 2]}, {"greedy": [4, 5, 6, 7]}]
+    same = golden_comparison("g.json", cases, generated, "float32")
     assert (same["equal"], same["broken"]) == (2, [])
-    other = golden_comparison("g.json", [[1, 2], [4, 9]], generated, "float32")
-    assert (other["equal"], len(other["broken"])) == (1, 1)
-    assert golden_comparison("g.json", [[1, 2], [4, 9]], generated, "bfloat16")["broken"] == []
+    cases[1] = {"greedy": [4, 9]}
+    other = golden_comparison("g.json", cases, generated, "float32")
+    assert other["equal"] == 1
+    assert other["broken"] == ["prompt 1, token 1: 5, but 9 in g.json"]
+    assert golden_comparison("g.json", cases, generated, "bfloat16")["broken"] == []
+
+
+@pytest.mark.parametrize(("margin", "broken"), [(5e-4, 0), (2e-3, 1)])
+def test_a_near_tie_of_the_reference_may_fall_either_way(margin, broken):
+    case = {"greedy": [4, 9, 9], "margins": [3.0, margin, 2.0]}
+    found = golden_comparison("transformers", [case], np.array([[4, 5, 6]]), "float32")
+    assert (found["equal"], len(found["differences"]), len(found["broken"])) == (0, 1, broken)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused():

@@ -26,6 +26,12 @@ _MESHES = "1x1,1x8,2x4,8x4,1x32"
 _STEPS = 16
 
 
+class Reference(StrEnum):
+    """Who else can generate, to be held against."""
+
+    TRANSFORMERS = "transformers"
+
+
 class NumericsChoice(StrEnum):
     """Which numerics to check."""
 
@@ -82,6 +88,15 @@ def verify(
             "--golden", 'Reference outputs: JSON {"cases": [{"input_ids": ..., "greedy": ...}]}.'
         ),
     ] = None,
+    reference: Annotated[
+        Reference | None,
+        typer.Option(
+            "--reference",
+            help="Generate from the same files with transformers (PyTorch, float32), and hold the "
+            "first mesh's tokens against it.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[Path | None, _file("--json", "Write a certificate.")] = None,
     html_file: Annotated[Path | None, _file("--html", "Write a report to look at.")] = None,
     against: Annotated[
@@ -102,15 +117,19 @@ def verify(
     from meshwen.checkpoints import open_checkpoint
     from meshwen.compilation_cache import enable_compilation_cache
     from meshwen.distributed import process_count, process_index
-    from meshwen.verify.certificate import certificate, read_certificate
+    from meshwen.verify.certificate import certificate, golden_comparison, read_certificate
     from meshwen.verify.parity import verify as run_verify
+    from meshwen.verify.reference import transformers_cases
     from meshwen.verify.report_html import html_report
 
     if against is not None and (prompts is not None or golden is not None or max_new_tokens):
         raise MeshwenError("--against has its own prompts; leave out what else names some")
+    if reference is not None and (golden is not None or against is not None):
+        raise MeshwenError("--reference makes reference outputs: leave out --golden and --against")
     before = None if against is None else read_certificate(against)
-    if process_count() > 1 and self_test:
-        raise MeshwenError("--self-test runs in one process: leave out --coordinator")
+    for option, asked in (("--self-test", self_test), ("--reference", reference is not None)):
+        if asked and process_count() > 1:
+            raise MeshwenError(f"{option} runs in one process: leave out --coordinator")
     if process_index():  # Process 0 alone writes.
         json_file = html_file = None
     specs = parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
@@ -122,10 +141,16 @@ def verify(
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
         expected = None if golden is None else _read_golden(golden)
         workload = _workload(checkpoint, prompts, expected, before, max_new_tokens or _STEPS)
+        if reference is not None:
+            note("transformers generates")
+            expected = transformers_cases(checkpoint, workload.prompts, workload.steps)
         outcome = run_verify(
             checkpoint, specs, chosen, kind, workload, test_self=self_test, note=note
         )
-        compared = None if expected is None else _compared(golden, expected, outcome, kind)
+        compared = None
+        if expected is not None:
+            source = str(reference) if golden is None else golden.name
+            compared = golden_comparison(source, expected, outcome.generated, kind)
         found = certificate(checkpoint, outcome, kind, compared)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -228,25 +253,20 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
 def _read_golden(path: Path) -> list[dict[str, Any]]:
     try:
         cases = json.loads(path.read_bytes())["cases"]
-        if cases and all(len(case["input_ids"]) and len(case["greedy"]) for case in cases):
+        if cases and all(
+            len(case["input_ids"])
+            and len(case.get("margins", case["greedy"])) == len(case["greedy"]) > 0
+            for case in cases
+        ):
             return list(cases)
     except OSError as error:
         raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise MeshwenError(
         f'{path} has no reference outputs: expected {{"cases": [{{"input_ids": [...], '
-        '"greedy": [...]}]}'
+        '"greedy": [...]}]}, with as many "margins" as tokens or none'
     )
-
-
-def _compared(
-    path: Path | None, golden: list[dict[str, Any]], outcome: Any, dtype: str
-) -> dict[str, Any]:
-    from meshwen.verify.certificate import golden_comparison
-
-    expected = [case["greedy"] for case in golden]
-    return golden_comparison(str(path), expected, outcome.generated, dtype)
 
 
 def _check_writable(path: Path | None) -> None:

@@ -37,7 +37,11 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
     _print_self_test(found["self_test"], console)
     if found["golden"] is not None:
         golden = found["golden"]
-        console.print(f"\n{golden['file']}: {golden['equal']} of {golden['prompts']} prompts equal")
+        console.print(
+            f"\n{golden['source']}: {golden['equal']} of {golden['prompts']} prompts equal"
+        )
+        for line in golden["differences"]:
+            console.print(line, markup=False)
     _print_verdict(found, console)
 
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transformers generates from the same files: PyTorch on the CPU, all of it in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from meshwen.checkpoints import Checkpoint
+from meshwen.errors import MeshwenError
+
+
+def transformers_cases(
+    checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], steps: int
+) -> list[dict[str, Any]]:
+    """Greedy continuations by transformers, as the cases of a file of reference outputs.
+
+    Args:
+        checkpoint: of a folder that transformers can read.
+        prompts: token ids.
+        steps: tokens after each prompt, past an end of text too.
+
+    Returns:
+        For each prompt its "input_ids", its "greedy" tokens and their "margins": by how much each
+        token's logit exceeds the second-best.
+
+    Raises:
+        MeshwenError: transformers is not installed, or cannot read the checkpoint.
+    """
+    if checkpoint.path is None or not checkpoint.path.is_dir() or checkpoint.format is None:
+        raise MeshwenError(
+            f"transformers cannot read {checkpoint.name}: --reference needs a folder with "
+            "config.json and safetensors or PyTorch weights"
+        )
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+    except ImportError as error:
+        raise MeshwenError(
+            f"--reference transformers needs {error.name}: pip install 'meshwen[transformers]'"
+        ) from None
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, local_files_only=True
+    )
+    # In the place of the checkpoint's own, with its penalties and end-of-text tokens.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=steps,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return [_case(model, list(prompt)) for prompt in prompts]
+
+
+def _case(model: Any, prompt: list[int]) -> dict[str, Any]:
+    import torch
+
+    fed = torch.tensor([prompt])
+    found = model.generate(fed, attention_mask=torch.ones_like(fed))
+    best, second = torch.cat(found.logits).topk(2).values.T
+    return {
+        "input_ids": prompt,
+        "greedy": found.sequences[0, len(prompt) :].tolist(),
+        "margins": (best - second).tolist(),
+    }
