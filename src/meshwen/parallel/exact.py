@@ -16,7 +16,8 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
   and 0.12 (AVX-512):
 
   - YNNPACK multiplies bfloat16 in one order for any number of rows from 2 up and columns from 64
-    up (from 16 for short sums). In float32 it cuts the sum to suit its cache, by rows and columns.
+    up (from 16 for short sums), and zeros behind a sum change nothing. In float32 it cuts the sum
+    to suit its cache, by rows and columns.
   - Eigen adds float32 products one after the other up to 304 of them, but may share a sum among
     threads, for some shapes, where a thread's share is more than 32 (`shouldShardByInnerDim`).
     Sums of up to 64 it never shares, however many threads there are.
@@ -60,8 +61,8 @@ _MIN_ROWS = 8  # of bfloat16 products: fewer are slower, and one would have anot
 _MIN_COLUMNS = 64
 _ONES = 16  # equal columns of a sum's product with ones: one column would have another order
 _VECTORS = 64  # elements that fill whole vector registers
-# What the partial sums of a float32 product may take; larger products go by blocks of rows, whose
-# partial sums are still in the cache when they are added.
+# What partial sums may take; larger products go by blocks of rows, whose partial sums are still in
+# the cache when they are added.
 _PARTIAL_BYTES = 1 << 26
 
 
@@ -92,11 +93,15 @@ class ExactTensorParallel(TensorParallel):
             float32 [..., out].
         """
         leaves, tree = jax.tree.flatten(weight)
-        rows = x.reshape(-1, x.shape[-1])
-        parts = jnp.split(rows, len(leaves), axis=1)
-        sums = [_product(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
-        total = self._across_devices(_tree_of(jax.tree.unflatten(tree, sums)))
-        return total.reshape(*x.shape[:-1], total.shape[-1])
+
+        def added(rows: Array) -> Array:
+            parts = jnp.split(rows, len(leaves), axis=1)
+            sums = [_product(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+            return _tree_of(jax.tree.unflatten(tree, sums))
+
+        rows, out = x.reshape(-1, x.shape[-1]), leaves[0].shape[1]
+        total = self._across_devices(_by_blocks(added, rows, len(leaves) * out))
+        return total.reshape(*x.shape[:-1], out)
 
     def mean_square(self, x: Array) -> Array:
         """Mean of squares over the last axis: float32 [..., D] -> float32 [..., 1]."""
@@ -110,8 +115,8 @@ class ExactTensorParallel(TensorParallel):
     def weighted_values(self, weights: Array, v: Array) -> tuple[Array, Array]:
         """Values summed with weights, and the weights summed.
 
-        Zeros behind the last position that counts change nothing: the positions are cut into sums
-        from the left.
+        Zeros behind the last position that counts change nothing: bfloat16 products are added from
+        the left, float32 positions are cut into sums from the left.
 
         Args:
             weights: float32 [B, K, R, S].
@@ -120,8 +125,13 @@ class ExactTensorParallel(TensorParallel):
         Returns:
             float32 [B, K, R, H], float32 [B, K, R, 1].
         """
-        y = _float32_product(weights, v.astype(jnp.float32), _LONGEST_SUM)
-        return y, _sums(weights, _LONGEST_SUM)[..., None]
+        ones = jnp.ones((*v.shape[:-1], _ONES), v.dtype)
+        columns = jnp.concatenate([v, ones], axis=-1)
+        if v.dtype == jnp.float32:
+            y = _float32_product(weights, columns, _LONGEST_SUM)
+        else:
+            y = _bfloat16_product(weights.astype(v.dtype), columns)
+        return y[..., :-_ONES], y[..., -1:]
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """The products, each rounded to float32 by itself."""
@@ -165,19 +175,36 @@ class ExactTensorParallel(TensorParallel):
 def _product(x: Array, weight: Array) -> Array:
     """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
     if weight.dtype != jnp.float32:
-        rows, columns = max(0, _MIN_ROWS - x.shape[0]), max(0, _MIN_COLUMNS - weight.shape[1])
-        x, padded = _pad(x.astype(weight.dtype), 0, rows), _pad(weight, 1, columns)
-        y = product(x, padded, (((1,), (0,)), ((), ())))
-        return _positive_zeros(y[: y.shape[0] - rows, : weight.shape[1]])
-    partial_bytes = 4 * -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
-    most = max(_MIN_ROWS, _PARTIAL_BYTES // partial_bytes)
-    count = -(-x.shape[0] // most)
+        return _bfloat16_product(x.astype(weight.dtype), weight)
+    partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
+    return _by_blocks(lambda rows: _float32_product(rows, weight), x, partials)
+
+
+def _bfloat16_product(a: Array, b: Array) -> Array:
+    """a @ b: bfloat16 [..., M, c] x bfloat16 [..., c, N] -> float32 [..., M, N]."""
+    (M, N), batch = (a.shape[-2], b.shape[-1]), tuple(range(a.ndim - 2))
+    a = _pad(a, a.ndim - 2, max(0, _MIN_ROWS - M))
+    b = _pad(b, b.ndim - 1, max(0, _MIN_COLUMNS - N))
+    y = product(a, b, (((a.ndim - 1,), (b.ndim - 2,)), (batch, batch)))
+    return _positive_zeros(y[..., :M, :N])
+
+
+def _by_blocks(function: Callable[[Array], Array], x: Array, partials: int) -> Array:
+    """`function(x)`, for as many rows at a time as leave their partial sums in the cache.
+
+    Args:
+        function: [M, c] -> [M, N], rows apart.
+        x: [M, c].
+        partials: float32 values that a row's result is the sum of.
+    """
+    rows, most = x.shape[0], max(_MIN_ROWS, _PARTIAL_BYTES // (4 * partials))
+    count = -(-rows // most)
     if count == 1:
-        return _float32_product(x, weight)
-    block = -(-x.shape[0] // (count * _MIN_ROWS)) * _MIN_ROWS
-    blocks = _pad(x, 0, count * block - x.shape[0]).reshape(count, block, x.shape[1])
-    y = lax.map(lambda rows: _float32_product(rows, weight), blocks)
-    return y.reshape(-1, weight.shape[1])[: x.shape[0]]
+        return function(x)
+    block = -(-rows // (count * _MIN_ROWS)) * _MIN_ROWS
+    blocks = _pad(x, 0, count * block - rows).reshape(count, block, x.shape[1])
+    y = lax.map(function, blocks)
+    return y.reshape(count * block, -1)[:rows]
 
 
 def _float32_product(a: Array, b: Array, length: int = 0) -> Array:
@@ -221,11 +248,11 @@ def _sum_length(length: int) -> int:
     return even if even >= _LONGEST_SUM // 8 else most
 
 
-def _sums(x: Array, length: int = 0) -> Array:
+def _sums(x: Array) -> Array:
     """The sum over the last axis: float32 [..., c] -> float32 [...]."""
     rows = x.reshape(-1, x.shape[-1])
     ones = jnp.ones((x.shape[-1], _ONES), jnp.float32)
-    return _float32_product(rows, ones, length)[:, 0].reshape(x.shape[:-1])
+    return _float32_product(rows, ones)[:, 0].reshape(x.shape[:-1])
 
 
 def _row_padding(rows: int) -> int:
