@@ -2,6 +2,7 @@
 """A fault is found, in the layer and the operation where it is."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,8 +63,13 @@ def test_a_sum_in_another_order_is_found_where_it_is(place):
 def test_the_self_test_finds_every_fault(numerics):
     run = mesh_run("4", numerics)
     expected = trace("1" if numerics == "exact" else "4", numerics)
-    found = self_test(run, prober("4", numerics), expected, observed("4", numerics).whole)
+    sound, first = observed("4", numerics).whole, observed("1", numerics).whole
+    found = self_test(run, prober("4", numerics), expected, sound, first)
     assert [fault.caught for fault in found] == [True] * 3
+    if numerics == "exact":
+        assert all(fault.breaks == ("logits: not the same bits",) for fault in found)
+    else:  # Another order of a sum is no fault there.
+        assert [bool(fault.breaks) for fault in found] == [True, False, True]
     assert len({str(fault.put_at) for fault in found}) == 3
 
 
@@ -103,11 +109,17 @@ def test_logits_that_the_checksums_were_not_taken_of_are_noticed():
     assert not prober("4").trace(other).neutral
 
 
-def test_a_swap_of_two_values_changes_a_checksum():
-    def swapped(array):
-        return array[:, np.r_[1, 0, 2 : array.shape[1]]]
+def swapped(array):
+    return array[:, np.r_[1, 0, 2 : array.shape[1]]]
 
-    params = replaced(mesh_run("1").runner.params, ("model", "embed_tokens", "weight"), swapped)
+
+def two_signs_changed(array):
+    return array.at[:, :2].multiply(-1)
+
+
+@pytest.mark.parametrize("change", [swapped, two_signs_changed, jnp.negative])
+def test_changes_that_a_plain_sum_would_not_see_change_a_checksum(change):
+    params = replaced(mesh_run("1").runner.params, ("model", "embed_tokens", "weight"), change)
     found = prober("1").trace(observed("1").whole, params)
     assert parting(trace("1"), found) == Parting(None, "embedding")
 

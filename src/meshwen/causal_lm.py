@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +20,12 @@ from meshwen.engine import Completion, Engine, Event, Request, bucket
 from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import Numerics, ParallelPlan
+from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplingParams
 from meshwen.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
-NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 
 Prompt = str | Sequence[int]
 

@@ -148,6 +148,25 @@ class ModelRunner:
         """
         return self._decode(self.params, cache, tokens, positions, rows, seen, method=method)
 
+    def lower_decode(
+        self,
+        cache: KVCache,
+        tokens: ArrayLike,
+        positions: ArrayLike,
+        rows: SamplerRows,
+        seen: ArrayLike | None,
+        method: SamplingMethod,
+    ) -> jax.stages.Lowered:
+        """The program of `decode` for these arguments, to be looked at, or compiled and called.
+
+        It is called with the weights, then with the arguments but `method`.
+        """
+        program: Any = self._decode
+        lowered: jax.stages.Lowered = program.lower(
+            self.params, cache, tokens, positions, rows, seen, method=method
+        )
+        return lowered
+
     def compiled(
         self,
         step: Callable[..., Any],

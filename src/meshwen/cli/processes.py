@@ -39,7 +39,10 @@ ProcessId = Annotated[
 _OPTIONS = {"coordinator": Coordinator, "num_processes": NumProcesses, "process_id": ProcessId}
 
 # What may differ between machines (where files lie), or is read or written by process 0 alone.
-_OWN_AFFAIR = {"model", "prompt", "prompts_file", "prompts", "json_file", "html_file", "debug"}
+_OWN_AFFAIR = {
+    *("model", "prompt", "prompts_file", "prompts", "golden", "against"),
+    *("json_file", "html_file", "debug"),
+}
 
 
 def over_processes(command: Callable[..., Any], refusal: str | None = None) -> Callable[..., Any]:

@@ -78,7 +78,8 @@ def verify(
         typer.Option(
             "--max-new-tokens",
             min=1,
-            help=f"Tokens after each prompt, past an end of text too. Default: {_STEPS}.",
+            help="Tokens after each prompt, past an end of text too. Default: as many as "
+            f"--golden has, or {_STEPS}.",
             show_default=False,
         ),
     ] = None,
@@ -116,46 +117,40 @@ def verify(
     """
     from meshwen.checkpoints import open_checkpoint
     from meshwen.compilation_cache import enable_compilation_cache
-    from meshwen.distributed import process_count, process_index
-    from meshwen.verify.certificate import certificate, golden_comparison, read_certificate
+    from meshwen.distributed import process_index, shared
+    from meshwen.verify.certificate import certificate, golden_comparison, weights_sha256
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.reference import transformers_cases
-    from meshwen.verify.report_html import html_report
 
-    if against is not None and (prompts is not None or golden is not None or max_new_tokens):
-        raise MeshwenError("--against has its own prompts; leave out what else names some")
-    if reference is not None and (golden is not None or against is not None):
-        raise MeshwenError("--reference makes reference outputs: leave out --golden and --against")
-    before = None if against is None else read_certificate(against)
-    for option, asked in (("--self-test", self_test), ("--reference", reference is not None)):
-        if asked and process_count() > 1:
-            raise MeshwenError(f"{option} runs in one process: leave out --coordinator")
-    if process_index():  # Process 0 alone writes.
-        json_file = html_file = None
+    _check_together(prompts, golden, reference, against, self_test, max_new_tokens)
+    before, cases = _read_together(against, golden)
     specs = parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
+    if len(specs) == 1 and against is None:
+        note("only one mesh: it is held against itself, whole sequences against the cache")
     kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
     chosen = _numerics(numerics, before)
     for file in (json_file, html_file):
         _check_writable(file)
     enable_compilation_cache()
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
-        expected = None if golden is None else _read_golden(golden)
-        workload = _workload(checkpoint, prompts, expected, before, max_new_tokens or _STEPS)
+        workload = _workload(checkpoint, prompts, cases, before, max_new_tokens)
         if reference is not None:
             note("transformers generates")
-            expected = transformers_cases(checkpoint, workload.prompts, workload.steps)
+            cases = transformers_cases(checkpoint, workload.prompts, workload.steps)
         outcome = run_verify(
             checkpoint, specs, chosen, kind, workload, test_self=self_test, note=note
         )
-        compared = None
-        if expected is not None:
-            source = str(reference) if golden is None else golden.name
-            compared = golden_comparison(source, expected, outcome.generated, kind)
-        found = certificate(checkpoint, outcome, kind, compared)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if html_file is not None:
-        html_file.write_text(html_report(found), encoding="utf-8")
+        source = "transformers" if reference is not None else "the reference outputs"
+        compared = [
+            golden_comparison(source, cases, tokens, kind, name)
+            for name, tokens in outcome.generated.items()
+            if cases is not None
+        ]
+        needed = json_file or html_file or against
+        digest = shared("weights", lambda: weights_sha256(checkpoint) if needed else None)
+        found = certificate(checkpoint, outcome, kind, compared, digest)
+    if process_index() == 0:
+        _write(found, json_file, html_file)
     return 0 if _print(found, before) else 1
 
 
@@ -189,6 +184,46 @@ def parse_meshes(text: str) -> list[MeshSpec]:
     return specs
 
 
+def _check_together(
+    prompts: str | None,
+    golden: Path | None,
+    reference: Reference | None,
+    against: Path | None,
+    self_test: bool,
+    max_new_tokens: int | None,
+) -> None:
+    """Refuses options that do not go together."""
+    from meshwen.distributed import process_count
+
+    if against is not None and (prompts is not None or golden is not None or max_new_tokens):
+        raise MeshwenError("--against has its own prompts; leave out what else names some")
+    if reference is not None and (golden is not None or against is not None):
+        raise MeshwenError("--reference makes reference outputs: leave out --golden and --against")
+    if golden is not None and prompts is not None:
+        raise MeshwenError("--golden has its own prompts: leave out --prompts")
+    for option, asked in (("--self-test", self_test), ("--reference", reference is not None)):
+        if asked and process_count() > 1:
+            raise MeshwenError(f"{option} runs in one process: leave out --coordinator")
+
+
+def _read_together(against: Path | None, golden: Path | None) -> tuple[Any, Any]:
+    """A certificate and reference outputs, where asked for, as process 0 reads them."""
+    from meshwen.distributed import shared
+    from meshwen.verify.certificate import read_certificate
+
+    before = shared("certificate", lambda: None if against is None else read_certificate(against))
+    return before, shared("golden", lambda: None if golden is None else _read_golden(golden))
+
+
+def _write(found: dict[str, Any], json_file: Path | None, html_file: Path | None) -> None:
+    from meshwen.verify.certificate import as_json
+    from meshwen.verify.report_html import html_report
+
+    for file, text in ((json_file, as_json), (html_file, html_report)):
+        if file is not None:
+            file.write_text(text(found), encoding="utf-8")
+
+
 def _numerics(given: NumericsChoice | None, before: dict[str, Any] | None) -> list[Any]:
     if given is None and before is not None:
         return list(before["numerics"])
@@ -202,7 +237,7 @@ def _workload(
     prompts: str | None,
     golden: list[dict[str, Any]] | None,
     before: dict[str, Any] | None,
-    steps: int,
+    steps: int | None,
 ) -> Workload:
     """What to run: a certificate's tokens, reference prompts, the user's, or the built-in ones."""
     import numpy as np
@@ -215,12 +250,10 @@ def _workload(
         ids, tokens = before["prompts"], np.array(before["tokens"], np.int32)
         steps = tokens.shape[1]
     elif golden is not None:
-        if prompts is not None:
-            raise MeshwenError("--golden has its own prompts: leave out --prompts")
         ids = [case["input_ids"] for case in golden]
-        steps = min(steps, *(len(case["greedy"]) for case in golden))
+        steps = steps or max(len(case["greedy"]) for case in golden)
     else:
-        ids = _prompt_ids(checkpoint, prompts)
+        ids, steps = _prompt_ids(checkpoint, prompts), steps or _STEPS
     for number, one in enumerate(ids):
         check_prompt(one, checkpoint.config, f"prompt {number}")
     check_length(ids, steps, checkpoint.config)
@@ -233,8 +266,11 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
     from meshwen.tokenizer import Tokenizer
     from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
 
-    if prompts is not None:
-        read = shared("prompts", lambda: [asdict(p) for p in read_prompts(None, prompts)])
+    read = shared(
+        "prompts",
+        lambda: None if prompts is None else [asdict(p) for p in read_prompts(None, prompts)],
+    )
+    if read is not None:
         asked = [Prompt(**fields) for fields in read]
         needed = not all(prompt.is_token_ids for prompt in asked)
         tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None

@@ -35,13 +35,7 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
         _print_collectives(rows, found["layers"], console)
     _print_cache(found["rows"], console)
     _print_self_test(found["self_test"], console)
-    if found["golden"] is not None:
-        golden = found["golden"]
-        console.print(
-            f"\n{golden['source']}: {golden['equal']} of {golden['prompts']} prompts equal"
-        )
-        for line in golden["differences"]:
-            console.print(line, markup=False)
+    _print_golden(found["golden"], console)
     _print_verdict(found, console)
 
 
@@ -114,11 +108,24 @@ def _print_self_test(self_test: dict[str, list[dict[str, Any]]], console: Consol
         console.print(Text(f"\nself-test on {key}", style="bold"))
         for fault in faults:
             if fault["caught"]:
-                console.print(Text(f"found at {fault['put_at']}: {fault['fault']}"))
+                unseen = "" if fault["breaks"] else "; by its logits alone it would pass"
+                console.print(Text(f"found at {fault['put_at']}: {fault['fault']}{unseen}"))
                 continue
             seen = fault["found_at"] or "nowhere"
             said = f"NOT FOUND at {fault['put_at']}, but {seen}: {fault['fault']}"
             console.print(Text(said, style="red"))
+
+
+def _print_golden(comparisons: list[dict[str, Any]], console: Console) -> None:
+    for golden in comparisons:
+        binding = "" if golden["binding"] else "; in bfloat16 none need be"
+        text = (
+            f"\n{golden['numerics']} against {golden['source']}: {golden['equal']} of "
+            f"{golden['prompts']} prompts equal, {golden['tokens']} tokens in all{binding}"
+        )
+        console.print(Text(text))
+        for line in golden["differences"]:
+            console.print(Text(line))
 
 
 def _print_verdict(found: dict[str, Any], console: Console) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -39,6 +39,7 @@ LOGICAL_AXIS_RULES: dict[str, str] = {
 }
 
 Numerics = Literal["fast", "exact"]
+NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 
 # Into how many leaves exact numerics cuts the MLP's inner dimension and the vocabulary, whatever
 # the mesh: a mesh may split the model over any number of devices that divides it.
@@ -55,7 +56,7 @@ class ParallelPlan:
         numerics: "fast", or "exact": see `meshwen.parallel.exact`.
 
     Raises:
-        MeshwenError: exact numerics does not exist for this model on this mesh.
+        MeshwenError: there are no such numerics, or none for this model on this mesh.
     """
 
     config: Qwen2Config
@@ -63,11 +64,16 @@ class ParallelPlan:
     numerics: Numerics = "fast"
 
     def __post_init__(self) -> None:
-        if self.exact and LEAVES % self.model_devices:
+        if self.numerics not in NUMERICS:
+            raise MeshwenError(f"numerics {self.numerics!r} is not one of {', '.join(NUMERICS)}")
+        if not self.exact:
+            return
+        if LEAVES % self.model_devices:
             raise MeshwenError(
                 f"exact numerics splits a model over 1, 2, 4, 8, 16 or {LEAVES} devices, "
                 f"not {self.model_devices}; choose another mesh, or fast numerics"
             )
+        _ = self.heads  # Refuses what has no exact layout now, not when weights are placed.
 
     @property
     def exact(self) -> bool:

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,31 @@ from meshwen.verify.promises import BOUNDS, REFERENCE_MARGIN
 
 FORMAT = "meshwen-certificate-1"
 _BYTES_AT_A_TIME = 1 << 24
+# What a certificate must have to be run again and compared.
+_COMPARED = {
+    *("prompts", "tokens", "meshes", "numerics", "dtype", "rows"),
+    *("weights_sha256", "generated", "environment"),
+}
+_COMPARED_OF_ROWS = {"mesh", "numerics", "logits_sha256", "hlo_sha256"}
 
 Certificate = dict[str, Any]
 
 
 def certificate(
-    checkpoint: Checkpoint, outcome: Outcome, dtype: str, golden: dict[str, Any] | None
+    checkpoint: Checkpoint,
+    outcome: Outcome,
+    dtype: str,
+    golden: Sequence[Mapping[str, Any]] = (),
+    weights_sha256: str | None = None,
 ) -> Certificate:
     """All of it, as plain JSON values; the outcome is the same wherever its fields are.
 
     Args:
-        checkpoint: still open, for its weights are hashed.
+        checkpoint: what was run.
         outcome: what was found.
         dtype: of weights and products.
-        golden: what a comparison with reference outputs found.
+        golden: comparisons with reference outputs.
+        weights_sha256: see `weights_sha256`; None where nobody will read it.
     """
     workload = outcome.workload
     assert workload.continuations is not None
@@ -48,35 +59,36 @@ def certificate(
         "ok": not broken_promises(outcome, golden),
         "broken": broken_promises(outcome, golden),
         "model": checkpoint.name,
-        "weights_sha256": weights_sha256(checkpoint),
+        "weights_sha256": weights_sha256,
         "dtype": dtype,
         "numerics": list(dict.fromkeys(row.numerics for row in outcome.rows)),
         "meshes": list(dict.fromkeys(row.mesh for row in outcome.rows)),
         "prompts": [list(prompt) for prompt in workload.prompts],
         "tokens": workload.continuations.tolist(),
-        "generated": outcome.generated.tolist(),
+        "generated": {n: tokens.tolist() for n, tokens in outcome.generated.items()},
         "layers": checkpoint.config.num_hidden_layers,
         "bounds": BOUNDS,
         "rows": [_row(row) for row in outcome.rows],
         "self_test": {key: [_fault(f) for f in found] for key, found in outcome.faults.items()},
-        "golden": golden,
+        "golden": list(golden),
         "environment": environment(),
     }
 
 
-def broken_promises(outcome: Outcome, golden: dict[str, Any] | None) -> list[str]:
+def broken_promises(outcome: Outcome, golden: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every promise that was broken, with where."""
     broken = [
         f"{row.numerics} {row.mesh}: {promise}" for row in outcome.rows for promise in row.broken
     ]
     for key, found in outcome.faults.items():
         broken += [
-            f"self-test, {key}: {f.fault}: put at {f.put_at}, found at {f.found_at or 'no place'}"
+            f"self-test, {key}: {f.fault}: put at {f.put_at}, found at {f.found_at or 'no place'}, "
+            f"promises broken: {len(f.breaks)}"
             for f in found
             if not f.caught
         ]
-    if golden is not None:
-        broken += golden["broken"]
+    for comparison in golden:
+        broken += comparison["broken"]
     return broken
 
 
@@ -127,34 +139,59 @@ def read_certificate(path: Path) -> Certificate:
         raise MeshwenError(
             f"{path} is no {FORMAT}: give a file that this version's verify --json wrote"
         )
-    missing = {"prompts", "tokens", "meshes", "numerics", "dtype", "rows"} - set(content)
-    if missing:
-        raise MeshwenError(f"{path} lacks {min(missing)}: it is cut short or was edited")
+    for name, value, keys in (
+        (path.name, content, _COMPARED),
+        *((f"a row of {path.name}", row, _COMPARED_OF_ROWS) for row in content.get("rows", [])),
+    ):
+        if missing := keys - set(value):
+            raise MeshwenError(f"{name} lacks {min(missing)}: it is cut short or was edited")
     return content
+
+
+def as_json(found: Certificate) -> str:
+    """A certificate's text; what is no finite number becomes null."""
+    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def differences(before: Certificate, after: Certificate) -> dict[str, list[str]]:
     """What differs between two runs of the same prompts and tokens, in words.
 
+    A mesh that the certificate has not is held against any of its meshes in exact numerics.
+
     Returns:
         "outcome": weights, tokens and logits; [] when the outcome is the same.
-        "environment": versions, flags and devices.
+        "environment": versions, flags, devices and compiled programs.
     """
     outcome = []
     if before["weights_sha256"] != after["weights_sha256"]:
         outcome.append("weights")
     if before["dtype"] != after["dtype"]:
         outcome.append(f"dtype: {before['dtype']} before, {after['dtype']} now")
-    if before["generated"] != after["generated"]:
-        outcome.append("tokens: the first mesh generates others")
+    for numerics, tokens in after["generated"].items():
+        if before["generated"].get(numerics, tokens) != tokens:
+            outcome.append(f"tokens: the first mesh generates others in {numerics} numerics")
     earlier = {(row["numerics"], row["mesh"]): row for row in before["rows"]}
+    exact = next((row for row in before["rows"] if row["numerics"] == "exact"), None)
+    programs = []
     for row in after["rows"]:
-        old = earlier.get((row["numerics"], row["mesh"]))
         name = f"{row['numerics']} {row['mesh']}"
+        old = earlier.get((row["numerics"], row["mesh"]))
+        if old is not None and old["hlo_sha256"] != row["hlo_sha256"]:
+            programs.append(name)
+        if old is None and row["numerics"] == "exact":
+            old = exact
         if old is None:
             outcome.append(f"{name} is not in the certificate")
             continue
-        kinds = [k for k, v in row["logits_sha256"].items() if old["logits_sha256"][k] != v]
+        kinds = [k for k, v in row["logits_sha256"].items() if old["logits_sha256"].get(k) != v]
         if kinds:
             outcome.append(f"logits ({' and '.join(kinds)}) of {name}")
     then, now = before["environment"], after["environment"]
@@ -163,13 +200,19 @@ def differences(before: Certificate, after: Certificate) -> dict[str, list[str]]
         for key in dict.fromkeys((*then, *now))
         if then.get(key) != now.get(key)
     ]
+    if programs:
+        changed.append(f"another compiled decode step on {', '.join(programs)}")
     return {"outcome": outcome, "environment": changed}
 
 
 def golden_comparison(
-    source: str, cases: Sequence[Mapping[str, Any]], generated: np.ndarray, dtype: str
+    source: str,
+    cases: Sequence[Mapping[str, Any]],
+    generated: np.ndarray,
+    dtype: str,
+    numerics: str = "fast",
 ) -> dict[str, Any]:
-    """The first mesh's tokens against reference outputs.
+    """The first mesh's tokens in some numerics against reference outputs.
 
     In float32 another token breaks a promise, unless the reference's own margin there is known and
     below `REFERENCE_MARGIN`. What follows another token is not compared.
@@ -179,6 +222,7 @@ def golden_comparison(
         cases: each with "greedy" tokens and, where known, their "margins".
         generated: int32 [cases, steps].
         dtype: of the generating model.
+        numerics: its numerics.
     """
     said: list[str] = []
     broken: list[str] = []
@@ -187,13 +231,19 @@ def golden_comparison(
         step = next((i for i, token in enumerate(expected) if token != found[i]), None)
         if step is None:
             continue
-        where = f"prompt {number}, token {step}: {found[step]}, but {expected[step]} in {source}"
+        where = (
+            f"{numerics}, prompt {number}, token {step}: "
+            f"{found[step]}, but {expected[step]} in {source}"
+        )
         margin = case["margins"][step] if "margins" in case else None
         said.append(where if margin is None else f"{where}, by a margin of {margin:.1e}")
         if dtype == "float32" and (margin is None or margin >= REFERENCE_MARGIN):
             broken.append(said[-1])
     return {
         "source": source,
+        "numerics": numerics,
+        "tokens": sum(min(len(case["greedy"]), generated.shape[1]) for case in cases),
+        "binding": dtype == "float32",
         "prompts": len(cases),
         "equal": len(cases) - len(said),
         "differences": said,
@@ -214,6 +264,7 @@ def _row(row: Row) -> dict[str, Any]:
 def _fault(found: FaultFound) -> dict[str, Any]:
     return {
         "fault": found.fault,
+        "breaks": list(found.breaks),
         "put_at": str(found.put_at),
         "found_at": None if found.found_at is None else str(found.found_at),
         "caught": found.caught,

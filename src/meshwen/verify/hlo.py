@@ -53,9 +53,12 @@ class Collective:
 
     @property
     def adds_floats(self) -> bool:
-        """Whether it adds floating-point numbers, in an order that is XLA's to choose."""
+        """Whether it adds floating-point numbers, in an order that is XLA's to choose.
+
+        Where the reducer is none that is known to have no order, it is taken to add.
+        """
         floating = any(name[0] == "f" or name[:2] == "bf" for name in self.dtype.split("+"))
-        return floating and self.reducer in ("add", "multiply", "unknown")
+        return floating and self.reducer not in ("", "maximum", "minimum", "and", "or")
 
     @property
     def sent_bytes(self) -> float:

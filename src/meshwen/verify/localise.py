@@ -2,8 +2,8 @@
 """Where two runs part: checksums of the bits that every operation of the model gives.
 
 The model is run as it is, with contractions that note what goes through them. A checksum is a sum
-of bit patterns modulo 2^32, each multiplied by an odd number of its own: the order of the addition
-does not matter, so the same bits have the same checksum on every mesh. Noting stops fusions that
+modulo 2^32 of hashes, each of a value's bits and its place: the order of the addition does not
+matter, so the same bits have the same checksum on every mesh. Noting stops fusions that
 there would be otherwise; whether that changed the logits is checked, not assumed.
 """
 
@@ -23,6 +23,7 @@ from meshwen.distributed import to_host
 from meshwen.model import Params, Positions, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.verify.mesh_run import MeshRun
+from meshwen.verify.metrics import bits_equal
 
 # Changes what `row` is given, of the row-parallel products that it is asked about.
 RowHook = Callable[[int, Array, Any], tuple[Array, Any]]
@@ -36,6 +37,7 @@ class Trace:
         operations: their names, in order.
         checksums: uint32 [operations], over all prompts and positions.
         samples: float32 [prompts, operations but logits, D], at each prompt's last position.
+        logits: float32 [prompts, steps, vocab], those that the checksums were taken beside.
         devices_agree: every device that should hold the same activations has the same bits.
         neutral: the logits have the bits that they have without checksums.
     """
@@ -43,6 +45,7 @@ class Trace:
     operations: tuple[str, ...]
     checksums: np.ndarray
     samples: np.ndarray
+    logits: np.ndarray
     devices_agree: bool
     neutral: bool
 
@@ -130,13 +133,14 @@ class Prober:
             samples.append(to_host(sample))
             found += run.asked_logits(rows, out)
         totals, agree = _total(np.stack(sums), run.plan.data_devices, run.plan.model_devices)
-        logit_bits = np.stack(found).view(np.uint32)
+        logits_found = np.stack(found)
         return Trace(
             operation_names(run.plan.config.num_hidden_layers),
             totals,
             np.concatenate(samples)[: len(run.workload.prompts)],
+            logits_found,
             agree,
-            bool(np.array_equal(logit_bits, np.ascontiguousarray(whole).view(np.uint32))),
+            bits_equal(logits_found, whole),
         )
 
 
@@ -224,4 +228,14 @@ def _checksum(values: Array, valid: Array, rows: Array, first: Array | int, size
     )
     place = place[..., None] * jnp.uint32(0x9E3779B1) + columns.astype(jnp.uint32)
     counted = valid[..., None] & (columns < size)
-    return jnp.where(counted, bits * (2 * place + 1), 0).sum(dtype=jnp.uint32)
+    return jnp.where(counted, _mixed(bits ^ _mixed(place)), 0).sum(dtype=jnp.uint32)
+
+
+def _mixed(x: Array) -> Array:
+    """MurmurHash3's finaliser: every bit of uint32 moves about half of the result's bits.
+
+    Without it, the sum of bits times odd numbers would miss any even number of changed signs.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from meshwen.config import Qwen2Config
-from meshwen.distributed import to_host
+from meshwen.distributed import gathered, to_host
 from meshwen.kv_cache import KVCache
 from meshwen.model import Params, Positions, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
@@ -106,19 +106,21 @@ class MeshRun:
         ]
 
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes of weights on the device with the least, and with the most, of this process."""
-        return self._held(self.runner.params)
+        """Bytes of weights on the device with the least, and with the most."""
+        return self._held("weight", self.runner.params)
 
     def cache_bytes(self) -> tuple[int, int]:
         """The same of the KV cache of the workload."""
-        return self._held(self._empty_cache())
+        return self._held("cache", self._empty_cache())
 
-    def _held(self, arrays: Any) -> tuple[int, int]:
+    def _held(self, what: str, arrays: Any) -> tuple[int, int]:
         held = dict.fromkeys(self.plan.mesh.local_devices, 0)
         for array in jax.tree.leaves(arrays):
             for shard in array.addressable_shards:
                 held[shard.device] += shard.data.nbytes
-        return min(held.values()), max(held.values())
+        ends = [min(held.values()), max(held.values())]
+        every = gathered(f"{what} bytes, {self.plan.numerics} {self.label}", ends)
+        return min(least for least, _ in every), max(most for _, most in every)
 
     def _whole(self) -> np.ndarray:
         found: list[np.ndarray] = []
@@ -164,11 +166,8 @@ class MeshRun:
 
     def _compiled_decode(self) -> jax.stages.Compiled:
         row = np.zeros(self.workload.rows, np.int32)
-        decode = cast(jax.stages.Wrapped, self.runner._decode)
-        lowered = decode.lower(
-            self.runner.params, self._empty_cache(), row, row, self._rows, None, method=self._method
-        )
-        return lowered.compile()
+        cache = self._empty_cache()
+        return self.runner.lower_decode(cache, row, row, self._rows, None, self._method).compile()
 
 
 def head_step(params: Params, hidden: Array, *, config: Qwen2Config, tp: TensorParallel) -> Array:

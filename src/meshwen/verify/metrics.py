@@ -18,6 +18,7 @@ class Difference:
         mean_abs: the mean difference.
         max_relative: `max_abs` in units of the largest reference logit.
         mean_kl: mean Kullback-Leibler divergence from the reference, in nats.
+        max_kl: the largest of a position.
         positions: how many positions there are.
         agree: at how many of them the likeliest token is the reference's.
         first_divergence: (prompt, position) of the first one where it is not.
@@ -31,6 +32,7 @@ class Difference:
     mean_abs: float
     max_relative: float
     mean_kl: float
+    max_kl: float
     positions: int
     agree: int
     first_divergence: tuple[int, int] | None
@@ -50,14 +52,16 @@ def compare(reference: np.ndarray, found: np.ndarray) -> Difference:
     largest, total, kl, gaps, same = (np.stack(column) for column in zip(*rows, strict=True))
     scale = float(np.abs(reference).max())
     max_abs = float(largest.max())
+    kl = np.where(kl < 0, 0, kl)  # Rounding may give -1e-17; NaN stays.
     mean_kl = float(kl.mean())
     apart = np.argwhere(~same)
     return Difference(
-        bits_equal=bool(np.array_equal(_bits(reference), _bits(found))),
+        bits_equal=bits_equal(reference, found),
         max_abs=max_abs,
         mean_abs=float(total.sum() / reference.size),
         max_relative=max_abs / scale if scale else max_abs,
-        mean_kl=0.0 if mean_kl < 0 else mean_kl,  # Rounding may give -1e-17; NaN stays.
+        mean_kl=mean_kl,
+        max_kl=float(kl.max()),
         positions=same.size,
         agree=int(same.sum()),
         first_divergence=(int(apart[0][0]), int(apart[0][1])) if len(apart) else None,
@@ -86,5 +90,24 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def _bits(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).view(np.uint32)
+def bits_equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two float32 arrays have the same bits: -0.0 and 0.0 differ."""
+    bits, others = (np.ascontiguousarray(x).view(np.uint32) for x in (one, other))
+    return bool(np.array_equal(bits, others))
+
+
+def sampler_shortfall(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """By how much the largest logit exceeds that of a greedy sampler's token, at worst.
+
+    Args:
+        logits: float32 [prompts, positions, vocab].
+        tokens: int [prompts, positions].
+
+    Returns:
+        0 where every token is the likeliest, else in units of the largest logit; infinity for a
+        token outside of the vocabulary.
+    """
+    if tokens.min() < 0 or tokens.max() >= logits.shape[-1]:
+        return float("inf")
+    taken = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return float((logits.max(axis=-1) - taken).max() / np.abs(logits).max())

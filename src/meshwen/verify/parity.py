@@ -20,10 +20,15 @@ from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import Numerics, ParallelPlan
 from meshwen.verify.faults import FaultFound, self_test
 from meshwen.verify.hlo import Collective, collectives, fingerprint, summary
-from meshwen.verify.localise import Prober, Trace, divergence, parting
+from meshwen.verify.localise import Parting, Prober, Trace, divergence, parting
 from meshwen.verify.mesh_run import MeshRun, Observed
-from meshwen.verify.metrics import Difference, compare
-from meshwen.verify.promises import broken_by_collectives, broken_by_logits, broken_by_probe
+from meshwen.verify.metrics import Difference, compare, sampler_shortfall
+from meshwen.verify.promises import (
+    broken_by_collectives,
+    broken_by_logits,
+    broken_by_probe,
+    broken_by_sampler,
+)
 from meshwen.verify.workload import Workload
 
 
@@ -42,13 +47,13 @@ class Row:
         cached: logits through prefill and decode steps.
         cached_against_whole: this mesh's `cached` logits, held against its own `whole` ones.
         greedy_agree: positions where the decode step's sampler takes the first mesh's token.
-        greedy_is_likeliest: the sampler's tokens are the likeliest by `cached` everywhere.
+        sampler_shortfall: by how much they are less likely, by `cached`, than the likeliest.
         collectives: of a decode step; alike ones together, with how many there are.
         sent_bytes_per_token: what one device sends for one token of one sequence.
         operations: what the checksums are of.
         operations_equal: which of them have the first mesh's bits.
         divergence: relative differences of all operations but the logits.
-        parting: the first operation with other bits; None: nowhere.
+        parting: the first operation with other bits, of whole sequences; None: nowhere.
         logits_sha256: of each prompt's logits, by `whole` and `cached`.
         hlo_sha256: of the decode step's optimised HLO.
         heads: key/value heads of each device, and the query heads of each of them; None: padding.
@@ -66,7 +71,7 @@ class Row:
     cached: Difference
     cached_against_whole: Difference
     greedy_agree: int
-    greedy_is_likeliest: bool
+    sampler_shortfall: float
     collectives: tuple[tuple[Collective, int], ...]
     sent_bytes_per_token: float
     operations: tuple[str, ...]
@@ -92,13 +97,13 @@ class Outcome:
     Attributes:
         rows: one a mesh and numerics.
         workload: what was asked.
-        generated: int32 [prompts, steps], the first mesh's own greedy tokens.
+        generated: int32 [prompts, steps], the first mesh's own greedy tokens, by numerics.
         faults: what the self-test found, by numerics and mesh; empty without one.
     """
 
     rows: tuple[Row, ...]
     workload: Workload
-    generated: np.ndarray
+    generated: dict[str, np.ndarray]
     faults: dict[str, list[FaultFound]]
 
 
@@ -142,15 +147,16 @@ def verify(
     rows: list[Row] = []
     faults: dict[str, list[FaultFound]] = {}
     reference: _Reference | None = None
-    generated: np.ndarray | None = None
+    generated: dict[str, np.ndarray] = {}
     for number, plan in enumerate(plans):
         started = time.perf_counter()
         run = MeshRun(plan, _params(checkpoint, plan, dtype), jnp.dtype(dtype), workload)
         loaded = time.perf_counter()
-        if generated is None:
-            generated = run.generate()
+        if plan.numerics not in generated:
+            generated[plan.numerics] = run.generate()
         if workload.continuations is None:
-            run.workload = workload = replace(workload, continuations=generated)
+            tokens = generated[plan.numerics]
+            run.workload = workload = replace(workload, continuations=tokens)
         observed, prober = run.observe(), Prober(run)
         trace = prober.trace(observed.whole)
         if number % len(meshes) == 0:
@@ -162,10 +168,10 @@ def verify(
         if test_self and plan == largest[plan.numerics]:
             expected = reference.trace if plan.numerics == "exact" else trace
             key = f"{plan.numerics} {run.label}"
-            faults[key] = self_test(run, prober, expected, observed.whole)
+            first_mesh = reference.observed.whole
+            faults[key] = self_test(run, prober, expected, observed.whole, first_mesh)
         del run, prober, observed, trace
         gc.collect()  # Weights and programs, before the next mesh's are made.
-    assert generated is not None
     return Outcome(tuple(rows), workload, generated, faults)
 
 
@@ -189,6 +195,7 @@ def _row(
     found = collectives(hlo)
     first = parting(reference.trace, trace)
     agree = int((observed.greedy == reference.observed.greedy).sum())
+    shortfall = sampler_shortfall(observed.cached, observed.greedy)
     own = compare(observed.whole, observed.cached)
     kinds = {
         "whole-sequence logits, against the first mesh's": whole,
@@ -196,7 +203,8 @@ def _row(
         "logits through the cache, against whole-sequence ones": own,
     }
     broken = [
-        *broken_by_logits(plan.numerics, dtype, kinds, agree == observed.greedy.size),
+        *broken_by_logits(plan.numerics, dtype, kinds),
+        *broken_by_sampler(plan.numerics, dtype, shortfall, agree == observed.greedy.size),
         *broken_by_collectives(plan.numerics, plan.config.num_hidden_layers, found),
         *broken_by_probe(trace.neutral, trace.devices_agree),
     ]
@@ -212,13 +220,13 @@ def _row(
         cached=cached,
         cached_against_whole=own,
         greedy_agree=agree,
-        greedy_is_likeliest=bool((observed.greedy == observed.cached.argmax(axis=-1)).all()),
+        sampler_shortfall=shortfall,
         collectives=tuple(summary(found)),
         sent_bytes_per_token=sum(c.sent_bytes for c in found) / local_rows,
         operations=trace.operations,
         operations_equal=tuple((trace.checksums == reference.trace.checksums).tolist()),
         divergence=tuple(divergence(reference.trace, trace)),
-        parting=None if first is None else str(first),
+        parting=_parting_text(first, cached),
         logits_sha256={
             "whole": [_sha256(logits) for logits in observed.whole],
             "cached": [_sha256(logits) for logits in observed.cached],
@@ -228,6 +236,12 @@ def _row(
         seconds=seconds,
         broken=tuple(broken),
     )
+
+
+def _parting_text(first: Parting | None, cached: Difference) -> str | None:
+    if first is None and not cached.bits_equal:
+        return "only through the cache"
+    return None if first is None else str(first)
 
 
 def _sha256(array: np.ndarray) -> str:
