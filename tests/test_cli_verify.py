@@ -4,12 +4,18 @@
 import json
 import sys
 
+import jax
 import pytest
 
 from checkpoint_writers import random_weights, write_folder
 from meshwen.cli import main
 from meshwen.cli.verify import parse_meshes
 from meshwen.errors import MeshwenError
+from meshwen.parallel.exact import ExactTensorParallel
+from meshwen.sampling import sample
+from meshwen.verify import parity
+from meshwen.verify.faults import negated, with_changed_weight
+from meshwen.verify.localise import Parting
 
 SHORT = ("--meshes", "1,2", "--numerics", "fast", "--max-new-tokens", "3")
 
@@ -47,6 +53,51 @@ def test_a_broken_promise_is_exit_status_1(model, capsys, monkeypatch):
     monkeypatch.setattr("meshwen.verify.promises.FLOAT32_RELATIVE", 0.0)
     assert main(["verify", "--model", model, *SHORT]) == 1
     assert "at most 0e+00 is promised" in capsys.readouterr().out
+
+
+EXACT = ("--meshes", "1,2", "--numerics", "exact", "--max-new-tokens", "3")
+
+
+def test_a_wrong_weight_on_one_mesh_breaks_exact_numerics_and_is_placed(model, capsys, monkeypatch):
+    sound, place = parity.load_params, Parting(0, "MLP output")
+
+    def load(checkpoint, plan, dtype):
+        params = sound(checkpoint, plan, dtype)
+        return params if plan.model_devices == 1 else with_changed_weight(params, place, negated)
+
+    monkeypatch.setattr(parity, "load_params", load)
+    assert main(["verify", "--model", model, *EXACT]) == 1
+    said = capsys.readouterr().out
+    assert "exact 2: whole-sequence logits, against the first mesh's: not the same bits" in said
+    assert "bits part: layer 0, MLP output" in said
+
+
+def test_a_floating_point_all_reduce_breaks_exact_numerics(model, capsys, monkeypatch):
+    def by_all_reduce(tp, x):
+        return jax.lax.psum(x, tp.axes) if tp.axes else x
+
+    monkeypatch.setattr(ExactTensorParallel, "_across_devices", by_all_reduce)
+    assert main(["verify", "--model", model, *EXACT]) == 1
+    assert "exact 2: an exact step has a floating-point all-reduce" in capsys.readouterr().out
+
+
+def test_a_sampler_that_takes_other_tokens_breaks_a_promise(model, capsys, monkeypatch):
+    def wrong(*arguments):
+        sampled = sample(*arguments)
+        return sampled._replace(tokens=(sampled.tokens + 1) % 100)
+
+    monkeypatch.setattr("meshwen.runner.sample", wrong)
+    assert main(["verify", "--model", model, *SHORT]) == 1
+    assert "less likely than the likeliest" in capsys.readouterr().out
+
+
+def test_an_exact_certificate_holds_for_another_mesh(model, capsys, tmp_path):
+    file = tmp_path / "c.json"
+    run = ["verify", "--model", model, "--numerics", "exact"]
+    assert main([*run, "--meshes", "1", "--max-new-tokens", "3", "--json", str(file)]) == 0
+    assert "only one mesh" in capsys.readouterr().err
+    assert main([*run, "--meshes", "2", "--against", str(file)]) == 0
+    assert "the outcome is the certificate's, to the bit" in capsys.readouterr().out
 
 
 def test_a_fault_that_is_not_found_is_exit_status_1(model, capsys, monkeypatch):

@@ -52,9 +52,13 @@ def spawn(*arguments) -> subprocess.Popen:
     )
 
 
-def generate(port, index, *arguments) -> subprocess.Popen:
+def command(name, port, index, *arguments) -> subprocess.Popen:
     own = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index)
-    return spawn("-m", "meshwen", "generate", *arguments, *own)
+    return spawn("-m", "meshwen", name, *arguments, *own)
+
+
+def generate(port, index, *arguments) -> subprocess.Popen:
+    return command("generate", port, index, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,28 @@ def test_process_0_alone_prints_and_alone_reads_the_prompt(port):
     assert "mesh: 1x8, 8 simulated cpu devices" in err
     assert "first token after" in err
     assert (others_out, others_err) == ("", "")
+
+
+@pytest.mark.slow
+def test_verify_over_processes_has_the_outcome_of_one(port, tmp_path):
+    files = [tmp_path / name for name in ("prompts", "certificate.json")]
+    files[0].write_text("Name three colours.\n2+3\n", encoding="utf-8")
+    asked = ("--model", "demo", "--numerics", "exact")
+    meshes = ("--meshes", "1x8,2x4", "--max-new-tokens", 3)
+    together = (*asked, *meshes, "--prompts", files[0], "--json", files[1])
+    started = [
+        # The other process needs no file: process 0 reads and writes for both.
+        command("verify", port, 0, *together),
+        command("verify", port, 1, *together[:-4]),
+    ]
+    results = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], results
+    assert "every promise was kept" in results[0][0]
+    assert results[1] == ("", "")
+    one = spawn("-m", "meshwen", "verify", *asked, "--meshes", 1, "--against", files[1])
+    out, errors = one.communicate(timeout=300)
+    assert one.returncode == 0, out + errors
+    assert "the outcome is the certificate's, to the bit" in out
 
 
 @pytest.mark.slow

@@ -255,8 +255,11 @@ def _draw(
     kept = jnp.where(keep, probabilities, 0)
     keep &= kept >= rows.min_p[:, None] * kept[:, :1]
     scores = jnp.where(keep, scaled + _noise(rows.seed, positions, choices, tp), -jnp.inf)
-    best = jnp.where(greedy, 0, jnp.argmax(scores, axis=1))
-    return jnp.take_along_axis(choices, best[:, None], axis=1)[:, 0]
+    # Of equal scores the lowest id, as without filters: what else is in the batch decides whether
+    # there are any.
+    best = scores == scores.max(axis=1, keepdims=True)
+    drawn = jnp.where(best, choices, jnp.iinfo(jnp.int32).max).min(axis=1)
+    return jnp.where(greedy | ~best.any(axis=1), choices[:, 0], drawn)
 
 
 def _tree_sum(x: Array) -> Array:

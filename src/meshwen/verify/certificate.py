@@ -82,8 +82,7 @@ def broken_promises(outcome: Outcome, golden: Sequence[Mapping[str, Any]]) -> li
     ]
     for key, found in outcome.faults.items():
         broken += [
-            f"self-test, {key}: {f.fault}: put at {f.put_at}, found at {f.found_at or 'no place'}, "
-            f"promises broken: {len(f.breaks)}"
+            f"self-test, {key}: {f.fault}: put at {f.put_at}, found at {f.found_at or 'no place'}"
             for f in found
             if not f.caught
         ]
