@@ -456,6 +456,21 @@ def test_equally_likely_tokens_give_the_lowest_id(mesh, others):
 
 
 @pytest.mark.parametrize("mesh", ["1", "1x8"])
+@pytest.mark.parametrize("candidates", [0, 16, 37])
+def test_equal_scores_give_the_lowest_id_by_every_method(monkeypatch, mesh, candidates):
+    def noise(seed, positions, ids, tp):
+        return jnp.where(ids == 5, 1.0, 0.0)  # Makes token 5 as good as 9, the likeliest.
+
+    monkeypatch.setattr("meshwen.sampling._noise", noise)
+    logits = np.full((1, 37), -1.0)
+    logits[0, [5, 9]] = 1.0, 2.0
+    params, method = [params_of(temperature=1.0)], SamplingMethod(candidates, False, False)
+    _compiled.cache_clear()
+    assert draw(logits, params, mesh=mesh, method=method)[0].tolist() == [5]
+    _compiled.cache_clear()
+
+
+@pytest.mark.parametrize("mesh", ["1", "1x8"])
 def test_top_k_keeps_the_lowest_ids_of_equally_likely_tokens(mesh):
     params = [replace(SAMPLED, top_k=3, seed=seed) for seed in range(200)]
     found, _ = draw(np.zeros((200, 37)), params, mesh=mesh)
