@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of word problems: found in a text, read as numbers, and held against the gold answer."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+# Of LaTeX: spaces, sizes, and signs that say nothing of a number's value.
+_LATEX = re.compile(r"\\(?:[,;:! ]|quad\b|left\b|right\b|displaystyle\b|d?approx\b)|~")
+_WRAPPED = re.compile(r"\\(?:mathrm|mathbf|textbf|text|mbox)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*([\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))")
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"(?<![\w.])(?P<sign>-?)\s*[$€£¥₹]?\s*(?P<sign2>-?)\s*"
+    rf"(?:(?P<whole>\d+)\s+(?=\d+\s*/\s*\d))?(?P<top>{_DIGITS})(?:\s*/\s*(?P<under>{_DIGITS}))?"
+)
+_GOLD = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
+
+
+def gold_answer(solution: str) -> str | None:
+    """What stands after the last `####` of a GSM8K solution; None where nothing does."""
+    found = _GOLD.findall(solution)
+    return found[-1] if found else None
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` (or `\fbox`), braces inside it balanced.
+
+    A box that never closes, as at a limit of tokens, holds all that follows it.
+    """
+    found = list(re.finditer(r"\\f?boxed\s*\{", text))
+    if not found:
+        return None
+    start = found[-1].end()
+    depth = 1
+    for at in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start:at]
+    return text[start:]
+
+
+def number(text: str) -> Fraction | None:
+    """The value of an answer: the first number in it, as people and LaTeX write them.
+
+    Understands thousands commas, currency signs, units and percent signs (both without meaning),
+    fractions `a/b` and `\\frac{a}{b}`, decimals, a minus before or after the currency, spaces of
+    LaTeX, and a period at the end. What stands before an equals sign is a name or a sum.
+
+    Returns:
+        None where there is no number, or a fraction divides by zero.
+    """
+    before, _, after = _plain(text).rpartition("=")
+    text = after if any(map(str.isdigit, after)) else before
+    # A whole number may stand before a fraction: 2 1/2.
+    text = _FRACTION.sub(r" \1\2/\3\4 ", text)
+    found = _NUMBER.search(text)
+    if not found:
+        return None
+    try:
+        value = Fraction(found["top"].replace(",", "")) / Fraction(
+            (found["under"] or "1").replace(",", "")
+        )
+    except ZeroDivisionError:
+        return None
+    value += int(found["whole"] or 0)
+    return -value if bool(found["sign"]) != bool(found["sign2"]) else value
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, as it is written."""
+    found = list(_NUMBER.finditer(_plain(text)))
+    return found[-1][0].strip() if found else None
+
+
+def same_number(extracted: str | None, gold: str) -> bool:
+    """Whether two answers have the same value; false where one has none."""
+    if extracted is None:
+        return False
+    found, expected = number(extracted), number(gold)
+    return found is not None and found == expected
+
+
+def matches(pattern: re.Pattern[str], text: str) -> list[str]:
+    """Of each match the first group that took part; the whole match where there are no groups."""
+    found = []
+    for match in pattern.finditer(text):
+        groups = [group for group in match.groups() if group]
+        found.append(groups[0] if groups else match[0])
+    return found
+
+
+def _plain(text: str) -> str:
+    """Without what LaTeX adds, and with plain minus signs."""
+    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
+    return _LATEX.sub("", _WRAPPED.sub(r" \1 ", text))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers are found where they stand, and read as the numbers that they are."""
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from conftest import SHARED
+from meshwen.evals.answers import boxed, gold_answer, last_number, number, same_number
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", 18),
+        ("-5", -5),
+        ("\u22125", -5),
+        ("1,234,567", 1_234_567),
+        ("1{,}000", 1000),
+        (r"12\,000", 12_000),
+        (r"5\!", 5),
+        ("$18", 18),
+        (r"\$1,200.50", "1200.5"),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("€7", 7),
+        ("50%", 50),
+        (r"50\%", 50),
+        ("18.", 18),
+        ("17.0", 17),
+        (".5", "1/2"),
+        ("3/4", "3/4"),
+        ("3 1/2", "7/2"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"\dfrac34", "3/4"),
+        (r"-\frac{1}{2}", "-1/2"),
+        (r"2\frac{1}{2}", "5/2"),
+        (r"-2\tfrac12", "-5/2"),
+        ("18 dollars", 18),
+        (r"18\text{ dollars per day}", 18),
+        (r"\text{Total: }7", 7),
+        ("70,000 dollars", 70_000),
+        ("x = 18", 18),
+        (r"20 \times 3 = 60", 60),
+        ("10 - 3 = 7 apples", 7),
+        ("18 = x", 18),
+        ("**5**", 5),
+        ("(5)", 5),
+        ("", None),
+        ("none", None),
+        ("v2", None),
+        ("1/0", None),
+        (r"\frac{1}{0}", None),
+    ],
+)
+def test_a_number_is_read_as_people_and_latex_write_it(text, value):
+    assert number(text) == (None if value is None else Fraction(value))
+
+
+def test_answers_are_the_same_by_value():
+    assert same_number(r"\$1,200.00", "1200")
+    assert same_number("0.5", "1/2")
+    assert not same_number("12", "-12")
+    assert not same_number("no idea", "12")
+    assert not same_number(None, "12")
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{18}.", "18"),
+        (r"first \boxed{1}, then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{8}", None),
+        (r"\fboxed{8}", "8"),
+        (r"cut off \boxed{12", "12"),
+        ("no box", None),
+    ],
+)
+def test_the_last_box_counts(text, content):
+    assert boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("5 and then 1,200 dollars.", "1,200"),
+        ("it is -7.", "-7"),
+        ("10-3=7", "7"),
+        ("nothing", None),
+        ("at 3.50 each", "3.50"),
+    ],
+)
+def test_the_last_number_is_found_as_it_is_written(text, found):
+    assert last_number(text) == found
+
+
+def test_the_gold_answer_stands_behind_the_mark():
+    assert gold_answer("2+2=<<2+2=4>>4\n#### 1,234 ") == "1,234"
+    assert gold_answer("no mark") is None
+
+
+@pytest.mark.parametrize(("split", "problems"), [("test", 1319), ("train", 7473)])
+def test_every_gold_answer_of_gsm8k_is_read(split, problems):
+    path = SHARED / "gsm8k" / f"{split}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no data at {path}")
+    golds = [
+        gold_answer(json.loads(line)["answer"])
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    values = [number(gold) for gold in golds]
+    assert len(values) == problems
+    assert all(v == Fraction(g.replace(",", "")) for v, g in zip(values, golds, strict=True))

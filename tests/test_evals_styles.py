@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A problem is asked, and its answer found and graded, as the source of the style has it."""
+
+import pytest
+
+from meshwen.errors import MeshwenError
+from meshwen.evals.styles import STYLES, Problem, prompt_style, shots
+
+PROBLEM = Problem(0, "How many?", "1+1=<<1+1=2>>2\n#### 2")
+TRAIN = [Problem(i, f"q{i}", f"a\n#### {i}") for i in range(20)]
+
+
+def graded(style: str, text: str, gold: str = "18") -> dict[str, bool]:
+    one = prompt_style(style)
+    return {name: one.equal(extract(text), gold) for name, extract in one.extract.items()}
+
+
+def test_the_harness_asks_after_solved_examples():
+    style = prompt_style("lm-eval")
+    assert style.text(PROBLEM, TRAIN[:2]) == (
+        "Question: q0\nAnswer: a\n#### 0\n\nQuestion: q1\nAnswer: a\n#### 1\n\n"
+        "Question: How many?\nAnswer:"
+    )
+    assert prompt_style("lm-eval-cot-zeroshot").text(PROBLEM) == (
+        "Q: How many?\nA: Let's think step by step."
+    )
+
+
+def test_examples_of_a_problem_do_not_depend_on_how_many_follow():
+    style = prompt_style("lm-eval")
+    few, many = shots(style, TRAIN, 2), shots(style, TRAIN, 9)
+    assert many[:2] == few
+    assert len({one.number for one in few[0]}) == 5
+    assert few[0] != few[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("2*9=18\n#### 18", True, True),
+        ("#### $18", False, True),
+        ("#### 1,8", True, True),
+        ("#### 18.", True, True),
+        ("#### 18.00", False, False),  # Texts are compared, not values.
+        ("the answer is $18.", False, True),
+        ("#### 17 \n#### 18", False, True),
+        ("18 or 19", False, False),
+        ("none", False, False),
+    ],
+)
+def test_the_harness_compares_texts(text, strict, flexible):
+    assert graded("lm-eval", text) == {"strict-match": strict, "flexible-extract": flexible}
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [("The answer is 18.", True, True), ("So 18", False, True), ("The answer is 1", False, False)],
+)
+def test_the_harness_grades_zero_shot_reasoning(text, strict, flexible):
+    found = graded("lm-eval-cot-zeroshot", text)
+    assert found == {"flexible-extract": flexible, "strict-match": strict}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (r"Thus \boxed{18}", True),
+        (r"Thus \boxed{\$18.00 \text{ a day}}", True),
+        (r"\boxed{9}, no: \boxed{18}", True),
+        (r"\boxed{9}. The answer is 18", False),  # A box goes before words.
+        ("The answer is: $18.", True),
+        ("So 9+9 makes 18 dollars.", True),
+        ("18 or 19", False),
+        ("", False),
+    ],
+)
+def test_qwens_style_takes_the_box_and_compares_values(text, right):
+    assert graded("qwen-boxed", text) == {"boxed": right}
+
+
+def test_the_demo_answers_behind_its_mark():
+    assert graded("demo", "2*9=18 dollars\n#### 18\n") == {"strict-match": True}
+    assert graded("demo", "18") == {"strict-match": False}
+
+
+def test_conversations_are_framed_by_the_chat_template():
+    assert {name for name, style in STYLES.items() if style.conversation} == {"qwen-boxed", "demo"}
+    assert r"\boxed{}" in prompt_style("qwen-boxed").system
+    assert all(not style.stop for style in STYLES.values() if style.conversation)
+
+
+def test_an_unknown_style_names_the_known():
+    with pytest.raises(MeshwenError, match="'gsm' is not one of qwen-boxed, lm-eval, "):
+        prompt_style("gsm")
