@@ -9,7 +9,7 @@ import pytest
 
 from checkpoint_writers import random_weights, write_folder
 from meshwen.cli import main
-from meshwen.cli.verify import parse_meshes
+from meshwen.cli.options import parse_meshes
 from meshwen.errors import MeshwenError
 from meshwen.parallel.exact import ExactTensorParallel
 from meshwen.sampling import sample

@@ -137,6 +137,11 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._max_batch_size = max_batch_size
 
+    @property
+    def config(self) -> Qwen2Config:
+        """The model's hyperparameters."""
+        return self._runner.plan.config
+
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Starts requests; every token comes as it is drawn. They are numbered in their order.
 

@@ -17,6 +17,7 @@ import typer
 
 import meshwen
 from meshwen.cli.chat import chat
+from meshwen.cli.eval import app as evals
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
 from meshwen.cli.interrupt import INTERRUPTED
@@ -63,6 +64,7 @@ app.command("generate")(over_processes(generate))
 app.command("chat")(over_processes(chat, refusal=_ONE_PERSON))
 app.command("inspect")(inspect)
 app.command("verify")(over_processes(verify))
+app.add_typer(evals, name="eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,8 +31,8 @@ def output_console() -> Console:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to tell (done, of how many): a bar on a terminal, nothing elsewhere."""
+def progress_bar(label: str) -> Iterator[Callable[..., None]]:
+    """Gives a function to tell (done, of how many, more to say): a bar on a terminal only."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,11 +41,16 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     )
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield lambda done, total, said="": None
         return
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def tell(done: int, total: int, said: str = "") -> None:
+            description = f"{label}, {said}" if said else label
+            bar.update(task, completed=done, total=total, description=description)
+
+        yield tell
 
 
 def bytes_text(count: float) -> str:

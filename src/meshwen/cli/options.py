@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options that commands share, declared once so that they are spelled and explained alike."""
 
+from __future__ import annotations
+
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meshwen.errors import MeshwenError
 from meshwen.presets import PRESETS
+
+if TYPE_CHECKING:
+    from meshwen.parallel.mesh import MeshSpec
 
 MODEL_HELP = (
     "A model folder, a .gguf file, a hub id such as Qwen/Qwen2.5-0.5B-Instruct, or demo. "
@@ -144,3 +150,33 @@ System = Annotated[
     typer.Option("--system", help="The system message.", show_default=False),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def parse_meshes(text: str) -> list[MeshSpec]:
+    """Meshes with `;` or `,` between them; `data=2,model=4` stays together.
+
+    Raises:
+        MeshwenError: one does not parse, is there twice, or there is none.
+    """
+    from meshwen.parallel.mesh import MeshSpec
+
+    found: list[str] = []
+    for part in text.split(";"):
+        axes: list[str] = []
+        for piece in (piece.strip() for piece in part.split(",") if piece.strip()):
+            name, is_axis, _ = piece.partition("=")
+            if not is_axis or any(axis.partition("=")[0] == name for axis in axes):
+                found.append(",".join(axes))
+                axes = []
+            if is_axis:
+                axes.append(piece)
+            else:
+                found.append(piece)
+        found.append(",".join(axes))
+    specs = [MeshSpec.parse(mesh) for mesh in found if mesh]
+    if not specs:
+        raise MeshwenError(f"--meshes {text!r} names no mesh; give e.g. 1x1,1x8,2x4")
+    labels = [str(spec) for spec in specs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise MeshwenError(f"--meshes names {twice[0]} twice")
+    return specs

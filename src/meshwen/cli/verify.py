@@ -19,7 +19,6 @@ from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.checkpoints import Checkpoint
-    from meshwen.parallel.mesh import MeshSpec
     from meshwen.verify.workload import Workload
 
 _MESHES = "1x1,1x8,2x4,8x4,1x32"
@@ -124,7 +123,7 @@ def verify(
 
     _check_together(prompts, golden, reference, against, self_test, max_new_tokens)
     before, cases = _read_together(against, golden)
-    specs = parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
+    specs = options.parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
     if len(specs) == 1 and against is None:
         note("only one mesh: it is held against itself, whole sequences against the cache")
     kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
@@ -152,36 +151,6 @@ def verify(
     if process_index() == 0:
         _write(found, json_file, html_file)
     return 0 if _print(found, before) else 1
-
-
-def parse_meshes(text: str) -> list[MeshSpec]:
-    """Meshes with `;` or `,` between them; `data=2,model=4` stays together.
-
-    Raises:
-        MeshwenError: one does not parse, is there twice, or there is none.
-    """
-    from meshwen.parallel.mesh import MeshSpec
-
-    found: list[str] = []
-    for part in text.split(";"):
-        axes: list[str] = []
-        for piece in (piece.strip() for piece in part.split(",") if piece.strip()):
-            name, is_axis, _ = piece.partition("=")
-            if not is_axis or any(axis.partition("=")[0] == name for axis in axes):
-                found.append(",".join(axes))
-                axes = []
-            if is_axis:
-                axes.append(piece)
-            else:
-                found.append(piece)
-        found.append(",".join(axes))
-    specs = [MeshSpec.parse(mesh) for mesh in found if mesh]
-    if not specs:
-        raise MeshwenError(f"--meshes {text!r} names no mesh; give e.g. {_MESHES}")
-    labels = [str(spec) for spec in specs]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise MeshwenError(f"--meshes names {twice[0]} twice")
-    return specs
 
 
 def _check_together(

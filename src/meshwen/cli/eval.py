@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen eval`: scores on word problems, and two runs held against each other."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.console import note, output_console, plain_table, progress_bar
+from meshwen.cli.load import load_model
+from meshwen.cli.options import parse_meshes
+from meshwen.errors import MeshwenError
+
+if TYPE_CHECKING:
+    from meshwen.evals.compare import Comparison
+    from meshwen.evals.run_file import RunFile
+    from meshwen.evals.styles import Problem, PromptStyle
+    from meshwen.sampling import SamplingParams
+
+app = typer.Typer(no_args_is_help=True, help="Scores on word problems, and runs compared.")
+
+_DEMO = "demo"
+
+
+class Requirement(StrEnum):
+    """What two runs may have to have in common."""
+
+    IDENTICAL = "identical"
+    SAME_SCORE = "same-score"
+
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="GSM8K's test.jsonl, or problems in its form. Default for the demo model: its own "
+        "held-out problems.",
+        show_default=False,
+    ),
+]
+Train = Annotated[
+    Path | None,
+    typer.Option(
+        "--train",
+        metavar="FILE",
+        help="GSM8K's train.jsonl, for prompt styles with solved examples.",
+        show_default=False,
+    ),
+]
+Style = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-style",
+        help="qwen-boxed, lm-eval, lm-eval-cot-zeroshot or demo. Default: demo for the demo model, "
+        "else qwen-boxed.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only so many problems.", show_default=False)
+]
+Offset = Annotated[int, typer.Option("--offset", min=0, help="Leave out the first ones.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with run files where they exist.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Require = Annotated[
+    Requirement | None,
+    typer.Option(
+        "--require",
+        help="Exit status 1 unless the answers are identical token for token, or the scores are "
+        "the same.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is evaluated, whatever the mesh.
+
+    Attributes:
+        loading: options of `open_checkpoint`: model, load format, revision.
+        model: options of `load_model`: dtype, numerics, batch size.
+        style: how problems are asked and graded.
+        sampling: how answers are drawn.
+        problems: those to ask, and all of the data's with a hash.
+        examples: those that solved examples are drawn from.
+    """
+
+    loading: tuple[str, str, str | None]
+    model: dict[str, Any]
+    style: PromptStyle
+    sampling: SamplingParams
+    problems: Sequence[Problem]
+    data_sha256: str
+    examples: Sequence[Problem]
+
+
+@app.command()
+def gsm8k(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The run file to write.")],
+    model: options.Model = _DEMO,
+    mesh: options.Mesh = "1",
+    dtype: options.Dtype = options.DType.BFLOAT16,
+    numerics: options.NumericsOption = options.Numerics.FAST,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    data: Data = None,
+    train: Train = None,
+    prompt_style: Style = None,
+    limit: Limit = None,
+    offset: Offset = 0,
+    batch_size: options.BatchSize = 32,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    debug: options.Debug = False,
+) -> None:
+    """Score a model on GSM8K, or on problems in its form.
+
+    Every answer is in the run file as soon as it is whole: what was interrupted goes on with
+    --resume.
+    """
+    from meshwen.sampling import SamplingParams
+
+    asked = _asked(
+        (model, load_format, revision),
+        {"dtype": dtype, "numerics": numerics, "batch_size": batch_size},
+        prompt_style,
+        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
+        (data, train, offset, limit),
+    )
+    run, found = _evaluate(asked, mesh, out, resume)
+    if as_json:
+        print(json.dumps(found | {"settings": dict(run.settings)}))
+    else:
+        _print_summary(found, run)
+
+
+@app.command()
+def meshes(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Gets a run file of each mesh.")
+    ],
+    model: options.Model = _DEMO,
+    meshes: Annotated[
+        str, typer.Option("--meshes", help="The others are held against the first.")
+    ] = "1x1,1x8,2x4,8x4,1x32",
+    dtype: options.Dtype = options.DType.BFLOAT16,
+    numerics: options.NumericsOption = options.Numerics.EXACT,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    data: Data = None,
+    train: Train = None,
+    prompt_style: Style = None,
+    limit: Limit = None,
+    offset: Offset = 0,
+    batch_size: options.BatchSize = 32,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    resume: Resume = False,
+    require: Require = None,
+    as_json: AsJson = False,
+    debug: options.Debug = False,
+) -> int:
+    """Score a model on several meshes, and hold them all against the first.
+
+    Without --require, exact numerics has to give identical answers, and fast the same score.
+    """
+    from meshwen.evals.compare import compare as compare_runs
+    from meshwen.parallel.mesh import make_mesh
+    from meshwen.sampling import SamplingParams
+
+    specs = parse_meshes(meshes)
+    make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
+    asked = _asked(
+        (model, load_format, revision),
+        {"dtype": dtype, "numerics": numerics, "batch_size": batch_size},
+        prompt_style,
+        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
+        (data, train, offset, limit),
+    )
+    _make_folder(out)
+    results = []
+    for spec in specs:
+        results.append(_evaluate(asked, str(spec), out / f"{spec}.jsonl", resume))
+        gc.collect()  # The weights of one mesh, before those of the next are there.
+    first = results[0][0]
+    compared = [compare_runs(first, run) for run, _ in results]
+    if as_json:
+        rows = [
+            {"mesh": run.settings["mesh"]} | found | {"against_first": asdict(against)}
+            for (run, found), against in zip(results, compared, strict=True)
+        ]
+        print(json.dumps(rows))
+    else:
+        _print_meshes(results, compared)
+    exact = numerics is options.Numerics.EXACT
+    default = Requirement.IDENTICAL if exact else Requirement.SAME_SCORE
+    required = require or default
+    pairs = zip(specs, compared, strict=True)
+    if apart := [str(spec) for spec, one in pairs if not _kept(required, one)]:
+        note(f"not {required}: {', '.join(apart)}")
+    return 1 if apart else 0
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same problems.")],
+    require: Require = None,
+    as_json: AsJson = False,
+    debug: options.Debug = False,
+) -> int:
+    """Hold two runs on the same problems against each other, answer by answer."""
+    from meshwen.evals.compare import compare as compare_runs
+    from meshwen.evals.run_file import RunFile
+
+    runs = RunFile.read(first), RunFile.read(second)
+    found = compare_runs(*runs)
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        _print_comparison(found, runs)
+    kept = require is None or _kept(require, found)
+    if not kept:
+        note(f"not {require}")
+    return 0 if kept else 1
+
+
+def _kept(require: Requirement, found: Comparison) -> bool:
+    return found.all_identical if require is Requirement.IDENTICAL else found.same_score
+
+
+def _asked(
+    loading: tuple[str, str, str | None],
+    model: dict[str, Any],
+    prompt_style: str | None,
+    sampling: SamplingParams,
+    source: tuple[Path | None, Path | None, int, int | None],
+) -> _Asked:
+    """Reads and checks what can be before any weight is."""
+    from meshwen.evals.gsm8k import data_sha256
+    from meshwen.evals.styles import prompt_style as style_of
+
+    data, train, offset, limit = source
+    style = style_of(prompt_style or ("demo" if loading[0] == _DEMO else "qwen-boxed"))
+    problems, examples = _problems(data, loading[0]), _examples(train, style)
+    chosen = problems[offset : None if limit is None else offset + limit]
+    if not chosen:
+        raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
+    return _Asked(loading, model, style, sampling, chosen, data_sha256(problems), examples)
+
+
+def _evaluate(asked: _Asked, mesh: str, out: Path, resume: bool) -> tuple[RunFile, dict[str, Any]]:
+    """Runs what the run file lacks: the run, and its summary."""
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.evals.gsm8k import answer_all, data_sha256, question, summary
+    from meshwen.evals.run_file import RunFile
+    from meshwen.evals.styles import shots
+    from meshwen.parallel.mesh import make_mesh, mesh_label
+    from meshwen.tokenizer import Tokenizer
+
+    name, load_format, revision = asked.loading
+    style, sampling, devices = asked.style, asked.sampling, make_mesh(mesh)
+    with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        if tokenizer is None:
+            raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
+        solved = shots(style, asked.examples, asked.problems[-1].number + 1)
+        questions = [question(p, style, solved[p.number], tokenizer) for p in asked.problems]
+        settings = {
+            "model": checkpoint.name,
+            "mesh": mesh_label(devices),
+            "dtype": asked.model["dtype"].value,
+            "numerics": asked.model["numerics"].value,
+            "prompt_style": style.name,
+            "data_sha256": asked.data_sha256,
+            "train_sha256": data_sha256(asked.examples) if asked.examples else None,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+        }
+        run = RunFile.begin(out, settings, resume=resume)
+        before = len(run.records)
+        loaded = load_model(checkpoint, tokenizer, mesh=devices, **asked.model)
+    started = time.perf_counter()
+    with progress_bar("answering") as bar:
+        answer_all(
+            loaded.engine,
+            questions,
+            style,
+            sampling,
+            run,
+            lambda done, right, total: bar(done, total, f"{right} of {done} right"),
+        )
+    run.close()
+    found = summary(run.records[p.number] for p in asked.problems)
+    seconds = round(time.perf_counter() - started, 1)
+    return run, found | {"seconds": seconds, "answers_from_before": before}
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MeshwenError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
+def _problems(data: Path | None, model: str) -> Sequence[Problem]:
+    from meshwen import demo
+    from meshwen.evals.problems import read_problems
+
+    if data is not None:
+        return read_problems(data)
+    if model == _DEMO:
+        return read_problems(demo.path() / "heldout.jsonl")
+    raise MeshwenError("--data is needed: give GSM8K's test.jsonl, or problems in its form")
+
+
+def _examples(train: Path | None, style: PromptStyle) -> Sequence[Problem]:
+    from meshwen.evals.problems import read_problems
+
+    if not style.shots:
+        if train is not None:
+            raise MeshwenError(f"prompt style {style.name} has no solved examples: no --train")
+        return []
+    if train is None:
+        raise MeshwenError(f"prompt style {style.name} needs --train, GSM8K's train.jsonl")
+    return read_problems(train)
+
+
+def _print_summary(found: Mapping[str, Any], run: RunFile) -> None:
+    low, high = found["interval"]
+    print(
+        f"{run.settings['prompt_style']}: {found['correct']} of {found['problems']} right, "
+        f"{found['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
+    )
+    rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
+    before = found["answers_from_before"]
+    print(rest + f", {before} answers from before" * bool(before))
+    if failed := found["failed"]:
+        print(f"could not be asked, counted as wrong: {', '.join(map(str, failed))}")
+    note(f"every answer is in {run.path}")
+
+
+def _print_meshes(
+    results: Sequence[tuple[RunFile, Mapping[str, Any]]], compared: Sequence[Comparison]
+) -> None:
+    settings = results[0][0].settings
+    table = plain_table(
+        f"{settings['model']}, {settings['dtype']}, {settings['numerics']}: "
+        f"{compared[0].problems} problems",
+        *("mesh", ">right", ">accuracy", ">95% interval", ">identical", ">flips", ">p", ">s"),
+    )
+    for (run, found), against in zip(results, compared, strict=True):
+        low, high = found["interval"]
+        table.add_row(
+            run.settings["mesh"],
+            str(found["correct"]),
+            f"{found['accuracy']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            str(against.identical),
+            f"-{len(against.only_first)} +{len(against.only_second)}",
+            f"{against.p:.3g}",
+            str(found["seconds"]),
+        )
+    output_console().print(table)
+
+
+def _print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
+    console = output_console()
+    table = plain_table(f"{found.problems} problems", "run", ">right", ">accuracy", ">only right")
+    for run, right, alone in zip(
+        runs, found.correct, (found.only_first, found.only_second), strict=True
+    ):
+        table.add_row(str(run.path), str(right), f"{right / found.problems:.1%}", str(len(alone)))
+    console.print(table)
+    console.print(
+        f"McNemar's exact p: {found.p:.3g}; identical answers: {found.identical} of "
+        f"{found.problems}",
+        markup=False,
+    )
+    for number in (*found.only_first, *found.only_second):
+        console.print(
+            f"\nproblem {number}, other tokens from {found.parted[number]} on", style="bold"
+        )
+        for run in runs:
+            record = run.records[number]
+            verdict = "right" if record["correct"] else "wrong"
+            console.print(f"{run.path}: {verdict}, {record['extracted']}", markup=False)
+            console.print(record["text"].strip(), markup=False, style="dim")

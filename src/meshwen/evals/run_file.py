@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run files: what was asked and every answer, a JSON object a line, safe against any interruption.
+
+The first line holds the settings. Each answer is one write that reaches the disk before the next
+problem's; so a run that is killed leaves whole lines and at most one torn one, the last, which is
+cut off when the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from meshwen.errors import MeshwenError
+
+FORMAT = "meshwen-eval-1"
+
+Record = dict[str, Any]
+
+
+@dataclass
+class RunFile:
+    """An evaluation's settings and answers so far, and the open file that gets more.
+
+    Attributes:
+        path: the file.
+        settings: what makes its answers comparable.
+        records: answers, by problem number.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    records: dict[int, Record] = field(default_factory=dict)
+    _file: BinaryIO | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A run file, to look at; a torn last line is passed over.
+
+        Raises:
+            MeshwenError: it cannot be read or is no run file; names the line.
+        """
+        found = cls._whole_lines(path)
+        if not found:
+            raise MeshwenError(f"{path} is no run file: it is empty, or its first line is cut off")
+        return cls(path, _settings(path, found[0]), _records(path, found[1:]))
+
+    @classmethod
+    def begin(cls, path: Path, settings: Mapping[str, Any], *, resume: bool) -> Self:
+        """A run file to write to.
+
+        Args:
+            path: the file.
+            settings: of this run.
+            resume: go on with the file where it exists; without, it must not exist.
+
+        Raises:
+            MeshwenError: it exists, or has other settings, or cannot be written.
+        """
+        if path.exists() and not resume:
+            raise MeshwenError(f"{path} exists: add --resume to go on with it, or name another")
+        lines = cls._whole_lines(path) if path.exists() else []
+        records: dict[int, Record] = {}
+        if lines:
+            _check_same(path, _settings(path, lines[0]), settings)
+            records = _records(path, lines[1:])
+        run = cls(path, settings, records)
+        try:
+            # Opened to read and write, so that what was written is never cut but by truncate.
+            run._file = path.open("r+b" if path.exists() else "x+b")
+            run._file.truncate(sum(len(line) + 1 for line in lines))
+            run._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
+        if not lines:
+            run._append({"format": FORMAT, "settings": dict(settings)})
+        return run
+
+    def write(self, record: Record) -> None:
+        """Adds an answer, which has its problem's number as "id".
+
+        Raises:
+            MeshwenError: the disk is full or gone; what was written before is intact.
+        """
+        self._append(record)
+        self.records[record["id"]] = record
+
+    def close(self) -> None:
+        """Nothing can be written any more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        end = self._file.tell()
+        try:
+            self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._cut(end)
+            raise MeshwenError(
+                f"cannot write {self.path}: {error.strerror}; {len(self.records)} answers are "
+                "saved in it, go on with --resume"
+            ) from None
+
+    def _cut(self, end: int) -> None:
+        """Takes back what a failed write may have left; what stays would be passed over anyway."""
+        try:
+            os.truncate(self.path, end)
+        except OSError:
+            return
+
+    @staticmethod
+    def _whole_lines(path: Path) -> list[bytes]:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
+        return content.split(b"\n")[:-1]  # What follows the last line's end is torn, or nothing.
+
+
+def _settings(path: Path, line: bytes) -> dict[str, Any]:
+    content = _parsed(path, 1, line)
+    if content.get("format") != FORMAT or not isinstance(content.get("settings"), dict):
+        raise MeshwenError(f"{path} is no run file of this version ({FORMAT})")
+    return dict(content["settings"])
+
+
+def _records(path: Path, lines: list[bytes]) -> dict[int, Record]:
+    records = {}
+    for at, line in enumerate(lines, start=2):
+        record = _parsed(path, at, line)
+        if not isinstance(record.get("id"), int) or not isinstance(record.get("correct"), bool):
+            raise MeshwenError(f"{path}, line {at}: not an answer; it was edited or damaged")
+        records[record["id"]] = record
+    return records
+
+
+def _parsed(path: Path, at: int, line: bytes) -> Record:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise MeshwenError(f"{path}, line {at}: not a JSON object; it was edited or damaged")
+    return content
+
+
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in dict.fromkeys((*before, *now)):
+        if before.get(name) != now.get(name):
+            raise MeshwenError(
+                f"{path} was made with {name} {before.get(name)!r}, this run has "
+                f"{now.get(name)!r}: give the same, or another file"
+            )

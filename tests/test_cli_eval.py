@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen eval`: the demo model's score, resumed, on meshes, compared, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from meshwen import demo
+from meshwen.cli import main
+from meshwen.evals.run_file import RunFile
+
+HELD_OUT = demo.path() / "heldout.jsonl"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_the_programs():
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _no_lasting_cache(monkeypatch):
+    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+
+
+def gsm8k(*options) -> int:
+    return main(["eval", "gsm8k", *map(str, options)])
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    assert gsm8k("--out", out, "--limit", 6, "--batch-size", 4) == 0
+    assert "demo: 6 of 6 right, 100.0% (95% interval 61.0% to 100.0%)" in capsys.readouterr().out
+    before = out.read_bytes()
+    assert gsm8k("--out", out, "--limit", 9, "--batch-size", 4, "--resume", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["problems"], found["correct"], found["answers_from_before"]) == (9, 9, 6)
+    assert out.read_bytes().startswith(before)
+    records = RunFile.read(out).records
+    assert sorted(records) == list(range(9))
+    problems = [json.loads(line) for line in HELD_OUT.read_text().splitlines()[:9]]
+    for number, problem in enumerate(problems):
+        one = records[number]
+        assert one["gold"] == problem["answer"].rpartition("#### ")[2]
+        assert one["text"].strip().endswith(f"#### {one['gold']}")
+        assert one["finish_reason"] == "stop"
+        assert one["logprob"] < 0
+        assert len(one["tokens"]) > 5
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_repeats_and_loses_nothing(tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    command = [sys.executable, "-m", "meshwen", "eval", "gsm8k", "--out", out, "--batch-size", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not out.exists() or out.read_bytes().count(b"\n") < 8:
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    kept = out.read_bytes()
+    kept = kept[: kept.rindex(b"\n") + 1]
+    assert gsm8k("--out", out, "--limit", 40, "--resume") == 0
+    assert out.read_bytes().startswith(kept)
+    lines = out.read_bytes().splitlines()[1:]
+    assert sorted(json.loads(line)["id"] for line in lines)[:40] == list(range(40))
+    assert len({json.loads(line)["id"] for line in lines}) == len(lines)
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_answers_of_one_device(tmp_path, capsys):
+    for numerics in ("exact", "fast"):
+        out = tmp_path / numerics
+        run = ["eval", "meshes", "--out", str(out), "--numerics", numerics, "--json"]
+        assert main([*run, "--limit", "40"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["mesh"] for row in rows] == ["1x1", "1x8", "2x4", "8x4", "1x32"]
+        assert all(row["accuracy"] >= 0.9 for row in rows)
+        assert len({row["correct"] for row in rows}) == 1
+        if numerics == "exact":
+            assert all(row["against_first"]["identical"] == 40 for row in rows)
+            runs = [RunFile.read(out / f"{row['mesh']}.jsonl").records for row in rows]
+            logprobs = [{i: one["logprob"] for i, one in records.items()} for records in runs]
+            assert all(one == logprobs[0] for one in logprobs)
+
+
+@pytest.fixture(scope="module")
+def run_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    paths = [folder / "a.jsonl", folder / "b.jsonl"]
+    assert gsm8k("--out", paths[0], "--limit", 3) == 0
+    lines = paths[0].read_text().splitlines()
+    changed = json.loads(lines[-1])
+    changed |= {"correct": False, "extracted": "1", "text": "it is 1", "tokens": [1]}
+    paths[1].write_text("\n".join([*lines[:-1], json.dumps(changed)]) + "\n")
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("require", "status"),
+    [((), 0), (("--require", "identical"), 1), (("--require", "same-score"), 1)],
+)
+def test_two_runs_are_compared(run_files, capsys, require, status):
+    first, second = map(str, run_files)
+    assert main(["eval", "compare", first, second, *require]) == status
+    said = capsys.readouterr().out
+    assert "McNemar's exact p: 1; identical answers: 2 of 3" in said
+    assert "it is 1" in said
+    assert main(["eval", "compare", first, first, *require, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identical"] == 3
+
+
+def test_a_problem_that_cannot_be_asked_is_wrong_and_listed(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    good = HELD_OUT.read_text().splitlines()[0]
+    long = json.dumps({"question": "many words " * 2000, "answer": "#### 1"})
+    data.write_text(f"{good}\n\n{long}\n")
+    assert gsm8k("--out", tmp_path / "r.jsonl", "--data", data) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 right" in said
+    assert "could not be asked, counted as wrong: 2" in said
+    assert "context" in RunFile.read(tmp_path / "r.jsonl").records[2]["error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has no problems"),
+        ("\n \n", "has no problems"),
+        ('{"question": "?", "answer": "#### 1"}\n{', "line 2 is not JSON"),
+        ('{"question": "?", "answer": "#### 1"}\n[1]', "line 2: expected an object"),
+        ('{"question": "?"}', "line 1: 'answer' is missing"),
+        ('{"question": " ", "answer": "#### 1"}', "line 1: 'question' is missing, empty"),
+        ('{"question": "?", "answer": "1"}', "does not end with '#### ' and a number"),
+        ('{"question": "?", "answer": "#### many"}', "does not end with '#### ' and a number"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_bad_data_names_the_line(tmp_path, capsys, content, said):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert gsm8k("--out", tmp_path / "r.jsonl", "--data", data) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("meshwen: error: ")
+    assert said in error
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt-style", "gsm"], "'gsm' is not one of qwen-boxed, lm-eval"),
+        (["--prompt-style", "lm-eval"], "needs --train"),
+        (["--train", HELD_OUT], "has no solved examples"),
+        (["--offset", 500], "leaves none of the 200 problems"),
+        (["--data", "none.jsonl"], "cannot read none.jsonl"),
+        (["--out", "no/such/folder/r.jsonl"], "cannot write no/such/folder/r.jsonl"),
+        (["--model", "qwen2.5-7b", "--load-format", "dummy"], "--data is needed"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--mesh", "1x1x"], "mesh"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_exit_status_2(tmp_path, capsys, options, said):
+    out = [] if "--out" in options else ["--out", tmp_path / "r.jsonl"]
+    assert gsm8k(*out, *options) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("meshwen: error: ")
+    assert said in error
+
+
+def test_few_shot_prompts_have_solved_examples(tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    options = ("--prompt-style", "lm-eval", "--train", HELD_OUT, "--limit", 2)
+    assert gsm8k("--out", out, *options, "--max-new-tokens", 4) == 0
+    run = RunFile.read(out)
+    assert run.settings["train_sha256"] == run.settings["data_sha256"]
+    assert set(run.records[0]["graded"]) == {"strict-match", "flexible-extract"}
+    assert "lm-eval: 0 of 2 right" in capsys.readouterr().out

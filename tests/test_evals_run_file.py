@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run file loses nothing, whatever stops the run, and goes on only where it may."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from meshwen.errors import MeshwenError
+from meshwen.evals.compare import compare
+from meshwen.evals.run_file import RunFile
+
+SETTINGS = {"model": "m", "seed": 0}
+
+
+def answer(number: int, correct: bool = True, tokens: tuple[int, ...] = (1, 2)) -> dict:
+    asked = {"id": number, "prompt_sha256": f"p{number}", "gold": "7"}
+    return asked | {"correct": correct, "tokens": list(tokens), "text": "7"}
+
+
+def written(path, *answers) -> RunFile:
+    run = RunFile.begin(path, SETTINGS, resume=False)
+    for one in answers:
+        run.write(one)
+    run.close()
+    return run
+
+
+def test_answers_come_back_as_they_were_written(tmp_path):
+    run = written(tmp_path / "r.jsonl", answer(0), answer(3, False))
+    found = RunFile.read(run.path)
+    assert (found.settings, found.records) == (SETTINGS, {0: answer(0), 3: answer(3, False)})
+
+
+@pytest.mark.parametrize("lost", range(1, 40))
+def test_a_torn_last_line_is_cut_off_and_the_run_goes_on(tmp_path, lost):
+    path = written(tmp_path / "r.jsonl", answer(0), answer(1)).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-lost])
+    assert set(RunFile.read(path).records) == {0}
+    run = RunFile.begin(path, SETTINGS, resume=True)
+    assert set(run.records) == {0}
+    run.write(answer(1))
+    run.close()
+    assert path.read_bytes() == whole
+
+
+def test_a_run_that_was_killed_before_its_first_line_begins_anew(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"format": "mesh')
+    with pytest.raises(MeshwenError, match="first line is cut off"):
+        RunFile.read(path)
+    RunFile.begin(path, SETTINGS, resume=True).close()
+    assert RunFile.read(path).records == {}
+
+
+def test_an_existing_file_is_kept_unless_it_is_to_go_on(tmp_path):
+    path = written(tmp_path / "r.jsonl", answer(0)).path
+    with pytest.raises(MeshwenError, match="add --resume"):
+        RunFile.begin(path, SETTINGS, resume=False)
+    with pytest.raises(MeshwenError, match="made with seed 0, this run has 1"):
+        RunFile.begin(path, SETTINGS | {"seed": 1}, resume=True)
+    with pytest.raises(MeshwenError, match="made with style None, this run has 'x'"):
+        RunFile.begin(path, SETTINGS | {"style": "x"}, resume=True)
+    assert set(RunFile.read(path).records) == {0}
+
+
+def test_a_full_disk_stops_the_run_with_what_was_saved_intact(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    run = RunFile.begin(path, SETTINGS, resume=False)
+    run.write(answer(0))
+    saved = path.read_bytes()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MeshwenError, match="No space left on device; 1 answers are saved"):
+        run.write(answer(1))
+    assert path.read_bytes() == saved
+    assert set(run.records) == {0}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(MeshwenError, match=r"cannot write .*none/r\.jsonl: No such file"):
+        RunFile.begin(tmp_path / "none" / "r.jsonl", SETTINGS, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("{", "line 2: not a JSON object"), ("[]", "line 2: not a JSON"), ("{}", "not an answer")],
+)
+def test_a_damaged_line_is_named(tmp_path, line, said):
+    path = tmp_path / "r.jsonl"
+    header = json.dumps({"format": "meshwen-eval-1", "settings": SETTINGS})
+    path.write_text(f"{header}\n{line}\n{json.dumps(answer(1))}\n")
+    with pytest.raises(MeshwenError, match=said):
+        RunFile.read(path)
+    path.write_text('{"question": "?"}\n')
+    with pytest.raises(MeshwenError, match="no run file of this version"):
+        RunFile.read(path)
+
+
+def test_runs_are_compared_answer_by_answer(tmp_path):
+    first = written(
+        tmp_path / "a.jsonl",
+        *(answer(0), answer(1), answer(2, False, (5, 6, 7)), answer(3, tokens=(1, 2, 3))),
+    )
+    second = written(
+        tmp_path / "b.jsonl",
+        *(answer(3, tokens=(1, 2)), answer(2, True, (5, 6, 8)), answer(1, False, (9,)), answer(0)),
+    )
+    found = compare(first, second)
+    assert (found.problems, found.correct) == (4, (3, 3))
+    assert (found.only_first, found.only_second, found.p) == ((1,), (2,), 1.0)
+    assert (found.identical, found.parted) == (1, {1: 0, 2: 2, 3: 2})
+    assert found.same_score
+    assert not found.all_identical
+    assert compare(first, first).all_identical
+
+
+def test_runs_of_other_problems_are_not_compared(tmp_path):
+    first = written(tmp_path / "a.jsonl", answer(0), answer(1))
+    with pytest.raises(MeshwenError, match="1 are in one alone, first 1"):
+        compare(first, written(tmp_path / "b.jsonl", answer(0)))
+    other = written(tmp_path / "c.jsonl", answer(0), answer(1) | {"prompt_sha256": "other"})
+    with pytest.raises(MeshwenError, match="problem 1 has another prompt_sha256"):
+        compare(first, other)
+    empty = written(tmp_path / "d.jsonl")
+    with pytest.raises(MeshwenError, match="have no answers"):
+        compare(empty, empty)
