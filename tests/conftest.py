@@ -37,9 +37,18 @@ def real_model_dir():
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """What transformers gives for the real checkpoint, parsed; skips where it is absent."""
-    path = SHARED / "golden" / f"{REAL_MODEL}.float32.json"
-    if not path.is_file():
-        pytest.skip(f"no reference outputs at {path}")
+def shared():
+    """The folder of reference data beside the checkout; skips where there is none.
+
+    Where there is one, a file that is not in it is an error of the test that reads it.
+    """
+    if not SHARED.is_dir():
+        pytest.skip(f"no reference data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """What transformers gives for the real checkpoint, parsed."""
+    path = shared / "golden" / f"{REAL_MODEL}.float32.json"
     return json.loads(path.read_text(encoding="utf-8"))

@@ -41,6 +41,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert gsm8k("--out", out, "--limit", 9, "--batch-size", 4, "--resume", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["problems"], found["correct"], found["answers_from_before"]) == (9, 9, 6)
+    assert gsm8k("--out", out, "--limit", 4, "--resume", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == 4
     assert out.read_bytes().startswith(before)
     records = RunFile.read(out).records
     assert sorted(records) == list(range(9))

@@ -319,7 +319,7 @@ def test_the_sampler_gathers_its_candidates_only(mesh, rows_a_device, sampling, 
     params = [SamplingParams(**sampling)] * batch
     method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
     token = np.zeros(batch, np.int32)
-    lowered = runner._decode.lower(
+    lowered = runner.decode_program.lower(
         runner.params, runner.empty_cache(batch, 16), token, token, rows, None, method=method
     )
     gathered = _GATHER.findall(lowered.compile().as_text())

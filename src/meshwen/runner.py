@@ -34,6 +34,7 @@ class ModelRunner:
         plan: how the model lies on the mesh.
         params: the weights, placed as `plan` says.
         dtype: of weights and cached values, and of the inputs of products with weights.
+        decode_program: what `decode` calls with the weights, jitted; to be lowered and looked at.
     """
 
     def __init__(self, plan: ParallelPlan, params: Params, dtype: jnp.dtype):
@@ -54,7 +55,7 @@ class ModelRunner:
         self._first = self.compiled(
             _first_step, ("batch embed", "batch", "batch", "batch vocab"), "batch", static="method"
         )
-        self._decode = self.compiled(
+        self.decode_program: Any = self.compiled(
             _decode_step,
             (_CACHE, "batch", "batch", "batch", "batch vocab"),
             ("batch", "batch vocab", _CACHE),
@@ -146,26 +147,7 @@ class ModelRunner:
         Returns:
             The next tokens, `seen` with `tokens`, and the cache.
         """
-        return self._decode(self.params, cache, tokens, positions, rows, seen, method=method)
-
-    def lower_decode(
-        self,
-        cache: KVCache,
-        tokens: ArrayLike,
-        positions: ArrayLike,
-        rows: SamplerRows,
-        seen: ArrayLike | None,
-        method: SamplingMethod,
-    ) -> jax.stages.Lowered:
-        """The program of `decode` for these arguments, to be looked at, or compiled and called.
-
-        It is called with the weights, then with the arguments but `method`.
-        """
-        program: Any = self._decode
-        lowered: jax.stages.Lowered = program.lower(
-            self.params, cache, tokens, positions, rows, seen, method=method
-        )
-        return lowered
+        return self.decode_program(self.params, cache, tokens, positions, rows, seen, method=method)
 
     def compiled(
         self,

@@ -6,9 +6,10 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from meshwen.cli import options
 from meshwen.cli.console import note, output_console, plain_table, progress_bar
 from meshwen.cli.load import load_model
 from meshwen.cli.options import parse_meshes
+from meshwen.cli.signatures import parameters_of, set_parameters
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
@@ -90,19 +92,22 @@ Require = Annotated[
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is evaluated, whatever the mesh.
+    """What is evaluated, whatever the mesh and the numerics.
 
     Attributes:
         loading: options of `open_checkpoint`: model, load format, revision.
-        model: options of `load_model`: dtype, numerics, batch size.
+        dtype: of weights and products.
+        batch_size: problems that are answered at once.
         style: how problems are asked and graded.
         sampling: how answers are drawn.
-        problems: those to ask, and all of the data's with a hash.
+        problems: those to ask.
+        data_sha256: of all problems of the data.
         examples: those that solved examples are drawn from.
     """
 
     loading: tuple[str, str, str | None]
-    model: dict[str, Any]
+    dtype: options.DType
+    batch_size: int
     style: PromptStyle
     sampling: SamplingParams
     problems: Sequence[Problem]
@@ -110,13 +115,9 @@ class _Asked:
     examples: Sequence[Problem]
 
 
-@app.command()
-def gsm8k(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The run file to write.")],
+def _asked(
     model: options.Model = _DEMO,
-    mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
-    numerics: options.NumericsOption = options.Numerics.FAST,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     data: Data = None,
@@ -128,6 +129,43 @@ def gsm8k(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+) -> _Asked:
+    """Reads and checks what can be before any weight is; its parameters are options."""
+    from meshwen.evals.gsm8k import data_sha256
+    from meshwen.evals.styles import prompt_style as style_of
+    from meshwen.sampling import SamplingParams
+
+    style = style_of(prompt_style or ("demo" if model == _DEMO else "qwen-boxed"))
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    problems, examples = _problems(data, model), _examples(train, style)
+    chosen = problems[offset : None if limit is None else offset + limit]
+    if not chosen:
+        raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
+    loading = (model, load_format, revision)
+    digest = data_sha256(problems)
+    return _Asked(loading, dtype, batch_size, style, sampling, chosen, digest, examples)
+
+
+def _evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with `_asked`'s options, which gets what comes of them as its first argument."""
+    asked = parameters_of(_asked)
+    _, *own = parameters_of(command)
+
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        return command(_asked(**{p.name: given.pop(p.name) for p in asked}), **given)
+
+    set_parameters(run, [*own, *asked])
+    return run
+
+
+@app.command()
+@_evaluating
+def gsm8k(
+    asked: _Asked,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The run file to write.")],
+    mesh: options.Mesh = "1",
+    numerics: options.NumericsOption = options.Numerics.FAST,
     resume: Resume = False,
     as_json: AsJson = False,
     debug: options.Debug = False,
@@ -137,16 +175,7 @@ def gsm8k(
     Every answer is in the run file as soon as it is whole: what was interrupted goes on with
     --resume.
     """
-    from meshwen.sampling import SamplingParams
-
-    asked = _asked(
-        (model, load_format, revision),
-        {"dtype": dtype, "numerics": numerics, "batch_size": batch_size},
-        prompt_style,
-        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
-        (data, train, offset, limit),
-    )
-    run, found = _evaluate(asked, mesh, out, resume)
+    run, found = _evaluate(asked, mesh, numerics, out, resume)
     if as_json:
         print(json.dumps(found | {"settings": dict(run.settings)}))
     else:
@@ -154,27 +183,16 @@ def gsm8k(
 
 
 @app.command()
+@_evaluating
 def meshes(
+    asked: _Asked,
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Gets a run file of each mesh.")
     ],
-    model: options.Model = _DEMO,
     meshes: Annotated[
         str, typer.Option("--meshes", help="The others are held against the first.")
     ] = "1x1,1x8,2x4,8x4,1x32",
-    dtype: options.Dtype = options.DType.BFLOAT16,
     numerics: options.NumericsOption = options.Numerics.EXACT,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
-    data: Data = None,
-    train: Train = None,
-    prompt_style: Style = None,
-    limit: Limit = None,
-    offset: Offset = 0,
-    batch_size: options.BatchSize = 32,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
     resume: Resume = False,
     require: Require = None,
     as_json: AsJson = False,
@@ -186,21 +204,13 @@ def meshes(
     """
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.parallel.mesh import make_mesh
-    from meshwen.sampling import SamplingParams
 
     specs = parse_meshes(meshes)
     make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
-    asked = _asked(
-        (model, load_format, revision),
-        {"dtype": dtype, "numerics": numerics, "batch_size": batch_size},
-        prompt_style,
-        SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
-        (data, train, offset, limit),
-    )
     _make_folder(out)
     results = []
     for spec in specs:
-        results.append(_evaluate(asked, str(spec), out / f"{spec}.jsonl", resume))
+        results.append(_evaluate(asked, str(spec), numerics, out / f"{spec}.jsonl", resume))
         gc.collect()  # The weights of one mesh, before those of the next are there.
     first = results[0][0]
     compared = [compare_runs(first, run) for run, _ in results]
@@ -249,28 +259,10 @@ def _kept(require: Requirement, found: Comparison) -> bool:
     return found.all_identical if require is Requirement.IDENTICAL else found.same_score
 
 
-def _asked(
-    loading: tuple[str, str, str | None],
-    model: dict[str, Any],
-    prompt_style: str | None,
-    sampling: SamplingParams,
-    source: tuple[Path | None, Path | None, int, int | None],
-) -> _Asked:
-    """Reads and checks what can be before any weight is."""
-    from meshwen.evals.gsm8k import data_sha256
-    from meshwen.evals.styles import prompt_style as style_of
-
-    data, train, offset, limit = source
-    style = style_of(prompt_style or ("demo" if loading[0] == _DEMO else "qwen-boxed"))
-    problems, examples = _problems(data, loading[0]), _examples(train, style)
-    chosen = problems[offset : None if limit is None else offset + limit]
-    if not chosen:
-        raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
-    return _Asked(loading, model, style, sampling, chosen, data_sha256(problems), examples)
-
-
-def _evaluate(asked: _Asked, mesh: str, out: Path, resume: bool) -> tuple[RunFile, dict[str, Any]]:
-    """Runs what the run file lacks: the run, and its summary."""
+def _evaluate(
+    asked: _Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool
+) -> tuple[RunFile, dict[str, Any]]:
+    """Runs what the run file lacks: the run, of the problems asked alone, and its summary."""
     from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.gsm8k import answer_all, data_sha256, question, summary
     from meshwen.evals.run_file import RunFile
@@ -289,8 +281,8 @@ def _evaluate(asked: _Asked, mesh: str, out: Path, resume: bool) -> tuple[RunFil
         settings = {
             "model": checkpoint.name,
             "mesh": mesh_label(devices),
-            "dtype": asked.model["dtype"].value,
-            "numerics": asked.model["numerics"].value,
+            "dtype": asked.dtype.value,
+            "numerics": numerics.value,
             "prompt_style": style.name,
             "data_sha256": asked.data_sha256,
             "train_sha256": data_sha256(asked.examples) if asked.examples else None,
@@ -300,7 +292,14 @@ def _evaluate(asked: _Asked, mesh: str, out: Path, resume: bool) -> tuple[RunFil
         }
         run = RunFile.begin(out, settings, resume=resume)
         before = len(run.records)
-        loaded = load_model(checkpoint, tokenizer, mesh=devices, **asked.model)
+        loaded = load_model(
+            checkpoint,
+            tokenizer,
+            mesh=devices,
+            dtype=asked.dtype,
+            numerics=numerics,
+            batch_size=asked.batch_size,
+        )
     started = time.perf_counter()
     with progress_bar("answering") as bar:
         answer_all(
@@ -312,7 +311,8 @@ def _evaluate(asked: _Asked, mesh: str, out: Path, resume: bool) -> tuple[RunFil
             lambda done, right, total: bar(done, total, f"{right} of {done} right"),
         )
     run.close()
-    found = summary(run.records[p.number] for p in asked.problems)
+    run = replace(run, records={p.number: run.records[p.number] for p in asked.problems})
+    found = summary(run.records.values())
     seconds = round(time.perf_counter() - started, 1)
     return run, found | {"seconds": seconds, "answers_from_before": before}
 

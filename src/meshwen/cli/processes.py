@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from inspect import Parameter
-from inspect import signature as signature_of
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
+from meshwen.cli.signatures import parameters_of, set_parameters
 from meshwen.errors import MeshwenError
 
 Coordinator = Annotated[
@@ -72,17 +72,11 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
         with _others_named(), _own_output() if process_index() == 0 else _no_output():
             return command(**own)
 
-    hints = get_type_hints(command, include_extras=True)
-    signature = signature_of(command)
-    kept = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
     added = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option)
         for name, option in _OPTIONS.items()
     ]
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*kept, *added]
-    )
-    run.__annotations__ = hints | _OPTIONS
+    set_parameters(run, [*parameters_of(command), *added])
     return run
 
 

@@ -167,7 +167,10 @@ class MeshRun:
     def _compiled_decode(self) -> jax.stages.Compiled:
         row = np.zeros(self.workload.rows, np.int32)
         cache = self._empty_cache()
-        return self.runner.lower_decode(cache, row, row, self._rows, None, self._method).compile()
+        lowered: jax.stages.Lowered = self.runner.decode_program.lower(
+            self.runner.params, cache, row, row, self._rows, None, method=self._method
+        )
+        return lowered.compile()
 
 
 def head_step(params: Params, hidden: Array, *, config: Qwen2Config, tp: TensorParallel) -> Array:
