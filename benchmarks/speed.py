@@ -83,10 +83,11 @@ def prefill_seconds(runner: ModelRunner, length: int) -> float:
     """Median seconds to read one prompt of `length` tokens."""
     hidden, cache = runner.empty_hidden(1), runner.empty_cache(1, length)
     ids, lengths = np.ones((1, length), np.int32), np.array([length], np.int32)
+    row = np.zeros(1, np.int32)
 
     def read(number: int) -> None:
         nonlocal hidden, cache
-        hidden, cache = runner.prefill(cache, hidden, ids, np.int32(0), lengths, length)
+        hidden, cache = runner.prefill(cache, hidden, ids, row, np.int32(0), lengths, length)
         jax.block_until_ready(hidden)
 
     return median_seconds(read, 3)

@@ -276,7 +276,7 @@ def train_step(optimise: optax.GradientTransformation, config: Qwen2Config) -> C
 
 def held_out_misses(out: Path, held_out: list[dict[str, str]]) -> list[str]:
     """The greedy answers, by the package's own engine, whose final number is wrong."""
-    model = Qwen2ForCausalLM.from_pretrained(out, dtype="bfloat16", max_batch_size=SCORED_AT_ONCE)
+    model = Qwen2ForCausalLM.from_pretrained(out, dtype="bfloat16", max_num_seqs=SCORED_AT_ONCE)
     prompts = [SYSTEM_TURN + turn(problem["question"]) for problem in held_out]
     completions = model.generate(prompts, temperature=0.0, max_new_tokens=MAX_ANSWER)
     return [

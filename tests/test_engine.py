@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 import reference
 from mesh_model import MeshModel, random_tokens
 from meshwen import Qwen2ForCausalLM
-from meshwen.engine import Completion, Engine, Request, StopText
+from meshwen.capacity import Capacity
+from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
+from meshwen.request import Completion, Request
 from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sequence import StopText
 from speller import ANSWER, answer_ids, write_speller
 from tiny_model import STEPS, TINY, greedy, weights
 
@@ -33,8 +36,12 @@ def model(mesh="1", config=TINY) -> MeshModel:
     return MeshModel(config, mesh)
 
 
-def engine(mesh="1", eos=(), max_batch_size=4, config=TINY) -> Engine:
-    return Engine(model(mesh, config).runner, None, eos, max_batch_size)
+def engine(mesh="1", eos=(), max_num_seqs=4, config=TINY) -> Engine:
+    return engine_of(model(mesh, config).runner, eos, max_num_seqs)
+
+
+def engine_of(runner, eos=(), max_num_seqs=4) -> Engine:
+    return Engine(runner, None, eos, Capacity.of(runner.plan, runner.dtype, max_num_seqs))
 
 
 def request(prompt, **sampling) -> Request:
@@ -119,7 +126,7 @@ def test_logprobs_come_only_to_those_who_asked():
 
 def test_more_requests_than_fit_at_once_come_back_in_order():
     prompts = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (5, 1, 7, 3, 2)]
-    events = list(engine(max_batch_size=2).run([request(prompt) for prompt in prompts]))
+    events = list(engine(max_num_seqs=2).run([request(prompt) for prompt in prompts]))
     assert [c.tokens for c in completions(events)] == [greedy(tuple(p))[0] for p in prompts]
     for number in range(len(prompts)):
         of_one = [event for event in events if event.request == number]
@@ -148,7 +155,7 @@ def test_a_finished_row_without_a_free_slot_disturbs_no_other():
     # Both fill the cache's 16 slots to the last: the first at once, the second with its answer.
     prompts = [random_tokens(TINY, 1, 15, seed=15)[0].tolist(), PROMPTS[0]]
     requests = [request(prompts[0], max_new_tokens=1), request(prompts[1], max_new_tokens=11)]
-    found = completions(engine(max_batch_size=2).run(requests))
+    found = completions(engine(max_num_seqs=2).run(requests))
     assert found[0].tokens == greedy(tuple(prompts[0]))[0][:1]
     assert found[1].tokens[:STEPS] == greedy(tuple(prompts[1]))[0]
     whole = model().logits([[*prompts[1], *found[1].tokens]])[0, len(prompts[1]) - 1 : -1]
@@ -197,7 +204,7 @@ def test_the_context_ends_an_answer():
 )
 def test_a_bad_prompt_is_counted_from_1_and_named_before_anything_runs(prompt, words):
     with pytest.raises(MeshwenError, match=f"^prompt 2 .*{words}") as error:
-        engine(max_batch_size=1).run([request(PROMPTS[0]), request(prompt)])
+        engine(max_num_seqs=1).run([request(PROMPTS[0]), request(prompt)])
     assert "\n" not in str(error.value)
 
 
@@ -233,8 +240,8 @@ def test_a_prompt_read_in_chunks_gives_what_one_pass_gives(mesh):
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
 
 
-def test_many_long_prompts_are_read_in_shorter_chunks(monkeypatch):
-    monkeypatch.setattr("meshwen.engine._SCORE_BYTES", 1)
+def test_a_prompt_whose_scores_are_many_is_read_in_shorter_chunks(monkeypatch):
+    monkeypatch.setattr("meshwen.buckets._SCORE_BYTES", 1)
     found = completions(engine().run([request(prompt, logprobs=True) for prompt in PROMPTS]))
     for completion, prompt in zip(found, PROMPTS, strict=True):
         tokens, logprobs = greedy(tuple(prompt))
@@ -259,16 +266,15 @@ def compiled(caplog):
     caplog.clear()  # A failing test shows what it found, not the whole log.
 
 
-@every_mesh
-def test_a_second_batch_of_the_same_bucket_compiles_nothing(mesh, compiled):
-    fresh = MeshModel(TINY, mesh).runner
-    runs = Engine(fresh, None, (), 4)
+@pytest.mark.parametrize(("mesh", "buckets"), [("1", 3), (SPLIT, 2)])
+def test_decode_compiles_once_and_prefill_once_a_bucket(mesh, buckets, compiled):
+    runs = engine_of(MeshModel(TINY, mesh).runner)
     compiled()
     list(runs.run([request(prompt, **SAMPLED[1]) for prompt in PROMPTS]))
     programs = [name for name in compiled() if name.endswith("_step")]
-    assert sorted(programs) == ["decode_step", "first_step", "prefill_step"]
-    others = [random_tokens(TINY, 1, n, seed=9)[0].tolist() for n in (28, 2, 9)]
-    list(runs.run([request(p, **SAMPLED[1] | {"seed": 8}) for p in [*others, PROMPTS[2]]]))
+    assert sorted(programs) == ["decode_step", "first_step", *["prefill_step"] * buckets]
+    others = [random_tokens(TINY, 1, n, seed=9)[0].tolist() for n in (6, 3, 20, 28)]
+    list(runs.run([request(p, **SAMPLED[1] | {"seed": 8}) for p in [*others, *others]]))
     assert compiled() == []
 
 
@@ -289,7 +295,8 @@ def test_a_step_consumes_the_cache_it_is_given():
     lengths = np.array([3], np.int32)
     cache, hidden = runner.empty_cache(1, 16), runner.empty_hidden(1)
     token_ids = np.ones((1, 16), np.int32)
-    after, second = runner.prefill(cache, hidden, token_ids, np.int32(0), lengths, 16)[::-1]
+    row = np.array([0], np.int32)
+    after, second = runner.prefill(cache, hidden, token_ids, row, np.int32(0), lengths, 16)[::-1]
     assert hidden.is_deleted()
     assert all(array.is_deleted() for array in jax.tree.leaves(cache))
     params = [SamplingParams(repetition_penalty=1.1)]

@@ -41,7 +41,7 @@ def _free_the_programs():
 
 def load(path, mesh: str, dtype: str, batch: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM.from_pretrained(
-        path, mesh=mesh, dtype=dtype, numerics="exact", max_batch_size=batch
+        path, mesh=mesh, dtype=dtype, numerics="exact", max_num_seqs=batch
     )
 
 

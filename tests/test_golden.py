@@ -31,7 +31,7 @@ GGUF_MARGIN = 0.1
 
 @lru_cache(maxsize=2)  # 2.5 GB each in float32
 def load(path: Path, mesh: str, dtype: str) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM.from_pretrained(path, mesh=mesh, dtype=dtype, max_batch_size=16)
+    return Qwen2ForCausalLM.from_pretrained(path, mesh=mesh, dtype=dtype, max_num_seqs=16)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -110,9 +110,10 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
     model, n = shared_model(SMALL_7B, mesh), shared_model(SMALL_7B, mesh).plan.model_devices
     runner, cache = model.runner, model.cache(BATCH, SLOTS)
     expected = [("all-reduce", n)] * (2 * SMALL_7B.num_hidden_layers + 1)
-    tokens, row = np.zeros((BATCH, CHUNK), np.int32), np.zeros(BATCH, np.int32)
+    parts = model.plan.data_devices
+    tokens, part, row = (np.zeros(s, np.int32) for s in ((parts, CHUNK), parts, BATCH))
     prefill = runner._prefill.lower(
-        runner.params, cache, runner.empty_hidden(BATCH), tokens, 0, row, slots=SLOTS
+        runner.params, cache, runner.empty_hidden(parts), tokens, part, 0, part, slots=SLOTS
     )
     assert collectives(prefill.compile().as_text()) == expected
     greedy = [SamplingParams()] * BATCH

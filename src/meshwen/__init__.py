@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from meshwen.causal_lm import AutoModelForCausalLM, Qwen2ForCausalLM
     from meshwen.compilation_cache import enable_compilation_cache
     from meshwen.config import Qwen2Config
-    from meshwen.engine import Completion, Event, Request
     from meshwen.errors import MeshwenError
     from meshwen.parallel.mesh import make_mesh
+    from meshwen.request import Completion, Event, Request
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
@@ -41,12 +41,12 @@ __all__ = [
 
 _MODULES = {
     "AutoModelForCausalLM": "causal_lm",
-    "Completion": "engine",
-    "Event": "engine",
+    "Completion": "request",
+    "Event": "request",
     "MeshwenError": "errors",
     "Qwen2Config": "config",
     "Qwen2ForCausalLM": "causal_lm",
-    "Request": "engine",
+    "Request": "request",
     "SamplingParams": "sampling",
     "Tokenizer": "tokenizer",
     "enable_compilation_cache": "compilation_cache",

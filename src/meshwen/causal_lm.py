@@ -13,14 +13,17 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from meshwen.buckets import bucket
+from meshwen.capacity import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.config import Qwen2Config
 from meshwen.distributed import to_host
-from meshwen.engine import Completion, Engine, Event, Request, bucket
+from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
+from meshwen.request import Completion, Event, Request
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplingParams
 from meshwen.tokenizer import Tokenizer
@@ -49,14 +52,16 @@ class Qwen2ForCausalLM:
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         generation_config: dict[str, Any],
-        max_batch_size: int = 8,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
     ):
         self.plan, self.dtype = runner.plan, runner.dtype
         self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
         self.tokenizer, self.generation_config = tokenizer, generation_config
         self._runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
-        self.engine = Engine(runner, tokenizer, eos, max_batch_size)
+        capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
+        self.engine = Engine(runner, tokenizer, eos, capacity)
 
     @classmethod
     def from_pretrained(
@@ -68,7 +73,8 @@ class Qwen2ForCausalLM:
         numerics: Numerics = "fast",
         load_format: str = "auto",
         revision: str | None = None,
-        max_batch_size: int = 8,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
         progress: Progress = lambda done, total: None,
     ) -> Self:
         """Loads a model onto a mesh.
@@ -84,7 +90,8 @@ class Qwen2ForCausalLM:
                 `meshwen.parallel.exact`.
             load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
             revision: branch, tag or commit of a hub id.
-            max_batch_size: requests that run at once.
+            max_num_seqs: requests that run at once; fewer where memory is short.
+            max_model_len: the most tokens of prompt and answer; None: the model's context.
             progress: called with the number of weights placed, and of all.
 
         Raises:
@@ -102,7 +109,8 @@ class Qwen2ForCausalLM:
                 mesh=mesh,
                 dtype=dtype,
                 numerics=numerics,
-                max_batch_size=max_batch_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
                 progress=progress,
             )
 
@@ -115,7 +123,8 @@ class Qwen2ForCausalLM:
         mesh: Mesh,
         dtype: str = "bfloat16",
         numerics: Numerics = "fast",
-        max_batch_size: int = 8,
+        max_num_seqs: int = 8,
+        max_model_len: int | None = None,
         progress: Progress = lambda done, total: None,
     ) -> Self:
         """Loads an open checkpoint onto a mesh: the second half of `from_pretrained`.
@@ -129,7 +138,7 @@ class Qwen2ForCausalLM:
         else:
             params = load_params(checkpoint, plan, kind, progress)
         runner = ModelRunner(plan, params, kind)
-        return cls(runner, tokenizer, checkpoint.generation_config, max_batch_size)
+        return cls(runner, tokenizer, checkpoint.generation_config, max_num_seqs, max_model_len)
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.

@@ -1,129 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests in, tokens out.
+"""Requests in, tokens out, with continuous batching.
 
-Requests run in batches of a fixed number of rows. Prompts are read in chunks whose lengths come
-from a short ladder of buckets, so that few shapes are ever compiled; then every row takes one step
-at a time until its request is finished.
+A request waits until one of a fixed number of slots, rows of the KV cache, is free; its prompt is
+read into that row while the other rows go on; then every row takes one step at a time, and a row
+whose answer ends is given to the next request at once. Shapes are those of the cache, whatever
+there is to do: a decode step compiles once for each, and prompts are read in chunks whose lengths
+come from a short ladder of buckets.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 from jax import Array
 
+from meshwen.buckets import bucket, chunks
+from meshwen.capacity import Capacity
 from meshwen.config import Qwen2Config
 from meshwen.distributed import to_host
 from meshwen.errors import MeshwenError
-from meshwen.kv_cache import KVCache
+from meshwen.kv_cache import KVCache, resized
 from meshwen.parallel.plan import ParallelPlan
+from meshwen.request import Event, Request, check_prompt
 from meshwen.runner import ModelRunner
 from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sequence import SequenceState
 from meshwen.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]
 
-_LONGEST_CHUNK = 512
-_SMALLEST_BUCKET = 16
-# What a device's attention scores, float32 [batch, heads, chunk, slots], may take while a prompt is
-# read: with many long prompts the chunks get shorter.
-_SCORE_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, as token ids, and how to continue it."""
-
-    prompt_tokens: tuple[int, ...]
-    sampling: SamplingParams
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds: from the batch's start to the first token, and from there to the last."""
-
-    time_to_first_token: float
-    decode_seconds: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request.
-
-    Attributes:
-        prompt_tokens: the prompt's ids.
-        tokens: the answer's ids, an end-of-text token included.
-        text: the answer without special tokens, and without the stop string that ended it.
-        finish_reason: "stop" at an end-of-text token or stop string, "length" at a limit.
-        logprobs: log-probability of each token, when asked for.
-        timings: how long it took.
-    """
-
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    logprobs: tuple[float, ...] | None
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Event:
-    """One token of one request.
-
-    Attributes:
-        request: the request's number.
-        token: its id.
-        text: what can be shown now: whole characters, and nothing that might begin a stop string.
-        logprob: of the token, when asked for.
-        completion: with a request's last token, the whole answer.
-    """
-
-    request: int
-    token: int
-    text: str
-    logprob: float | None
-    completion: Completion | None
-
-
-def check_prompt(token_ids: Sequence[int], config: Qwen2Config, name: str) -> None:
-    """Refuses a prompt that the model cannot continue.
-
-    Args:
-        token_ids: the prompt.
-        config: the model's.
-        name: what to call the prompt: "prompt 3".
-
-    Raises:
-        MeshwenError: it is empty, or leaves no room in the model's context, or has a token id
-            outside the vocabulary.
-    """
-    length, context = len(token_ids), config.context_length
-    if not length:
-        raise MeshwenError(f"{name} is empty; give it at least one token")
-    if length >= context:
-        raise MeshwenError(
-            f"{name} has {length} tokens, but the model's context is {context} tokens, the answer "
-            "included; shorten it"
-        )
-    if not all(0 <= token < config.vocab_size for token in token_ids):
-        raise MeshwenError(f"{name} has a token id outside the vocabulary of {config.vocab_size}")
+class QueueFullError(MeshwenError):
+    """As many requests wait as may."""
 
 
 class Engine:
-    """Runs requests on a model.
+    """Runs requests on a model. One thread at a time may call it.
+
+    The cache is made when there is something to do, as large as that needs: rows up to a power of
+    two, lengths up to a bucket. It grows with what is submitted, within `capacity`.
 
     Args:
         runner: the model.
         tokenizer: turns tokens into text; None (a model without one) leaves texts empty.
         eos_token_ids: tokens that end an answer.
-        max_batch_size: requests that run at once.
+        capacity: the most slots, and the longest sequence.
+        max_waiting: requests that may wait for a slot.
     """
 
     def __init__(
@@ -131,242 +55,287 @@ class Engine:
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         eos_token_ids: Sequence[int],
-        max_batch_size: int,
+        capacity: Capacity,
+        max_waiting: int = 1024,
     ):
-        self._runner, self._tokenizer = runner, tokenizer
+        self._runner, self._plan, self._tokenizer = runner, runner.plan, tokenizer
         self._eos = frozenset(eos_token_ids)
-        self._max_batch_size = max_batch_size
+        self._capacity, self._max_waiting = capacity, max_waiting
+        self._submitted = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._waiting: deque[SequenceState] = deque()
+        self._slots: list[SequenceState | None] = []
+        self._reading: _Reading | None = None
+        self._sampler: _Sampler | None = None
+        self._cache: KVCache = ()
+        self._length = 0  # Slots of the cache.
 
     @property
     def config(self) -> Qwen2Config:
         """The model's hyperparameters."""
-        return self._runner.plan.config
+        return self._plan.config
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Starts requests; every token comes as it is drawn. They are numbered in their order.
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._waiting) or any(self._slots)
+
+    def check(self, token_ids: Sequence[int], name: str) -> None:
+        """Refuses a prompt that the engine cannot continue, as `check_prompt` does.
 
         Raises:
-            MeshwenError: a prompt is empty, or leaves no room in the model's context.
+            MeshwenError: it is empty, too long, or has a token outside the vocabulary.
+        """
+        check_prompt(token_ids, self.config, name, self._capacity.max_model_len)
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
+        """Takes a request; `step` then gives its tokens to `on_event`, one event each.
+
+        Returns:
+            The request's number.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            MeshwenError: the prompt is empty or too long, or the cache has no memory for it.
+        """
+        self.check(request.prompt_tokens, "the prompt")
+        if len(self._waiting) >= self._max_waiting:
+            raise QueueFullError(f"{self._max_waiting} requests wait already; try again later")
+        self._fit(1, self._needed(request))
+        number, self._submitted = self._submitted, self._submitted + 1
+        limit = self._limit(request)
+        self._waiting.append(
+            SequenceState(number, request, limit, self._tokenizer, self._eos, on_event)
+        )
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Drops a request, waiting or running; its slot is free at once. No event tells of it."""
+        self._waiting = deque(s for s in self._waiting if s.number != number)
+        self._slots = [None if s and s.number == number else s for s in self._slots]
+        self._sampler = None
+
+    def step(self) -> None:
+        """Reads a chunk of a waiting prompt if a slot is free, then takes a token of each answer.
+
+        While less than half of the slots answer, prompts are read first: a step of few answers
+        costs almost what one of many does.
+        """
+        try:
+            read = self._read_chunk()
+            running = sum(s is not None and bool(s.tokens) for s in self._slots)
+            if running and (not read or 2 * running >= len(self._slots)):
+                self._decode()
+        except BaseException:
+            self._forget()  # A step that broke off has taken the cache with it.
+            raise
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Runs requests; every token comes as it is drawn. They are numbered in their order.
+
+        Closing the iterator cancels what is unfinished.
+
+        Raises:
+            MeshwenError: a prompt is empty or too long, or the cache has no memory for it.
         """
         for number, request in enumerate(requests, start=1):
-            check_prompt(request.prompt_tokens, self._runner.plan.config, f"prompt {number}")
-        sequences = [self._sequence(number, request) for number, request in enumerate(requests)]
-        size = max(self._max_batch_size, self._runner.plan.data_devices)
-        batches = [sequences[first : first + size] for first in range(0, len(sequences), size)]
-        return (event for batch in batches for event in self._run_batch(batch))
+            self.check(request.prompt_tokens, f"prompt {number}")
+        return self._run(requests)
 
-    def _sequence(self, number: int, request: Request) -> _Sequence:
-        room = self._runner.plan.config.context_length - len(request.prompt_tokens)
-        limit = min(request.sampling.max_new_tokens, room)
-        return _Sequence(number, request, limit, self._tokenizer, self._eos)
+    def _run(self, requests: Sequence[Request]) -> Iterator[Event]:
+        came: deque[Event] = deque()
+        unasked = deque(enumerate(requests))
+        numbers: dict[int, int] = {}  # The engine's, of unfinished requests, to the caller's.
+        if requests:
+            self._fit(len(requests), max(map(self._needed, requests)), shrink=True)
+        try:
+            while unasked or numbers:
+                while unasked and len(self._waiting) < self._max_waiting:
+                    number, request = unasked.popleft()
+                    numbers[self.submit(request, came.append)] = number
+                self.step()
+                while came:
+                    event = came.popleft()
+                    number = numbers[event.request]
+                    if event.completion:
+                        del numbers[event.request]
+                    yield replace(event, request=number)
+        finally:
+            for number in numbers:
+                self.cancel(number)
 
-    def _run_batch(self, sequences: list[_Sequence]) -> Iterator[Event]:
-        started = time.perf_counter()
-        batch = _Batch.of(sequences, self._runner.plan)
-        hidden, cache = batch.prefill(self._runner)
-        positions = batch.lengths
-        seen = batch.seen
-        sampled = self._runner.first(hidden, positions, batch.rows, seen, batch.method)
-        tokens = to_host(sampled.tokens)
-        first = time.perf_counter()
-        while True:
-            yield from _events(sequences, tokens, sampled, first - started, first)
-            if all(sequence.finish_reason for sequence in sequences):
-                return
-            sampled, seen, cache = self._runner.decode(
-                cache, tokens, positions, batch.rows, seen, batch.method
+    def _limit(self, request: Request) -> int:
+        """Tokens that the answer may have."""
+        room = self._capacity.max_model_len - len(request.prompt_tokens)
+        return min(request.sampling.max_new_tokens, room)
+
+    def _needed(self, request: Request) -> int:
+        """Slots of the cache that a request needs: its chunks are written whole."""
+        length = len(request.prompt_tokens)
+        return max(sum(self._chunks(length)), length + self._limit(request))
+
+    def _chunks(self, length: int) -> list[int]:
+        return chunks(length, self._plan.heads.local_query_slots)
+
+    def _fit(self, count: int, needed: int, *, shrink: bool = False) -> None:
+        """Fits the cache to `count` more requests, the longest of which needs so many slots."""
+        idle = not self.busy
+        anew = idle and shrink
+        active = len(self._waiting) + sum(s is not None for s in self._slots)
+        length = max(bucket(needed), 0 if anew else self._length)
+        wanted = max(active + count, 0 if anew else len(self._slots))
+        rows = self._capacity.rows(wanted, length)
+        if (rows, length) == (len(self._slots), self._length):
+            return
+        if idle:
+            self._cache = ()  # Free before the next is made.
+            self._cache = self._runner.empty_cache(rows, length)
+            self._slots = [None] * rows
+        elif rows < len(self._slots):
+            raise MeshwenError(
+                f"there is no memory for a sequence of {needed} tokens while other requests run"
             )
-            # A finished row stays where it is: it may have no slot left to write to.
-            running = np.zeros_like(positions)
-            running[: len(sequences)] = [not s.finish_reason for s in sequences]
-            positions = positions + running  # Not in place: the step may still be reading it.
-            tokens = to_host(sampled.tokens)
+        else:
+            self._cache = resized(self._cache, self._plan, rows, length)
+            self._slots = _more_rows(self._slots, rows, self._plan.data_devices)
+        self._length, self._sampler = length, None
+
+    def _begin_reading(self) -> _Reading | None:
+        """Gives the requests that wait longest free slots, one on each part of the batch."""
+        parts = self._plan.data_devices
+        of_part = len(self._slots) // parts
+        taken: dict[int, tuple[int, SequenceState]] = {}
+        for part in range(parts):
+            first = part * of_part
+            free = [r for r in range(of_part) if self._slots[first + r] is None]
+            if free and self._waiting:
+                sequence = self._waiting.popleft()
+                sequence.begin()
+                self._slots[first + free[0]] = sequence
+                taken[part] = free[0], sequence
+        if not taken:
+            return None
+        longest = max(len(s.request.prompt_tokens) for _, s in taken.values())
+        return _Reading.of(taken, parts, self._chunks(longest), self._runner)
+
+    def _read_chunk(self) -> bool:
+        """Reads a chunk of prompts; false where no prompt waits, or no slot is free for it."""
+        reading = self._reading = self._reading or self._begin_reading()
+        if reading is None:
+            return False
+        self._cache = reading.read(self._runner, self._cache)
+        if not reading.chunks:
+            self._reading = self._sampler = None
+            sampled = reading.first(self._runner, self._plan)
+            self._push(reading.sequences, sampled)
+        return True
+
+    def _decode(self) -> None:
+        """Takes a step of every answer."""
+        running = {row: s for row, s in enumerate(self._slots) if s is not None and s.tokens}
+        tokens, positions = (np.zeros(len(self._slots), np.int32) for _ in range(2))
+        if self._reading:  # The step writes to every row: here, what the next chunk overwrites.
+            positions[:] = self._reading.start
+        for row, sequence in running.items():
+            tokens[row], positions[row] = sequence.tokens[-1], sequence.position
+        sampler = self._sampler or _Sampler.of(running, len(self._slots), self._plan)
+        sampled, seen, self._cache = self._runner.decode(
+            self._cache, tokens, positions, sampler.rows, sampler.seen, sampler.method
+        )
+        self._sampler = replace(sampler, seen=seen)
+        self._push(running, sampled)
+
+    def _push(self, sequences: Mapping[int, SequenceState], sampled: Sampled) -> None:
+        """Gives sequences the tokens of their rows."""
+        tokens = to_host(sampled.tokens)
+        logprobs = None if sampled.logprobs is None else to_host(sampled.logprobs)
+        for row, sequence in sequences.items():
+            if not any(s is sequence for s in self._slots):
+                continue  # Cancelled.
+            wanted = None if not sequence.request.sampling.logprobs else logprobs
+            sequence.push(int(tokens[row]), None if wanted is None else float(wanted[row]))
+            if sequence.finish_reason:
+                self.cancel(sequence.number)
 
 
-def _events(
-    sequences: list[_Sequence], tokens: np.ndarray, sampled: Sampled, to_first: float, first: float
-) -> Iterator[Event]:
-    """The step's tokens of the sequences that are still running."""
-    logprobs = None if sampled.logprobs is None else to_host(sampled.logprobs)
-    for row, sequence in enumerate(sequences):
-        if sequence.finish_reason:
-            continue
-        wanted = sequence.request.sampling.logprobs and logprobs is not None
-        logprob = float(logprobs[row]) if wanted and logprobs is not None else None
-        token = int(tokens[row])
-        text = sequence.push(token, logprob)
-        completion = None
-        if sequence.finish_reason:
-            timings = Timings(to_first, time.perf_counter() - first)
-            completion = sequence.completion(sequence.finish_reason, timings)
-        yield Event(sequence.number, token, text, logprob, completion)
+def _more_rows(
+    slots: list[SequenceState | None], rows: int, parts: int
+) -> list[SequenceState | None]:
+    """The slots as `resized` lays them out."""
+    old, new = len(slots) // parts, rows // parts
+    added: list[SequenceState | None] = [None] * (new - old)
+    return [s for part in range(parts) for s in (*slots[part * old : (part + 1) * old], *added)]
+
+
+@dataclass
+class _Reading:
+    """Prompts that are being read, at most one on each part of the batch."""
+
+    sequences: dict[int, SequenceState]  # by part
+    token_ids: np.ndarray  # int32 [P, sum(chunks)]
+    rows: np.ndarray  # int32 [P], of the part
+    lengths: np.ndarray  # int32 [P], 0 where there is none
+    chunks: list[int]  # that are still to be read
+    hidden: Array  # float32 [P, D]
+    start: int = 0  # of the next chunk
+
+    @classmethod
+    def of(
+        cls,
+        taken: Mapping[int, tuple[int, SequenceState]],
+        parts: int,
+        chunks: list[int],
+        runner: ModelRunner,
+    ) -> _Reading:
+        """Of each part, the row and the sequence that it takes."""
+        token_ids = np.zeros((parts, sum(chunks)), np.int32)
+        rows, lengths = (np.zeros(parts, np.int32) for _ in range(2))
+        sequences = {part: sequence for part, (_, sequence) in taken.items()}
+        for part, (row, sequence) in taken.items():
+            prompt = sequence.request.prompt_tokens
+            token_ids[part, : len(prompt)] = prompt
+            rows[part], lengths[part] = row, len(prompt)
+        return cls(sequences, token_ids, rows, lengths, list(chunks), runner.empty_hidden(parts))
+
+    def read(self, runner: ModelRunner, cache: KVCache) -> KVCache:
+        """Reads the next chunk into the cache, which is donated."""
+        length = self.chunks.pop(0)
+        end = self.start + length
+        # The first chunk sees itself alone, later ones the filled part of the cache.
+        slots = bucket(end) if self.start else length
+        ids, start = self.token_ids[:, self.start : end], np.int32(self.start)
+        self.hidden, cache = runner.prefill(
+            cache, self.hidden, ids, self.rows, start, self.lengths, slots
+        )
+        self.start = end
+        return cache
+
+    def first(self, runner: ModelRunner, plan: ParallelPlan) -> Sampled:
+        """The first token of each answer."""
+        sampler = _Sampler.of(self.sequences, len(self.lengths), plan)
+        return runner.first(self.hidden, self.lengths, sampler.rows, sampler.seen, sampler.method)
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Prompts as arrays, with rows of padding up to a size that the mesh and the buckets like."""
+class _Sampler:
+    """What the sampler is told of the sequences in some rows."""
 
-    token_ids: np.ndarray  # int32 [B, sum(chunks)]
-    lengths: np.ndarray  # int32 [B]
-    chunks: list[int]
-    slots: int  # of the cache
     method: SamplingMethod
     rows: SamplerRows
-    seen: Array | None  # bool [B, V padded], tokens of the prompts
+    seen: Array | None  # bool [B, V padded], tokens of prompts and answers
 
     @classmethod
-    def of(cls, sequences: list[_Sequence], plan: ParallelPlan) -> _Batch:
-        """The batch of some sequences."""
-        copies = plan.data_devices
-        size = copies * _power_of_two(ceil(len(sequences) / copies))
-        prompts = [s.request.prompt_tokens for s in sequences]
-        lengths = np.ones(size, np.int32)
-        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        budget = max(len(s.request.prompt_tokens) + s.limit for s in sequences)
-        row_bytes = 4 * (size // copies) * plan.heads.local_query_slots * bucket(budget)
-        chunks = _chunks(int(lengths.max()), longest=_SCORE_BYTES // row_bytes)
-        token_ids = np.zeros((size, sum(chunks)), np.int32)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, : len(prompt)] = prompt
-        # The last chunk is written whole, its padding too.
-        needed = max(sum(chunks), budget)
-        sampling = [s.request.sampling for s in sequences]
-        method = SamplingMethod.of(sampling, plan.config.vocab_size)
-        rows = SamplerRows.of(sampling + [SamplingParams()] * (size - len(sampling)))
-        seen = _seen(prompts, size, plan) if method.penalize else None
-        return cls(token_ids, lengths, chunks, bucket(needed), method, rows, seen)
-
-    def prefill(self, runner: ModelRunner) -> tuple[Array, KVCache]:
-        """Reads all prompts: each one's final hidden state [B, D], and the cache."""
-        size = len(self.lengths)
-        cache, hidden = runner.empty_cache(size, self.slots), runner.empty_hidden(size)
-        start = 0
-        for length in self.chunks:
-            ids = self.token_ids[:, start : start + length]
-            # The first chunk sees itself alone; later ones all see the whole cache, so that their
-            # number does not multiply what is compiled.
-            slots = length if start == 0 else self.slots
-            hidden, cache = runner.prefill(cache, hidden, ids, np.int32(start), self.lengths, slots)
-            start += length
-        return hidden, cache
-
-
-def _seen(prompts: list[tuple[int, ...]], size: int, plan: ParallelPlan) -> Array:
-    seen = np.zeros((size, len(plan.axis_source("vocab"))), bool)
-    for row, prompt in enumerate(prompts):
-        seen[row, list(prompt)] = True
-    # Placed as a step returns it: the first step's program then serves all others.
-    return jax.device_put(seen, plan.sharding("batch", "vocab"))
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
-
-
-def _chunks(length: int, longest: int) -> list[int]:
-    """Bucketed chunks that cover a prompt: whole ones, then the smallest bucket for the rest."""
-    chunk = _LONGEST_CHUNK
-    while chunk > max(longest, _SMALLEST_BUCKET):
-        chunk //= 2
-    whole, rest = divmod(length, chunk)
-    return [chunk] * whole + ([bucket(rest)] if rest else [])
-
-
-def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
-    bucket = _SMALLEST_BUCKET
-    while bucket < length:
-        if bucket * 3 // 2 >= length:
-            return bucket * 3 // 2
-        bucket *= 2
-    return bucket
-
-
-class _Sequence:
-    """One request while it runs."""
-
-    def __init__(
-        self,
-        number: int,
-        request: Request,
-        limit: int,
-        tokenizer: Tokenizer | None,
-        eos: frozenset[int],
-    ):
-        self.number, self.request, self.limit = number, request, limit
-        self.finish_reason: FinishReason | None = None
-        self._eos = eos
-        self._decoder = tokenizer.stream_decoder() if tokenizer else None
-        self._text = StopText(request.sampling.stop)
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-
-    def push(self, token: int, logprob: float | None) -> str:
-        """Takes the next token; returns the text that can be shown, and may finish."""
-        self._tokens.append(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        shown = self._text.push(self._decoder.push(token)) if self._decoder else ""
-        if self._text.stopped or token in self._eos:
-            self.finish_reason = "stop"
-        elif len(self._tokens) == self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason and self._decoder:
-            shown += self._text.push(self._decoder.finish())
-            shown += self._text.finish()
-            if self._text.stopped:
-                self.finish_reason = "stop"
-        return shown
-
-    def completion(self, finish_reason: FinishReason, timings: Timings) -> Completion:
-        """The finished answer."""
-        return Completion(
-            self.request.prompt_tokens,
-            tuple(self._tokens),
-            self._text.shown,
-            finish_reason,
-            tuple(self._logprobs) if self.request.sampling.logprobs else None,
-            timings,
-        )
-
-
-class StopText:
-    """Text that ends at the first stop string, and never shows a part of one.
-
-    Attributes:
-        shown: all text given out so far.
-        stopped: a stop string has come; nothing after it is shown.
-    """
-
-    def __init__(self, stop: Sequence[str]):
-        self.shown, self.stopped = "", False
-        self._stop, self._held = tuple(stop), ""
-
-    def push(self, text: str) -> str:
-        """Adds text; returns what can be shown now."""
-        if self.stopped:
-            return ""
-        self._held += text
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            return self._show(min(found))
-        return self._show(len(self._held) - self._possible_stop())
-
-    def finish(self) -> str:
-        """Returns what was held back because it might have begun a stop string."""
-        return "" if self.stopped else self._show(len(self._held))
-
-    def _show(self, length: int) -> str:
-        text, self._held = self._held[:length], self._held[length:]
-        self.shown += text
-        return text
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = min(len(self._held), max((len(s) - 1 for s in self._stop), default=0))
-        for length in range(longest, 0, -1):
-            if any(s.startswith(self._held[-length:]) for s in self._stop):
-                return length
-        return 0
+    def of(cls, running: Mapping[int, SequenceState], size: int, plan: ParallelPlan) -> _Sampler:
+        """Of sequences by row, among `size` rows."""
+        asked = {row: sequence.request.sampling for row, sequence in running.items()}
+        method = SamplingMethod.of(list(asked.values()), plan.config.vocab_size)
+        rows = SamplerRows.of([asked.get(row, SamplingParams()) for row in range(size)])
+        if not method.penalize:
+            return cls(method, rows, None)
+        seen = np.zeros((size, len(plan.axis_source("vocab"))), bool)
+        for row, sequence in running.items():
+            seen[row, [*sequence.request.prompt_tokens, *sequence.tokens]] = True
+        # Placed as a step returns it: the first step's program then serves all others.
+        return cls(method, rows, jax.device_put(seen, plan.sharding("batch", "vocab")))

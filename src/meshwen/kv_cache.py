@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -40,6 +41,25 @@ class LayerCache(NamedTuple):
             _write(self.keys, keys, start, axis=2), _write(self.values, values, start, axis=1)
         )
 
+    def sequence(self, row: Array) -> LayerCache:
+        """One sequence's part: keys [1, K, H, S], values [1, K, S, H]."""
+        return LayerCache(*(lax.dynamic_slice_in_dim(array, row, 1) for array in self))
+
+    def with_sequence(self, row: Array, sequence: LayerCache) -> LayerCache:
+        """The cache with another sequence's part in a row."""
+        return LayerCache(
+            _put(self.keys, sequence.keys, row), _put(self.values, sequence.values, row)
+        )
+
+
+def _put(cache: Array, sequence: Array, row: Array) -> Array:
+    in_place = partial(lax.dynamic_update_slice_in_dim, axis=0)
+    if cache.dtype != jnp.bfloat16:
+        return in_place(cache, sequence, row)
+    return lax.platform_dependent(
+        cache, sequence, row, cpu=partial(_as_integers, in_place), default=in_place
+    )
+
 
 def _write(cache: Array, new: Array, start: Array, axis: int) -> Array:
     """Writes `new` at `start[b]` of each row's `axis`, counted without the batch axis."""
@@ -48,7 +68,7 @@ def _write(cache: Array, new: Array, start: Array, axis: int) -> Array:
     if cache.dtype != jnp.bfloat16:
         return in_place(cache, new, start)
     one = new.shape[axis + 1] == 1
-    on_cpu = partial(_write_by_selection if one else _write_as_integers, axis=axis)
+    on_cpu = partial(_write_by_selection, axis=axis) if one else partial(_as_integers, in_place)
     return lax.platform_dependent(cache, new, start, cpu=on_cpu, default=in_place)
 
 
@@ -64,10 +84,11 @@ def _write_in_place(cache: Array, new: Array, start: Array, axis: int) -> Array:
 # with integers of the same bits, and 227 when one position is written by selection over the cache.
 
 
-def _write_as_integers(cache: Array, new: Array, start: Array, axis: int) -> Array:
+def _as_integers(
+    write: Callable[[Array, Array, Array], Array], cache: Array, new: Array, start: Array
+) -> Array:
     cache_bits, new_bits = (lax.bitcast_convert_type(a, jnp.uint16) for a in (cache, new))
-    written = _write_in_place(cache_bits, new_bits, start, axis)
-    return lax.bitcast_convert_type(written, cache.dtype)
+    return lax.bitcast_convert_type(write(cache_bits, new_bits, start), cache.dtype)
 
 
 def _write_by_selection(cache: Array, new: Array, start: Array, axis: int) -> Array:
@@ -97,6 +118,22 @@ def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) ->
         return tuple(layer() for _ in range(plan.config.num_hidden_layers))
 
     return jax.jit(layers, out_shardings=cache_sharding(plan))()
+
+
+def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCache:
+    """The cache with more sequences (on each part of the batch) and slots, the new ones empty."""
+
+    def larger(layers: KVCache) -> KVCache:
+        return tuple(LayerCache(pad(k, axis=3), pad(v, axis=2)) for k, v in layers)
+
+    def pad(array: Array, axis: int) -> Array:
+        parts, old = plan.data_devices, array.shape
+        shape = (parts, batch // parts, *old[1:axis], slots, *old[axis + 1 :])
+        split = array.reshape(parts, old[0] // parts, *old[1:])
+        widths = [(0, new - now) for new, now in zip(shape, split.shape, strict=True)]
+        return jnp.pad(split, widths).reshape(batch, *shape[2:])
+
+    return jax.jit(larger, out_shardings=cache_sharding(plan))(cache)
 
 
 def cache_bytes_per_token(config: Qwen2Config, heads: int, dtype: jnp.dtype) -> int:

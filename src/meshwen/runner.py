@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled steps: one program, run by every device of the mesh on its own part.
 
-Shapes are static. A decode step compiles once for each batch size, cache length and sampling
-method, prefill once for each length of a chunk; batch sizes are powers of two, lengths buckets. The
-cache is donated, so each step updates it in place.
+Shapes are static. A decode step compiles once for each shape of the cache and sampling method,
+prefill once for each length of a chunk and of what it sees; lengths are buckets. The cache is
+donated, so each step updates it in place.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ModelRunner:
         )
         self._prefill = self.compiled(
             _prefill_step,
-            (_CACHE, "batch embed", "batch length", "", "batch"),
+            (_CACHE, "batch embed", "batch length", "batch", "", "batch"),
             ("batch embed", _CACHE),
             static="slots",
             donate=(1, 2),
@@ -94,24 +94,32 @@ class ModelRunner:
         cache: KVCache,
         hidden: Array,
         token_ids: ArrayLike,
+        rows: ArrayLike,
         start: ArrayLike,
         lengths: ArrayLike,
         slots: int,
     ) -> tuple[Array, KVCache]:
-        """Reads a chunk of each prompt into the cache.
+        """Reads a chunk of a prompt into the cache, on each of the P parts of the batch.
+
+        One prompt at a time, because a prompt of usual length keeps a device busy by itself, and so
+        that what comes of it is the same whatever other prompts there are.
 
         Args:
             cache: donated.
-            hidden: float32 [B, D], donated; replaced where a prompt ends in this chunk.
-            token_ids: int32 [B, T]; anything beyond a prompt's end.
+            hidden: float32 [P, D], donated; replaced where a prompt ends in this chunk.
+            token_ids: int32 [P, T]; anything beyond a prompt's end.
+            rows: int32 [P], the prompt's row among those of its part of the batch.
             start: int32 [], the position of the chunk.
-            lengths: int32 [B], the prompts' lengths.
+            lengths: int32 [P], the prompts' lengths. Where one is not beyond `start`, nothing is
+                written.
             slots: the chunk sees the cache's first so many slots; at least start + T.
 
         Returns:
             The final hidden states of the prompts' last tokens so far, and the cache.
         """
-        return self._prefill(self.params, cache, hidden, token_ids, start, lengths, slots=slots)
+        return self._prefill(
+            self.params, cache, hidden, token_ids, rows, start, lengths, slots=slots
+        )
 
     def first(
         self,
@@ -221,6 +229,7 @@ def _prefill_step(
     cache: KVCache,
     hidden: Array,
     token_ids: Array,
+    rows: Array,
     start: Array,
     lengths: Array,
     *,
@@ -228,14 +237,17 @@ def _prefill_step(
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Array, KVCache]:
-    B, T = token_ids.shape
-    queries = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    where = Positions(queries, jnp.broadcast_to(jnp.arange(slots), (B, slots)))
-    x, new_cache = hidden_states(params, token_ids, where, cache, config, tp)
+    T, row = token_ids.shape[1], rows[0]
+    where = Positions(start + jnp.arange(T)[None], jnp.arange(slots)[None])
+    before = tuple(layer.sequence(row) for layer in cache)
+    x, after = hidden_states(params, token_ids, where, before, config, tp)
+    reads = lengths[0] > start
+    kept = jax.tree.map(partial(jnp.where, reads), after, before)
+    cache = tuple(c.with_sequence(row, s) for c, s in zip(cache, kept, strict=True))
     last = lengths - 1 - start
-    ends_here = (last >= 0) & (last < T)
-    at_last = jnp.take_along_axis(x, jnp.clip(last, 0, T - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.where(ends_here[:, None], at_last, hidden), new_cache
+    ends_here = reads & (last < T)
+    at_last = jnp.take(x[0], jnp.clip(last, 0, T - 1), axis=0)
+    return jnp.where(ends_here[:, None], at_last, hidden), cache
 
 
 def _first_step(

@@ -44,6 +44,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    max_model_len: options.MaxModelLen = None,
     system: options.System = None,
     load: Annotated[
         Path | None,
@@ -86,7 +87,14 @@ def chat(
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError("the model has no tokenizer, so it cannot chat")
-        loaded = load_model(checkpoint, tokenizer, mesh=devices, dtype=dtype, numerics=numerics)
+        loaded = load_model(
+            checkpoint,
+            tokenizer,
+            mesh=devices,
+            dtype=dtype,
+            numerics=numerics,
+            max_model_len=max_model_len,
+        )
     conversation = Conversation(loaded, tokenizer, sampling, messages)
     if system is not None:
         conversation.set_system(system)

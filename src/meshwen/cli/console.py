@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from meshwen.engine import Completion, Event
+    from meshwen.request import Completion, Event
 
 _PIPED_WIDTH = 100
 

@@ -13,7 +13,7 @@ from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.causal_lm import Qwen2ForCausalLM
-    from meshwen.engine import Completion, Event
+    from meshwen.request import Completion, Event
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ class Conversation:
         Raises:
             MeshwenError: the conversation no longer fits the context; it stays as it was.
         """
-        from meshwen.engine import Request
+        from meshwen.request import Request
 
         messages = [*self.messages, _message("user", text)]
         token_ids = self._tokenizer.encode_chat(messages)

@@ -97,7 +97,7 @@ class _Asked:
     Attributes:
         loading: options of `open_checkpoint`: model, load format, revision.
         dtype: of weights and products.
-        batch_size: problems that are answered at once.
+        capacity: the most problems that are answered at once, and the most tokens of each.
         style: how problems are asked and graded.
         sampling: how answers are drawn.
         problems: those to ask.
@@ -107,7 +107,7 @@ class _Asked:
 
     loading: tuple[str, str, str | None]
     dtype: options.DType
-    batch_size: int
+    capacity: tuple[int, int | None]
     style: PromptStyle
     sampling: SamplingParams
     problems: Sequence[Problem]
@@ -125,7 +125,8 @@ def _asked(
     prompt_style: Style = None,
     limit: Limit = None,
     offset: Offset = 0,
-    batch_size: options.BatchSize = 32,
+    max_num_seqs: options.MaxNumSeqs = 32,
+    max_model_len: options.MaxModelLen = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
@@ -142,8 +143,8 @@ def _asked(
     if not chosen:
         raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
     loading = (model, load_format, revision)
-    digest = data_sha256(problems)
-    return _Asked(loading, dtype, batch_size, style, sampling, chosen, digest, examples)
+    digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
+    return _Asked(loading, dtype, capacity, style, sampling, chosen, digest, examples)
 
 
 def _evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -298,7 +299,8 @@ def _evaluate(
             mesh=devices,
             dtype=asked.dtype,
             numerics=numerics,
-            batch_size=asked.batch_size,
+            max_num_seqs=asked.capacity[0],
+            max_model_len=asked.capacity[1],
         )
     started = time.perf_counter()
     with progress_bar("answering") as bar:

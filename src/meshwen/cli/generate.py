@@ -17,7 +17,7 @@ from meshwen.cli.prompts import Prompt, read_prompts
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from meshwen.engine import Completion, Event
+    from meshwen.request import Completion, Event
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
@@ -48,7 +48,8 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
-    batch_size: options.BatchSize = 8,
+    max_num_seqs: options.MaxNumSeqs = 8,
+    max_model_len: options.MaxModelLen = None,
     system: options.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
@@ -80,8 +81,8 @@ def generate(
     """
     from meshwen.checkpoints import open_checkpoint
     from meshwen.distributed import shared
-    from meshwen.engine import Request, check_prompt
     from meshwen.parallel.mesh import make_mesh, mesh_label
+    from meshwen.request import Request, check_prompt
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
@@ -120,7 +121,8 @@ def generate(
             mesh=devices,
             dtype=dtype,
             numerics=numerics,
-            batch_size=batch_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
         )
     requests = [Request(ids, sampling) for ids in token_ids]
     meter = Meter()

@@ -44,7 +44,8 @@ def load_model(
     mesh: Mesh,
     dtype: options.DType,
     numerics: options.Numerics,
-    batch_size: int = 1,
+    max_num_seqs: int = 1,
+    max_model_len: int | None = None,
 ) -> Qwen2ForCausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
     from meshwen.causal_lm import Qwen2ForCausalLM
@@ -59,7 +60,8 @@ def load_model(
             mesh=mesh,
             dtype=dtype.value,
             numerics=numerics.value,
-            max_batch_size=batch_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
             progress=progress,
         )
     _note_layout(model, time.perf_counter() - started)

@@ -125,8 +125,23 @@ RepetitionPenalty = Annotated[
         show_default=False,
     ),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Prompts to answer at the same time.")
+MaxNumSeqs = Annotated[
+    int,
+    typer.Option(
+        "--max-num-seqs",
+        "--batch-size",
+        min=1,
+        help="Prompts to answer at the same time; fewer where memory is short.",
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        min=2,
+        help="Most tokens of a prompt and its answer. Default: the model's context.",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[
     int | None,

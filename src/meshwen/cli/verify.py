@@ -211,7 +211,7 @@ def _workload(
     """What to run: a certificate's tokens, reference prompts, the user's, or the built-in ones."""
     import numpy as np
 
-    from meshwen.engine import check_prompt
+    from meshwen.request import check_prompt
     from meshwen.verify.workload import Workload, check_length
 
     tokens = None

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from meshwen.engine import Completion, Engine, Request, check_prompt
+from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
 from meshwen.evals.run_file import Record, RunFile
 from meshwen.evals.statistics import wilson_interval
 from meshwen.evals.styles import Problem, PromptStyle
+from meshwen.request import Completion, Request
 from meshwen.sampling import SamplingParams
 from meshwen.tokenizer import Tokenizer
 
@@ -119,7 +120,7 @@ def data_sha256(problems: Iterable[Problem]) -> str:
 
 def _refusal(one: Question, engine: Engine) -> str | None:
     try:
-        check_prompt(one.token_ids, engine.config, f"problem {one.problem.number}")
+        engine.check(one.token_ids, f"problem {one.problem.number}")
     except MeshwenError as error:
         return str(error)
     return None
@@ -136,7 +137,6 @@ def _record(one: Question, completion: Completion, style: PromptStyle) -> Record
     extracted = {name: extract(completion.text) for name, extract in style.extract.items()}
     graded = {name: style.equal(found, gold) for name, found in extracted.items()}
     counts = next(iter(style.extract))
-    timings = completion.timings
     return _asked(one) | {
         "tokens": list(completion.tokens),
         "text": completion.text,
@@ -146,7 +146,7 @@ def _record(one: Question, completion: Completion, style: PromptStyle) -> Record
         "graded": graded,
         "finish_reason": completion.finish_reason,
         "logprob": math.fsum(completion.logprobs or ()),
-        "seconds": round(timings.time_to_first_token + timings.decode_seconds, 3),
+        "seconds": round(completion.timings.running_seconds, 3),
     }
 
 

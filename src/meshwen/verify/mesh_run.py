@@ -55,6 +55,10 @@ class MeshRun:
         self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
         self._decode = self._compiled_decode()
         self._head = self.runner.compiled(head_step, ("batch embed",), "batch vocab")
+        self._in_rows = jax.jit(
+            lambda found: jnp.stack(found, axis=1).reshape(workload.rows, -1),
+            out_shardings=plan.sharding("batch", "embed"),
+        )
         self._decode_logits = self.runner.compiled(
             decode_logits_step,
             ("batch heads", "batch", "batch"),
@@ -154,12 +158,23 @@ class MeshRun:
         return np.stack(found, axis=1)
 
     def _prefill(self) -> tuple[Array, KVCache]:
-        w = self.workload
-        hidden = self.runner.empty_hidden(w.rows)
-        start = np.int32(0)
-        return self.runner.prefill(
-            self._empty_cache(), hidden, w.prompt_rows(), start, w.lengths, w.prompt_slots
+        w, parts, cache = self.workload, self.plan.data_devices, self._empty_cache()
+        prompts, lengths = (
+            a.reshape(parts, -1, *a.shape[1:]) for a in (w.prompt_rows(), w.lengths)
         )
+        found = []
+        for row in range(w.rows // parts):  # As the engine does: one on each part of the batch.
+            hidden, cache = self.runner.prefill(
+                cache,
+                self.runner.empty_hidden(parts),
+                prompts[:, row],
+                np.full(parts, row, np.int32),
+                np.int32(0),
+                lengths[:, row],
+                w.prompt_slots,
+            )
+            found.append(hidden)
+        return self._in_rows(found), cache
 
     def _empty_cache(self) -> KVCache:
         return self.runner.empty_cache(self.workload.rows, self.workload.slots)

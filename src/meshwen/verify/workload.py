@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meshwen.buckets import bucket
 from meshwen.config import Qwen2Config
-from meshwen.engine import bucket
 from meshwen.errors import MeshwenError
 
 # Of different lengths, so that rows of one batch end at different places.

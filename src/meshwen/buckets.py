@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few lengths that programs are compiled for."""
+
+from __future__ import annotations
+
+_SMALLEST = 16
+_LONGEST_CHUNK = 512
+# What a device's attention scores, float32 [heads, chunk, slots], may take while a prompt is read:
+# of a long prompt the chunks get shorter.
+_SCORE_BYTES = 1 << 28
+
+
+def bucket(length: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
+    bucket = _SMALLEST
+    while bucket < length:
+        if bucket * 3 // 2 >= length:
+            return bucket * 3 // 2
+        bucket *= 2
+    return bucket
+
+
+def chunks(length: int, heads: int) -> list[int]:
+    """Chunks to read a prompt in: whole ones, then the smallest bucket for the rest.
+
+    They depend on nothing but the model and the prompt's length, so that a prompt is read alike
+    whatever else there is to do.
+
+    Args:
+        length: tokens of the prompt.
+        heads: query-head slots of a device.
+    """
+    chunk = _LONGEST_CHUNK
+    while chunk > max(_SCORE_BYTES // (4 * heads * bucket(length)), _SMALLEST):
+        chunk //= 2
+    whole, rest = divmod(length, chunk)
+    return [chunk] * whole + ([bucket(rest)] if rest else [])
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()

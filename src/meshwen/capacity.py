@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many sequences, and how long ones, the memory for the KV cache has room for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import jax
+import jax.numpy as jnp
+
+from meshwen.buckets import power_of_two
+from meshwen.errors import MeshwenError
+from meshwen.kv_cache import cache_bytes_per_token
+from meshwen.parallel.plan import ParallelPlan
+
+# Of a device's free memory, what the cache may take; the rest is for what the steps compute.
+_CACHE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an engine may hold.
+
+    Attributes:
+        max_num_seqs: the most sequences that run at once.
+        max_model_len: the most tokens of a sequence, prompt and answer.
+        parts: of the batch; each has equally many sequences.
+        token_bytes: of the cache, for a token of one sequence, on a device.
+        cache_bytes: that the cache may take on a device.
+    """
+
+    max_num_seqs: int
+    max_model_len: int
+    parts: int
+    token_bytes: int
+    cache_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        plan: ParallelPlan,
+        dtype: jnp.dtype,
+        max_num_seqs: int,
+        max_model_len: int | None = None,
+    ) -> Capacity:
+        """What the devices' free memory has room for; to be asked when the weights are there.
+
+        Args:
+            plan: the model on its mesh.
+            dtype: of cached values.
+            max_num_seqs: the most sequences that may run at once.
+            max_model_len: the most tokens of a sequence; None: the model's context.
+
+        Raises:
+            MeshwenError: `max_num_seqs` or `max_model_len` is impossible.
+        """
+        context = plan.config.context_length
+        length = context if max_model_len is None else max_model_len
+        if not 2 <= length <= context:
+            raise MeshwenError(
+                f"max_model_len must be from 2 to the model's context of {context}, not {length}"
+            )
+        if max_num_seqs < 1:
+            raise MeshwenError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
+        token_bytes = cache_bytes_per_token(plan.config, plan.heads.local_key_value_heads, dtype)
+        free = int(_CACHE_SHARE * _free_bytes(plan.mesh.local_devices))
+        return cls(max_num_seqs, length, plan.data_devices, token_bytes, free)
+
+    def rows(self, count: int, length: int) -> int:
+        """Rows of a cache for `count` sequences, fewer where memory is short.
+
+        Each part of the batch has a power of two of them, unless that is more than may run.
+
+        Args:
+            count: sequences that could run at once.
+            length: slots of the cache.
+
+        Raises:
+            MeshwenError: not even one sequence on each part fits.
+        """
+        most = ceil(self.max_num_seqs / self.parts)
+        rows = min(power_of_two(ceil(count / self.parts)), most)
+        fitting = self.cache_bytes // (self.token_bytes * length)
+        if not fitting:
+            raise MeshwenError(
+                f"a sequence of {length} tokens needs {self.token_bytes * length / 1e9:.2f} GB of "
+                f"KV cache on a device, of which {self.cache_bytes / 1e9:.2f} GB can be had: lower "
+                "max_new_tokens or max_model_len, or use more devices"
+            )
+        while rows > fitting:
+            rows = power_of_two(rows) // 2
+        return rows * self.parts
+
+
+def _free_bytes(devices: Sequence[jax.Device]) -> int:
+    """Bytes that are free on the fullest of some devices."""
+    free = []
+    for device in devices:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+    # Devices of the CPU share the machine's memory.
+    return min(free, default=_free_host_bytes() // len(devices))
+
+
+def _free_host_bytes() -> int:
+    """Memory that can be had without swapping; where the system does not tell, what there is."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            sizes = dict(line.split(":") for line in lines)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

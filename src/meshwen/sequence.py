@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request while it runs: its tokens so far, its text, and whether it has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from meshwen.request import Completion, Event, FinishReason, Request, Timings
+from meshwen.tokenizer import Tokenizer
+
+
+class SequenceState:
+    """One request from its submission to its last token.
+
+    Attributes:
+        number: the request's.
+        request: what was asked.
+        tokens: the answer so far.
+        finish_reason: why it has ended; None while it has not.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        limit: int,
+        tokenizer: Tokenizer | None,
+        eos: frozenset[int],
+        on_event: Callable[[Event], None],
+    ):
+        self.number, self.request, self.limit = number, request, limit
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._eos, self._on_event = eos, on_event
+        self._decoder = tokenizer.stream_decoder() if tokenizer else None
+        self._text = StopText(request.sampling.stop)
+        self._logprobs: list[float] = []
+        self._submitted = self._began = self._first = time.perf_counter()
+
+    @property
+    def position(self) -> int:
+        """Of the newest token, which no step has read yet."""
+        return len(self.request.prompt_tokens) + len(self.tokens) - 1
+
+    def begin(self) -> None:
+        """Its prompt is about to be read."""
+        self._began = time.perf_counter()
+
+    def push(self, token: int, logprob: float | None) -> None:
+        """Takes the next token and tells of it; may finish."""
+        if not self.tokens:
+            self._first = time.perf_counter()
+        self.tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        text = self._shown(token)
+        completion = self._completion(self.finish_reason) if self.finish_reason else None
+        self._on_event(Event(self.number, token, text, logprob, completion))
+
+    def _shown(self, token: int) -> str:
+        """The text that can be shown after the newest token; finds out whether it is the last."""
+        shown = self._text.push(self._decoder.push(token)) if self._decoder else ""
+        if self._text.stopped or token in self._eos:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason and self._decoder:
+            shown += self._text.push(self._decoder.finish())
+            shown += self._text.finish()
+            if self._text.stopped:
+                self.finish_reason = "stop"
+        return shown
+
+    def _completion(self, finish_reason: FinishReason) -> Completion:
+        timings = Timings(
+            queue_seconds=self._began - self._submitted,
+            time_to_first_token=self._first - self._submitted,
+            decode_seconds=time.perf_counter() - self._first,
+        )
+        return Completion(
+            self.request.prompt_tokens,
+            tuple(self.tokens),
+            self._text.shown,
+            finish_reason,
+            tuple(self._logprobs) if self.request.sampling.logprobs else None,
+            timings,
+        )
+
+
+class StopText:
+    """Text that ends at the first stop string, and never shows a part of one.
+
+    Attributes:
+        shown: all text given out so far.
+        stopped: a stop string has come; nothing after it is shown.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        self.shown, self.stopped = "", False
+        self._stop, self._held = tuple(stop), ""
+
+    def push(self, text: str) -> str:
+        """Adds text; returns what can be shown now."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._show(min(found))
+        return self._show(len(self._held) - self._possible_stop())
+
+    def finish(self) -> str:
+        """Returns what was held back because it might have begun a stop string."""
+        return "" if self.stopped else self._show(len(self._held))
+
+    def _show(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        self.shown += text
+        return text
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(len(self._held), max((len(s) - 1 for s in self._stop), default=0))
+        for length in range(longest, 0, -1):
+            if any(s.startswith(self._held[-length:]) for s in self._stop):
+                return length
+        return 0

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuous batching: slots, the queue, cancellation, a cache that grows, and memory."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from mesh_model import MeshModel, random_tokens
+from meshwen.capacity import Capacity
+from meshwen.engine import Engine, QueueFullError
+from meshwen.errors import MeshwenError
+from meshwen.request import Event, Request
+from meshwen.sampling import SamplingParams
+from test_engine import PROMPTS, SAMPLED, SPLIT, completions, engine, engine_of, model, request
+from tiny_model import STEPS, TINY, greedy
+
+every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
+
+
+def tokens_of(events: list[Event]) -> dict[int, tuple[int, ...]]:
+    return {e.request: e.completion.tokens for e in events if e.completion}
+
+
+def drain(running: Engine) -> None:
+    while running.busy:
+        running.step()
+
+
+# --- Slots
+
+
+def test_a_free_slot_is_filled_while_the_other_answers_go_on():
+    limits = [STEPS, 1, 2, 1]
+    requests = [request(p, max_new_tokens=n) for p, n in zip(PROMPTS, limits, strict=True)]
+    events = list(engine(max_num_seqs=2).run(requests))
+    order = [event.request for event in events]
+    last_of_first = max(at for at, number in enumerate(order) if number == 0)
+    assert all(order.index(number) < last_of_first for number in (1, 2))
+    expected = [greedy(tuple(p))[0][:n] for p, n in zip(PROMPTS, limits, strict=True)]
+    assert [c.tokens for c in completions(events)] == expected
+
+
+def test_answers_go_on_between_the_chunks_of_a_long_prompt():
+    long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()  # Three chunks.
+    running, events = engine(max_num_seqs=2), []
+    first = running.submit(request(PROMPTS[0]), events.append)
+    running.step()
+    second = running.submit(request(long, max_new_tokens=1), events.append)
+    drain(running)
+    order = [event.request for event in events]
+    assert order.index(second) >= 3
+    assert tokens_of(events)[first] == greedy(tuple(PROMPTS[0]))[0]
+    alone = completions(engine().run([request(long, max_new_tokens=1)]))
+    assert tokens_of(events)[second] == alone[0].tokens
+
+
+def test_two_runs_on_one_engine_each_get_their_own():
+    shared = engine(max_num_seqs=2)
+    runs = [shared.run([request(p) for p in pair]) for pair in (PROMPTS[:2], PROMPTS[2:])]
+    events = [[], []]
+    for _ in range(2 * STEPS):
+        for run, seen in zip(runs, events, strict=True):
+            seen.append(next(run))
+    assert [next(run, None) for run in runs] == [None, None]
+    found = [c.tokens for seen in events for c in completions(seen)]
+    assert found == [greedy(tuple(p))[0] for p in PROMPTS]
+
+
+# --- Load changes nothing
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype"),
+    [
+        ("1", "float32"),
+        ("1", "bfloat16"),
+        pytest.param("1x4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(SPLIT, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_in_exact_numerics_an_answer_does_not_depend_on_load(mesh, dtype):
+    runner = MeshModel(TINY, mesh, dtype=dtype, numerics="exact").runner
+    prompts = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (3, 17, 30, 5)]
+    kinds = [{}, *SAMPLED]
+    requests = [
+        request(p, **kinds[n % len(kinds)], max_new_tokens=2 + 2 * n, logprobs=True)
+        for n, p in enumerate(prompts)
+    ]
+    alone = [completions(engine_of(runner, max_num_seqs=1).run([r]))[0] for r in requests]
+    order = list(range(len(requests)))
+    random.Random(7).shuffle(order)
+    loaded = completions(engine_of(runner, max_num_seqs=2).run([requests[n] for n in order]))
+    for number, completion in zip(order, loaded, strict=True):
+        assert completion.tokens == alone[number].tokens
+        assert completion.logprobs == alone[number].logprobs  # To the bit.
+
+
+# --- The queue
+
+
+def test_a_full_queue_refuses_and_run_waits_for_room():
+    running = Engine(
+        model().runner, None, (), Capacity.of(model().plan, model().runner.dtype, 1), max_waiting=1
+    )
+    events = []
+    running.submit(request(PROMPTS[0]), events.append)
+    with pytest.raises(QueueFullError, match="1 requests wait"):
+        running.submit(request(PROMPTS[1]), events.append)
+    drain(running)
+    assert list(tokens_of(events).values()) == [greedy(tuple(PROMPTS[0]))[0]]
+    found = completions(running.run([request(p) for p in PROMPTS]))
+    assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in PROMPTS]
+
+
+def test_times_tell_waiting_from_running():
+    events = list(engine(max_num_seqs=1).run([request(p) for p in PROMPTS[:3]]))
+    timings = [c.timings for c in completions(events)]
+    for one in timings:
+        assert 0 <= one.queue_seconds < one.time_to_first_token
+        assert one.running_seconds > 0
+    waited = [one.queue_seconds for one in timings]
+    assert all(earlier < later for earlier, later in pairwise(waited))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_cancelled_request_gives_nothing_more_and_its_slot_is_free(steps):
+    running, events = engine(max_num_seqs=1), []
+    numbers = [running.submit(request(p), events.append) for p in PROMPTS[:2]]
+    for _ in range(steps):
+        running.step()
+    before = len(events)
+    running.cancel(numbers[0])
+    drain(running)
+    assert before == len([e for e in events if e.request == numbers[0]])
+    assert tokens_of(events) == {numbers[1]: greedy(tuple(PROMPTS[1]))[0]}
+
+
+def test_a_request_may_be_cancelled_while_its_prompt_is_read():
+    long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()
+    running, events = engine(max_num_seqs=1), []
+    number = running.submit(request(long), events.append)
+    running.step()
+    running.cancel(number)
+    other = running.submit(request(PROMPTS[0]), events.append)
+    drain(running)
+    assert tokens_of(events) == {other: greedy(tuple(PROMPTS[0]))[0]}
+
+
+def test_a_request_may_be_cancelled_by_who_gets_its_tokens():
+    running, events = engine(max_num_seqs=2), []
+
+    def stop_after_two(event: Event) -> None:
+        events.append(event)
+        if sum(e.request == event.request for e in events) == 2:
+            running.cancel(event.request)
+
+    first = running.submit(request(PROMPTS[0]), stop_after_two)
+    second = running.submit(request(PROMPTS[1]), events.append)
+    drain(running)
+    assert sum(e.request == first for e in events) == 2
+    assert tokens_of(events) == {second: greedy(tuple(PROMPTS[1]))[0]}
+
+
+def test_a_step_that_breaks_off_leaves_the_engine_ready(monkeypatch):
+    running, events = engine(max_num_seqs=2), []
+    running.submit(request(PROMPTS[0]), events.append)
+    running.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(running._runner, "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            running.step()
+    assert not running.busy
+    found = completions(running.run([request(p) for p in PROMPTS]))
+    assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in PROMPTS]
+
+
+# --- A cache that grows
+
+
+@every_mesh
+def test_the_cache_grows_under_running_requests(mesh):
+    running, events = engine(mesh, max_num_seqs=4), []
+    numbers = []
+    for prompt in PROMPTS:  # One row, then two and four; and three lengths.
+        numbers.append(running.submit(request(prompt), events.append))
+        running.step()
+    drain(running)
+    found = tokens_of(events)
+    assert [found[n] for n in numbers] == [greedy(tuple(p))[0] for p in PROMPTS]
+
+
+# --- Memory and limits
+
+
+def capacity(mesh="1", **values) -> Capacity:
+    values = {"max_num_seqs": 6, "max_model_len": 64, "cache_bytes": 10**9} | values
+    plan = model(mesh).plan
+    return Capacity(parts=plan.data_devices, token_bytes=100, **values)
+
+
+def test_rows_are_powers_of_two_up_to_what_may_run():
+    assert [capacity().rows(n, 64) for n in (1, 2, 3, 5, 100)] == [1, 2, 4, 6, 6]
+    assert [capacity(SPLIT).rows(n, 64) for n in (1, 2, 3, 5, 100)] == [2, 2, 4, 6, 6]
+
+
+def test_fewer_rows_where_memory_is_short_and_none_is_an_error():
+    assert capacity(cache_bytes=5 * 6400).rows(100, 64) == 4
+    assert capacity(cache_bytes=6400).rows(100, 64) == 1
+    with pytest.raises(MeshwenError, match=r"64 tokens needs 0.00 GB .* lower max_new_tokens"):
+        capacity(cache_bytes=6399).rows(1, 64)
+
+
+@pytest.mark.parametrize("length", [1, TINY.max_position_embeddings + 1])
+def test_an_impossible_max_model_len_is_refused(length):
+    plan = model().plan
+    with pytest.raises(MeshwenError, match=r"max_model_len must be from 2 to .* context of 1100"):
+        Capacity.of(plan, model().runner.dtype, 1, length)
+
+
+def test_max_model_len_limits_prompt_and_answer():
+    limited = Engine(model().runner, None, (), capacity(max_model_len=8))
+    (found,) = completions(limited.run([request(PROMPTS[0], max_new_tokens=50)]))
+    assert found.tokens == greedy(tuple(PROMPTS[0]))[0][:3]
+    assert found.finish_reason == "length"
+    with pytest.raises(MeshwenError, match=r"^prompt 1 has 17 tokens, but the max_model_len is 8"):
+        limited.run([request(PROMPTS[2])])
+
+
+def test_a_longer_cache_than_there_is_memory_for_is_refused_while_others_run():
+    plan, dtype = model().plan, model().runner.dtype
+    whole = Capacity.of(plan, dtype, 2)
+    small = Capacity(2, 1100, 1, whole.token_bytes, 64 * whole.token_bytes)
+    running, events = Engine(model().runner, None, (), small), []
+    for _ in range(2):
+        running.submit(Request((1, 2), SamplingParams(max_new_tokens=3)), events.append)
+    with pytest.raises(MeshwenError, match=r"no memory .* while other requests run"):
+        running.submit(request(PROMPTS[3]), events.append)
+    drain(running)
+    assert len(tokens_of(events)) == 2
+    found = completions(running.run([Request(tuple(PROMPTS[2]), SamplingParams(max_new_tokens=3))]))
+    assert len(found) == 1
