@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import escape
 
 import jax
 import pytest
@@ -45,10 +46,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["problems"] == 4
     assert out.read_bytes().startswith(before)
     records = RunFile.read(out).records
-    assert sorted(records) == list(range(9))
+    assert sorted(records) == [(number, 0) for number in range(9)]
     problems = [json.loads(line) for line in HELD_OUT.read_text().splitlines()[:9]]
     for number, problem in enumerate(problems):
-        one = records[number]
+        one = records[number, 0]
+        assert one["question"] == problem["question"]
         assert one["gold"] == problem["answer"].rpartition("#### ")[2]
         assert one["text"].strip().endswith(f"#### {one['gold']}")
         assert one["finish_reason"] == "stop"
@@ -129,7 +131,7 @@ def test_a_problem_that_cannot_be_asked_is_wrong_and_listed(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 of 2 right" in said
     assert "could not be asked, counted as wrong: 2" in said
-    assert "context" in RunFile.read(tmp_path / "r.jsonl").records[2]["error"]
+    assert "context" in RunFile.read(tmp_path / "r.jsonl").records[2, 0]["error"]
 
 
 @pytest.mark.parametrize(
@@ -160,12 +162,13 @@ def test_bad_data_names_the_line(tmp_path, capsys, content, said):
     ("options", "said"),
     [
         (["--prompt-style", "gsm"], "'gsm' is not one of qwen-boxed, lm-eval"),
-        (["--prompt-style", "lm-eval"], "needs --train"),
         (["--train", HELD_OUT], "has no solved examples"),
         (["--offset", 500], "leaves none of the 200 problems"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--out", "no/such/folder/r.jsonl"], "cannot write no/such/folder/r.jsonl"),
-        (["--model", "qwen2.5-7b", "--load-format", "dummy"], "--data is needed"),
+        (["--samples", "2"], "--samples needs a --temperature"),
+        (["--max-model-len", "5000"], "max_model_len must be from 2 to the model's context"),
+        (["--html", "no/such/folder/r.html", "--limit", 1], "cannot write no/such/folder/r.html"),
         (["--temperature", "-1"], "temperature must be"),
         (["--mesh", "1x1x"], "mesh"),
     ],
@@ -178,11 +181,42 @@ def test_what_cannot_be_run_is_one_line_and_exit_status_2(tmp_path, capsys, opti
     assert said in error
 
 
+def test_samples_differ_and_are_counted_by_problem(tmp_path, capsys):
+    out, html = tmp_path / "r.jsonl", tmp_path / "r.html"
+    drawn = ("--samples", 3, "--temperature", 1.5, "--limit", 4, "--max-new-tokens", 40)
+    assert gsm8k("--out", out, *drawn, "--html", html, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    records = RunFile.read(out).records
+    assert sorted(records) == [(problem, sample) for problem in range(4) for sample in range(3)]
+    assert len({tuple(one["tokens"]) for one in records.values()}) > 4
+    assert (found["problems"], found["answers"]) == (4, 12)
+    assert found["correct"] == sum(one["correct"] for one in records.values())
+    right = [[records[problem, k]["correct"] for k in range(3)] for problem in range(4)]
+    assert found["any_correct"] == sum(map(any, right)) >= found["correct"] / 3
+    # A sample is the answer that its seed gives by itself.
+    assert gsm8k("--out", tmp_path / "s.jsonl", "--seed", 2, *drawn[2:], "--json") == 0
+    alone = RunFile.read(tmp_path / "s.jsonl").records
+    assert [alone[n, 0]["tokens"] for n in range(4)] == [records[n, 2]["tokens"] for n in range(4)]
+    assert "problems with a right answer" in html.read_text()
+
+
+def test_a_report_shows_questions_answers_and_flips(run_files, tmp_path, capsys):
+    html = tmp_path / "r.html"
+    first, second = map(str, run_files)
+    assert main(["eval", "compare", first, second, "--html", str(html)]) == 0
+    page = html.read_text()
+    question = RunFile.read(run_files[0]).records[0, 0]["question"]
+    assert page.count("it is 1") == 1
+    assert escape(question) in page
+    assert "2 of 3" in page
+    assert "1 are right in one run alone" in page
+
+
 def test_few_shot_prompts_have_solved_examples(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     options = ("--prompt-style", "lm-eval", "--train", HELD_OUT, "--limit", 2)
     assert gsm8k("--out", out, *options, "--max-new-tokens", 4) == 0
     run = RunFile.read(out)
     assert run.settings["train_sha256"] == run.settings["data_sha256"]
-    assert set(run.records[0]["graded"]) == {"strict-match", "flexible-extract"}
+    assert set(run.records[0, 0]["graded"]) == {"strict-match", "flexible-extract"}
     assert "lm-eval: 0 of 2 right" in capsys.readouterr().out

@@ -14,8 +14,10 @@ from meshwen.evals.run_file import RunFile
 SETTINGS = {"model": "m", "seed": 0}
 
 
-def answer(number: int, correct: bool = True, tokens: tuple[int, ...] = (1, 2)) -> dict:
-    asked = {"id": number, "prompt_sha256": f"p{number}", "gold": "7"}
+def answer(
+    number: int, correct: bool = True, tokens: tuple[int, ...] = (1, 2), sample: int = 0
+) -> dict:
+    asked = {"id": number, "sample": sample, "prompt_sha256": f"p{number}", "gold": "7"}
     return asked | {"correct": correct, "tokens": list(tokens), "text": "7"}
 
 
@@ -30,7 +32,10 @@ def written(path, *answers) -> RunFile:
 def test_answers_come_back_as_they_were_written(tmp_path):
     run = written(tmp_path / "r.jsonl", answer(0), answer(3, False))
     found = RunFile.read(run.path)
-    assert (found.settings, found.records) == (SETTINGS, {0: answer(0), 3: answer(3, False)})
+    assert (found.settings, found.records) == (
+        SETTINGS,
+        {(0, 0): answer(0), (3, 0): answer(3, False)},
+    )
 
 
 @pytest.mark.parametrize("lost", range(1, 40))
@@ -38,9 +43,9 @@ def test_a_torn_last_line_is_cut_off_and_the_run_goes_on(tmp_path, lost):
     path = written(tmp_path / "r.jsonl", answer(0), answer(1)).path
     whole = path.read_bytes()
     path.write_bytes(whole[:-lost])
-    assert set(RunFile.read(path).records) == {0}
+    assert set(RunFile.read(path).records) == {(0, 0)}
     run = RunFile.begin(path, SETTINGS, resume=True)
-    assert set(run.records) == {0}
+    assert set(run.records) == {(0, 0)}
     run.write(answer(1))
     run.close()
     assert path.read_bytes() == whole
@@ -63,7 +68,7 @@ def test_an_existing_file_is_kept_unless_it_is_to_go_on(tmp_path):
         RunFile.begin(path, SETTINGS | {"seed": 1}, resume=True)
     with pytest.raises(MeshwenError, match="made with style None, this run has 'x'"):
         RunFile.begin(path, SETTINGS | {"style": "x"}, resume=True)
-    assert set(RunFile.read(path).records) == {0}
+    assert set(RunFile.read(path).records) == {(0, 0)}
 
 
 def test_a_full_disk_stops_the_run_with_what_was_saved_intact(tmp_path, monkeypatch):
@@ -79,7 +84,7 @@ def test_a_full_disk_stops_the_run_with_what_was_saved_intact(tmp_path, monkeypa
     with pytest.raises(MeshwenError, match="No space left on device; 1 answers are saved"):
         run.write(answer(1))
     assert path.read_bytes() == saved
-    assert set(run.records) == {0}
+    assert set(run.records) == {(0, 0)}
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -112,17 +117,27 @@ def test_runs_are_compared_answer_by_answer(tmp_path):
         *(answer(3, tokens=(1, 2)), answer(2, True, (5, 6, 8)), answer(1, False, (9,)), answer(0)),
     )
     found = compare(first, second)
-    assert (found.problems, found.correct) == (4, (3, 3))
-    assert (found.only_first, found.only_second, found.p) == ((1,), (2,), 1.0)
-    assert (found.identical, found.parted) == (1, {1: 0, 2: 2, 3: 2})
+    assert (found.answers, found.correct) == (4, (3, 3))
+    assert (found.only_first, found.only_second, found.p) == (((1, 0),), ((2, 0),), 1.0)
+    assert (found.identical, found.parted) == (1, ((1, 0, 0), (2, 0, 2), (3, 0, 2)))
     assert found.same_score
     assert not found.all_identical
     assert compare(first, first).all_identical
 
 
+def test_samples_of_a_problem_are_told_apart_and_have_no_p(tmp_path):
+    answers = [answer(0), answer(0, False, (3,), sample=1), answer(1)]
+    first = written(tmp_path / "a.jsonl", *answers)
+    assert set(RunFile.read(first.path).records) == {(0, 0), (0, 1), (1, 0)}
+    second = written(tmp_path / "b.jsonl", *answers[::2], answer(0, sample=1))
+    found = compare(first, second)
+    assert (found.answers, found.only_second, found.p) == (3, ((0, 1),), None)
+    assert found.parted == ((0, 1, 0),)
+
+
 def test_runs_of_other_problems_are_not_compared(tmp_path):
     first = written(tmp_path / "a.jsonl", answer(0), answer(1))
-    with pytest.raises(MeshwenError, match="1 are in one alone, first 1"):
+    with pytest.raises(MeshwenError, match="1 answers are in one alone, first that to problem 1"):
         compare(first, written(tmp_path / "b.jsonl", answer(0)))
     other = written(tmp_path / "c.jsonl", answer(0), answer(1) | {"prompt_sha256": "other"})
     with pytest.raises(MeshwenError, match="problem 1 has another prompt_sha256"):

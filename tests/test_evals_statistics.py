@@ -6,7 +6,7 @@ from math import comb, sqrt
 
 import pytest
 
-from meshwen.evals.statistics import mcnemar, wilson_interval
+from meshwen.evals.statistics import clustered_interval, mcnemar, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "problems"), [(0, 10), (6, 32), (200, 200), (659, 1319)])
@@ -25,3 +25,17 @@ def test_mcnemars_p_is_that_of_a_fair_coin(flips):
     one_sided = sum(Fraction(comb(total, i), 2**total) for i in range(fewer + 1))
     assert mcnemar(*flips) == pytest.approx(float(min(1, 2 * one_sided)), rel=1e-9)
     assert mcnemar(*flips) == mcnemar(*reversed(flips))
+
+
+def test_the_clustered_interval_of_single_answers_is_students():
+    right = [True] * 7 + [False] * 3
+    mean, error = 0.7, sqrt(0.7 * 0.3 / 9)
+    low, high = clustered_interval([[one] for one in right])
+    assert low == pytest.approx(mean - 2.262157 * error, abs=1e-6)  # t of 9 degrees of freedom
+    assert high == pytest.approx(min(1, mean + 2.262157 * error), abs=1e-6)
+
+
+def test_repeating_every_answer_tells_nothing_new():
+    right = [True, False, True, True, False, True]
+    once = clustered_interval([[one] for one in right])
+    assert clustered_interval([[one] * 5 for one in right]) == pytest.approx(once)

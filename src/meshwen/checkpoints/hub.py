@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by hub id, through huggingface_hub and its cache."""
+"""Checkpoints by hub id, and files of data sets, through huggingface_hub and its cache."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from meshwen.checkpoints.safetensors import INDEX
@@ -42,21 +43,41 @@ def download(repo_id: str, *, load_format: str, revision: str | None) -> Path:
     return _snapshot(repo_id, revision, "pytorch_model*.bin")
 
 
+def dataset_file(repo_id: str, name: str) -> Path:
+    """A file of a data set on the hub, downloaded where the cache lacks it.
+
+    Raises MeshwenError when the data set cannot be reached, found or opened.
+    """
+
+    def download() -> str:
+        import huggingface_hub
+
+        return huggingface_hub.hf_hub_download(repo_id, name, repo_type="dataset")
+
+    return _fetched(repo_id, None, download, "the path of a file with the data")
+
+
 def _snapshot(repo_id: str, revision: str | None, *weights: str) -> Path:
-    # Slow to import, and not needed for a path.
-    import huggingface_hub
-    from huggingface_hub import errors
+    def download() -> str:
+        import huggingface_hub
+
+        return huggingface_hub.snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=[*_ALWAYS, *weights],
+            ignore_patterns=_NEVER,
+        )
+
+    return _fetched(repo_id, revision, download, "the path of a model folder")
+
+
+def _fetched(repo_id: str, revision: str | None, download: Callable[[], str], instead: str) -> Path:
+    """What `download` gives, its errors told to a user, who may give something `instead`."""
+    from huggingface_hub import errors  # Slow to import, and not needed for a path.
 
     where = f"{repo_id} (revision {revision})" if revision else repo_id
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=[*_ALWAYS, *weights],
-                ignore_patterns=_NEVER,
-            )
-        )
+        return Path(download())
     except errors.GatedRepoError as error:
         raise MeshwenError(
             f"{repo_id} is gated on the hub: accept its licence on its page, then log in with "
@@ -70,23 +91,22 @@ def _snapshot(repo_id: str, revision: str | None, *weights: str) -> Path:
             "check the spelling; for a private one, log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise MeshwenError(_unreachable(where, error)) from error
+        raise MeshwenError(_unreachable(where, error, instead)) from error
     except Exception as error:  # the HTTP library, and so its errors, differs between hub versions
         raise MeshwenError(f"cannot download {where} from the hub: {_reason(error)}") from error
 
 
-def _unreachable(where: str, error: Exception) -> str:
+def _unreachable(where: str, error: Exception, instead: str) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return (
             f"{where} is not (wholly) in the hub cache at {constants.HF_HUB_CACHE}, and "
-            "HF_HUB_OFFLINE is set: unset it to download, or pass the path of a model folder"
+            f"HF_HUB_OFFLINE is set: unset it to download, or pass {instead}"
         )
     return (
         f"{where} is not (wholly) in the hub cache at {constants.HF_HUB_CACHE}, and the hub cannot "
-        f"be reached ({_reason(error.__cause__ or error)}): check the network, or pass the path "
-        "of a model folder"
+        f"be reached ({_reason(error.__cause__ or error)}): check the network, or pass {instead}"
     )
 
 

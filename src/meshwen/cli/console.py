@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -38,6 +45,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -48,6 +56,8 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
 
         def tell(done: int, total: int, said: str = "") -> None:
             description = f"{label}, {said}" if said else label
+            if bar.tasks[0].total is None:  # What was done before says nothing of the time left.
+                bar.reset(task, total=total, completed=done)
             bar.update(task, completed=done, total=total, description=description)
 
         yield tell

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import wraps
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import note, output_console, plain_table, progress_bar
+from meshwen.cli.console import note, progress_bar
+from meshwen.cli.eval_tables import print_comparison, print_meshes, print_summary
+from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.signatures import parameters_of, set_parameters
@@ -45,8 +47,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="GSM8K's test.jsonl, or problems in its form. Default for the demo model: its own "
-        "held-out problems.",
+        help="GSM8K's test.jsonl, or problems in its form. Default: the test split of the hub's "
+        "openai/gsm8k; for the demo model, its own held-out problems.",
         show_default=False,
     ),
 ]
@@ -55,7 +57,7 @@ Train = Annotated[
     typer.Option(
         "--train",
         metavar="FILE",
-        help="GSM8K's train.jsonl, for prompt styles with solved examples.",
+        help="GSM8K's train.jsonl, for prompt styles with solved examples. Default: the hub's.",
         show_default=False,
     ),
 ]
@@ -76,9 +78,21 @@ MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples", min=1, help="Answers to each problem, drawn with the seeds from --seed on."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with run files where they exist.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", help="Write a report, one HTML file.", show_default=False
+    ),
+]
 Require = Annotated[
     Requirement | None,
     typer.Option(
@@ -100,6 +114,7 @@ class _Asked:
         capacity: the most problems that are answered at once, and the most tokens of each.
         style: how problems are asked and graded.
         sampling: how answers are drawn.
+        samples: answers to each problem.
         problems: those to ask.
         data_sha256: of all problems of the data.
         examples: those that solved examples are drawn from.
@@ -110,6 +125,7 @@ class _Asked:
     capacity: tuple[int, int | None]
     style: PromptStyle
     sampling: SamplingParams
+    samples: int
     problems: Sequence[Problem]
     data_sha256: str
     examples: Sequence[Problem]
@@ -129,6 +145,7 @@ def _asked(
     max_model_len: options.MaxModelLen = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
+    samples: Samples = 1,
     seed: Seed = 0,
 ) -> _Asked:
     """Reads and checks what can be before any weight is; its parameters are options."""
@@ -138,13 +155,15 @@ def _asked(
 
     style = style_of(prompt_style or ("demo" if model == _DEMO else "qwen-boxed"))
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if samples > 1 and temperature == 0:
+        raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
     problems, examples = _problems(data, model), _examples(train, style)
     chosen = problems[offset : None if limit is None else offset + limit]
     if not chosen:
         raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
     loading = (model, load_format, revision)
     digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
-    return _Asked(loading, dtype, capacity, style, sampling, chosen, digest, examples)
+    return _Asked(loading, dtype, capacity, style, sampling, samples, chosen, digest, examples)
 
 
 def _evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,6 +187,7 @@ def gsm8k(
     mesh: options.Mesh = "1",
     numerics: options.NumericsOption = options.Numerics.FAST,
     resume: Resume = False,
+    html: Html = None,
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -176,11 +196,14 @@ def gsm8k(
     Every answer is in the run file as soon as it is whole: what was interrupted goes on with
     --resume.
     """
+    check_writable(html)
     run, found = _evaluate(asked, mesh, numerics, out, resume)
+    if html is not None:
+        _write_report(html, [run], [])
     if as_json:
         print(json.dumps(found | {"settings": dict(run.settings)}))
     else:
-        _print_summary(found, run)
+        print_summary(found, run)
 
 
 @app.command()
@@ -196,6 +219,7 @@ def meshes(
     numerics: options.NumericsOption = options.Numerics.EXACT,
     resume: Resume = False,
     require: Require = None,
+    html: Html = None,
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> int:
@@ -206,6 +230,7 @@ def meshes(
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.parallel.mesh import make_mesh
 
+    check_writable(html)
     specs = parse_meshes(meshes)
     make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
     _make_folder(out)
@@ -215,6 +240,8 @@ def meshes(
         gc.collect()  # The weights of one mesh, before those of the next are there.
     first = results[0][0]
     compared = [compare_runs(first, run) for run, _ in results]
+    if html is not None:
+        _write_report(html, [run for run, _ in results], compared[1:])
     if as_json:
         rows = [
             {"mesh": run.settings["mesh"]} | found | {"against_first": asdict(against)}
@@ -222,7 +249,7 @@ def meshes(
         ]
         print(json.dumps(rows))
     else:
-        _print_meshes(results, compared)
+        print_meshes(results, compared)
     exact = numerics is options.Numerics.EXACT
     default = Requirement.IDENTICAL if exact else Requirement.SAME_SCORE
     required = require or default
@@ -237,6 +264,7 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A run file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same problems.")],
     require: Require = None,
+    html: Html = None,
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> int:
@@ -246,10 +274,12 @@ def compare(
 
     runs = RunFile.read(first), RunFile.read(second)
     found = compare_runs(*runs)
+    if html is not None:
+        _write_report(html, runs, [found])
     if as_json:
         print(json.dumps(asdict(found)))
     else:
-        _print_comparison(found, runs)
+        print_comparison(found, runs)
     kept = require is None or _kept(require, found)
     if not kept:
         note(f"not {require}")
@@ -278,7 +308,8 @@ def _evaluate(
         if tokenizer is None:
             raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
         solved = shots(style, asked.examples, asked.problems[-1].number + 1)
-        questions = [question(p, style, solved[p.number], tokenizer) for p in asked.problems]
+        once = [question(p, style, solved[p.number], tokenizer) for p in asked.problems]
+        questions = [replace(one, sample=k) for one in once for k in range(asked.samples)]
         settings = {
             "model": checkpoint.name,
             "mesh": mesh_label(devices),
@@ -289,6 +320,7 @@ def _evaluate(
             "train_sha256": data_sha256(asked.examples) if asked.examples else None,
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
+            "samples": asked.samples,
             "seed": sampling.seed,
         }
         run = RunFile.begin(out, settings, resume=resume)
@@ -310,13 +342,24 @@ def _evaluate(
             style,
             sampling,
             run,
-            lambda done, right, total: bar(done, total, f"{right} of {done} right"),
+            lambda done, right, tokens: bar(
+                done,
+                len(questions),
+                f"{right} of {done} right, {tokens / (time.perf_counter() - started):.0f} tokens/s",
+            ),
         )
     run.close()
-    run = replace(run, records={p.number: run.records[p.number] for p in asked.problems})
+    run = replace(run, records={one.key: run.records[one.key] for one in questions})
     found = summary(run.records.values())
     seconds = round(time.perf_counter() - started, 1)
     return run, found | {"seconds": seconds, "answers_from_before": before}
+
+
+def _write_report(path: Path, runs: Sequence[RunFile], compared: Sequence[Comparison]) -> None:
+    from meshwen.evals.report_html import html_report
+
+    write_text(path, html_report(runs, compared))
+    note(f"the report is in {path}")
 
 
 def _make_folder(path: Path) -> None:
@@ -328,84 +371,20 @@ def _make_folder(path: Path) -> None:
 
 def _problems(data: Path | None, model: str) -> Sequence[Problem]:
     from meshwen import demo
-    from meshwen.evals.problems import read_problems
+    from meshwen.evals.problems import hub_problems, read_problems
 
     if data is not None:
         return read_problems(data)
     if model == _DEMO:
         return read_problems(demo.path() / "heldout.jsonl")
-    raise MeshwenError("--data is needed: give GSM8K's test.jsonl, or problems in its form")
+    return hub_problems("test")
 
 
 def _examples(train: Path | None, style: PromptStyle) -> Sequence[Problem]:
-    from meshwen.evals.problems import read_problems
+    from meshwen.evals.problems import hub_problems, read_problems
 
     if not style.shots:
         if train is not None:
             raise MeshwenError(f"prompt style {style.name} has no solved examples: no --train")
         return []
-    if train is None:
-        raise MeshwenError(f"prompt style {style.name} needs --train, GSM8K's train.jsonl")
-    return read_problems(train)
-
-
-def _print_summary(found: Mapping[str, Any], run: RunFile) -> None:
-    low, high = found["interval"]
-    print(
-        f"{run.settings['prompt_style']}: {found['correct']} of {found['problems']} right, "
-        f"{found['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
-    )
-    rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
-    before = found["answers_from_before"]
-    print(rest + f", {before} answers from before" * bool(before))
-    if failed := found["failed"]:
-        print(f"could not be asked, counted as wrong: {', '.join(map(str, failed))}")
-    note(f"every answer is in {run.path}")
-
-
-def _print_meshes(
-    results: Sequence[tuple[RunFile, Mapping[str, Any]]], compared: Sequence[Comparison]
-) -> None:
-    settings = results[0][0].settings
-    table = plain_table(
-        f"{settings['model']}, {settings['dtype']}, {settings['numerics']}: "
-        f"{compared[0].problems} problems",
-        *("mesh", ">right", ">accuracy", ">95% interval", ">identical", ">flips", ">p", ">s"),
-    )
-    for (run, found), against in zip(results, compared, strict=True):
-        low, high = found["interval"]
-        table.add_row(
-            run.settings["mesh"],
-            str(found["correct"]),
-            f"{found['accuracy']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            str(against.identical),
-            f"-{len(against.only_first)} +{len(against.only_second)}",
-            f"{against.p:.3g}",
-            str(found["seconds"]),
-        )
-    output_console().print(table)
-
-
-def _print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
-    console = output_console()
-    table = plain_table(f"{found.problems} problems", "run", ">right", ">accuracy", ">only right")
-    for run, right, alone in zip(
-        runs, found.correct, (found.only_first, found.only_second), strict=True
-    ):
-        table.add_row(str(run.path), str(right), f"{right / found.problems:.1%}", str(len(alone)))
-    console.print(table)
-    console.print(
-        f"McNemar's exact p: {found.p:.3g}; identical answers: {found.identical} of "
-        f"{found.problems}",
-        markup=False,
-    )
-    for number in (*found.only_first, *found.only_second):
-        console.print(
-            f"\nproblem {number}, other tokens from {found.parted[number]} on", style="bold"
-        )
-        for run in runs:
-            record = run.records[number]
-            verdict = "right" if record["correct"] else "wrong"
-            console.print(f"{run.path}: {verdict}, {record['extracted']}", markup=False)
-            console.print(record["text"].strip(), markup=False, style="dim")
+    return hub_problems("train") if train is None else read_problems(train)

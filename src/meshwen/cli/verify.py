@@ -14,6 +14,7 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console
+from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.prompts import read_prompts
 from meshwen.errors import MeshwenError
 
@@ -129,7 +130,7 @@ def verify(
     kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
     chosen = _numerics(numerics, before)
     for file in (json_file, html_file):
-        _check_writable(file)
+        check_writable(file)
     enable_compilation_cache()
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
         workload = _workload(checkpoint, prompts, cases, before, max_new_tokens)
@@ -190,7 +191,7 @@ def _write(found: dict[str, Any], json_file: Path | None, html_file: Path | None
 
     for file, text in ((json_file, as_json), (html_file, html_report)):
         if file is not None:
-            file.write_text(text(found), encoding="utf-8")
+            write_text(file, text(found))
 
 
 def _numerics(given: NumericsChoice | None, before: dict[str, Any] | None) -> list[Any]:
@@ -272,12 +273,6 @@ def _read_golden(path: Path) -> list[dict[str, Any]]:
         f'{path} has no reference outputs: expected {{"cases": [{{"input_ids": [...], '
         '"greedy": [...]}]}, with as many "margins" as tokens or none'
     )
-
-
-def _check_writable(path: Path | None) -> None:
-    """Refuses a file that cannot be written, before anything is run."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise MeshwenError(f"cannot write {path}: its folder does not exist, or it is one")
 
 
 def _print(found: dict[str, Any], before: dict[str, Any] | None) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshwen.errors import MeshwenError
-from meshwen.evals.run_file import Record, RunFile
+from meshwen.evals.run_file import Key, Record, RunFile
 from meshwen.evals.statistics import mcnemar
 
 
@@ -15,27 +15,34 @@ class Comparison:
     """What differs between two runs.
 
     Attributes:
-        problems: how many both have answered.
+        answers: how many both have.
         correct: how many each has right.
-        only_first: numbers of problems that the first alone has right.
+        only_first: (problem, sample) of answers that the first alone has right.
         only_second: those that the second alone has right.
-        p: of McNemar's exact test, two-sided.
+        p: of McNemar's exact test, two-sided; None with several samples a problem, which are not
+            independent.
         identical: answers with the same tokens.
-        parted: of each other problem, the first token that differs, counted from 0.
+        parted: (problem, sample, token) of each other answer, the token being the first that
+            differs, counted from 0.
     """
 
-    problems: int
+    answers: int
     correct: tuple[int, int]
-    only_first: tuple[int, ...]
-    only_second: tuple[int, ...]
-    p: float
+    only_first: tuple[Key, ...]
+    only_second: tuple[Key, ...]
+    p: float | None
     identical: int
-    parted: dict[int, int]
+    parted: tuple[tuple[int, int, int], ...]
+
+    @property
+    def flips(self) -> tuple[Key, ...]:
+        """Answers that one run alone has right."""
+        return self.only_first + self.only_second
 
     @property
     def all_identical(self) -> bool:
         """Whether every answer has the same tokens."""
-        return self.identical == self.problems
+        return self.identical == self.answers
 
     @property
     def same_score(self) -> bool:
@@ -49,39 +56,42 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
     Raises:
         MeshwenError: they are of other problems, or a problem was asked otherwise.
     """
-    ids = sorted(first.records)
-    if ids != sorted(second.records):
+    keys = sorted(first.records)
+    if keys != sorted(second.records):
         missing = sorted(set(first.records) ^ set(second.records))
         raise MeshwenError(
-            f"{first.path} and {second.path} are not of the same problems: {len(missing)} are in "
-            f"one alone, first {missing[0]}; finish both with --resume"
+            f"{first.path} and {second.path} are not of the same problems: {len(missing)} answers "
+            f"are in one alone, first that to problem {missing[0][0]}; finish both with --resume"
         )
-    if not ids:
+    if not keys:
         raise MeshwenError(f"{first.path} and {second.path} have no answers")
-    pairs = {i: (first.records[i], second.records[i]) for i in ids}
-    for i, (one, other) in pairs.items():
+    pairs = {key: (first.records[key], second.records[key]) for key in keys}
+    for (problem, _), (one, other) in pairs.items():
         for name in ("prompt_sha256", "gold"):
             if one[name] != other[name]:
                 raise MeshwenError(
-                    f"problem {i} has another {name} in {second.path} than in {first.path}: the "
-                    "runs are of other data, prompts or tokenizers"
+                    f"problem {problem} has another {name} in {second.path} than in {first.path}: "
+                    "the runs are of other data, prompts or tokenizers"
                 )
-    flips = {i: one["correct"] - other["correct"] for i, (one, other) in pairs.items()}
-    only_first = tuple(i for i, flip in flips.items() if flip > 0)
-    only_second = tuple(i for i, flip in flips.items() if flip < 0)
-    parted = {
-        i: place for i, pair in pairs.items() if (place := _first_difference(*pair)) is not None
-    }
+    flips = {key: one["correct"] - other["correct"] for key, (one, other) in pairs.items()}
+    only_first = tuple(key for key, flip in flips.items() if flip > 0)
+    only_second = tuple(key for key, flip in flips.items() if flip < 0)
+    parted = tuple(
+        (*key, place)
+        for key, pair in pairs.items()
+        if (place := _first_difference(*pair)) is not None
+    )
+    sampled = len({problem for problem, _ in keys}) < len(keys)
     return Comparison(
-        len(ids),
+        len(keys),
         (
             sum(one["correct"] for one, _ in pairs.values()),
             sum(other["correct"] for _, other in pairs.values()),
         ),
         only_first,
         only_second,
-        mcnemar(len(only_first), len(only_second)),
-        len(ids) - len(parted),
+        None if sampled else mcnemar(len(only_first), len(only_second)),
+        len(keys) - len(parted),
         parted,
     )
 

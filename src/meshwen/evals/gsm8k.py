@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 
 from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
-from meshwen.evals.run_file import Record, RunFile
-from meshwen.evals.statistics import wilson_interval
+from meshwen.evals.answers import number
+from meshwen.evals.run_file import Key, Record, RunFile
+from meshwen.evals.statistics import clustered_interval, wilson_interval
 from meshwen.evals.styles import Problem, PromptStyle
 from meshwen.request import Completion, Request
 from meshwen.sampling import SamplingParams
@@ -29,11 +31,18 @@ class Question:
         problem: the problem.
         token_ids: the prompt; () where it has none.
         error: why there is no prompt.
+        sample: which of the answers to the problem is asked for.
     """
 
     problem: Problem
     token_ids: tuple[int, ...]
     error: str | None = None
+    sample: int = 0
+
+    @property
+    def key(self) -> Key:
+        """Of its answer in a run file."""
+        return self.problem.number, self.sample
 
 
 def question(
@@ -57,7 +66,7 @@ def answer_all(
     style: PromptStyle,
     sampling: SamplingParams,
     run: RunFile,
-    progress: Callable[[int, int, int], None] = lambda done, right, total: None,
+    progress: Callable[[int, int, int], None] = lambda done, right, tokens: None,
 ) -> None:
     """Answers every question that the run file has no answer to, and writes each as it is whole.
 
@@ -65,12 +74,13 @@ def answer_all(
         engine: the model's.
         questions: all of the run.
         style: how answers are found and graded.
-        sampling: how to continue prompts.
+        sampling: how to continue prompts; sample k of a problem has the seed `sampling.seed` + k.
         run: gets the answers.
-        progress: told how many answers there are, how many are right, and how many there will be.
+        progress: told after each token how many answers there are, how many of them are right, and
+            how many tokens this call has got.
     """
     sampling = replace(sampling, stop=style.stop, logprobs=True)
-    open_ones = [q for q in questions if q.problem.number not in run.records]
+    open_ones = [q for q in questions if q.key not in run.records]
     asked = []
     for one in open_ones:
         error = one.error or _refusal(one, engine)
@@ -78,36 +88,71 @@ def answer_all(
             asked.append(one)
         else:
             run.write(_failed(one, error))
-    numbers = {one.problem.number for one in questions}
-    answered = [record for number, record in run.records.items() if number in numbers]
+    answered = [run.records[one.key] for one in questions if one.key in run.records]
     done, right = len(answered), sum(record["correct"] for record in answered)
-    requests = [Request(one.token_ids, sampling) for one in asked]
-    for number, completion in _completions(engine, requests):
-        record = _record(asked[number], completion, style)
-        run.write(record)
-        done, right = done + 1, right + record["correct"]
-        progress(done, right, len(questions))
+    requests = [
+        Request(one.token_ids, replace(sampling, seed=(sampling.seed + one.sample) % (1 << 32)))
+        for one in asked
+    ]
+    for tokens, event in enumerate(engine.run(requests), start=1):
+        if event.completion is not None:
+            record = _record(asked[event.request], event.completion, style)
+            run.write(record)
+            done, right = done + 1, right + record["correct"]
+        progress(done, right, tokens)
 
 
 def summary(records: Iterable[Record]) -> dict[str, Any]:
     """What the answers come to.
 
     Returns:
-        problems, correct, accuracy and its 95% interval (Wilson), truncated and failed answers,
-        tokens.
+        problems; answers; how many are correct; accuracy, the share of correct answers, and its 95%
+        interval (Wilson's; with several samples a problem that of the problems' means, because
+        answers to one problem are not independent); truncated answers; ids of those that failed;
+        tokens. With several samples also any_correct, problems with a correct answer, and
+        majority_correct, those whose most frequent answer (the earliest, of several) is correct.
     """
     records = list(records)
+    problems: dict[int, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r["id"], r["sample"])):
+        problems.setdefault(record["id"], []).append(record)
     right = sum(record["correct"] for record in records)
-    low, high = wilson_interval(right, len(records)) if records else (0.0, 1.0)
-    return {
-        "problems": len(records),
+    found: dict[str, Any] = {
+        "problems": len(problems),
+        "answers": len(records),
         "correct": right,
         "accuracy": right / len(records) if records else 0.0,
-        "interval": [low, high],
+        "interval": list(_interval(problems, right)),
         "truncated": sum(record["finish_reason"] == "length" for record in records),
         "failed": [record["id"] for record in records if record["finish_reason"] == "error"],
         "tokens": sum(len(record["tokens"]) for record in records),
     }
+    if len(records) > len(problems):
+        found["any_correct"] = sum(any(r["correct"] for r in some) for some in problems.values())
+        found["majority_correct"] = sum(_majority(some)["correct"] for some in problems.values())
+    return found
+
+
+def _interval(problems: Mapping[int, Sequence[Record]], right: int) -> tuple[float, float]:
+    if not problems:
+        return 0.0, 1.0
+    if all(len(some) == 1 for some in problems.values()):
+        return wilson_interval(right, len(problems))
+    return clustered_interval([[r["correct"] for r in some] for some in problems.values()])
+
+
+def _majority(answers: Sequence[Record]) -> Record:
+    """The first answer with the value that most have; answers without a value have no say."""
+    votes = Counter(_value(answer) for answer in answers if answer["extracted"] is not None)
+    most = votes.most_common(1)[0][0] if votes else None
+    return next((a for a in answers if _value(a) == most), answers[0])
+
+
+def _value(answer: Record) -> object:
+    """Equal for answers of equal value: 1,000 is 1000.0."""
+    text = answer["extracted"]
+    found = None if text is None else number(text)
+    return text if found is None else found
 
 
 def data_sha256(problems: Iterable[Problem]) -> str:
@@ -124,12 +169,6 @@ def _refusal(one: Question, engine: Engine) -> str | None:
     except MeshwenError as error:
         return str(error)
     return None
-
-
-def _completions(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-    for event in engine.run(requests) if requests else ():
-        if event.completion is not None:
-            yield event.request, event.completion
 
 
 def _record(one: Question, completion: Completion, style: PromptStyle) -> Record:
@@ -167,4 +206,9 @@ def _failed(one: Question, error: str) -> Record:
 
 def _asked(one: Question) -> Record:
     prompt = np.array(one.token_ids, "<i4").tobytes()
-    return {"id": one.problem.number, "prompt_sha256": hashlib.sha256(prompt).hexdigest()}
+    return {
+        "id": one.problem.number,
+        "sample": one.sample,
+        "question": one.problem.question,
+        "prompt_sha256": hashlib.sha256(prompt).hexdigest(),
+    }

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Word problems from a file in GSM8K's form: a JSON object a line, `question` and `answer`."""
+"""Word problems: a file in GSM8K's form, a JSON object a line, or the hub's GSM8K itself."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from meshwen.checkpoints.hub import dataset_file
 from meshwen.errors import MeshwenError
 from meshwen.evals.answers import gold_answer, number
 from meshwen.evals.styles import Problem
@@ -33,11 +35,36 @@ def read_problems(path: Path) -> list[Problem]:
     return problems
 
 
+def hub_problems(split: str) -> list[Problem]:
+    """All problems of a split of GSM8K, as openai/gsm8k on the hub has it.
+
+    Args:
+        split: "test" or "train".
+
+    Raises:
+        MeshwenError: the hub cannot be reached, or pyarrow, which reads its files, is not there.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise MeshwenError(
+            "the hub's copy of GSM8K is read with pyarrow: pip install 'meshwen[gsm8k]', or give "
+            "the problems as a file, --data (and --train)"
+        ) from None
+    name = f"main/{split}-00000-of-00001.parquet"
+    rows = parquet.read_table(dataset_file("openai/gsm8k", name)).to_pylist()
+    return [_checked(f"openai/gsm8k {split}, row {at + 1}", at, row) for at, row in enumerate(rows)]
+
+
 def _problem(where: str, place: int, line: str) -> Problem:
     try:
         content = json.loads(line)
     except ValueError as error:
         raise MeshwenError(f"{where} is not JSON: {error}") from None
+    return _checked(where, place, content)
+
+
+def _checked(where: str, place: int, content: Any) -> Problem:
     if not isinstance(content, dict):
         raise MeshwenError(f'{where}: expected an object {{"question": ..., "answer": ...}}')
     for name in ("question", "answer"):

@@ -20,6 +20,7 @@ from meshwen.errors import MeshwenError
 FORMAT = "meshwen-eval-1"
 
 Record = dict[str, Any]
+Key = tuple[int, int]  # Of an answer: its problem's number, and which sample it is, from 0.
 
 
 @dataclass
@@ -29,12 +30,12 @@ class RunFile:
     Attributes:
         path: the file.
         settings: what makes its answers comparable.
-        records: answers, by problem number.
+        records: the answers.
     """
 
     path: Path
     settings: Mapping[str, Any]
-    records: dict[int, Record] = field(default_factory=dict)
+    records: dict[Key, Record] = field(default_factory=dict)
     _file: BinaryIO | None = None
 
     @classmethod
@@ -64,7 +65,7 @@ class RunFile:
         if path.exists() and not resume:
             raise MeshwenError(f"{path} exists: add --resume to go on with it, or name another")
         lines = cls._whole_lines(path) if path.exists() else []
-        records: dict[int, Record] = {}
+        records: dict[Key, Record] = {}
         if lines:
             _check_same(path, _settings(path, lines[0]), settings)
             records = _records(path, lines[1:])
@@ -81,13 +82,13 @@ class RunFile:
         return run
 
     def write(self, record: Record) -> None:
-        """Adds an answer, which has its problem's number as "id".
+        """Adds an answer, which has its problem's number as "id" and its own as "sample".
 
         Raises:
             MeshwenError: the disk is full or gone; what was written before is intact.
         """
         self._append(record)
-        self.records[record["id"]] = record
+        self.records[_key(record)] = record
 
     def close(self) -> None:
         """Nothing can be written any more."""
@@ -132,13 +133,18 @@ def _settings(path: Path, line: bytes) -> dict[str, Any]:
     return dict(content["settings"])
 
 
-def _records(path: Path, lines: list[bytes]) -> dict[int, Record]:
+def _key(record: Record) -> Key:
+    return record["id"], record["sample"]
+
+
+def _records(path: Path, lines: list[bytes]) -> dict[Key, Record]:
     records = {}
     for at, line in enumerate(lines, start=2):
         record = _parsed(path, at, line)
-        if not isinstance(record.get("id"), int) or not isinstance(record.get("correct"), bool):
+        whole = {"id": int, "sample": int, "correct": bool}
+        if not all(isinstance(record.get(name), kind) for name, kind in whole.items()):
             raise MeshwenError(f"{path}, line {at}: not an answer; it was edited or damaged")
-        records[record["id"]] = record
+        records[_key(record)] = record
     return records
 
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 
 
 def wilson_interval(correct: int, problems: int) -> tuple[float, float]:
@@ -18,6 +21,28 @@ def wilson_interval(correct: int, problems: int) -> tuple[float, float]:
     """
     interval = binomtest(correct, problems).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def clustered_interval(clusters: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """The 95% interval of a mean over answers that come in groups which are alike.
+
+    The mean's error is that of the residuals summed by group, with the factor n / (n - 1) for few
+    groups, and Student's t; as arXiv 2411.00640 asks of evaluations.
+
+    Args:
+        clusters: whether each answer is correct, a group a problem; at least 1 problem.
+
+    Returns:
+        Lower and upper end, from 0 to 1.
+    """
+    answers, groups = sum(map(len, clusters)), len(clusters)
+    if groups == 1:
+        return 0.0, 1.0
+    mean = sum(map(sum, clusters)) / answers
+    residuals = (sum(correct - mean for correct in group) for group in clusters)
+    variance = groups / (groups - 1) * sum(r * r for r in residuals) / answers**2
+    half = float(student_t.ppf(0.975, groups - 1)) * variance**0.5
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `meshwen eval` prints of runs and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.text import Text
+
+from meshwen.cli.console import note, output_console, plain_table
+
+if TYPE_CHECKING:
+    from meshwen.evals.compare import Comparison
+    from meshwen.evals.run_file import Key, RunFile
+
+
+def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
+    """One run, in a few lines."""
+    low, high = found["interval"]
+    print(
+        f"{run.settings['prompt_style']}: {found['correct']} of {found['answers']} right, "
+        f"{found['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
+    )
+    if "any_correct" in found:
+        print(
+            f"of {found['problems']} problems, {found['any_correct']} with a right answer, "
+            f"{found['majority_correct']} by majority"
+        )
+    rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
+    before = found["answers_from_before"]
+    print(rest + f", {before} answers from before" * bool(before))
+    if failed := found["failed"]:
+        print(f"could not be asked, counted as wrong: {', '.join(map(str, failed))}")
+    note(f"every answer is in {run.path}")
+
+
+def print_meshes(
+    results: Sequence[tuple[RunFile, Mapping[str, Any]]], compared: Sequence[Comparison]
+) -> None:
+    """The runs of several meshes, each against the first."""
+    settings = results[0][0].settings
+    table = plain_table(
+        f"{settings['model']}, {settings['dtype']}, {settings['numerics']}: "
+        f"{compared[0].answers} answers",
+        *("mesh", ">right", ">accuracy", ">95% interval", ">identical", ">flips", ">p", ">s"),
+    )
+    for (run, found), against in zip(results, compared, strict=True):
+        low, high = found["interval"]
+        table.add_row(
+            run.settings["mesh"],
+            str(found["correct"]),
+            f"{found['accuracy']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            str(against.identical),
+            f"-{len(against.only_first)} +{len(against.only_second)}",
+            "" if against.p is None else f"{against.p:.3g}",
+            str(found["seconds"]),
+        )
+    output_console().print(table)
+
+
+def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
+    """Two runs, and the texts of the answers that one alone has right."""
+    console = output_console()
+    table = plain_table(f"{found.answers} answers", "run", ">right", ">accuracy", ">only right")
+    for run, right, alone in zip(
+        runs, found.correct, (found.only_first, found.only_second), strict=True
+    ):
+        table.add_row(str(run.path), str(right), f"{right / found.answers:.1%}", str(len(alone)))
+    console.print(table)
+    p = "" if found.p is None else f"McNemar's exact p: {found.p:.3g}; "
+    console.print(
+        f"{p}identical answers: {found.identical} of {found.answers}",
+        markup=False,
+    )
+    parted = {(problem, sample): token for problem, sample, token in found.parted}
+    for key in found.flips:
+        sample = f", sample {key[1]}" if found.p is None else ""
+        side_by_side = plain_table(
+            f"problem {key[0]}{sample}, other tokens from {parted[key]} on", *_verdicts(runs, key)
+        )
+        side_by_side.add_row(*(Text(run.records[key]["text"].strip()) for run in runs))
+        console.print(side_by_side)
+
+
+def _verdicts(runs: tuple[RunFile, RunFile], key: Key) -> list[str]:
+    records = [run.records[key] for run in runs]
+    return [
+        escape(f"{run.path}: {'right' if one['correct'] else 'wrong'}, {one['extracted']}")
+        for run, one in zip(runs, records, strict=True)
+    ]

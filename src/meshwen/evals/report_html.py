@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs, and what differs between them, as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from meshwen.evals.compare import Comparison
+from meshwen.evals.gsm8k import summary
+from meshwen.evals.run_file import Key, RunFile
+
+
+def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
+    """The whole page; everything of the runs is escaped.
+
+    Args:
+        runs: at least one.
+        compared: the first run with each of the others.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(
+        (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    )
+    first = runs[0]
+    rows: list[dict[str, Any]] = [
+        {"run": run, "found": summary(run.records.values()), "against": against}
+        for run, against in zip(runs, [None, *compared], strict=True)
+    ]
+    return template.render(
+        first=first,
+        rows=rows,
+        sampled="any_correct" in rows[0]["found"],
+        differences=[
+            {"run": run, "flips": _flips(first, run, one), "against": one}
+            for run, one in zip(runs[1:], compared, strict=True)
+        ],
+        settings=_settings(runs),
+        answers=[first.records[key] for key in sorted(first.records)],
+    )
+
+
+def _settings(runs: Sequence[RunFile]) -> list[tuple[str, list[Any]]]:
+    """Each setting with its value in every run, one where they agree."""
+    found = []
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        values = [run.settings.get(name) for run in runs]
+        found.append((name, values[:1] if values.count(values[0]) == len(values) else values))
+    return found
+
+
+def _flips(first: RunFile, second: RunFile, compared: Comparison) -> list[dict[str, Any]]:
+    """The answers that one run alone has right, side by side."""
+    parted: dict[Key, int] = {(problem, sample): at for problem, sample, at in compared.parted}
+    return [
+        {"pair": (first.records[key], second.records[key]), "token": parted[key]}
+        for key in sorted(compared.flips)
+    ]
