@@ -10,7 +10,7 @@ JAX ?= jax
 # Where this would install a CUDA build, point pip to the CPU builds or name another.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-torch lint format wheel clean
+.PHONY: demo test test-torch test-harness lint format wheel clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
@@ -22,6 +22,10 @@ test: $(VENV)/.installed-dev
 # What PyTorch and transformers compute, in an environment of its own: the package needs neither.
 test-torch: $(VENV)-torch/.installed
 	$(VENV)-torch/bin/python -m pytest -m torch
+
+# lm-evaluation-harness, driving the demo model on local data.
+test-harness: $(VENV)-harness/.installed
+	$(VENV)-harness/bin/python -m pytest tests/test_evals_harness.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -50,6 +54,11 @@ $(VENV)-torch/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
 	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,transformers]"
+	@touch $@
+
+$(VENV)-harness/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-harness
+	$(VENV)-harness/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,lm-eval]"
 	@touch $@
 
 clean:

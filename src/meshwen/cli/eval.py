@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -257,6 +258,27 @@ def meshes(
     if apart := [str(spec) for spec, one in pairs if not _kept(required, one)]:
         note(f"not {required}: {', '.join(apart)}")
     return 1 if apart else 0
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def harness(context: typer.Context) -> None:
+    """Run lm-evaluation-harness (extra lm-eval) with --model meshwen, and the options you give.
+
+    For instance: meshwen eval harness --model_args pretrained=demo,mesh=1x8 --tasks gsm8k
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import meshwen.evals.harness  # noqa: F401  (names the model)
+    except ImportError as error:
+        raise MeshwenError(
+            f"lm-evaluation-harness is not here ({error}): pip install 'meshwen[lm-eval]'"
+        ) from None
+    sys.argv = ["lm_eval", "run", "--model", "meshwen", *context.args]
+    cli_evaluate()
 
 
 @app.command()

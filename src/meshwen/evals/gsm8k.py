@@ -109,8 +109,10 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         problems; answers; how many are correct; accuracy, the share of correct answers, and its 95%
         interval (Wilson's; with several samples a problem that of the problems' means, because
         answers to one problem are not independent); truncated answers; ids of those that failed;
-        tokens. With several samples also any_correct, problems with a correct answer, and
-        majority_correct, those whose most frequent answer (the earliest, of several) is correct.
+        tokens; and a hash of the tokens of all answers, in the order of the problems, by which runs
+        that are not at hand can be told identical. With several samples also any_correct, problems
+        with a correct answer, and majority_correct, those whose most frequent answer (the earliest,
+        of several) is correct.
     """
     records = list(records)
     problems: dict[int, list[Record]] = {}
@@ -126,11 +128,21 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         "truncated": sum(record["finish_reason"] == "length" for record in records),
         "failed": [record["id"] for record in records if record["finish_reason"] == "error"],
         "tokens": sum(len(record["tokens"]) for record in records),
+        "tokens_sha256": _tokens_sha256(answer for some in problems.values() for answer in some),
     }
     if len(records) > len(problems):
         found["any_correct"] = sum(any(r["correct"] for r in some) for some in problems.values())
         found["majority_correct"] = sum(_majority(some)["correct"] for some in problems.values())
     return found
+
+
+def _tokens_sha256(records: Iterable[Record]) -> str:
+    """A hash of problem, sample, number of tokens and tokens, as little-endian int32."""
+    digest = hashlib.sha256()
+    for record in records:
+        head = [record["id"], record["sample"], len(record["tokens"])]
+        digest.update(np.array([*head, *record["tokens"]], "<i4").tobytes())
+    return digest.hexdigest()
 
 
 def _interval(problems: Mapping[int, Sequence[Record]], right: int) -> tuple[float, float]:
