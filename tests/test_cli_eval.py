@@ -209,7 +209,7 @@ def test_a_report_shows_questions_answers_and_flips(run_files, tmp_path, capsys)
     assert page.count("it is 1") == 1
     assert escape(question) in page
     assert "2 of 3" in page
-    assert "1 are right in one run alone" in page
+    assert "Other tokens in 1 of 3 answers" in page
 
 
 def test_few_shot_prompts_have_solved_examples(tmp_path, capsys):
