@@ -10,6 +10,8 @@ from math import ceil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from meshwen.buckets import power_of_two
 from meshwen.errors import MeshwenError
@@ -66,8 +68,10 @@ class Capacity:
         if max_num_seqs < 1:
             raise MeshwenError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
         token_bytes = cache_bytes_per_token(plan.config, plan.heads.local_key_value_heads, dtype)
-        free = int(_CACHE_SHARE * _free_bytes(plan.mesh.local_devices))
-        return cls(max_num_seqs, length, plan.data_devices, token_bytes, free)
+        # The least of all processes: what they decide from it has to be the same.
+        free = process_allgather(np.float32(_free_bytes(plan.mesh.local_devices)))
+        cache_bytes = int(_CACHE_SHARE * np.min(free))
+        return cls(max_num_seqs, length, plan.data_devices, token_bytes, cache_bytes)
 
     def rows(self, count: int, length: int) -> int:
         """Rows of a cache for `count` sequences, fewer where memory is short.
