@@ -200,6 +200,17 @@ def test_samples_differ_and_are_counted_by_problem(tmp_path, capsys):
     assert "problems with a right answer" in html.read_text()
 
 
+def test_answers_that_were_graded_otherwise_are_told(run_files, tmp_path, capsys):
+    first, other = run_files[0], tmp_path / "other.jsonl"
+    lines = first.read_text().splitlines()
+    regraded = json.loads(lines[1]) | {"correct": False}
+    other.write_text("\n".join([lines[0], json.dumps(regraded), *lines[2:]]) + "\n")
+    html = tmp_path / "r.html"
+    assert main(["eval", "compare", str(first), str(other), "--html", str(html)]) == 0
+    assert "graded otherwise" in capsys.readouterr().out
+    assert "graded otherwise" in html.read_text()
+
+
 def test_a_report_shows_questions_answers_and_flips(run_files, tmp_path, capsys):
     html = tmp_path / "r.html"
     first, second = map(str, run_files)

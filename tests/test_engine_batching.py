@@ -147,6 +147,30 @@ def test_a_request_may_be_cancelled_while_its_prompt_is_read():
     assert tokens_of(events) == {other: greedy(tuple(PROMPTS[0]))[0]}
 
 
+def test_a_run_given_up_while_a_long_prompt_is_read_leaves_room_for_a_shorter_one():
+    long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()
+    running = engine(max_num_seqs=2)
+    begun = running.run([request(PROMPTS[0]), request(long)])
+    next(begun)
+    for _ in range(2):
+        running.step()  # The long prompt's first chunk is read.
+    begun.close()
+    assert not running.busy
+    found = completions(running.run([request(PROMPTS[0])]))
+    assert [c.tokens for c in found] == [greedy(tuple(PROMPTS[0]))[0]]
+
+
+def test_answers_are_not_kept_waiting_by_a_long_queue():
+    running, events = engine(max_num_seqs=4), []
+    first = running.submit(request(PROMPTS[0]), events.append)
+    for _ in range(60):
+        running.submit(request(PROMPTS[1], max_new_tokens=1), events.append)
+    drain(running)
+    places = [at for at, event in enumerate(events) if event.request == first]
+    assert max(later - earlier for earlier, later in pairwise(places)) <= 10
+    assert tokens_of(events)[first] == greedy(tuple(PROMPTS[0]))[0]
+
+
 def test_a_request_may_be_cancelled_by_who_gets_its_tokens():
     running, events = engine(max_num_seqs=2), []
 
@@ -173,6 +197,29 @@ def test_a_step_that_breaks_off_leaves_the_engine_ready(monkeypatch):
     assert not running.busy
     found = completions(running.run([request(p) for p in PROMPTS]))
     assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in PROMPTS]
+
+
+def test_a_run_whose_requests_another_run_lost_says_so(monkeypatch):
+    shared = engine(max_num_seqs=2)
+    first, second = (shared.run([request(p)]) for p in PROMPTS[:2])
+    next(first)
+    with monkeypatch.context() as broken:
+        broken.setattr(shared._runner, "prefill", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(second)
+    with pytest.raises(MeshwenError, match="requests were lost"):
+        list(first)
+
+
+def test_a_cache_that_could_not_be_made_is_made_the_next_time(monkeypatch):
+    running = engine(max_num_seqs=2)
+    list(running.run([request(PROMPTS[0])]))
+    with monkeypatch.context() as broken:
+        broken.setattr(running._runner, "empty_cache", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(running.run([request(PROMPTS[3])]))
+    found = completions(running.run([request(PROMPTS[0])]))
+    assert [c.tokens for c in found] == [greedy(tuple(PROMPTS[0]))[0]]
 
 
 # --- A cache that grows
@@ -230,7 +277,7 @@ def test_max_model_len_limits_prompt_and_answer():
 def test_a_longer_cache_than_there_is_memory_for_is_refused_while_others_run():
     plan, dtype = model().plan, model().runner.dtype
     whole = Capacity.of(plan, dtype, 2)
-    small = Capacity(2, 1100, 1, whole.token_bytes, 64 * whole.token_bytes)
+    small = Capacity(2, 1100, 1, whole.token_bytes, 63 * whole.token_bytes)
     running, events = Engine(model().runner, None, (), small), []
     for _ in range(2):
         running.submit(Request((1, 2), SamplingParams(max_new_tokens=3)), events.append)
@@ -240,3 +287,17 @@ def test_a_longer_cache_than_there_is_memory_for_is_refused_while_others_run():
     assert len(tokens_of(events)) == 2
     found = completions(running.run([Request(tuple(PROMPTS[2]), SamplingParams(max_new_tokens=3))]))
     assert len(found) == 1
+
+
+def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old_ones():
+    plan, dtype = model().plan, model().runner.dtype
+    token_bytes = Capacity.of(plan, dtype, 2).token_bytes
+    small = Capacity(2, 1100, 1, token_bytes, 40 * token_bytes)  # Two rows of 16, not three.
+    running, events = Engine(model().runner, None, (), small), []
+    asked = Request((1, 2), SamplingParams(max_new_tokens=3))
+    for _ in range(2):
+        running.submit(asked, events.append)
+        running.step()
+    drain(running)
+    assert len(tokens_of(events)) == 2
+    assert len(running._slots) == 1

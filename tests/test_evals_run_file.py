@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import signal
 
 import pytest
 
@@ -87,6 +88,24 @@ def test_a_full_disk_stops_the_run_with_what_was_saved_intact(tmp_path, monkeypa
     assert set(run.records) == {(0, 0)}
 
 
+def test_a_line_that_the_disk_took_in_part_is_cut_off(tmp_path):
+    resource = pytest.importorskip("resource")
+    run = written(tmp_path / "r.jsonl", answer(0))
+    saved = run.path.read_bytes()
+    run = RunFile.begin(run.path, SETTINGS, resume=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) + 20, before[1]))
+    try:
+        with pytest.raises(MeshwenError, match="1 answers are saved"):
+            run.write(answer(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    run.close()
+    assert run.path.read_bytes() == saved
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(MeshwenError, match=r"cannot write .*none/r\.jsonl: No such file"):
         RunFile.begin(tmp_path / "none" / "r.jsonl", SETTINGS, resume=False)
@@ -98,7 +117,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 )
 def test_a_damaged_line_is_named(tmp_path, line, said):
     path = tmp_path / "r.jsonl"
-    header = json.dumps({"format": "meshwen-eval-1", "settings": SETTINGS})
+    header = json.dumps({"format": "meshwen-eval-2", "settings": SETTINGS})
     path.write_text(f"{header}\n{line}\n{json.dumps(answer(1))}\n")
     with pytest.raises(MeshwenError, match=said):
         RunFile.read(path)

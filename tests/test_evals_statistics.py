@@ -27,12 +27,17 @@ def test_mcnemars_p_is_that_of_a_fair_coin(flips):
     assert mcnemar(*flips) == mcnemar(*reversed(flips))
 
 
-def test_the_clustered_interval_of_single_answers_is_students():
-    right = [True] * 7 + [False] * 3
-    mean, error = 0.7, sqrt(0.7 * 0.3 / 9)
-    low, high = clustered_interval([[one] for one in right])
-    assert low == pytest.approx(mean - 2.262157 * error, abs=1e-6)  # t of 9 degrees of freedom
-    assert high == pytest.approx(min(1, mean + 2.262157 * error), abs=1e-6)
+def test_the_clustered_interval_of_single_answers_is_wilsons_for_one_answer_less():
+    clustered = clustered_interval([[True]] * 7 + [[False]] * 4)
+    z, share, n = 1.959963984540054, 7 / 11, 10
+    for end in clustered:  # Both ends solve Wilson's equation.
+        assert abs(share - end) == pytest.approx(z * sqrt(end * (1 - end) / n))
+
+
+def test_answers_that_are_all_alike_count_as_their_problems():
+    low, high = clustered_interval([[True] * 3] * 4)
+    assert (low, high) == pytest.approx(wilson_interval(4, 4))
+    assert clustered_interval([[False, False]]) == pytest.approx(wilson_interval(0, 1))
 
 
 def test_repeating_every_answer_tells_nothing_new():

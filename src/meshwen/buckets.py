@@ -23,8 +23,7 @@ def bucket(length: int) -> int:
 def chunks(length: int, heads: int) -> list[int]:
     """Chunks to read a prompt in: whole ones, then the smallest bucket for the rest.
 
-    They depend on nothing but the model and the prompt's length, so that a prompt is read alike
-    whatever else there is to do.
+    They depend on the model, the mesh and the length alone, not on what else there is to do.
 
     Args:
         length: tokens of the prompt.

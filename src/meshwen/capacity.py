@@ -27,7 +27,8 @@ class Capacity:
     """What an engine may hold.
 
     Attributes:
-        max_num_seqs: the most sequences that run at once.
+        max_num_seqs: the most sequences that run at once; where the batch has more parts, as many
+            as parts.
         max_model_len: the most tokens of a sequence, prompt and answer.
         parts: of the batch; each has equally many sequences.
         token_bytes: of the cache, for a token of one sequence, on a device.
@@ -68,9 +69,11 @@ class Capacity:
         if max_num_seqs < 1:
             raise MeshwenError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
         token_bytes = cache_bytes_per_token(plan.config, plan.heads.local_key_value_heads, dtype)
-        # The least of all processes: what they decide from it has to be the same.
-        free = process_allgather(np.float32(_free_bytes(plan.mesh.local_devices)))
-        cache_bytes = int(_CACHE_SHARE * np.min(free))
+        # Of several processes the least: what they decide from it has to be the same.
+        free = np.float32(_free_bytes(plan.mesh.local_devices))
+        if plan.mesh.is_multi_process:
+            free = np.min(process_allgather(free))
+        cache_bytes = int(_CACHE_SHARE * free)
         return cls(max_num_seqs, length, plan.data_devices, token_bytes, cache_bytes)
 
     def rows(self, count: int, length: int) -> int:
@@ -98,6 +101,11 @@ class Capacity:
             rows = power_of_two(rows) // 2
         return rows * self.parts
 
+    def holds(self, *caches: tuple[int, int]) -> bool:
+        """Whether caches of so many (rows, slots) fit at the same time."""
+        slots = sum(rows // self.parts * length for rows, length in caches)
+        return slots * self.token_bytes <= self.cache_bytes
+
 
 def _free_bytes(devices: Sequence[jax.Device]) -> int:
     """Bytes that are free on the fullest of some devices."""
@@ -107,7 +115,7 @@ def _free_bytes(devices: Sequence[jax.Device]) -> int:
         if stats and "bytes_limit" in stats:
             free.append(stats["bytes_limit"] - stats["bytes_in_use"])
     # Devices of the CPU share the machine's memory.
-    return min(free, default=_free_host_bytes() // len(devices))
+    return min(free) if free else _free_host_bytes() // len(devices)
 
 
 def _free_host_bytes() -> int:

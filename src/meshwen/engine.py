@@ -31,6 +31,9 @@ from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, SamplingParam
 from meshwen.sequence import SequenceState
 from meshwen.tokenizer import Tokenizer
 
+# Chunks of prompts that may be read one after the other while answers wait for their next token.
+_MOST_READS = 8
+
 
 class QueueFullError(MeshwenError):
     """As many requests wait as may."""
@@ -40,7 +43,8 @@ class Engine:
     """Runs requests on a model. One thread at a time may call it.
 
     The cache is made when there is something to do, as large as that needs: rows up to a power of
-    two, lengths up to a bucket. It grows with what is submitted, within `capacity`.
+    two, lengths up to a bucket. It grows with what is submitted, within `capacity`; a `run` that
+    finds nothing else running also makes it smaller.
 
     Args:
         runner: the model.
@@ -71,6 +75,7 @@ class Engine:
         self._sampler: _Sampler | None = None
         self._cache: KVCache = ()
         self._length = 0  # Slots of the cache.
+        self._reads = 0  # Chunks read since answers last got a token.
 
     @property
     def config(self) -> Qwen2Config:
@@ -115,18 +120,22 @@ class Engine:
         """Drops a request, waiting or running; its slot is free at once. No event tells of it."""
         self._waiting = deque(s for s in self._waiting if s.number != number)
         self._slots = [None if s and s.number == number else s for s in self._slots]
+        if self._reading is not None:
+            self._reading = self._reading.without(number)
         self._sampler = None
 
     def step(self) -> None:
         """Reads a chunk of a waiting prompt if a slot is free, then takes a token of each answer.
 
-        While less than half of the slots answer, prompts are read first: a step of few answers
-        costs almost what one of many does.
+        While less than half of the slots answer, a few prompts are read first: a step of few
+        answers costs almost what one of many does. An error, also one of an `on_event`, ends all
+        requests; the engine is then as new.
         """
         try:
-            read = self._read_chunk()
+            self._reads = self._reads + 1 if self._read_chunk() else _MOST_READS
             running = sum(s is not None and bool(s.tokens) for s in self._slots)
-            if running and (not read or 2 * running >= len(self._slots)):
+            if running and (2 * running >= len(self._slots) or self._reads >= _MOST_READS):
+                self._reads = 0
                 self._decode()
         except BaseException:
             self._forget()  # A step that broke off has taken the cache with it.
@@ -156,6 +165,8 @@ class Engine:
                     number, request = unasked.popleft()
                     numbers[self.submit(request, came.append)] = number
                 self.step()
+                if not came and not self.busy:
+                    raise MeshwenError("these requests were lost when a step of others failed")
                 while came:
                     event = came.popleft()
                     number = numbers[event.request]
@@ -190,14 +201,21 @@ class Engine:
         if (rows, length) == (len(self._slots), self._length):
             return
         if idle:
-            self._cache = ()  # Free before the next is made.
+            self._forget()  # The cache is free before the next is made.
             self._cache = self._runner.empty_cache(rows, length)
             self._slots = [None] * rows
-        elif rows < len(self._slots):
-            raise MeshwenError(
-                f"there is no memory for a sequence of {needed} tokens while other requests run"
-            )
         else:
+            old = len(self._slots), self._length
+            rows = max(rows, len(self._slots))
+            if not self._capacity.holds(old, (rows, length)):  # Both exist for a moment.
+                if length == self._length:
+                    return  # The request waits for a slot.
+                rows = len(self._slots)
+                if not self._capacity.holds(old, (rows, length)):
+                    raise MeshwenError(
+                        f"there is no memory for a sequence of {needed} tokens while other "
+                        "requests run"
+                    )
             self._cache = resized(self._cache, self._plan, rows, length)
             self._slots = _more_rows(self._slots, rows, self._plan.data_devices)
         self._length, self._sampler = length, None
@@ -298,6 +316,12 @@ class _Reading:
             token_ids[part, : len(prompt)] = prompt
             rows[part], lengths[part] = row, len(prompt)
         return cls(sequences, token_ids, rows, lengths, list(chunks), runner.empty_hidden(parts))
+
+    def without(self, number: int) -> _Reading | None:
+        """What is left when a request is dropped; None where nothing is."""
+        left = {part: s for part, s in self.sequences.items() if s.number != number}
+        lengths = [n if part in left else 0 for part, n in enumerate(self.lengths)]
+        return replace(self, sequences=left, lengths=np.array(lengths, np.int32)) if left else None
 
     def read(self, runner: ModelRunner, cache: KVCache) -> KVCache:
         """Reads the next chunk into the cache, which is donated."""

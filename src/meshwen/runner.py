@@ -101,8 +101,8 @@ class ModelRunner:
     ) -> tuple[Array, KVCache]:
         """Reads a chunk of a prompt into the cache, on each of the P parts of the batch.
 
-        One prompt at a time, because a prompt of usual length keeps a device busy by itself, and so
-        that what comes of it is the same whatever other prompts there are.
+        One prompt at a time: one of usual length keeps a device busy by itself, and nothing is
+        padded to the longest of several.
 
         Args:
             cache: donated.

@@ -199,12 +199,12 @@ def gsm8k(
     """
     check_writable(html)
     run, found = _evaluate(asked, mesh, numerics, out, resume)
-    if html is not None:
-        _write_report(html, [run], [])
     if as_json:
         print(json.dumps(found | {"settings": dict(run.settings)}))
     else:
         print_summary(found, run)
+    if html is not None:
+        _write_report(html, [run], [])
 
 
 @app.command()
@@ -235,14 +235,15 @@ def meshes(
     specs = parse_meshes(meshes)
     make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
     _make_folder(out)
+    paths = [out / f"{spec}.jsonl" for spec in specs]
+    if (there := [path for path in paths if path.exists()]) and not resume:
+        raise MeshwenError(f"{there[0]} exists: add --resume to go on with it, or name another")
     results = []
-    for spec in specs:
-        results.append(_evaluate(asked, str(spec), numerics, out / f"{spec}.jsonl", resume))
+    for spec, path in zip(specs, paths, strict=True):
+        results.append(_evaluate(asked, str(spec), numerics, path, resume))
         gc.collect()  # The weights of one mesh, before those of the next are there.
     first = results[0][0]
     compared = [compare_runs(first, run) for run, _ in results]
-    if html is not None:
-        _write_report(html, [run for run, _ in results], compared[1:])
     if as_json:
         rows = [
             {"mesh": run.settings["mesh"]} | found | {"against_first": asdict(against)}
@@ -251,6 +252,8 @@ def meshes(
         print(json.dumps(rows))
     else:
         print_meshes(results, compared)
+    if html is not None:
+        _write_report(html, [run for run, _ in results], compared[1:])
     exact = numerics is options.Numerics.EXACT
     default = Requirement.IDENTICAL if exact else Requirement.SAME_SCORE
     required = require or default
@@ -296,12 +299,12 @@ def compare(
 
     runs = RunFile.read(first), RunFile.read(second)
     found = compare_runs(*runs)
-    if html is not None:
-        _write_report(html, runs, [found])
     if as_json:
         print(json.dumps(asdict(found)))
     else:
         print_comparison(found, runs)
+    if html is not None:
+        _write_report(html, runs, [found])
     kept = require is None or _kept(require, found)
     if not kept:
         note(f"not {require}")
@@ -334,19 +337,22 @@ def _evaluate(
         questions = [replace(one, sample=k) for one in once for k in range(asked.samples)]
         settings = {
             "model": checkpoint.name,
+            "revision": revision,
+            "load_format": str(load_format),
             "mesh": mesh_label(devices),
             "dtype": asked.dtype.value,
             "numerics": numerics.value,
             "prompt_style": style.name,
             "data_sha256": asked.data_sha256,
             "train_sha256": data_sha256(asked.examples) if asked.examples else None,
+            "max_model_len": asked.capacity[1],
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "samples": asked.samples,
             "seed": sampling.seed,
         }
         run = RunFile.begin(out, settings, resume=resume)
-        before = len(run.records)
+        before = sum(one.key in run.records for one in questions)
         loaded = load_model(
             checkpoint,
             tokenizer,

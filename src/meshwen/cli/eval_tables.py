@@ -78,9 +78,8 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     parted = {(problem, sample): token for problem, sample, token in found.parted}
     for key in found.flips:
         sample = f", sample {key[1]}" if found.p is None else ""
-        side_by_side = plain_table(
-            f"problem {key[0]}{sample}, other tokens from {parted[key]} on", *_verdicts(runs, key)
-        )
+        how = f"other tokens from {parted[key]} on" if key in parted else "graded otherwise"
+        side_by_side = plain_table(f"problem {key[0]}{sample}, {how}", *_verdicts(runs, key))
         side_by_side.add_row(*(Text(run.records[key]["text"].strip()) for run in runs))
         console.print(side_by_side)
 

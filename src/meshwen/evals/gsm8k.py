@@ -126,7 +126,7 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         "accuracy": right / len(records) if records else 0.0,
         "interval": list(_interval(problems, right)),
         "truncated": sum(record["finish_reason"] == "length" for record in records),
-        "failed": [record["id"] for record in records if record["finish_reason"] == "error"],
+        "failed": sorted({r["id"] for r in records if r["finish_reason"] == "error"}),
         "tokens": sum(len(record["tokens"]) for record in records),
         "tokens_sha256": _tokens_sha256(answer for some in problems.values() for answer in some),
     }

@@ -38,7 +38,9 @@ class MeshwenLM(TemplateLM):
 
     Args:
         pretrained: what `Qwen2ForCausalLM.from_pretrained` takes.
-        batch_size: requests that run at once; "auto" is 32.
+        batch_size: answers that are generated at once; "auto" is 32. Log-probabilities come one
+            text at a time, in one pass whose attention scores grow with the square of its length:
+            `max_model_len` cuts the windows of long texts.
         max_batch_size: the harness's; not used.
         device: the harness's; not used: `mesh` says where the model lies.
         options: more for `from_pretrained`: mesh, dtype, numerics, max_model_len, revision.

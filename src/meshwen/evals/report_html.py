@@ -58,6 +58,6 @@ def _flips(first: RunFile, second: RunFile, compared: Comparison) -> list[dict[s
     """The answers that one run alone has right, side by side."""
     parted: dict[Key, int] = {(problem, sample): at for problem, sample, at in compared.parted}
     return [
-        {"pair": (first.records[key], second.records[key]), "token": parted[key]}
+        {"pair": (first.records[key], second.records[key]), "token": parted.get(key)}
         for key in sorted(compared.flips)
     ]

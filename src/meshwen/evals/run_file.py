@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from meshwen.errors import MeshwenError
 
-FORMAT = "meshwen-eval-1"
+FORMAT = "meshwen-eval-2"
 
 Record = dict[str, Any]
 Key = tuple[int, int]  # Of an answer: its problem's number, and which sample it is, from 0.
@@ -36,7 +37,7 @@ class RunFile:
     path: Path
     settings: Mapping[str, Any]
     records: dict[Key, Record] = field(default_factory=dict)
-    _file: BinaryIO | None = None
+    _file: FileIO | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -72,7 +73,8 @@ class RunFile:
         run = cls(path, settings, records)
         try:
             # Opened to read and write, so that what was written is never cut but by truncate.
-            run._file = path.open("r+b" if path.exists() else "x+b")
+            # Not buffered: what a full disk has refused must not be written later.
+            run._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
             run._file.truncate(sum(len(line) + 1 for line in lines))
             run._file.seek(0, os.SEEK_END)
         except OSError as error:
@@ -100,8 +102,9 @@ class RunFile:
         assert self._file is not None
         end = self._file.tell()
         try:
-            self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
+            line = memoryview(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             self._cut(end)

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
-from scipy.stats import binomtest
-from scipy.stats import t as student_t
+from scipy.stats import binomtest, norm
 
 
 def wilson_interval(correct: int, problems: int) -> tuple[float, float]:
@@ -24,10 +24,12 @@ def wilson_interval(correct: int, problems: int) -> tuple[float, float]:
 
 
 def clustered_interval(clusters: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """The 95% interval of a mean over answers that come in groups which are alike.
+    """The 95% interval of a share of correct answers that come in groups which are alike.
 
-    The mean's error is that of the residuals summed by group, with the factor n / (n - 1) for few
-    groups, and Student's t; as arXiv 2411.00640 asks of evaluations.
+    Wilson's, for the number of independent answers that would have as large an error: the error is
+    that of the residuals summed by group, with the factor n / (n - 1) for few groups, as
+    arXiv 2411.00640 asks of evaluations. Where all groups have the same share, that is no error;
+    then the groups are counted.
 
     Args:
         clusters: whether each answer is correct, a group a problem; at least 1 problem.
@@ -36,13 +38,14 @@ def clustered_interval(clusters: Sequence[Sequence[bool]]) -> tuple[float, float
         Lower and upper end, from 0 to 1.
     """
     answers, groups = sum(map(len, clusters)), len(clusters)
-    if groups == 1:
-        return 0.0, 1.0
-    mean = sum(map(sum, clusters)) / answers
-    residuals = (sum(correct - mean for correct in group) for group in clusters)
-    variance = groups / (groups - 1) * sum(r * r for r in residuals) / answers**2
-    half = float(student_t.ppf(0.975, groups - 1)) * variance**0.5
-    return max(0.0, mean - half), min(1.0, mean + half)
+    share = sum(map(sum, clusters)) / answers
+    residuals = (sum(correct - share for correct in group) for group in clusters)
+    variance = groups / max(1, groups - 1) * sum(r * r for r in residuals) / answers**2
+    independent = share * (1 - share) / variance if variance > 1e-12 else groups
+    n, z = min(independent, answers), float(norm.ppf(0.975))
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
