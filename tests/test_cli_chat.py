@@ -118,18 +118,27 @@ def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_made(caps
     assert "no tokenizer, so it cannot chat" in capsys.readouterr().err
 
 
-def test_a_conversation_beyond_the_context_is_refused_and_stays(chat, capsys, tmp_path):
+every_limit = pytest.mark.parametrize(
+    ("limit", "arguments"), [(CONTEXT, ()), (90, ("--max-model-len", "90"))]
+)
+
+
+@every_limit
+def test_a_conversation_beyond_the_context_is_refused_and_stays(
+    limit, arguments, chat, capsys, tmp_path
+):
     path = tmp_path / "chats.jsonl"
-    assert chat("one", "x" * CONTEXT, f"/save {path}") == 2
+    assert chat("one", "x" * limit, f"/save {path}", arguments=arguments) == 2
     output = capsys.readouterr()
     assert output.out == f"{ANSWER}\n"
     assert "begin anew with /reset" in output.err.splitlines()[-1]
     assert not path.exists()
 
 
-def test_an_answer_that_the_context_cuts_off_says_so(chat, capsys):
+@every_limit
+def test_an_answer_that_the_context_cuts_off_says_so(limit, arguments, chat, capsys):
     # The template takes 27 tokens around a user's message; this leaves room for 3 more.
-    assert chat("x" * (CONTEXT - 27 + 8 - 3)) == 0
+    assert chat("x" * (limit - 27 + 8 - 3), arguments=arguments) == 0
     output = capsys.readouterr()
     assert output.out == f"{ANSWER[:3]}\n"
     assert "(the model's context is full: /reset begins anew)" in output.err

@@ -104,12 +104,14 @@ def test_prompts_of_a_file_keep_their_order_and_fields(speller, capsys, tmp_path
     assert "cut off after 3 tokens, see --max-new-tokens: 3 of 3 answers\n" in output.err
 
 
-def test_an_answer_that_the_context_cuts_off_is_announced(speller, capsys):
+@pytest.mark.parametrize(("limit", "arguments"), [(CONTEXT, []), (60, ["--max-model-len", "60"])])
+def test_an_answer_that_the_context_cuts_off_is_announced(limit, arguments, speller, capsys):
     # The template takes 19 tokens around a user's message; this leaves room for 3 more.
-    assert main(["generate", "x" * (CONTEXT - 19 - 3), "--model", speller]) == 0
+    prompt = "x" * (limit - 19 - 3)
+    assert main(["generate", prompt, "--model", speller, *arguments]) == 0
     output = capsys.readouterr()
     assert output.out == f"{ANSWER[:3]}\n"
-    assert f"cut off where the model's context of {CONTEXT} tokens is full: 1 of 1 answer\n" in (
+    assert f"cut off where the model's context of {limit} tokens is full: 1 of 1 answer\n" in (
         output.err
     )
     assert main(["generate", "hi", "--model", speller]) == 0

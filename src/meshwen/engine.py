@@ -83,6 +83,11 @@ class Engine:
         return self._plan.config
 
     @property
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return self._capacity.max_model_len
+
+    @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._waiting) or any(self._slots)

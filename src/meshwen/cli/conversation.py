@@ -57,7 +57,7 @@ class Conversation:
 
         messages = [*self.messages, _message("user", text)]
         token_ids = self._tokenizer.encode_chat(messages)
-        context = self._model.config.context_length
+        context = self._model.engine.max_model_len
         if len(token_ids) >= context:
             raise MeshwenError(
                 f"with this turn the conversation has {len(token_ids)} tokens, which leaves no "
@@ -76,7 +76,7 @@ class Conversation:
     def is_full(self, completion: Completion) -> bool:
         """Whether an answer ended because the context was full."""
         length = len(completion.prompt_tokens) + len(completion.tokens)
-        return length >= self._model.config.context_length
+        return length >= self._model.engine.max_model_len
 
     def save(self, path: Path) -> None:
         """Appends the conversation to a file: one JSON object on a line.

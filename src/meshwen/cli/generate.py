@@ -114,7 +114,7 @@ def generate(
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         token_ids = [p.token_ids(tokenizer, raw=raw, system=system) for p in prompts]
         for one, ids in zip(prompts, token_ids, strict=True):
-            check_prompt(ids, checkpoint.config, one.where)
+            check_prompt(ids, checkpoint.config, one.where, max_model_len)
         loaded = load_model(
             checkpoint,
             tokenizer,
@@ -140,7 +140,7 @@ def generate(
         _write_stream(events, tokenizer)
     else:
         _write_answers(events, prompts, tokenizer)
-    _note_cut_off(meter.completions, sampling, loaded.config.context_length)
+    _note_cut_off(meter.completions, sampling, loaded.engine.max_model_len)
     note(meter.summary())
 
 
