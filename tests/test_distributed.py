@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import process_worker
+from meshwen import demo
 from meshwen.checkpoints import open_checkpoint
 from meshwen.cli import main
 from meshwen.distributed import start
@@ -146,6 +147,38 @@ def test_verify_over_processes_has_the_outcome_of_one(port, tmp_path):
     out, errors = one.communicate(timeout=300)
     assert one.returncode == 0, out + errors
     assert "the outcome is the certificate's, to the bit" in out
+
+
+@pytest.mark.slow
+def test_eval_over_processes_goes_on_and_writes_in_process_0_alone(tmp_path):
+    data, run, folder = (tmp_path / name for name in ("data.jsonl", "run.jsonl", "runs"))
+    data.write_bytes(b"".join((demo.path() / "heldout.jsonl").open("rb").readlines()[:6]))
+    asked = ("--data", data, "--prompt-style", "demo", "--numerics", "exact")
+
+    def evaluate(*arguments) -> str:
+        """What process 0 prints; the other has no data."""
+        port = free_port()
+        started = [
+            command("eval", port, 0, *arguments, *asked),
+            command("eval", port, 1, *arguments, "--data", tmp_path / "nothing", *asked[2:]),
+        ]
+        results = [process.communicate(timeout=300) for process in started]
+        assert [process.returncode for process in started] == [0, 0], results
+        assert results[1] == ("", "")
+        return results[0][0]
+
+    whole = ("gsm8k", "--mesh", "1x8", "--out", run, "--resume", "--json")
+    assert json.loads(evaluate(*whole, "--limit", 2))["answers"] == 2
+    found = json.loads(evaluate(*whole))
+    assert (found["answers"], found["answers_from_before"]) == (6, 2)
+    report = folder.with_suffix(".html")
+    out = evaluate("meshes", "--meshes", "1x8,2x4", "--out", folder, "--html", report)
+    assert "2x4" in out
+    assert "</html>" in report.read_text(encoding="utf-8")
+    alone = tmp_path / "alone.jsonl"
+    assert main(["eval", "gsm8k", "--out", str(alone), *map(str, asked)]) == 0
+    for other in (run, folder / "1x8.jsonl", folder / "2x4.jsonl"):
+        assert main(["eval", "compare", str(alone), str(other), "--require", "identical"]) == 0
 
 
 @pytest.mark.slow

@@ -7,10 +7,9 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,22 +17,19 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import note, progress_bar
+from meshwen.cli.eval_options import Asked, evaluating
 from meshwen.cli.eval_tables import print_comparison, print_meshes, print_summary
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
 from meshwen.cli.options import parse_meshes
-from meshwen.cli.signatures import parameters_of, set_parameters
+from meshwen.cli.processes import over_processes
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
-    from meshwen.evals.run_file import RunFile
-    from meshwen.evals.styles import Problem, PromptStyle
-    from meshwen.sampling import SamplingParams
+    from meshwen.evals.run_file import Record, RunFile
 
 app = typer.Typer(no_args_is_help=True, help="Scores on word problems, and runs compared.")
-
-_DEMO = "demo"
 
 
 class Requirement(StrEnum):
@@ -43,49 +39,6 @@ class Requirement(StrEnum):
     SAME_SCORE = "same-score"
 
 
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="GSM8K's test.jsonl, or problems in its form. Default: the test split of the hub's "
-        "openai/gsm8k; for the demo model, its own held-out problems.",
-        show_default=False,
-    ),
-]
-Train = Annotated[
-    Path | None,
-    typer.Option(
-        "--train",
-        metavar="FILE",
-        help="GSM8K's train.jsonl, for prompt styles with solved examples. Default: the hub's.",
-        show_default=False,
-    ),
-]
-Style = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt-style",
-        help="qwen-boxed, lm-eval, lm-eval-cot-zeroshot or demo. Default: demo for the demo model, "
-        "else qwen-boxed.",
-        show_default=False,
-    ),
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Only so many problems.", show_default=False)
-]
-Offset = Annotated[int, typer.Option("--offset", min=0, help="Leave out the first ones.")]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
-]
-Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")]
-Samples = Annotated[
-    int,
-    typer.Option(
-        "--samples", min=1, help="Answers to each problem, drawn with the seeds from --seed on."
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with run files where they exist.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Html = Annotated[
@@ -105,85 +58,11 @@ Require = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is evaluated, whatever the mesh and the numerics.
-
-    Attributes:
-        loading: options of `open_checkpoint`: model, load format, revision.
-        dtype: of weights and products.
-        capacity: the most problems that are answered at once, and the most tokens of each.
-        style: how problems are asked and graded.
-        sampling: how answers are drawn.
-        samples: answers to each problem.
-        problems: those to ask.
-        data_sha256: of all problems of the data.
-        examples: those that solved examples are drawn from.
-    """
-
-    loading: tuple[str, str, str | None]
-    dtype: options.DType
-    capacity: tuple[int, int | None]
-    style: PromptStyle
-    sampling: SamplingParams
-    samples: int
-    problems: Sequence[Problem]
-    data_sha256: str
-    examples: Sequence[Problem]
-
-
-def _asked(
-    model: options.Model = _DEMO,
-    dtype: options.Dtype = options.DType.BFLOAT16,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
-    data: Data = None,
-    train: Train = None,
-    prompt_style: Style = None,
-    limit: Limit = None,
-    offset: Offset = 0,
-    max_num_seqs: options.MaxNumSeqs = 32,
-    max_model_len: options.MaxModelLen = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    samples: Samples = 1,
-    seed: Seed = 0,
-) -> _Asked:
-    """Reads and checks what can be before any weight is; its parameters are options."""
-    from meshwen.evals.gsm8k import data_sha256
-    from meshwen.evals.styles import prompt_style as style_of
-    from meshwen.sampling import SamplingParams
-
-    style = style_of(prompt_style or ("demo" if model == _DEMO else "qwen-boxed"))
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    if samples > 1 and temperature == 0:
-        raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
-    problems, examples = _problems(data, model), _examples(train, style)
-    chosen = problems[offset : None if limit is None else offset + limit]
-    if not chosen:
-        raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
-    loading = (model, load_format, revision)
-    digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
-    return _Asked(loading, dtype, capacity, style, sampling, samples, chosen, digest, examples)
-
-
-def _evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command with `_asked`'s options, which gets what comes of them as its first argument."""
-    asked = parameters_of(_asked)
-    _, *own = parameters_of(command)
-
-    @wraps(command)
-    def run(**given: Any) -> Any:
-        return command(_asked(**{p.name: given.pop(p.name) for p in asked}), **given)
-
-    set_parameters(run, [*own, *asked])
-    return run
-
-
 @app.command()
-@_evaluating
+@over_processes
+@evaluating
 def gsm8k(
-    asked: _Asked,
+    asked: Asked,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The run file to write.")],
     mesh: options.Mesh = "1",
     numerics: options.NumericsOption = options.Numerics.FAST,
@@ -197,7 +76,7 @@ def gsm8k(
     Every answer is in the run file as soon as it is whole: what was interrupted goes on with
     --resume.
     """
-    check_writable(html)
+    _check_report(html)
     run, found = _evaluate(asked, mesh, numerics, out, resume)
     if as_json:
         print(json.dumps(found | {"settings": dict(run.settings)}))
@@ -208,9 +87,10 @@ def gsm8k(
 
 
 @app.command()
-@_evaluating
+@over_processes
+@evaluating
 def meshes(
-    asked: _Asked,
+    asked: Asked,
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Gets a run file of each mesh.")
     ],
@@ -228,16 +108,15 @@ def meshes(
 
     Without --require, exact numerics has to give identical answers, and fast the same score.
     """
+    from meshwen.distributed import shared
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.parallel.mesh import make_mesh
 
-    check_writable(html)
+    _check_report(html)
     specs = parse_meshes(meshes)
     make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
-    _make_folder(out)
     paths = [out / f"{spec}.jsonl" for spec in specs]
-    if (there := [path for path in paths if path.exists()]) and not resume:
-        raise MeshwenError(f"{there[0]} exists: add --resume to go on with it, or name another")
+    shared("run files", lambda: _make_folder(out, paths, resume))
     results = []
     for spec, path in zip(specs, paths, strict=True):
         results.append(_evaluate(asked, str(spec), numerics, path, resume))
@@ -316,12 +195,11 @@ def _kept(require: Requirement, found: Comparison) -> bool:
 
 
 def _evaluate(
-    asked: _Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool
+    asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool
 ) -> tuple[RunFile, dict[str, Any]]:
     """Runs what the run file lacks: the run, of the problems asked alone, and its summary."""
     from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.gsm8k import answer_all, data_sha256, question, summary
-    from meshwen.evals.run_file import RunFile
     from meshwen.evals.styles import shots
     from meshwen.parallel.mesh import make_mesh, mesh_label
     from meshwen.tokenizer import Tokenizer
@@ -351,7 +229,7 @@ def _evaluate(
             "samples": asked.samples,
             "seed": sampling.seed,
         }
-        run = RunFile.begin(out, settings, resume=resume)
+        run = _begin(out, settings, resume)
         before = sum(one.key in run.records for one in questions)
         loaded = load_model(
             checkpoint,
@@ -383,36 +261,41 @@ def _evaluate(
     return run, found | {"seconds": seconds, "answers_from_before": before}
 
 
+def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
+    """The run file, which process 0 writes; the others keep the same answers in memory."""
+    from meshwen.distributed import process_index, shared
+    from meshwen.evals.run_file import RunFile, UnwrittenRun
+
+    begun: list[RunFile] = []
+
+    def begin() -> list[Record]:
+        begun.append(RunFile.begin(out, settings, resume=resume))
+        return list(begun[0].records.values())
+
+    records = shared(f"answers in {out}", begin)
+    return begun[0] if process_index() == 0 else UnwrittenRun.of(out, settings, records)
+
+
+def _check_report(path: Path | None) -> None:
+    from meshwen.distributed import shared
+
+    shared("report", lambda: check_writable(path))
+
+
 def _write_report(path: Path, runs: Sequence[RunFile], compared: Sequence[Comparison]) -> None:
+    from meshwen.distributed import process_index
     from meshwen.evals.report_html import html_report
 
+    if process_index():
+        return
     write_text(path, html_report(runs, compared))
     note(f"the report is in {path}")
 
 
-def _make_folder(path: Path) -> None:
+def _make_folder(path: Path, files: Sequence[Path], resume: bool) -> None:
+    if (there := [file for file in files if file.exists()]) and not resume:
+        raise MeshwenError(f"{there[0]} exists: add --resume to go on with it, or name another")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MeshwenError(f"cannot make the folder {path}: {error.strerror}") from None
-
-
-def _problems(data: Path | None, model: str) -> Sequence[Problem]:
-    from meshwen import demo
-    from meshwen.evals.problems import hub_problems, read_problems
-
-    if data is not None:
-        return read_problems(data)
-    if model == _DEMO:
-        return read_problems(demo.path() / "heldout.jsonl")
-    return hub_problems("test")
-
-
-def _examples(train: Path | None, style: PromptStyle) -> Sequence[Problem]:
-    from meshwen.evals.problems import hub_problems, read_problems
-
-    if not style.shots:
-        if train is not None:
-            raise MeshwenError(f"prompt style {style.name} has no solved examples: no --train")
-        return []
-    return hub_problems("train") if train is None else read_problems(train)

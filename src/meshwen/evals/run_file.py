@@ -129,6 +129,19 @@ class RunFile:
         return content.split(b"\n")[:-1]  # What follows the last line's end is torn, or nothing.
 
 
+class UnwrittenRun(RunFile):
+    """A run that another process writes: the same answers, in memory alone."""
+
+    @classmethod
+    def of(cls, path: Path, settings: Mapping[str, Any], records: list[Record]) -> Self:
+        """A run that has these answers."""
+        return cls(path, settings, {_key(record): record for record in records})
+
+    def write(self, record: Record) -> None:
+        """Adds an answer."""
+        self.records[_key(record)] = record
+
+
 def _settings(path: Path, line: bytes) -> dict[str, Any]:
     content = _parsed(path, 1, line)
     if content.get("format") != FORMAT or not isinstance(content.get("settings"), dict):

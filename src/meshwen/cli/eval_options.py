@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation asks, and of which model: the options of every command that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.signatures import parameters_of, set_parameters
+from meshwen.errors import MeshwenError
+
+if TYPE_CHECKING:
+    from meshwen.evals.styles import Problem, PromptStyle
+    from meshwen.sampling import SamplingParams
+
+_DEMO = "demo"
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="GSM8K's test.jsonl, or problems in its form. Default: the test split of the hub's "
+        "openai/gsm8k; for the demo model, its own held-out problems.",
+        show_default=False,
+    ),
+]
+Train = Annotated[
+    Path | None,
+    typer.Option(
+        "--train",
+        metavar="FILE",
+        help="GSM8K's train.jsonl, for prompt styles with solved examples. Default: the hub's.",
+        show_default=False,
+    ),
+]
+Style = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-style",
+        help="qwen-boxed, lm-eval, lm-eval-cot-zeroshot or demo. Default: demo for the demo model, "
+        "else qwen-boxed.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only so many problems.", show_default=False)
+]
+Offset = Annotated[int, typer.Option("--offset", min=0, help="Leave out the first ones.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples", min=1, help="Answers to each problem, drawn with the seeds from --seed on."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated, whatever the mesh and the numerics.
+
+    Attributes:
+        loading: options of `open_checkpoint`: model, load format, revision.
+        dtype: of weights and products.
+        capacity: the most problems that are answered at once, and the most tokens of each.
+        style: how problems are asked and graded.
+        sampling: how answers are drawn.
+        samples: answers to each problem.
+        problems: those to ask.
+        data_sha256: of all problems of the data.
+        examples: those that solved examples are drawn from.
+    """
+
+    loading: tuple[str, str, str | None]
+    dtype: options.DType
+    capacity: tuple[int, int | None]
+    style: PromptStyle
+    sampling: SamplingParams
+    samples: int
+    problems: Sequence[Problem]
+    data_sha256: str
+    examples: Sequence[Problem]
+
+
+def _asked(
+    model: options.Model = _DEMO,
+    dtype: options.Dtype = options.DType.BFLOAT16,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    data: Data = None,
+    train: Train = None,
+    prompt_style: Style = None,
+    limit: Limit = None,
+    offset: Offset = 0,
+    max_num_seqs: options.MaxNumSeqs = 32,
+    max_model_len: options.MaxModelLen = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    samples: Samples = 1,
+    seed: Seed = 0,
+) -> Asked:
+    """Reads and checks what can be before any weight is; its parameters are options."""
+    from meshwen.distributed import shared
+    from meshwen.evals.gsm8k import data_sha256
+    from meshwen.evals.styles import prompt_style as style_of
+    from meshwen.sampling import SamplingParams
+
+    default = shared("style", lambda: "demo" if model == _DEMO else "qwen-boxed")
+    style = style_of(prompt_style or default)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if samples > 1 and temperature == 0:
+        raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
+    problems = _together("problems", lambda: _problems(data, model))
+    examples = _together("examples", lambda: _examples(train, style))
+    chosen = problems[offset : None if limit is None else offset + limit]
+    if not chosen:
+        raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
+    loading = (model, load_format, revision)
+    digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
+    return Asked(loading, dtype, capacity, style, sampling, samples, chosen, digest, examples)
+
+
+def evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with `_asked`'s options, which gets what comes of them as its first argument."""
+    asked = parameters_of(_asked)
+    _, *own = parameters_of(command)
+
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        return command(_asked(**{p.name: given.pop(p.name) for p in asked}), **given)
+
+    set_parameters(run, [*own, *asked])
+    return run
+
+
+def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Problem]:
+    """Process 0 alone reads them: what it asks, all ask."""
+    from meshwen.distributed import shared
+    from meshwen.evals.styles import Problem
+
+    return [Problem(**one) for one in shared(name, lambda: [asdict(one) for one in read()])]
+
+
+def _problems(data: Path | None, model: str) -> Sequence[Problem]:
+    from meshwen import demo
+    from meshwen.evals.problems import hub_problems, read_problems
+
+    if data is not None:
+        return read_problems(data)
+    if model == _DEMO:
+        return read_problems(demo.path() / "heldout.jsonl")
+    return hub_problems("test")
+
+
+def _examples(train: Path | None, style: PromptStyle) -> Sequence[Problem]:
+    from meshwen.evals.problems import hub_problems, read_problems
+
+    if not style.shots:
+        if train is not None:
+            raise MeshwenError(f"prompt style {style.name} has no solved examples: no --train")
+        return []
+    return hub_problems("train") if train is None else read_problems(train)
