@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,18 @@ def test_what_cannot_be_run_is_one_line_and_exit_status_2(tmp_path, capsys, opti
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("meshwen: error: ")
     assert said in error
+
+
+def test_a_run_of_another_model_of_the_same_name_is_refused(tmp_path, capsys):
+    out, other = tmp_path / "run.jsonl", tmp_path / "demo"
+    assert gsm8k("--out", out, "--limit", 1) == 0
+    shutil.copytree(demo.path(), other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    asked = ("--model", other, "--prompt-style", "demo", "--data", HELD_OUT, "--limit", 2)
+    assert gsm8k("--out", out, "--resume", *asked) == 2
+    assert "was made with weights_sha256" in capsys.readouterr().err
 
 
 def test_samples_differ_and_are_counted_by_problem(tmp_path, capsys):

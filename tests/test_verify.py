@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import reference
+from meshwen.checkpoints.digest import weights_sha256
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import MeshSpec
 from meshwen.verify.certificate import (
@@ -16,7 +17,6 @@ from meshwen.verify.certificate import (
     differences,
     golden_comparison,
     read_certificate,
-    weights_sha256,
 )
 from meshwen.verify.parity import verify
 from meshwen.verify.picture import height, strip

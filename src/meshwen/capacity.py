@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -16,6 +18,7 @@ from jax.experimental.multihost_utils import process_allgather
 from meshwen.buckets import power_of_two
 from meshwen.errors import MeshwenError
 from meshwen.kv_cache import cache_bytes_per_token
+from meshwen.parallel.mesh import AnyMesh
 from meshwen.parallel.plan import ParallelPlan
 
 # Of a device's free memory, what the cache may take; the rest is for what the steps compute.
@@ -69,10 +72,8 @@ class Capacity:
         if max_num_seqs < 1:
             raise MeshwenError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
         token_bytes = cache_bytes_per_token(plan.config, plan.heads.local_key_value_heads, dtype)
-        # Of several processes the least: what they decide from it has to be the same.
-        free = np.float32(_free_bytes(plan.mesh.local_devices))
-        if plan.mesh.is_multi_process:
-            free = np.min(process_allgather(free))
+        several = plan.mesh.is_multi_process
+        free = _least_free_bytes(plan.mesh) if several else _free_bytes(plan.mesh.local_devices)
         cache_bytes = int(_CACHE_SHARE * free)
         return cls(max_num_seqs, length, plan.data_devices, token_bytes, cache_bytes)
 
@@ -105,6 +106,16 @@ class Capacity:
         """Whether caches of so many (rows, slots) fit at the same time."""
         slots = sum(rows // self.parts * length for rows, length in caches)
         return slots * self.token_bytes <= self.cache_bytes
+
+
+def _least_free_bytes(mesh: AnyMesh) -> int:
+    """The least of several processes: what they decide from it has to be the same."""
+    host = zlib.crc32(socket.gethostname().encode()) % (1 << 24)  # What float32 holds exactly.
+    own = np.array([_free_bytes(mesh.local_devices), host], np.float32)
+    free, hosts = process_allgather(own).T
+    if mesh.local_devices[0].platform == "cpu":  # A machine's processes share its memory.
+        free = free / [np.count_nonzero(hosts == one) for one in hosts]
+    return int(free.min())
 
 
 def _free_bytes(devices: Sequence[jax.Device]) -> int:

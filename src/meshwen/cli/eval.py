@@ -215,6 +215,7 @@ def _evaluate(
         questions = [replace(one, sample=k) for one in once for k in range(asked.samples)]
         settings = {
             "model": checkpoint.name,
+            "weights_sha256": asked.weights_sha256,
             "revision": revision,
             "load_format": str(load_format),
             "mesh": mesh_label(devices),

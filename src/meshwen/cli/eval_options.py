@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,6 +91,17 @@ class Asked:
     problems: Sequence[Problem]
     data_sha256: str
     examples: Sequence[Problem]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the model's weights, which a folder's name does not tell; read once for all meshes."""
+        from meshwen.checkpoints import open_checkpoint
+        from meshwen.checkpoints.digest import weights_sha256
+        from meshwen.distributed import shared
+
+        name, load_format, revision = self.loading
+        with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+            return shared("weights", lambda: weights_sha256(checkpoint))
 
 
 def _asked(

@@ -116,9 +116,10 @@ def verify(
     outcome is not the certificate's.
     """
     from meshwen.checkpoints import open_checkpoint
+    from meshwen.checkpoints.digest import weights_sha256
     from meshwen.compilation_cache import enable_compilation_cache
     from meshwen.distributed import process_index, shared
-    from meshwen.verify.certificate import certificate, golden_comparison, weights_sha256
+    from meshwen.verify.certificate import certificate, golden_comparison
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.reference import transformers_cases
 

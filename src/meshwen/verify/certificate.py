@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ import jax
 import numpy as np
 
 import meshwen
-from meshwen.checkpoints import Checkpoint, TensorSource
+from meshwen.checkpoints import Checkpoint
 from meshwen.errors import MeshwenError
 from meshwen.verify.faults import FaultFound
 from meshwen.verify.parity import Outcome, Row
 from meshwen.verify.promises import BOUNDS, REFERENCE_MARGIN
 
 FORMAT = "meshwen-certificate-1"
-_BYTES_AT_A_TIME = 1 << 24
 # What a certificate must have to be run again and compared.
 _COMPARED = {
     *("prompts", "tokens", "meshes", "numerics", "dtype", "rows"),
@@ -50,7 +48,7 @@ def certificate(
         outcome: what was found.
         dtype: of weights and products.
         golden: comparisons with reference outputs.
-        weights_sha256: see `weights_sha256`; None where nobody will read it.
+        weights_sha256: see `meshwen.checkpoints.digest`; None where nobody will read it.
     """
     workload = outcome.workload
     assert workload.continuations is not None
@@ -105,21 +103,6 @@ def environment() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def weights_sha256(checkpoint: Checkpoint) -> str:
-    """SHA-256 over every tensor's name, type, shape and values, in the checkpoint's order.
-
-    The mesh has no part in it. Made-up weights are a function of the config, which stands for them.
-    """
-    digest = hashlib.sha256()
-    if checkpoint.format is None:
-        made_up = json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str)
-        digest.update(f"made-up weights {made_up}".encode())
-    for name, source in checkpoint.tensors.items():
-        digest.update(f"{name} {source.dtype} {source.shape}\n".encode())
-        _update(digest, source)
-    return digest.hexdigest()
 
 
 def read_certificate(path: Path) -> Certificate:
@@ -268,11 +251,3 @@ def _fault(found: FaultFound) -> dict[str, Any]:
         "found_at": None if found.found_at is None else str(found.found_at),
         "caught": found.caught,
     }
-
-
-def _update(digest: Any, source: TensorSource) -> None:
-    rows, *columns = source.shape or (1,)
-    step = max(1, _BYTES_AT_A_TIME // max(1, prod(columns) * source.dtype.itemsize))
-    for start in range(0, rows, step):
-        part = source.read((slice(start, start + step),) if source.shape else ())
-        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
