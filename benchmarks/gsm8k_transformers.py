@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from meshwen.evals.gsm8k import question
 from meshwen.evals.problems import read_problems
 from meshwen.evals.styles import prompt_style
 from meshwen.tokenizer import Tokenizer
@@ -46,17 +47,8 @@ def prompts_of(options: argparse.Namespace) -> list[list[int]]:
     with open_checkpoint(str(options.model)) as checkpoint:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     style = prompt_style("qwen-boxed")
-    return [
-        list(
-            tokenizer.encode_chat(
-                [
-                    {"role": "system", "content": style.system},
-                    {"role": "user", "content": problem.question},
-                ]
-            )
-        )
-        for problem in read_problems(options.data)[: options.limit]
-    ]
+    problems = read_problems(options.data)[: options.limit]
+    return [list(question(one, style, [], tokenizer).token_ids) for one in problems]
 
 
 def by_meshwen(options: argparse.Namespace, prompts: list[list[int]]) -> dict:
@@ -118,13 +110,15 @@ def compare(ours: dict, theirs: dict, margin: float) -> bool:
             same += 1
             continue
         pairs = zip(mine, reference, strict=False)
-        place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if place is None:
-            place = min(len(mine), len(reference))
-        near = margins[place] < margin
+        place = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(reference))
+        )
+        ended = place == len(reference)  # Theirs has no margin there.
+        near = not ended and margins[place] < margin
         bad += not near
+        there = "where theirs ends" if ended else f"margin {margins[place]:.2g}"
         verdict = "a near-tie" if near else "NOT a near-tie"
-        print(f"problem {number}: parts at token {place}, margin {margins[place]:.2g}, {verdict}")
+        print(f"problem {number}: parts at token {place}, {there}, {verdict}")
     print(f"{same} of {len(ours['tokens'])} answers have the same tokens, {bad} part without a tie")
     return bad == 0
 

@@ -43,6 +43,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     assert gsm8k("--out", out, "--limit", 9, "--batch-size", 4, "--resume", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["problems"], found["correct"], found["answers_from_before"]) == (9, 9, 6)
+    assert found["seconds"] > RunFile.read(out).records[5, 0]["elapsed"] > 0
     assert gsm8k("--out", out, "--limit", 4, "--resume", "--json") == 0
     assert json.loads(capsys.readouterr().out)["problems"] == 4
     assert out.read_bytes().startswith(before)
@@ -118,6 +119,7 @@ def test_two_runs_are_compared(run_files, capsys, require, status):
     assert main(["eval", "compare", first, second, *require]) == status
     said = capsys.readouterr().out
     assert "McNemar's exact p: 1; identical answers: 2 of 3" in said
+    assert "other tokens in problems 2; the earliest from token 0 on, in problem 2" in said
     assert "it is 1" in said
     assert main(["eval", "compare", first, first, *require, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["identical"] == 3
@@ -140,6 +142,10 @@ def test_a_problem_that_cannot_be_asked_is_wrong_and_listed(tmp_path, capsys):
     [
         ("", "has no problems"),
         ("\n \n", "has no problems"),
+        (
+            '{"question": "a \\ud83d b", "answer": "#### 1"}',
+            "line 1: 'question' has half of a char",
+        ),
         ('{"question": "?", "answer": "#### 1"}\n{', "line 2 is not JSON"),
         ('{"question": "?", "answer": "#### 1"}\n[1]', "line 2: expected an object"),
         ('{"question": "?"}', "line 1: 'answer' is missing"),
@@ -194,6 +200,25 @@ def test_a_run_of_another_model_of_the_same_name_is_refused(tmp_path, capsys):
     assert "was made with weights_sha256" in capsys.readouterr().err
 
 
+def test_other_prompts_are_refused(tmp_path, capsys):
+    """A run does not go on with another chat template, and does not begin without one."""
+    out, model = tmp_path / "run.jsonl", tmp_path / "demo"
+    shutil.copytree(demo.path(), model)
+    asked = ("--model", model, "--prompt-style", "demo", "--data", HELD_OUT)
+    assert gsm8k("--out", out, *asked, "--limit", 1) == 0
+    path = model / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"chat_template": "Hi. " + content["chat_template"]}))
+    capsys.readouterr()
+    assert gsm8k("--out", out, "--resume", *asked, "--limit", 2) == 2
+    assert "the prompt of problem 0 was another" in capsys.readouterr().err
+    del content["chat_template"]
+    path.write_text(json.dumps(content))
+    assert gsm8k("--out", tmp_path / "new.jsonl", *asked) == 2
+    assert "chat template" in capsys.readouterr().err
+    assert not (tmp_path / "new.jsonl").exists()
+
+
 def test_samples_differ_and_are_counted_by_problem(tmp_path, capsys):
     out, html = tmp_path / "r.jsonl", tmp_path / "r.html"
     drawn = ("--samples", 3, "--temperature", 1.5, "--limit", 4, "--max-new-tokens", 40)
@@ -206,10 +231,10 @@ def test_samples_differ_and_are_counted_by_problem(tmp_path, capsys):
     assert found["correct"] == sum(one["correct"] for one in records.values())
     right = [[records[problem, k]["correct"] for k in range(3)] for problem in range(4)]
     assert found["any_correct"] == sum(map(any, right)) >= found["correct"] / 3
-    # A sample is the answer that its seed gives by itself.
-    assert gsm8k("--out", tmp_path / "s.jsonl", "--seed", 2, *drawn[2:], "--json") == 0
+    # The first sample is the only one of a run of one.
+    assert gsm8k("--out", tmp_path / "s.jsonl", *drawn[2:], "--json") == 0
     alone = RunFile.read(tmp_path / "s.jsonl").records
-    assert [alone[n, 0]["tokens"] for n in range(4)] == [records[n, 2]["tokens"] for n in range(4)]
+    assert [alone[n, 0]["tokens"] for n in range(4)] == [records[n, 0]["tokens"] for n in range(4)]
     assert "problems with a right answer" in html.read_text()
 
 

@@ -12,7 +12,9 @@ import pytest
 from meshwen import demo
 from meshwen.cli import main
 from meshwen.errors import MeshwenError
+from meshwen.evals.problems import read_problems
 from meshwen.evals.run_file import RunFile
+from meshwen.evals.styles import prompt_style
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra lm-eval")
 
@@ -71,6 +73,42 @@ def test_the_harness_gives_the_answers_and_scores_of_our_own_style(
     for way in ("strict-match", "flexible-extract"):
         score = found["results"][f"local_{task}"][f"exact_match,{way}"]
         assert score == np.mean([record["graded"][way] for record in ours.values()])
+
+
+CANNED = (
+    *("so\n#### {gold}", "#### {gold}.", "#### ${gold}", "The answer is {gold}.", "{gold} it is"),
+    *("#### {gold} and #### 1", "#### 1 and {gold}", "The answer is {gold},000.", "no number"),
+    *("The answer is ${gold}.50.", "#### {gold}\n\nQuestion: next", "-{gold}", "{gold}.0", ""),
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "style"), [("gsm8k", "lm-eval"), ("gsm8k-cot-zeroshot", "lm-eval-cot-zeroshot")]
+)
+def test_the_harness_grades_a_text_as_we_do(task, style):
+    import lm_eval
+    from lm_eval.api.model import LM
+
+    gold = [one.gold for one in read_problems(HELD_OUT)[: len(CANNED)]]
+    texts = [text.format(gold=one) for text, one in zip(CANNED, gold, strict=True)]
+
+    class Canned(LM):
+        loglikelihood = loglikelihood_rolling = None
+
+        def generate_until(self, requests, **_):
+            return [texts[request.doc_id] for request in requests]
+
+    found = lm_eval.simple_evaluate(
+        model=Canned(), tasks=[gsm8k_task(task)], limit=len(texts), bootstrap_iters=0
+    )
+    ours = prompt_style(style)
+    verdicts = set()
+    for sample in found["samples"][f"local_{task}"]:
+        at, way = sample["doc_id"], sample["filter"]
+        verdict = ours.equal(ours.extract[way](texts[at]), gold[at])
+        assert sample["exact_match"] == verdict, (way, texts[at], gold[at])
+        verdicts.add((way, verdict))
+    assert len(verdicts) == 4  # Both ways find some right and some wrong.
 
 
 def test_log_probabilities_are_the_models(model):

@@ -10,7 +10,7 @@ import pytest
 
 from meshwen.errors import MeshwenError
 from meshwen.evals.compare import compare
-from meshwen.evals.run_file import RunFile
+from meshwen.evals.run_file import FORMAT, RunFile
 
 SETTINGS = {"model": "m", "seed": 0}
 
@@ -18,8 +18,9 @@ SETTINGS = {"model": "m", "seed": 0}
 def answer(
     number: int, correct: bool = True, tokens: tuple[int, ...] = (1, 2), sample: int = 0
 ) -> dict:
-    asked = {"id": number, "sample": sample, "prompt_sha256": f"p{number}", "gold": "7"}
-    return asked | {"correct": correct, "tokens": list(tokens), "text": "7"}
+    asked = {"id": number, "sample": sample, "question": "?", "prompt_sha256": f"p{number}"}
+    found = {"tokens": list(tokens), "text": "7", "extracted": "7", "finish_reason": "stop"}
+    return asked | found | {"gold": "7", "correct": correct, "elapsed": 1.5 * number}
 
 
 def written(path, *answers) -> RunFile:
@@ -72,6 +73,25 @@ def test_an_existing_file_is_kept_unless_it_is_to_go_on(tmp_path):
     assert set(RunFile.read(path).records) == {(0, 0)}
 
 
+def test_two_runs_cannot_write_one_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    first = RunFile.begin(path, SETTINGS, resume=False)
+    with pytest.raises(MeshwenError, match="another run is writing"):
+        RunFile.begin(path, SETTINGS, resume=True)
+    first.write(answer(0))
+    first.close()
+    second = RunFile.begin(path, SETTINGS, resume=True)
+    assert set(second.records) == {(0, 0)}
+    second.close()
+
+
+def test_a_file_of_other_settings_is_left_free(tmp_path):
+    path = written(tmp_path / "r.jsonl", answer(0)).path
+    with pytest.raises(MeshwenError, match="made with seed"):
+        RunFile.begin(path, SETTINGS | {"seed": 1}, resume=True)
+    RunFile.begin(path, SETTINGS, resume=True).close()
+
+
 def test_a_full_disk_stops_the_run_with_what_was_saved_intact(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     run = RunFile.begin(path, SETTINGS, resume=False)
@@ -113,11 +133,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("{", "line 2: not a JSON object"), ("[]", "line 2: not a JSON"), ("{}", "not an answer")],
+    [
+        ("{", "line 2: not a JSON object"),
+        ("[]", "line 2: not a JSON"),
+        ("{}", "not an answer"),
+        (json.dumps(answer(0) | {"tokens": None}), "line 2: not an answer"),
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, said):
     path = tmp_path / "r.jsonl"
-    header = json.dumps({"format": "meshwen-eval-2", "settings": SETTINGS})
+    header = json.dumps({"format": FORMAT, "settings": SETTINGS})
     path.write_text(f"{header}\n{line}\n{json.dumps(answer(1))}\n")
     with pytest.raises(MeshwenError, match=said):
         RunFile.read(path)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from meshwen.request import Completion, Event
 
 _PIPED_WIDTH = 100
+_SPEED_PERIOD = 600.0  # seconds over which progress is measured: an answer may take minutes
 
 
 def note(text: str) -> None:
@@ -51,7 +52,9 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     if not console.is_terminal:
         yield lambda done, total, said="": None
         return
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(
+        *columns, console=console, transient=True, speed_estimate_period=_SPEED_PERIOD
+    ) as bar:
         task = bar.add_task(label, total=None)
 
         def tell(done: int, total: int, said: str = "") -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import meshwen
 from meshwen.cli import options
 from meshwen.cli.console import note, progress_bar
 from meshwen.cli.eval_options import Asked, evaluating
@@ -27,6 +29,7 @@ from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
+    from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
 
 app = typer.Typer(no_args_is_help=True, help="Scores on word problems, and runs compared.")
@@ -76,7 +79,10 @@ def gsm8k(
     Every answer is in the run file as soon as it is whole: what was interrupted goes on with
     --resume.
     """
+    from meshwen.distributed import shared
+
     _check_report(html)
+    shared("run files", lambda: _check_file(out, resume))
     run, found = _evaluate(asked, mesh, numerics, out, resume)
     if as_json:
         print(json.dumps(found | {"settings": dict(run.settings)}))
@@ -116,7 +122,7 @@ def meshes(
     specs = parse_meshes(meshes)
     make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
     paths = [out / f"{spec}.jsonl" for spec in specs]
-    shared("run files", lambda: _make_folder(out, paths, resume))
+    shared("run files", lambda: _check_folder(out, paths, resume))
     results = []
     for spec, path in zip(specs, paths, strict=True):
         results.append(_evaluate(asked, str(spec), numerics, path, resume))
@@ -198,6 +204,8 @@ def _evaluate(
     asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool
 ) -> tuple[RunFile, dict[str, Any]]:
     """Runs what the run file lacks: the run, of the problems asked alone, and its summary."""
+    import jax
+
     from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.gsm8k import answer_all, data_sha256, question, summary
     from meshwen.evals.styles import shots
@@ -218,6 +226,9 @@ def _evaluate(
             "weights_sha256": asked.weights_sha256,
             "revision": revision,
             "load_format": str(load_format),
+            "config_sha256": _sha256(checkpoint.config.to_dict(), checkpoint.generation_config),
+            "meshwen": meshwen.__version__,
+            "jax": jax.__version__,
             "mesh": mesh_label(devices),
             "dtype": asked.dtype.value,
             "numerics": numerics.value,
@@ -231,6 +242,7 @@ def _evaluate(
             "seed": sampling.seed,
         }
         run = _begin(out, settings, resume)
+        _check_prompts(run, questions)
         before = sum(one.key in run.records for one in questions)
         loaded = load_model(
             checkpoint,
@@ -256,9 +268,9 @@ def _evaluate(
             ),
         )
     run.close()
+    seconds = round(run.seconds, 1)
     run = replace(run, records={one.key: run.records[one.key] for one in questions})
     found = summary(run.records.values())
-    seconds = round(time.perf_counter() - started, 1)
     return run, found | {"seconds": seconds, "answers_from_before": before}
 
 
@@ -277,6 +289,30 @@ def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
     return begun[0] if process_index() == 0 else UnwrittenRun.of(out, settings, records)
 
 
+def _check_prompts(run: RunFile, questions: Sequence[Question]) -> None:
+    """Refuses prompts that are not those of the answers so far, or of process 0."""
+    from meshwen.distributed import gathered
+
+    for one in questions:
+        before = run.records.get(one.key)
+        if before is not None and before["prompt_sha256"] != one.prompt_sha256:
+            raise MeshwenError(
+                f"{run.path}: the prompt of problem {one.problem.number} was another: the model's "
+                "tokenizer or chat template has changed; give another file"
+            )
+    ours = _sha256([one.prompt_sha256 for one in questions])
+    for index, theirs in enumerate(gathered(f"prompts of {run.path}", ours)):
+        if theirs != ours:
+            raise MeshwenError(
+                f"process {index} makes other prompts than this one: its model is another"
+            )
+
+
+def _sha256(*content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _check_report(path: Path | None) -> None:
     from meshwen.distributed import shared
 
@@ -293,9 +329,19 @@ def _write_report(path: Path, runs: Sequence[RunFile], compared: Sequence[Compar
     note(f"the report is in {path}")
 
 
-def _make_folder(path: Path, files: Sequence[Path], resume: bool) -> None:
-    if (there := [file for file in files if file.exists()]) and not resume:
-        raise MeshwenError(f"{there[0]} exists: add --resume to go on with it, or name another")
+def _check_file(path: Path, resume: bool) -> None:
+    from meshwen.evals.run_file import check_new
+
+    check_new(path, resume=resume)
+    check_writable(path)
+
+
+def _check_folder(path: Path, files: Sequence[Path], resume: bool) -> None:
+    """Makes the folder where there is none; refuses files before any model is read."""
+    from meshwen.evals.run_file import check_new
+
+    for file in files:
+        check_new(file, resume=resume)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

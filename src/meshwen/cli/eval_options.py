@@ -54,13 +54,19 @@ Limit = Annotated[
 ]
 Offset = Annotated[int, typer.Option("--offset", min=0, help="Leave out the first ones.")]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        help="Most tokens of an answer. Default: 256 for lm-eval's styles, as there; else 512.",
+        show_default=False,
+    ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")]
 Samples = Annotated[
     int,
     typer.Option(
-        "--samples", min=1, help="Answers to each problem, drawn with the seeds from --seed on."
+        "--samples", min=1, help="Answers to each problem, each drawn with a seed of its own."
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
@@ -116,7 +122,7 @@ def _asked(
     offset: Offset = 0,
     max_num_seqs: options.MaxNumSeqs = 32,
     max_model_len: options.MaxModelLen = None,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     samples: Samples = 1,
     seed: Seed = 0,
@@ -129,7 +135,8 @@ def _asked(
 
     default = shared("style", lambda: "demo" if model == _DEMO else "qwen-boxed")
     style = style_of(prompt_style or default)
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    longest = style.max_new_tokens if max_new_tokens is None else max_new_tokens
+    sampling = SamplingParams(max_new_tokens=longest, temperature=temperature, seed=seed)
     if samples > 1 and temperature == 0:
         raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
     problems = _together("problems", lambda: _problems(data, model))

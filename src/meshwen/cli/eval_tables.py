@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
     from meshwen.evals.run_file import Key, RunFile
 
+_LISTED = 10  # problems with other tokens; --json has all
+
 
 def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
     """One run, in a few lines."""
@@ -75,6 +77,15 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
         f"{p}identical answers: {found.identical} of {found.answers}",
         markup=False,
     )
+    if found.parted:
+        problem, _, token = min(found.parted, key=lambda one: one[2])
+        problems = ", ".join(str(one[0]) for one in found.parted[:_LISTED])
+        more = ", ..." * (len(found.parted) > _LISTED)
+        console.print(
+            f"other tokens in problems {problems}{more}; the earliest from token {token} on, in "
+            f"problem {problem}",
+            markup=False,
+        )
     parted = {(problem, sample): token for problem, sample, token in found.parted}
     for key in found.flips:
         sample = f", sample {key[1]}" if found.p is None else ""

@@ -6,15 +6,21 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-# Of LaTeX: spaces, sizes, and signs that say nothing of a number's value.
-_LATEX = re.compile(r"\\(?:[,;:! ]|quad\b|left\b|right\b|displaystyle\b|d?approx\b)|~")
+# Of LaTeX: spaces, sizes, units, and signs that say nothing of a number's value.
+_LATEX = re.compile(
+    r"\\(?:[,;:! ]|quad\b|left\b|right\b|displaystyle\b|d?approx\b|(?:pounds|euro|cents?)\b)|~"
+    r"|\^\s*\{?\s*\\circ\b\s*\}?|\\degree\b"
+)
+_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\d|\{\s*\d+\s*\})")
 _WRAPPED = re.compile(r"\\(?:mathrm|mathbf|textbf|text|mbox)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*([\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>-?)\s*[$€£¥₹]?\s*(?P<sign2>-?)\s*"
+    rf"(?<![\w.])(?P<sign>-?)[$€£¥₹]?\s*(?P<sign2>-?)"
     rf"(?:(?P<whole>\d+)\s+(?=\d+\s*/\s*\d))?(?P<top>{_DIGITS})(?:\s*/\s*(?P<under>{_DIGITS}))?"
 )
+# What stands beside a number where there is more to it: another number, or a root, a product, ...
+_MORE = re.compile(r"[\d\\]")
 _GOLD = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
 
 
@@ -25,14 +31,17 @@ def gold_answer(solution: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` (or `\fbox`), braces inside it balanced.
+    r"""The content of the last `\boxed{...}` (or `\fboxed`), braces inside it balanced.
 
-    A box that never closes, as at a limit of tokens, holds all that follows it.
+    A box that never closes, as at a limit of tokens, holds all that follows it; one without braces
+    all up to the next `$`.
     """
-    found = list(re.finditer(r"\\f?boxed\s*\{", text))
+    found = list(re.finditer(r"\\f?boxed\s*(\{?)", text))
     if not found:
         return None
     start = found[-1].end()
+    if not found[-1][1]:
+        return text[start:].partition("$")[0]
     depth = 1
     for at in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[at], 0)
@@ -42,21 +51,26 @@ def boxed(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """The value of an answer: the first number in it, as people and LaTeX write them.
+    """The value of an answer that is a number, as people and LaTeX write them.
 
     Understands thousands commas, currency signs, units and percent signs (both without meaning),
     fractions `a/b` and `\\frac{a}{b}`, decimals, a minus before or after the currency, spaces of
-    LaTeX, and a period at the end. What stands before an equals sign is a name or a sum.
+    LaTeX, and a period at the end. Of the sides of an equals sign it is the last that is a number:
+    the others are names or sums.
 
     Returns:
-        None where there is no number, or a fraction divides by zero.
+        None where there is no number, or more than one, or arithmetic, which is not done; and where
+        a fraction divides by zero.
     """
-    before, _, after = _plain(text).rpartition("=")
-    text = after if any(map(str.isdigit, after)) else before
+    values = (_one_number(side) for side in reversed(_plain(text).split("=")))
+    return next((value for value in values if value is not None), None)
+
+
+def _one_number(text: str) -> Fraction | None:
     # A whole number may stand before a fraction: 2 1/2.
-    text = _FRACTION.sub(r" \1\2/\3\4 ", text)
+    text = re.sub(r"^\s*-\s+", "-", _FRACTION.sub(r" \1\2/\3\4 ", text))
     found = _NUMBER.search(text)
-    if not found:
+    if not found or _MORE.search(text[: found.start()] + text[found.end() :]):
         return None
     try:
         value = Fraction(found["top"].replace(",", "")) / Fraction(
@@ -94,4 +108,4 @@ def matches(pattern: re.Pattern[str], text: str) -> list[str]:
 def _plain(text: str) -> str:
     """Without what LaTeX adds, and with plain minus signs."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
-    return _LATEX.sub("", _WRAPPED.sub(r" \1 ", text))
+    return _POWER_OF_UNIT.sub("", _LATEX.sub("", _WRAPPED.sub(r" \1 ", text)))

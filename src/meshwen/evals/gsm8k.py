@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +30,12 @@ class Question:
 
     Attributes:
         problem: the problem.
-        token_ids: the prompt; () where it has none.
-        error: why there is no prompt.
+        token_ids: the prompt.
         sample: which of the answers to the problem is asked for.
     """
 
     problem: Problem
     token_ids: tuple[int, ...]
-    error: str | None = None
     sample: int = 0
 
     @property
@@ -44,20 +43,31 @@ class Question:
         """Of its answer in a run file."""
         return self.problem.number, self.sample
 
+    @property
+    def prompt_sha256(self) -> str:
+        """Of the tokens, as little-endian int32."""
+        return hashlib.sha256(np.array(self.token_ids, "<i4").tobytes()).hexdigest()
+
+    def seed(self, base: int) -> int:
+        """The seed of this answer: another for every problem and sample."""
+        entropy = [base, self.problem.number, self.sample]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
 
 def question(
     problem: Problem, style: PromptStyle, examples: Sequence[Problem], tokenizer: Tokenizer
 ) -> Question:
-    """The prompt of a problem; one that cannot be made is an answer that is wrong, not dropped."""
+    """A problem as a style asks it.
+
+    Raises:
+        MeshwenError: there is no chat template, or it fails: that is no fault of the answers.
+    """
     text = style.text(problem, examples)
-    try:
-        if not style.conversation:
-            return Question(problem, tuple(tokenizer.encode(text)))
-        system = [] if style.system is None else [{"role": "system", "content": style.system}]
-        messages = [*system, {"role": "user", "content": text}]
-        return Question(problem, tuple(tokenizer.encode_chat(messages)))
-    except MeshwenError as error:
-        return Question(problem, (), str(error))
+    if not style.conversation:
+        return Question(problem, tuple(tokenizer.encode(text)))
+    system = [] if style.system is None else [{"role": "system", "content": style.system}]
+    messages = [*system, {"role": "user", "content": text}]
+    return Question(problem, tuple(tokenizer.encode_chat(messages)))
 
 
 def answer_all(
@@ -74,30 +84,30 @@ def answer_all(
         engine: the model's.
         questions: all of the run.
         style: how answers are found and graded.
-        sampling: how to continue prompts; sample k of a problem has the seed `sampling.seed` + k.
+        sampling: how to continue prompts; each answer has a seed made from `sampling.seed`.
         run: gets the answers.
         progress: told after each token how many answers there are, how many of them are right, and
             how many tokens this call has got.
     """
+    began = time.perf_counter() - run.seconds
     sampling = replace(sampling, stop=style.stop, logprobs=True)
     open_ones = [q for q in questions if q.key not in run.records]
     asked = []
     for one in open_ones:
-        error = one.error or _refusal(one, engine)
+        error = _refusal(one, engine)
         if error is None:
             asked.append(one)
         else:
-            run.write(_failed(one, error))
+            run.write(_failed(one, error) | {"elapsed": run.seconds})
     answered = [run.records[one.key] for one in questions if one.key in run.records]
     done, right = len(answered), sum(record["correct"] for record in answered)
     requests = [
-        Request(one.token_ids, replace(sampling, seed=(sampling.seed + one.sample) % (1 << 32)))
-        for one in asked
+        Request(one.token_ids, replace(sampling, seed=one.seed(sampling.seed))) for one in asked
     ]
     for tokens, event in enumerate(engine.run(requests), start=1):
         if event.completion is not None:
             record = _record(asked[event.request], event.completion, style)
-            run.write(record)
+            run.write(record | {"elapsed": round(time.perf_counter() - began, 3)})
             done, right = done + 1, right + record["correct"]
         progress(done, right, tokens)
 
@@ -217,10 +227,9 @@ def _failed(one: Question, error: str) -> Record:
 
 
 def _asked(one: Question) -> Record:
-    prompt = np.array(one.token_ids, "<i4").tobytes()
     return {
         "id": one.problem.number,
         "sample": one.sample,
         "question": one.problem.question,
-        "prompt_sha256": hashlib.sha256(prompt).hexdigest(),
+        "prompt_sha256": one.prompt_sha256,
     }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from meshwen.checkpoints.hub import dataset_file
 from meshwen.errors import MeshwenError
 from meshwen.evals.answers import gold_answer, number
 from meshwen.evals.styles import Problem
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -70,6 +73,8 @@ def _checked(where: str, place: int, content: Any) -> Problem:
     for name in ("question", "answer"):
         if not isinstance(content.get(name), str) or not content[name].strip():
             raise MeshwenError(f"{where}: {name!r} is missing, empty or no text")
+        if _SURROGATE.search(content[name]):
+            raise MeshwenError(f"{where}: {name!r} has half of a character (a lone surrogate)")
     gold = gold_answer(content["answer"])
     if gold is None or number(gold) is None:
         raise MeshwenError(f"{where}: the answer does not end with '#### ' and a number")

@@ -8,17 +8,26 @@ cut off when the run goes on.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 from meshwen.errors import MeshwenError
 
-FORMAT = "meshwen-eval-2"
+FORMAT = "meshwen-eval-3"
+
+# What every answer has.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **{"id": int, "sample": int, "question": str, "prompt_sha256": str, "tokens": list},
+    **{"text": str, "extracted": (str, NoneType), "gold": str, "correct": bool},
+    **{"finish_reason": str, "elapsed": float},
+}
 
 Record = dict[str, Any]
 Key = tuple[int, int]  # Of an answer: its problem's number, and which sample it is, from 0.
@@ -61,27 +70,46 @@ class RunFile:
             resume: go on with the file where it exists; without, it must not exist.
 
         Raises:
-            MeshwenError: it exists, or has other settings, or cannot be written.
+            MeshwenError: it exists, or has other settings, or cannot be written, or another run is
+                writing it.
         """
-        if path.exists() and not resume:
-            raise MeshwenError(f"{path} exists: add --resume to go on with it, or name another")
-        lines = cls._whole_lines(path) if path.exists() else []
-        records: dict[Key, Record] = {}
-        if lines:
-            _check_same(path, _settings(path, lines[0]), settings)
-            records = _records(path, lines[1:])
-        run = cls(path, settings, records)
+        check_new(path, resume=resume)
         try:
             # Opened to read and write, so that what was written is never cut but by truncate.
             # Not buffered: what a full disk has refused must not be written later.
-            run._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
-            run._file.truncate(sum(len(line) + 1 for line in lines))
-            run._file.seek(0, os.SEEK_END)
+            file = path.open("r+b" if path.exists() else "x+b", buffering=0)
         except OSError as error:
             raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
+        try:
+            return cls._go_on(path, settings, file)
+        except BaseException:
+            file.close()
+            raise
+
+    @classmethod
+    def _go_on(cls, path: Path, settings: Mapping[str, Any], file: FileIO) -> Self:
+        """The run of an open file, which nobody else may be writing."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MeshwenError(f"another run is writing {path}: wait for it, or end it") from None
+        except OSError as error:
+            raise MeshwenError(f"cannot lock {path}: {error.strerror}") from None
+        lines = cls._whole_lines(path)
+        run = cls(path, settings, {}, file)
+        if lines:
+            _check_same(path, _settings(path, lines[0]), settings)
+            run.records = _records(path, lines[1:])
+        file.truncate(sum(len(line) + 1 for line in lines))
+        file.seek(0, os.SEEK_END)
         if not lines:
             run._append({"format": FORMAT, "settings": dict(settings)})
         return run
+
+    @property
+    def seconds(self) -> float:
+        """What all answers took, over all the times that the run went on."""
+        return max((record["elapsed"] for record in self.records.values()), default=0.0)
 
     def write(self, record: Record) -> None:
         """Adds an answer, which has its problem's number as "id" and its own as "sample".
@@ -129,6 +157,16 @@ class RunFile:
         return content.split(b"\n")[:-1]  # What follows the last line's end is torn, or nothing.
 
 
+def check_new(path: Path, *, resume: bool) -> None:
+    """Refuses a run file that is there and not to be gone on with.
+
+    Raises:
+        MeshwenError: it exists.
+    """
+    if path.exists() and not resume:
+        raise MeshwenError(f"{path} exists: add --resume to go on with it, or name another")
+
+
 class UnwrittenRun(RunFile):
     """A run that another process writes: the same answers, in memory alone."""
 
@@ -157,8 +195,7 @@ def _records(path: Path, lines: list[bytes]) -> dict[Key, Record]:
     records = {}
     for at, line in enumerate(lines, start=2):
         record = _parsed(path, at, line)
-        whole = {"id": int, "sample": int, "correct": bool}
-        if not all(isinstance(record.get(name), kind) for name, kind in whole.items()):
+        if not all(isinstance(record.get(name), kind) for name, kind in _FIELDS.items()):
             raise MeshwenError(f"{path}, line {at}: not an answer; it was edited or damaged")
         records[_key(record)] = record
     return records

@@ -52,6 +52,7 @@ class PromptStyle:
         conversation: whether the chat template frames the question.
         shots: solved problems before the question.
         stop: strings that end an answer.
+        max_new_tokens: most tokens of an answer, unless another limit is asked for.
         extract: finds an answer in a text. The first is what counts; others are told beside it.
         equal: whether what was found is the reference answer.
     """
@@ -65,6 +66,7 @@ class PromptStyle:
     conversation: bool = False
     shots: int = 0
     stop: tuple[str, ...] = ()
+    max_new_tokens: int = 512
     joined: Callable[[str, str], str] = field(default=lambda question, answer: question + answer)
 
     def text(self, problem: Problem, examples: Sequence[Problem] = ()) -> str:
@@ -151,6 +153,7 @@ STYLES = {
             shots=5,
             joined=lambda question, answer: f"{question} {answer}",
             stop=("Question:", "</s>", "<|im_end|>"),
+            max_new_tokens=256,
             extract={
                 "strict-match": _first(r"#### (\-?[0-9\.\,]+)"),
                 "flexible-extract": _FLEXIBLE,
@@ -162,6 +165,7 @@ STYLES = {
             source=f"{_HARNESS}/gsm8k-cot-zeroshot.yaml, version 3",
             ask=lambda question: f"Q: {question}\nA: Let's think step by step.",
             stop=("Q:", "</s>", "<|im_end|>"),
+            max_new_tokens=256,
             extract={
                 "flexible-extract": _FLEXIBLE,
                 "strict-match": _first(r"The answer is (\-?[0-9\.\,]+)."),
