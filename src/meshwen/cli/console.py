@@ -66,25 +66,6 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
         yield tell
 
 
-def bytes_text(count: float) -> str:
-    """A number of bytes in decimal units with three digits: 15.2 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    if unit == "B":
-        return f"{count:.0f} B"
-    return f"{count:.{max(0, 2 - len(str(int(count))) + 1)}f} {unit}"
-
-
-def count_text(count: int) -> str:
-    """A number of parameters with three digits: 7.62 B (10^9), 494 M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
-
-
 class Meter:
     """Measures answers as they come.
 

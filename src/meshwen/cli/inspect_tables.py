@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshwen.cli.console import bytes_text, count_text, plain_table
+from meshwen.cli.console import plain_table
 from meshwen.cli.inspect_report import TensorRow
+from meshwen.units import bytes_text, count_text
 
 _SHARED_FIELDS = ("architectures", "model_type", "hidden_act", "max_window_layers")
 _MOST_DEVICES = 64

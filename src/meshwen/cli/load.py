@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli import options
-from meshwen.cli.console import bytes_text, count_text, note, progress_bar
+from meshwen.cli.console import note, progress_bar
 from meshwen.errors import MeshwenError
+from meshwen.units import bytes_text, count_text
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshwen.cli.console import bytes_text, plain_table
+from meshwen.cli.console import plain_table
+from meshwen.units import bytes_text, difference_text
 from meshwen.verify.picture import bytes_range, collectives_by_mesh, greedy_text, strip, worst
 
 _COLUMNS = (
@@ -56,19 +57,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["devices"]),
         bytes_range(row["weight_bytes"], bytes_text),
         bytes_range(row["cache_bytes"], bytes_text),
-        _number(worst(row, "max_abs")),
-        _number(worst(row, "max_relative")),
-        _number(worst(row, "mean_kl")),
+        difference_text(worst(row, "max_abs")),
+        difference_text(worst(row, "max_relative")),
+        difference_text(worst(row, "mean_kl")),
         f"{cached['agree']}/{cached['positions']}",
         f"{cached['proven']}/{cached['positions']}",
         "equal" if row["bits_equal"] else "differ",
         bytes_text(row["sent_bytes_per_token"]),
         f"{sum(row['seconds']):.1f}",
     ]
-
-
-def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}"
 
 
 def _print_parting(rows: list[dict[str, Any]], console: Console) -> None:

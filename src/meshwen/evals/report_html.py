@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from meshwen.evals.compare import Comparison
 from meshwen.evals.gsm8k import summary
 from meshwen.evals.run_file import Key, RunFile
+from meshwen.pages import render
 
 
 def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
@@ -21,18 +19,13 @@ def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
         runs: at least one.
         compared: the first run with each of the others.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
-    )
     first = runs[0]
     rows: list[dict[str, Any]] = [
         {"run": run, "found": summary(run.records.values()), "against": against}
         for run, against in zip(runs, [None, *compared], strict=True)
     ]
-    return template.render(
+    return render(
+        "eval",
         first=first,
         rows=rows,
         sampled="any_correct" in rows[0]["found"],

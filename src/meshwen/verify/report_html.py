@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from meshwen.pages import render
+from meshwen.units import bytes_text
 from meshwen.verify.picture import (
     LARGEST,
     SMALLEST,
@@ -24,13 +23,6 @@ _MOST_DEVICES = 64
 
 def html_report(certificate: dict[str, Any]) -> str:
     """The whole page; everything of the certificate's is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"bytes": _bytes, "number": _number}
-    template = environment.from_string(
-        (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
-    )
     sections = []
     for numerics in certificate["numerics"]:
         rows = [row for row in certificate["rows"] if row["numerics"] == numerics]
@@ -43,14 +35,15 @@ def html_report(certificate: dict[str, Any]) -> str:
                 "plot": _plot(rows),
             }
         )
-    return template.render(c=certificate, sections=sections, steps=len(certificate["tokens"][0]))
+    steps = len(certificate["tokens"][0])
+    return render("verify", c=certificate, sections=sections, steps=steps)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row with what the page writes of it."""
     return row | {
-        "weights": bytes_range(row["weight_bytes"], _bytes),
-        "cache": bytes_range(row["cache_bytes"], _bytes),
+        "weights": bytes_range(row["weight_bytes"], bytes_text),
+        "cache": bytes_range(row["cache_bytes"], bytes_text),
         "max_abs": worst(row, "max_abs"),
         "mean_abs": worst(row, "mean_abs"),
         "max_relative": worst(row, "max_relative"),
@@ -105,15 +98,3 @@ def _short(operation: str) -> str:
     layer, _, name = operation.rpartition(":")
     short = {"attention output": "att", "MLP output": "mlp", "embedding": "emb"}.get(name, "norm")
     return f"{layer} {short}".strip()
-
-
-def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.2g}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
