@@ -9,16 +9,13 @@ with the weights of both numerics.
 
 import argparse
 import gc
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from meshwen.checkpoints import open_checkpoint
-from meshwen.loading import load_params
+from meshwen import Qwen2ForCausalLM
+from meshwen.bench.measure import decode, first_token
 from meshwen.parallel.mesh import MeshSpec, make_mesh
-from meshwen.parallel.plan import ParallelPlan
-from meshwen.runner import ModelRunner
-from speed import decode_seconds, prefill_seconds, sizes
 
 NUMERICS = ("fast", "exact")
 ROUNDS = 3
@@ -28,32 +25,32 @@ def main() -> None:
     options = parse_arguments()
     meshes = options.meshes.split(",")
     make_mesh(max(meshes, key=lambda mesh: MeshSpec.parse(mesh).devices))
-    print(f"jax {jax.__version__}, {options.dtype}, cache of {options.slots} positions")
+    print(f"jax {jax.__version__}, {options.dtype}, after {options.length} tokens")
     print(f"{'mesh':8}{'measured':22}{'fast':>9}{'exact':>9}{'ratio':>8}")
     for mesh in meshes:
-        fast, exact = (load(options.model, mesh, options.dtype, kind) for kind in NUMERICS)
-        for batch in options.batch_sizes:
+        models = [
+            Qwen2ForCausalLM.from_pretrained(
+                options.model, mesh=mesh, dtype=options.dtype, numerics=kind
+            )
+            for kind in NUMERICS
+        ]
+        for batch in map(int, options.batch.split(",")):
             pair = in_turns(
-                lambda runner, batch=batch: decode_seconds(runner, batch, options.slots, 6),
-                (fast, exact),
+                lambda model, batch=batch: decode(model.runner, batch, options.length, 6).median,
+                models,
             )
             show(mesh, f"decode, batch {batch}, ms", pair)
-        pair = in_turns(lambda runner: prefill_seconds(runner, options.prompt), (fast, exact))
+        pair = in_turns(lambda model: first_token(model.engine, options.prompt, 3).median, models)
         show(mesh, f"prefill {options.prompt}, ms", pair)
-        del fast, exact
+        del models
         gc.collect()
 
 
-def load(model: str, mesh: str, dtype: str, numerics: str) -> ModelRunner:
-    with open_checkpoint(model) as checkpoint:
-        plan = ParallelPlan(checkpoint.config, make_mesh(mesh), numerics)
-        params = load_params(checkpoint, plan, jnp.dtype(dtype))
-        return ModelRunner(plan, jax.block_until_ready(params), jnp.dtype(dtype))
-
-
-def in_turns(measure, runners) -> list[float]:
+def in_turns(
+    measure: Callable[[Qwen2ForCausalLM], float], models: list[Qwen2ForCausalLM]
+) -> list[float]:
     """The least of several medians of each, measured one after the other."""
-    rounds = [[measure(runner) for runner in runners] for _ in range(ROUNDS)]
+    rounds = [[measure(model) for model in models] for _ in range(ROUNDS)]
     return [min(seconds) for seconds in zip(*rounds, strict=True)]
 
 
@@ -67,9 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a checkpoint's folder, GGUF file or hub id")
     parser.add_argument("--meshes", default="1")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--batch-sizes", default=[1, 8, 32], type=sizes, help="e.g. 1,8,32")
-    parser.add_argument("--slots", default=128, type=int, help="positions of the cache")
-    parser.add_argument("--prompt", default=512, type=int, help="tokens of the prompt to prefill")
+    parser.add_argument("--batch", default="1,8,32", help="sequences that decode together")
+    parser.add_argument("--length", default=64, type=int, help="tokens of each before decoding")
+    parser.add_argument("--prompt", default=512, type=int, help="tokens of the prompt to read")
     return parser.parse_args()
 
 

@@ -44,6 +44,7 @@ class Qwen2ForCausalLM:
         dtype: of weights, cached values, and the inputs of products with weights.
         generation_config: the checkpoint's sampling defaults.
         params: the weights, a nested dict by Hugging Face name.
+        runner: the compiled steps.
         engine: runs requests; `generate` and `stream` are short for it.
     """
 
@@ -58,7 +59,7 @@ class Qwen2ForCausalLM:
         self.plan, self.dtype = runner.plan, runner.dtype
         self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
         self.tokenizer, self.generation_config = tokenizer, generation_config
-        self._runner = runner
+        self.runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
         capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
         self.engine = Engine(runner, tokenizer, eos, capacity)
@@ -185,7 +186,7 @@ class Qwen2ForCausalLM:
             np.pad(array, extra, constant_values=fill).astype(np.int32)
             for array, fill in ((ids, 0), (positions, -1))
         )
-        logits = self._runner.logits(ids, positions)[:batch, :length, : self.config.vocab_size]
+        logits = self.runner.logits(ids, positions)[:batch, :length, : self.config.vocab_size]
         return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import meshwen
+from meshwen.cli.bench import bench
 from meshwen.cli.chat import chat
 from meshwen.cli.eval import app as evals
 from meshwen.cli.generate import generate
@@ -64,6 +65,7 @@ app.command("generate")(over_processes(generate))
 app.command("chat")(over_processes(chat, refusal=_ONE_PERSON))
 app.command("inspect")(inspect)
 app.command("verify")(over_processes(verify))
+app.command("bench")(over_processes(bench))
 app.add_typer(evals, name="eval")
 
 

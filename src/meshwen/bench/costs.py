@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step has to read and to multiply, whatever the mesh: the least that any program needs.
+
+Padding, copies of key/value heads and activations are not counted: they are the program's own
+affair, and count as time lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import jax.numpy as jnp
+
+from meshwen.config import Qwen2Config
+from meshwen.kv_cache import cache_bytes_per_token
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.weights import EMBEDDING, LM_HEAD, Weight, declared_weights
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step, on all devices together.
+
+    Attributes:
+        bytes: of weights and of the cache, to be read once.
+        flops: of products; a multiplication and an addition are two.
+    """
+
+    bytes: int
+    flops: int
+
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte read."""
+        return self.flops / self.bytes
+
+    def least_seconds(self, bandwidth: float, rate: float) -> float:
+        """The time below which no program comes, by the roofline model (Williams et al., 2009).
+
+        Args:
+            bandwidth: bytes read a second, at most.
+            rate: operations a second, at most.
+        """
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+
+def decode_cost(plan: ParallelPlan, dtype: jnp.dtype, batch: int, length: int) -> Cost:
+    """One step of `batch` sequences that have `length` tokens each."""
+    config = plan.config
+    weights = _elements(plan, head=True)
+    cache = length * cache_bytes_per_token(config, config.num_key_value_heads, dtype)
+    embeddings = config.hidden_size
+    attention = 2 * _attention_products(config) * length
+    return Cost(
+        bytes=weights * dtype.itemsize + batch * (cache + embeddings * dtype.itemsize),
+        flops=batch * (2 * weights + attention),
+    )
+
+
+def prefill_cost(plan: ParallelPlan, dtype: jnp.dtype, length: int) -> Cost:
+    """One prompt of `length` tokens, and the logits of its last."""
+    config = plan.config
+    body, all_weights = _elements(plan, head=False), _elements(plan, head=True)
+    pairs = length * (length + 1) // 2
+    return Cost(
+        bytes=(all_weights + length * config.hidden_size) * dtype.itemsize,
+        flops=2 * (length * body + all_weights - body) + 2 * _attention_products(config) * pairs,
+    )
+
+
+def _attention_products(config: Qwen2Config) -> int:
+    """Multiplications of a query token with one key and one value, in all layers."""
+    return 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+
+
+def _elements(plan: ParallelPlan, *, head: bool) -> int:
+    """Elements of the weights that a token meets, with or without the output head."""
+    config = plan.config
+    last = EMBEDDING if config.tie_word_embeddings else LM_HEAD
+    skipped = {EMBEDDING.name, LM_HEAD.name}
+    body = [w for w in declared_weights(config) if w.name not in skipped]
+    return sum(_size(w, plan) for w in [*body, *([last] if head else [])])
+
+
+def _size(weight: Weight, plan: ParallelPlan) -> int:
+    return prod(weight.shape(plan))

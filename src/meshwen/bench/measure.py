@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of a warm model: programs are compiled and caches filled before anything counts."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import numpy as np
+
+from meshwen.buckets import bucket
+from meshwen.engine import Engine
+from meshwen.request import Request
+from meshwen.runner import ModelRunner
+from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+
+_GREEDY = SamplingMethod(candidates=1, penalize=False, logprobs=False)
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of several runs: the median, and the least and the most."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, runs: Iterable[float]) -> Self:
+        """What several runs took."""
+        seconds = sorted(runs)
+        return cls(statistics.median(seconds), seconds[0], seconds[-1])
+
+
+def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
+    """A greedy decode step of `batch` sequences, from `length` tokens on, sampling included."""
+    rows = SamplerRows.of([SamplingParams(temperature=0)] * batch)
+    cache = runner.empty_cache(batch, bucket(length + _WARM_UP + steps))
+    tokens = np.ones(batch, np.int32)
+
+    def step(number: int) -> None:
+        nonlocal cache, tokens
+        positions = np.full(batch, length + number, np.int32)
+        sampled, _, cache = runner.decode(cache, tokens, positions, rows, None, _GREEDY)
+        tokens = np.asarray(sampled.tokens)
+
+    return _timed(step, steps)
+
+
+def first_token(engine: Engine, length: int, runs: int) -> Seconds:
+    """From a prompt of `length` tokens to the first token of its answer."""
+    request = Request((1,) * length, SamplingParams(max_new_tokens=1, temperature=0))
+
+    def read(number: int) -> None:
+        for _ in engine.run([request]):
+            pass
+
+    return _timed(read, runs)
+
+
+def _timed(run: Callable[[int], None], count: int) -> Seconds:
+    seconds = []
+    for number in range(_WARM_UP + count):
+        began = time.perf_counter()
+        run(number)
+        seconds.append(time.perf_counter() - began)
+    return Seconds.of(seconds[_WARM_UP:])
+
+
+def peak_bytes(devices: Iterable[jax.Device]) -> int:
+    """The most memory that was taken so far: of the fullest device, on a CPU of the process."""
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for device in devices
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    if peaks:
+        return int(max(peaks))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB.

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen bench`: how fast a model runs here, beside what the machine could do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.console import note, output_console, plain_table
+from meshwen.cli.files import check_writable, write_text
+from meshwen.cli.load import load_model
+from meshwen.errors import MeshwenError
+from meshwen.units import bytes_text
+
+if TYPE_CHECKING:
+    from meshwen.bench.report import Machine, Row
+
+
+def bench(
+    model: options.Model = "demo",
+    mesh: options.Mesh = "1",
+    dtype: options.Dtype = options.DType.BFLOAT16,
+    numerics: options.NumericsOption = options.Numerics.FAST,
+    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
+    revision: options.Revision = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences that decode together.")] = "1,8",
+    prompt_len: Annotated[
+        str, typer.Option("--prompt-len", help="Tokens of a prompt, and before decoding.")
+    ] = "128,512",
+    gen_len: Annotated[
+        int, typer.Option("--gen-len", min=1, help="Decode steps, of which the median counts.")
+    ] = 16,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, help="Prompts to read, of which the median counts.")
+    ] = 5,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a report with the roofline plot, one HTML file.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure time to the first token and decode steps, beside the machine's own limits.
+
+    The limits are measured first: bytes read a second, and operations a second in matrix products.
+    Programs are compiled before anything counts. Nothing else should run.
+    """
+    import jax.numpy as jnp
+
+    from meshwen.bench.report import Machine, as_dict, measure
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.distributed import process_index, shared
+    from meshwen.parallel.mesh import DATA_AXIS, make_mesh
+    from meshwen.tokenizer import Tokenizer
+
+    batches, prompts = _sizes("--batch", batch), _sizes("--prompt-len", prompt_len)
+    shared("report", lambda: check_writable(html))
+    devices = make_mesh(mesh)
+    parts = devices.shape.get(DATA_AXIS, 1)
+    if wrong := [size for size in batches if size % parts]:
+        raise MeshwenError(f"--batch {wrong[0]} is no multiple of the mesh's {parts} parts")
+    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+        context = checkpoint.config.context_length
+        if max(prompts) + gen_len > context:
+            raise MeshwenError(
+                f"--prompt-len {max(prompts)} and --gen-len {gen_len} are more than the model's "
+                f"context of {context} tokens"
+            )
+        note("measuring what the machine can do")
+        machine = Machine.of(devices, jnp.dtype(dtype.value))
+        loaded = load_model(
+            checkpoint,
+            Tokenizer.from_checkpoint(checkpoint),
+            mesh=devices,
+            dtype=dtype,
+            numerics=numerics,
+            max_num_seqs=max(batches),
+        )
+    rows = measure(loaded, machine, batches, prompts, gen_len, runs, note)
+    settings = {"model": loaded.config.name, "dtype": dtype.value, "numerics": numerics.value}
+    found = as_dict(loaded, machine, rows, settings)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print(found, machine, rows)
+    if html is not None and process_index() == 0:
+        from meshwen.bench.report_html import html_report
+
+        write_text(html, html_report(found))
+        note(f"the report is in {html}")
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*(,\s*[1-9]\d{0,8}\s*)*", text):
+        raise MeshwenError(f"{option} {text!r} is no list of numbers; give e.g. 1,8,32")
+    return [int(size) for size in text.split(",")]
+
+
+def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None:
+    console = output_console()
+    console.print(
+        f"{found['model']}, {found['dtype']}, {found['numerics']}, mesh {found['mesh']}, "
+        f"jax {found['jax']} on {found['device']}; peak memory {bytes_text(found['peak_bytes'])}\n"
+        f"the machine: reads {bytes_text(machine.bandwidth)}/s, multiplies "
+        f"{machine.rate / 1e9:.0f} GFLOP/s in {found['dtype']}",
+        markup=False,
+    )
+    for phase, title in (("prefill", "time to the first token"), ("decode", "a decode step")):
+        table = plain_table(
+            title,
+            *(">batch", ">tokens before", ">ms", ">least", ">most", ">tokens/s"),
+            *(">read a second", ">GFLOP/s", ">of the limit"),
+        )
+        for row in rows:
+            if row.phase == phase:
+                table.add_row(*_cells(row))
+        console.print(table)
+
+
+def _cells(row: Row) -> list[str]:
+    times = (row.seconds.median, row.seconds.least, row.seconds.most)
+    return [
+        str(row.batch),
+        str(row.length),
+        *(f"{seconds * 1e3:.1f}" for seconds in times),
+        f"{row.tokens_per_second:,.1f}",
+        bytes_text(row.bytes_per_second),
+        f"{row.flops_per_second / 1e9:,.1f}",
+        f"{row.share:.0%}",
+    ]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen bench`: what a step costs at least, what was measured, and how it is shown."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from meshwen.bench.costs import decode_cost, prefill_cost
+from meshwen.bench.measure import Seconds
+from meshwen.bench.report_html import html_report
+from meshwen.cli import main
+from meshwen.parallel.mesh import make_mesh
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.presets import preset
+
+BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+def plan(name: str, mesh: str = "1") -> ParallelPlan:
+    return ParallelPlan(preset(name), make_mesh(mesh))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "embedding"),
+    # As published: parameters, and those of an embedding table that a step does not read whole.
+    [("qwen2.5-7b", 7_615_616_512, 152_064 * 3_584), ("qwen2.5-0.5b", 494_032_768, 0)],
+)
+def test_a_step_reads_every_weight_but_an_untied_embedding_table(name, parameters, embedding):
+    found = decode_cost(plan(name), BFLOAT16, batch=1, length=0)
+    config = preset(name)
+    assert found.bytes == 2 * (parameters - embedding + config.hidden_size)
+    vectors = found.bytes // 2 - found.flops // 2  # Norms and biases are not multiplied.
+    assert 0 < vectors < 0.001 * parameters
+
+
+def test_a_longer_cache_and_a_larger_batch_cost_what_they_add():
+    half = plan("qwen2.5-0.5b")
+    none, some = (decode_cost(half, BFLOAT16, 1, n) for n in (0, 100))
+    # Qwen2.5-0.5B: 24 layers, 2 key/value heads and 14 query heads of 64; keys are float32.
+    assert some.bytes - none.bytes == 100 * 24 * 2 * 64 * (4 + 2)
+    assert some.flops - none.flops == 100 * 24 * 14 * 64 * 4
+    both = decode_cost(half, BFLOAT16, 2, 100)
+    assert both.flops == 2 * some.flops
+    assert both.bytes - some.bytes == some.bytes - none.bytes + 2 * 896
+
+
+def test_a_prompt_costs_its_tokens_and_the_logits_of_the_last():
+    half = plan("qwen2.5-0.5b")
+    one, step = prefill_cost(half, FLOAT32, 1), decode_cost(half, FLOAT32, 1, 1)
+    assert one.flops == step.flops
+    many = prefill_cost(half, FLOAT32, 512)
+    body = 357_898_112  # Multiplied weights without the table: 0.36 B, as published.
+    assert many.flops == pytest.approx(512 * 2 * body, rel=0.1)
+    assert many.bytes < 1.01 * one.bytes
+
+
+def test_the_mesh_has_no_part_in_the_cost():
+    costs = {decode_cost(plan("qwen2.5-7b", mesh), BFLOAT16, 8, 64) for mesh in ("1", "1x8", "8x4")}
+    assert len(costs) == 1
+
+
+def test_the_roof_is_memory_below_the_ridge_and_products_above():
+    cost = decode_cost(plan("qwen2.5-0.5b"), BFLOAT16, 1, 0)
+    assert cost.least_seconds(bandwidth=1e9, rate=1e30) == cost.bytes / 1e9
+    assert cost.least_seconds(bandwidth=1e30, rate=1e9) == cost.flops / 1e9
+
+
+def test_the_median_and_the_spread_are_told():
+    assert Seconds.of([3.0, 1.0, 2.0, 9.0]) == Seconds(median=2.5, least=1.0, most=9.0)
+
+
+@pytest.fixture(scope="module")
+def small_probes():
+    """Probes that take no time: what the machine can do is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meshwen.bench.probes._READ_BYTES", 1 << 20)
+        patch.setattr("meshwen.bench.probes._MATRIX", 64)
+        patch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+        yield
+
+
+@pytest.mark.parametrize("mesh", ["1", "data=2,model=2"])
+def test_every_length_and_batch_is_measured(mesh, small_probes, tmp_path, capsys):
+    page = tmp_path / "bench.html"
+    sizes = ("--batch", "2,4", "--prompt-len", "5,20", "--gen-len", "2", "--runs", "1")
+    assert main(["bench", "--mesh", mesh, *sizes, "--json", "--html", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["model"], found["mesh"]) == ("meshwen-bench-1", "demo", mesh)
+    rows = [(row["phase"], row["batch"], row["length"]) for row in found["rows"]]
+    assert rows == [
+        *(("prefill", 1, length) for length in (5, 20)),
+        *(("decode", batch, length) for batch in (2, 4) for length in (5, 20)),
+    ]
+    assert min(found["machine"].values()) > 0
+    assert found["peak_bytes"] > 0
+    for row in found["rows"]:
+        assert 0 < row["seconds"]["least"] <= row["seconds"]["median"] <= row["seconds"]["most"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"]["median"])
+        assert row["share"] > 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<circle") == len(rows)
+    assert "demo in bfloat16" in text
+
+
+def test_a_terminal_gets_tables(small_probes, capsys):
+    assert (
+        main(["bench", "--batch", "1", "--prompt-len", "8", "--gen-len", "1", "--runs", "1"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "the machine: reads" in said
+    assert "time to the first token" in said
+    assert "a decode step" in said
+
+
+def test_a_page_escapes_what_it_shows():
+    seconds, cost = {"median": 1.0, "least": 1.0, "most": 1.0}, {"bytes": 10, "flops": 20}
+    row = {"phase": "decode", "batch": 1, "length": 1, "seconds": seconds, "cost": cost}
+    rates = {"tokens_per_second": 1.0, "bytes_per_second": 10.0, "flops_per_second": 20.0}
+    page = html_report(
+        {
+            **{"model": "<b>", "dtype": "float32", "mesh": "1", "numerics": "fast", "jax": "1"},
+            **{
+                "meshwen": "1",
+                "device": "cpu",
+                "peak_bytes": 1,
+                "rows": [row | rates | {"share": 1}],
+            },
+            "machine": {"bandwidth": 1e9, "rate": 1e10},
+        }
+    )
+    assert "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--batch 0", "--batch '0' is no list of numbers"),
+        ("--batch 1,x", "no list of numbers"),
+        ("--prompt-len 100000", "are more than the model's context"),
+        ("--html no/such/folder/b.html", "cannot write no/such/folder/b.html"),
+        ("--mesh 1x", "mesh"),
+        ("--batch 3 --mesh data=2", "--batch 3 is no multiple of the mesh's 2 parts"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, said, capsys):
+    assert main(["bench", *options.split()]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said in error
