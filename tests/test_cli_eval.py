@@ -3,11 +3,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from html import escape
 
 import jax
@@ -58,6 +60,22 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
         assert one["finish_reason"] == "stop"
         assert one["logprob"] < 0
         assert len(one["tokens"]) > 5
+
+
+def test_progress_tells_answers_accuracy_and_tokens_a_second(tmp_path, monkeypatch):
+    told = []
+
+    @contextmanager
+    def recorder(label):
+        yield lambda *said: told.append(said)
+
+    monkeypatch.setattr("meshwen.cli.eval.progress_bar", recorder)
+    out = tmp_path / "run.jsonl"
+    assert gsm8k("--out", out, "--limit", 3) == 0
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert {total for _, total, _ in told} == {3}
+    assert len(told) == sum(len(one["tokens"]) for one in RunFile.read(out).records.values())
+    assert re.fullmatch(r"3 of 3 right, \d+ tokens/s", told[-1][2])
 
 
 @pytest.mark.slow
