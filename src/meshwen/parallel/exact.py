@@ -116,8 +116,7 @@ class ExactTensorParallel(TensorParallel):
         """Values summed with weights, and the weights summed.
 
         Zeros behind the last position that counts change nothing: bfloat16 products are added from
-        the left, float32 positions are cut into sums from the left. The weights are summed by a
-        product of their own: ones beside the values would have the values copied at every step.
+        the left, float32 positions are cut into sums from the left.
 
         Args:
             weights: float32 [B, K, R, S].
@@ -126,15 +125,13 @@ class ExactTensorParallel(TensorParallel):
         Returns:
             float32 [B, K, R, H], float32 [B, K, R, 1].
         """
-        ones = jnp.ones((weights.shape[-1], _ONES), v.dtype)
-        rows = weights.reshape(-1, weights.shape[-1])
+        ones = jnp.ones((*v.shape[:-1], _ONES), v.dtype)
+        columns = jnp.concatenate([v, ones], axis=-1)
         if v.dtype == jnp.float32:
-            y = _float32_product(weights, v, _LONGEST_SUM)
-            total = _float32_product(rows, ones, _LONGEST_SUM)
+            y = _float32_product(weights, columns, _LONGEST_SUM)
         else:
-            y = _bfloat16_product(weights.astype(v.dtype), v)
-            total = _bfloat16_product(rows.astype(v.dtype), ones)
-        return y, total[:, :1].reshape(*weights.shape[:-1], 1)
+            y = _bfloat16_product(weights.astype(v.dtype), columns)
+        return y[..., :-_ONES], y[..., -1:]
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """The products, each rounded to float32 by itself."""
