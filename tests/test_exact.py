@@ -48,6 +48,26 @@ def forward(config, mesh="1", dtype=np.float32) -> np.ndarray:
     return exact(config, mesh, dtype).logits(random_tokens(config, BATCH, LENGTH))
 
 
+@every_dtype
+def test_the_heads_of_a_device_are_summed_as_each_is_by_itself(dtype):
+    """Values fresh from a projection, of width enough that no padding copies them."""
+    B, K, R, T, H = 2, 4, 21, 24, 128
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(np.exp(4 * rng.normal(size=(B, K, R, T))), jnp.float32)
+    projected = jnp.asarray(rng.normal(size=(B, T, K * H)), dtype)
+
+    def summed(weights, projected):
+        v = projected.reshape(B, T, -1, H).swapaxes(1, 2)
+        return ExactTensorParallel(()).weighted_values(weights, v)
+
+    run = jax.jit(summed, compiler_options=COMPILER_OPTIONS)
+    whole = [np.asarray(part) for part in run(weights, projected)]
+    for head in range(K):
+        one = run(weights[:, head : head + 1], projected[..., head * H : (head + 1) * H])
+        for found, expected in zip(one, whole, strict=True):
+            assert_same_bits(np.asarray(found), expected[:, head : head + 1])
+
+
 @every_config
 @every_dtype
 @every_mesh

@@ -16,8 +16,9 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
   and 0.12 (AVX-512):
 
   - YNNPACK multiplies bfloat16 in one order for any number of rows from 2 up and columns from 64
-    up (from 16 for short sums), and zeros behind a sum change nothing. In float32 it cuts the sum
-    to suit its cache, by rows and columns.
+    up (from 16 for short sums), and zeros behind a sum change nothing. Operands have to lie in
+    row-major order: XLA turns a transposition into another layout, which goes elsewhere. In
+    float32 YNNPACK cuts the sum to suit its cache, by rows and columns.
   - Eigen adds float32 products one after the other up to 304 of them, but may share a sum among
     threads, for some shapes, where a thread's share is more than 32 (`shouldShardByInnerDim`).
     Sums of up to 64 it never shares, however many threads there are.
@@ -45,6 +46,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from meshwen.parallel.contractions import TensorParallel, product
 
@@ -116,7 +118,8 @@ class ExactTensorParallel(TensorParallel):
         """Values summed with weights, and the weights summed.
 
         Zeros behind the last position that counts change nothing: bfloat16 products are added from
-        the left, float32 positions are cut into sums from the left.
+        the left, float32 positions are cut into sums from the left. The weights are summed by a
+        product of their own: ones beside the values would have the values copied at every step.
 
         Args:
             weights: float32 [B, K, R, S].
@@ -125,13 +128,15 @@ class ExactTensorParallel(TensorParallel):
         Returns:
             float32 [B, K, R, H], float32 [B, K, R, 1].
         """
-        ones = jnp.ones((*v.shape[:-1], _ONES), v.dtype)
-        columns = jnp.concatenate([v, ones], axis=-1)
+        ones = jnp.ones((weights.shape[-1], _ONES), v.dtype)
+        rows = weights.reshape(-1, weights.shape[-1])
         if v.dtype == jnp.float32:
-            y = _float32_product(weights, columns, _LONGEST_SUM)
+            y = _float32_product(weights, v, _LONGEST_SUM)
+            total = _float32_product(rows, ones, _LONGEST_SUM)
         else:
-            y = _bfloat16_product(weights.astype(v.dtype), columns)
-        return y[..., :-_ONES], y[..., -1:]
+            y = _bfloat16_product(weights.astype(v.dtype), v)
+            total = _bfloat16_product(rows.astype(v.dtype), ones)
+        return y, total[:, :1].reshape(*weights.shape[:-1], 1)
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """The products, each rounded to float32 by itself."""
@@ -185,6 +190,7 @@ def _bfloat16_product(a: Array, b: Array) -> Array:
     (M, N), batch = (a.shape[-2], b.shape[-1]), tuple(range(a.ndim - 2))
     a = _pad(a, a.ndim - 2, max(0, _MIN_ROWS - M))
     b = _pad(b, b.ndim - 1, max(0, _MIN_COLUMNS - N))
+    a, b = (with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in (a, b))
     y = product(a, b, (((a.ndim - 1,), (b.ndim - 2,)), (batch, batch)))
     return _positive_zeros(y[..., :M, :N])
 
