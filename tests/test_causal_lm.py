@@ -2,10 +2,12 @@
 """The Python API: logits, generation, loading, and what importing the package starts."""
 
 import functools
+import gc
 import json
 import logging
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +273,20 @@ def test_a_checkpoints_weights_are_made_up_only_when_asked_for(folder):
 
 
 # --- Importing
+
+
+@every_mesh
+def test_the_memory_of_a_model_is_free_when_its_last_use_is(mesh):
+    model = Qwen2ForCausalLM(MeshModel(TINY, mesh).runner, None, {})
+    model(random_tokens(TINY, 2, 5))
+    model.generate([[1, 2, 3]], temperature=0, max_new_tokens=2)
+    weight = weakref.ref(jax.tree.leaves(model.runner.params)[0])
+    gc.disable()  # Collecting cycles is late: the next model may not fit beside this one.
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_importing_starts_no_back_end():

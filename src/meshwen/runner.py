@@ -175,23 +175,23 @@ class ModelRunner:
             donate: positions of arguments whose memory the results may take.
         """
 
-        def specs(axes: str | tuple[str, ...]) -> Any:
-            if isinstance(axes, str):
-                return self.plan.spec(*axes.split())
-            return tuple(specs(names) for names in axes)
+        # Not `self`: in a cycle with its programs, the weights would outlive their last use.
+        plan, tp = self.plan, self.tp
+        in_specs = (self._params_spec, *_specs(plan, in_axes))
+        out_specs = _specs(plan, out_axes)
 
         def program(params: Params, *arguments: Any, **options: Any) -> Any:
             mapped = jax.shard_map(
-                partial(step, config=self.plan.config, tp=self.tp, **options),
-                mesh=self.plan.mesh,
-                in_specs=(self._params_spec, *specs(in_axes)),
-                out_specs=specs(out_axes),
+                partial(step, config=plan.config, tp=tp, **options),
+                mesh=plan.mesh,
+                in_specs=in_specs,
+                out_specs=out_specs,
                 check_vma=False,
             )
             return mapped(params, *arguments)
 
         program.__name__ = step.__name__.strip("_")
-        options = COMPILER_OPTIONS if self.plan.exact and _on_cpu(self.plan) else None
+        options = COMPILER_OPTIONS if plan.exact and _on_cpu(plan) else None
         return jax.jit(
             program, static_argnames=static, donate_argnums=donate, compiler_options=options
         )
@@ -202,6 +202,13 @@ _CACHE = "batch heads"
 # XLA's CPU back end takes 8 times as long for a bfloat16 product of one row as for one of eight
 # rows (all layers of Qwen2.5-0.5B: 485 against 59 ms with jax 0.10, 831 against 60 with 0.12).
 _CPU_BFLOAT16_ROWS = 8
+
+
+def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
+    """The partition spec of logical axes, or one for each of several arrays."""
+    if isinstance(axes, str):
+        return plan.spec(*axes.split())
+    return tuple(_specs(plan, names) for names in axes)
 
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
