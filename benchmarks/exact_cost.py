@@ -8,7 +8,6 @@ with the weights of both numerics.
 """
 
 import argparse
-import gc
 from collections.abc import Callable
 
 import jax
@@ -42,8 +41,7 @@ def main() -> None:
             show(mesh, f"decode, batch {batch}, ms", pair)
         pair = in_turns(lambda model: first_token(model.engine, options.prompt, 3).median, models)
         show(mesh, f"prefill {options.prompt}, ms", pair)
-        del models
-        gc.collect()
+        del models  # Not there while the next are loaded.
 
 
 def in_turns(
