@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test files need: simulated devices, the real checkpoint, the reference outputs."""
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -16,6 +18,16 @@ jax.config.update("jax_num_cpu_devices", 32)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FETCH = SHARED / "real-model" / "fetch"
 REAL_MODEL = "qwen2.5-coder-0.5b-instruct"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _give_memory_back():
+    """After each file: programs add up, and the C library keeps what small arrays took."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

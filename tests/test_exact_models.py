@@ -33,12 +33,6 @@ WIDTH_7B = Qwen2Config(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _free_the_programs():
-    yield
-    jax.clear_caches()
-
-
 def load(path, mesh: str, dtype: str, batch: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM.from_pretrained(
         path, mesh=mesh, dtype=dtype, numerics="exact", max_num_seqs=batch

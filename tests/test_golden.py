@@ -38,7 +38,6 @@ def load(path: Path, mesh: str, dtype: str) -> Qwen2ForCausalLM:
 def _free_the_models():
     yield
     load.cache_clear()
-    jax.clear_caches()
 
 
 def teacher_forced(model: Qwen2ForCausalLM, case: dict) -> jax.Array:
