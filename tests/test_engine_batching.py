@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+import meshwen.capacity as capacity_module
 from mesh_model import MeshModel, random_tokens
 from meshwen.capacity import Capacity
 from meshwen.engine import Engine, QueueFullError
@@ -274,29 +275,94 @@ def test_max_model_len_limits_prompt_and_answer():
         limited.run([request(PROMPTS[2])])
 
 
-def test_a_longer_cache_than_there_is_memory_for_is_refused_while_others_run():
-    plan, dtype = model().plan, model().runner.dtype
-    whole = Capacity.of(plan, dtype, 2)
-    small = Capacity(2, 1100, 1, whole.token_bytes, 63 * whole.token_bytes)
-    running, events = Engine(model().runner, None, (), small), []
-    for _ in range(2):
-        running.submit(Request((1, 2), SamplingParams(max_new_tokens=3)), events.append)
-    with pytest.raises(MeshwenError, match=r"no memory .* while other requests run"):
-        running.submit(request(PROMPTS[3]), events.append)
+def engine_with_room_for(slots: int, max_num_seqs: int = 2) -> Engine:
+    """An engine whose cache may have so many slots in all its rows."""
+    token_bytes = Capacity.of(model().plan, model().runner.dtype, 2).token_bytes
+    small = Capacity(max_num_seqs, 1100, 1, token_bytes, slots * token_bytes)
+    return Engine(model().runner, None, (), small)
+
+
+SHORT = Request((1, 2), SamplingParams(temperature=0, max_new_tokens=3))
+
+
+def test_a_longer_request_than_there_is_memory_for_beside_others_waits_and_is_not_overtaken():
+    running, events = engine_with_room_for(63), []
+    first = [running.submit(SHORT, events.append) for _ in range(2)]
+    running.step()
+    long = running.submit(request(PROMPTS[2]), events.append)
+    last = running.submit(SHORT, events.append)
     drain(running)
-    assert len(tokens_of(events)) == 2
-    found = completions(running.run([Request(tuple(PROMPTS[2]), SamplingParams(max_new_tokens=3))]))
-    assert len(found) == 1
+    ended = [event.request for event in events if event.completion]
+    assert (sorted(ended[:2]), ended[2:]) == (first, [last, long])  # Those two at the same time.
+    begun = list(dict.fromkeys(event.request for event in events))
+    assert begun == [*first, long, last]
+    assert tokens_of(events)[long] == greedy(tuple(PROMPTS[2]))[0]
+
+
+def test_a_request_that_there_is_no_memory_for_at_all_is_refused_by_itself():
+    running, events = engine_with_room_for(63), []
+    with pytest.raises(MeshwenError, match="KV cache"):
+        running.submit(request([1] * 64), events.append)
+    with pytest.raises(MeshwenError, match="KV cache"):
+        running.run([SHORT, request([1] * 64)])
+    number = running.submit(SHORT, events.append)
+    drain(running)
+    assert list(tokens_of(events)) == [number]
+
+
+def test_memory_that_a_long_request_took_is_given_back():
+    running, events = engine(), []
+    running.submit(request([1] * 900, max_new_tokens=1), events.append)
+    drain(running)
+    long = running._length
+    running.submit(SHORT, events.append)
+    running.step()
+    assert running._length < long
+
+
+def test_fewer_rows_than_were_asked_for_are_told(caplog):
+    found = completions(engine_with_room_for(40, max_num_seqs=4).run([SHORT] * 3))
+    assert len({one.tokens for one in found}) == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith("only 2 sequences of 16 tokens fit")
+
+
+def test_who_fails_to_take_a_token_loses_its_own_request_alone():
+    running, events = engine(max_num_seqs=2), []
+
+    def fails(event: Event) -> None:
+        raise OSError("gone")
+
+    first = running.submit(request(PROMPTS[0]), events.append)
+    running.submit(request(PROMPTS[1]), fails)
+    raised = 0
+    while running.busy:
+        try:
+            running.step()
+        except OSError:
+            raised += 1
+    assert raised == 1
+    assert tokens_of(events) == {first: greedy(tuple(PROMPTS[0]))[0]}
+
+
+def test_a_control_groups_limit_is_kept(tmp_path):
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    group = root / "pod" / "container"
+    group.mkdir(parents=True)
+    own.write_text("4:memory:/other\n0::/pod/container\n")
+    files = {"active_file": 100, "inactive_file": 50, "anon": 7}
+    for folder, limit, used in ((group, "max", 600), (group.parent, "1000", 600)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("".join(f"{k} {v}\n" for k, v in files.items()))
+    assert list(capacity_module._control_groups_leave(own, root)) == [550]
+    assert list(capacity_module._control_groups_leave(tmp_path / "none", root)) == []
 
 
 def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old_ones():
-    plan, dtype = model().plan, model().runner.dtype
-    token_bytes = Capacity.of(plan, dtype, 2).token_bytes
-    small = Capacity(2, 1100, 1, token_bytes, 40 * token_bytes)  # Two rows of 16, not three.
-    running, events = Engine(model().runner, None, (), small), []
-    asked = Request((1, 2), SamplingParams(max_new_tokens=3))
+    running, events = engine_with_room_for(40), []  # Two rows of 16, not three.
     for _ in range(2):
-        running.submit(asked, events.append)
+        running.submit(SHORT, events.append)
         running.step()
     drain(running)
     assert len(tokens_of(events)) == 2

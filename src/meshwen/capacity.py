@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,26 @@ def _free_host_bytes() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             sizes = dict(line.split(":") for line in lines)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *_control_groups_leave()])
+
+
+def _control_groups_leave(
+    own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[int]:
+    """Bytes that each limit on this process leaves it, as a container has one (Linux cgroup v2)."""
+    try:
+        (path,) = re.findall(r"^0::/?(.*)$", own.read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return
+    folder = root / path
+    for group in [folder, *folder.parents[: len(folder.parts) - len(root.parts)]]:
+        try:
+            limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # No such controller here, or its limit is "max".
+            continue
+        # The cache of files is given up where memory is asked for.
+        yield max(0, limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))

@@ -10,6 +10,7 @@ come from a short ladder of buckets.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, SamplingParam
 from meshwen.sequence import SequenceState
 from meshwen.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 # Chunks of prompts that may be read one after the other while answers wait for their next token.
 _MOST_READS = 8
 
@@ -43,8 +46,8 @@ class Engine:
     """Runs requests on a model. One thread at a time may call it.
 
     The cache is made when there is something to do, as large as that needs: rows up to a power of
-    two, lengths up to a bucket. It grows with what is submitted, within `capacity`; a `run` that
-    finds nothing else running also makes it smaller.
+    two, lengths up to a bucket. While answers run it grows with what waits, within `capacity`; a
+    request that there is no memory for waits until they have ended, and none overtakes it.
 
     Args:
         runner: the model.
@@ -76,6 +79,7 @@ class Engine:
         self._cache: KVCache = ()
         self._length = 0  # Slots of the cache.
         self._reads = 0  # Chunks read since answers last got a token.
+        self._errors: list[Exception] = []  # That an `on_event` raised in this step.
 
     @property
     def config(self) -> Qwen2Config:
@@ -92,13 +96,19 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._waiting) or any(self._slots)
 
-    def check(self, token_ids: Sequence[int], name: str) -> None:
-        """Refuses a prompt that the engine cannot continue, as `check_prompt` does.
+    def check(self, request: Request, name: str) -> None:
+        """Refuses a request that the engine cannot answer.
+
+        Args:
+            request: the request.
+            name: what to call its prompt: "prompt 3".
 
         Raises:
-            MeshwenError: it is empty, too long, or has a token outside the vocabulary.
+            MeshwenError: the prompt is empty, too long, or has a token outside the vocabulary, or
+                there is no memory for it and its answer.
         """
-        check_prompt(token_ids, self.config, name, self._capacity.max_model_len)
+        check_prompt(request.prompt_tokens, self.config, name, self._capacity.max_model_len)
+        self._capacity.rows(1, bucket(self._needed(request)))
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
         """Takes a request; `step` then gives its tokens to `on_event`, one event each.
@@ -108,12 +118,14 @@ class Engine:
 
         Raises:
             QueueFullError: too many requests wait.
-            MeshwenError: the prompt is empty or too long, or the cache has no memory for it.
+            MeshwenError: `check` refuses the request.
         """
-        self.check(request.prompt_tokens, "the prompt")
+        self.check(request, "the prompt")
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"{self._max_waiting} requests wait already; try again later")
-        self._fit(1, self._needed(request))
+        return self._append(request, on_event)
+
+    def _append(self, request: Request, on_event: Callable[[Event], None]) -> int:
         number, self._submitted = self._submitted, self._submitted + 1
         limit = self._limit(request)
         self._waiting.append(
@@ -133,10 +145,14 @@ class Engine:
         """Reads a chunk of a waiting prompt if a slot is free, then takes a token of each answer.
 
         While less than half of the slots answer, a few prompts are read first: a step of few
-        answers costs almost what one of many does. An error, also one of an `on_event`, ends all
-        requests; the engine is then as new.
+        answers costs almost what one of many does.
+
+        Raises:
+            Exception: an `on_event` raised it; its request is cancelled, others go on. Any other
+                error ends all requests without an event; the engine is then as new.
         """
         try:
+            self._make_room()
             self._reads = self._reads + 1 if self._read_chunk() else _MOST_READS
             running = sum(s is not None and bool(s.tokens) for s in self._slots)
             if running and (2 * running >= len(self._slots) or self._reads >= _MOST_READS):
@@ -145,30 +161,28 @@ class Engine:
         except BaseException:
             self._forget()  # A step that broke off has taken the cache with it.
             raise
+        errors, self._errors = self._errors, []
+        if errors:
+            raise errors[0]
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Runs requests; every token comes as it is drawn. They are numbered in their order.
 
-        Closing the iterator cancels what is unfinished.
+        Closing the iterator cancels what is unfinished. However many they are, they may all wait.
 
         Raises:
-            MeshwenError: a prompt is empty or too long, or the cache has no memory for it.
+            MeshwenError: `check` refuses one of them; none is run.
         """
         for number, request in enumerate(requests, start=1):
-            self.check(request.prompt_tokens, f"prompt {number}")
+            self.check(request, f"prompt {number}")
         return self._run(requests)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Event]:
         came: deque[Event] = deque()
-        unasked = deque(enumerate(requests))
-        numbers: dict[int, int] = {}  # The engine's, of unfinished requests, to the caller's.
-        if requests:
-            self._fit(len(requests), max(map(self._needed, requests)), shrink=True)
+        # The engine's, of unfinished requests, to the caller's.
+        numbers = {self._append(one, came.append): n for n, one in enumerate(requests)}
         try:
-            while unasked or numbers:
-                while unasked and len(self._waiting) < self._max_waiting:
-                    number, request = unasked.popleft()
-                    numbers[self.submit(request, came.append)] = number
+            while numbers:
                 self.step()
                 if not came and not self.busy:
                     raise MeshwenError("these requests were lost when a step of others failed")
@@ -195,35 +209,44 @@ class Engine:
     def _chunks(self, length: int) -> list[int]:
         return chunks(length, self._plan.heads.local_query_slots)
 
-    def _fit(self, count: int, needed: int, *, shrink: bool = False) -> None:
-        """Fits the cache to `count` more requests, the longest of which needs so many slots."""
-        idle = not self.busy
-        anew = idle and shrink
-        active = len(self._waiting) + sum(s is not None for s in self._slots)
-        length = max(bucket(needed), 0 if anew else self._length)
-        wanted = max(active + count, 0 if anew else len(self._slots))
-        rows = self._capacity.rows(wanted, length)
+    def _make_room(self) -> None:
+        """Fits the cache to what waits, as far as memory and what is running allow."""
+        if not self._waiting:
+            return
+        active = sum(slot is not None for slot in self._slots)
+        wanted = active + len(self._waiting)
+        if not active:
+            length = bucket(max(self._needed(one.request) for one in self._waiting))
+            self._make_cache(self._capacity.rows(wanted, length), length)
+            return
+        old = len(self._slots), self._length
+        length = max(self._length, bucket(self._needed(self._waiting[0].request)))
+        rows = max(old[0], self._capacity.rows(wanted, length))
+        for new in ((rows, length), (old[0], length)):
+            if new != old and self._capacity.holds(old, new):  # Both exist for a moment.
+                self._cache = resized(self._cache, self._plan, *new)
+                self._slots = _more_rows(self._slots, new[0], self._plan.data_devices)
+                self._length, self._sampler = length, None
+                return
+
+    def _make_cache(self, rows: int, length: int) -> None:
+        """An empty cache, for an engine that nothing runs on."""
         if (rows, length) == (len(self._slots), self._length):
             return
-        if idle:
-            self._forget()  # The cache is free before the next is made.
-            self._cache = self._runner.empty_cache(rows, length)
-            self._slots = [None] * rows
-        else:
-            old = len(self._slots), self._length
-            rows = max(rows, len(self._slots))
-            if not self._capacity.holds(old, (rows, length)):  # Both exist for a moment.
-                if length == self._length:
-                    return  # The request waits for a slot.
-                rows = len(self._slots)
-                if not self._capacity.holds(old, (rows, length)):
-                    raise MeshwenError(
-                        f"there is no memory for a sequence of {needed} tokens while other "
-                        "requests run"
-                    )
-            self._cache = resized(self._cache, self._plan, rows, length)
-            self._slots = _more_rows(self._slots, rows, self._plan.data_devices)
-        self._length, self._sampler = length, None
+        self._cache, self._sampler = (), None  # Free before the next is made.
+        self._cache = self._runner.empty_cache(rows, length)
+        self._slots, self._length = [None] * rows, length
+        wanted = min(self._capacity.max_num_seqs, len(self._waiting))
+        if rows < wanted:
+            logger.warning(
+                "only %d sequences of %d tokens fit the memory for the KV cache, not %d at once",
+                rows,
+                length,
+                wanted,
+            )
+
+    def _fits(self, sequence: SequenceState) -> bool:
+        return self._needed(sequence.request) <= self._length
 
     def _begin_reading(self) -> _Reading | None:
         """Gives the requests that wait longest free slots, one on each part of the batch."""
@@ -233,7 +256,7 @@ class Engine:
         for part in range(parts):
             first = part * of_part
             free = [r for r in range(of_part) if self._slots[first + r] is None]
-            if free and self._waiting:
+            if free and self._waiting and self._fits(self._waiting[0]):
                 sequence = self._waiting.popleft()
                 sequence.begin()
                 self._slots[first + free[0]] = sequence
@@ -278,7 +301,11 @@ class Engine:
             if not any(s is sequence for s in self._slots):
                 continue  # Cancelled.
             wanted = None if not sequence.request.sampling.logprobs else logprobs
-            sequence.push(int(tokens[row]), None if wanted is None else float(wanted[row]))
+            try:
+                sequence.push(int(tokens[row]), None if wanted is None else float(wanted[row]))
+            except Exception as error:
+                self._errors.append(error)
+                self.cancel(sequence.number)
             if sequence.finish_reason:
                 self.cancel(sequence.number)
 

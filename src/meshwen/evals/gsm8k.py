@@ -92,18 +92,17 @@ def answer_all(
     began = time.perf_counter() - run.seconds
     sampling = replace(sampling, stop=style.stop, logprobs=True)
     open_ones = [q for q in questions if q.key not in run.records]
-    asked = []
+    asked, requests = [], []
     for one in open_ones:
-        error = _refusal(one, engine)
+        request = Request(one.token_ids, replace(sampling, seed=one.seed(sampling.seed)))
+        error = _refusal(one, request, engine)
         if error is None:
             asked.append(one)
+            requests.append(request)
         else:
             run.write(_failed(one, error) | {"elapsed": run.seconds})
     answered = [run.records[one.key] for one in questions if one.key in run.records]
     done, right = len(answered), sum(record["correct"] for record in answered)
-    requests = [
-        Request(one.token_ids, replace(sampling, seed=one.seed(sampling.seed))) for one in asked
-    ]
     for tokens, event in enumerate(engine.run(requests), start=1):
         if event.completion is not None:
             record = _record(asked[event.request], event.completion, style)
@@ -185,9 +184,9 @@ def data_sha256(problems: Iterable[Problem]) -> str:
     return digest.hexdigest()
 
 
-def _refusal(one: Question, engine: Engine) -> str | None:
+def _refusal(one: Question, request: Request, engine: Engine) -> str | None:
     try:
-        engine.check(one.token_ids, f"problem {one.problem.number}")
+        engine.check(request, f"problem {one.problem.number}")
     except MeshwenError as error:
         return str(error)
     return None
