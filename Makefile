@@ -21,10 +21,12 @@ test: $(VENV)/.installed-dev
 
 # What PyTorch and transformers compute, in an environment of its own: the package needs neither.
 test-torch: $(VENV)-torch/.installed
+	$(VENV)-torch/bin/python -c 'import torch, transformers'  # Without them all tests would skip.
 	$(VENV)-torch/bin/python -m pytest -m torch
 
 # lm-evaluation-harness, driving the demo model on local data.
 test-harness: $(VENV)-harness/.installed
+	$(VENV)-harness/bin/python -c 'import lm_eval'
 	$(VENV)-harness/bin/python -m pytest tests/test_evals_harness.py
 
 lint: $(VENV)/.installed-dev

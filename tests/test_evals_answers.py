@@ -40,6 +40,16 @@ from meshwen.evals.answers import boxed, gold_answer, last_number, number, same_
         (r"18\text{ dollars per day}", 18),
         (r"\text{Total: }7", 7),
         ("70,000 dollars", 70_000),
+        (r"The answer is \(18\).", 18),
+        (r"\[18\]", 18),
+        (r"18\\", 18),
+        (r"\underline{18}", 18),
+        (r"\mathit{18}\hspace{1mm}", 18),
+        ("-(18)", -18),
+        ("- 18", -18),
+        (r"-\$18", -18),
+        (r"\frac{-1}{2}", "-1/2"),
+        (r"-\frac{-1}{2}", "1/2"),
         ("x = 18", 18),
         (r"20 \times 3 = 60", 60),
         ("10 - 3 = 7 apples", 7),
@@ -102,7 +112,9 @@ def test_the_last_box_counts(text, content):
         ("5 and then 1,200 dollars.", "1,200"),
         ("it is -7.", "-7"),
         ("10-3=7", "7"),
+        ("20 - 5", "5"),
         ("Remaining:\n- $18", "$18"),
+        ("Remaining:\n- 18 apples", "18"),
         ("a loss of -$5.", "-$5"),
         ("nothing", None),
         ("at 3.50 each", "3.50"),
@@ -110,6 +122,11 @@ def test_the_last_box_counts(text, content):
 )
 def test_the_last_number_is_found_as_it_is_written(text, found):
     assert last_number(text) == found
+
+
+def test_an_answer_that_went_astray_is_read_at_once_and_has_no_number():
+    assert last_number("5" + " " * 100_000 + "?") == "5"  # Each blank looked at a few times.
+    assert number("9" * 5000) is None  # More digits than Python makes a number of.
 
 
 def test_the_gold_answer_stands_behind_the_mark():

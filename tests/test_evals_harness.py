@@ -5,7 +5,6 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -154,11 +153,17 @@ def test_the_command_hands_its_options_to_the_harness(tmp_path, monkeypatch):
     content = gsm8k_task("gsm8k-cot-zeroshot") | {"task": "mine"}
     task.write_text(yaml.safe_dump(content))
     monkeypatch.setattr("sys.argv", ["meshwen"])
-    options = ["--model_args", "pretrained=demo,dtype=float32", "--tasks", "mine", "--limit", "2"]
+    options = [
+        "--model_args",
+        "pretrained=demo,dtype=float32,mesh=2",
+        "--tasks",
+        "mine",
+        "--limit",
+        "2",
+    ]
     options += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json")]
     assert main(["eval", "harness", *options]) == 0
     (written,) = tmp_path.glob("out*.json")
     results = json.loads(written.read_text())
     assert results["config"]["model"] == "meshwen"
     assert results["n-samples"]["mine"]["effective"] == 2
-    jax.clear_caches()

@@ -8,17 +8,21 @@ from fractions import Fraction
 
 # Of LaTeX: spaces, sizes, units, and signs that say nothing of a number's value.
 _LATEX = re.compile(
-    r"\\(?:[,;:! ]|quad\b|left\b|right\b|displaystyle\b|d?approx\b|(?:pounds|euro|cents?)\b)|~"
-    r"|\^\s*\{?\s*\\circ\b\s*\}?|\\degree\b"
+    r"\\(?:[\\,;:! ()\[\]]|hspace\*?\s*\{[^{}]*\}|quad\b|left\b|right\b|displaystyle\b|d?approx\b"
+    r"|(?:pounds|euro|cents?)\b)|~|\^\s*\{?\s*\\circ\b\s*\}?|\\degree\b"
 )
 _POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\d|\{\s*\d+\s*\})")
-_WRAPPED = re.compile(r"\\(?:mathrm|mathbf|textbf|text|mbox)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*([\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))")
+_WRAPPED = re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm)?|mbox|underline)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_FEW = r"\s{0,3}"  # Not any number: a long row of blanks would be searched from each of them.
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>-?)[$€£¥₹]?\s*(?P<sign2>-?)"
-    rf"(?:(?P<whole>\d+)\s+(?=\d+\s*/\s*\d))?(?P<top>{_DIGITS})(?:\s*/\s*(?P<under>{_DIGITS}))?"
+    rf"(?<![\w.])(?P<sign>-?)(?:[$€£¥₹]{_FEW})?(?P<sign2>-?)"
+    rf"(?:(?P<whole>\d+)\s{_FEW}(?=\d+{_FEW}/{_FEW}\d))?"
+    rf"(?P<top>{_DIGITS})(?:{_FEW}/{_FEW}(?P<under>{_DIGITS}))?"
 )
+# The sign of all that follows: - 18, -(18).
+_MINUS_APART = re.compile(r"^\s*-\s*\(?\s*")
 # What stands beside a number where there is more to it: another number, or a root, a product, ...
 _MORE = re.compile(r"[\d\\]")
 _GOLD = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
@@ -68,7 +72,7 @@ def number(text: str) -> Fraction | None:
 
 def _one_number(text: str) -> Fraction | None:
     # A whole number may stand before a fraction: 2 1/2.
-    text = re.sub(r"^\s*-\s+", "-", _FRACTION.sub(r" \1\2/\3\4 ", text))
+    text = _MINUS_APART.sub("-", _FRACTION.sub(r" \1\2/\3\4 ", text))
     found = _NUMBER.search(text)
     if not found or _MORE.search(text[: found.start()] + text[found.end() :]):
         return None
@@ -76,9 +80,9 @@ def _one_number(text: str) -> Fraction | None:
         value = Fraction(found["top"].replace(",", "")) / Fraction(
             (found["under"] or "1").replace(",", "")
         )
-    except ZeroDivisionError:
+        value += int(found["whole"] or 0)
+    except (ZeroDivisionError, ValueError):  # Of thousands of digits Python makes no number.
         return None
-    value += int(found["whole"] or 0)
     return -value if bool(found["sign"]) != bool(found["sign2"]) else value
 
 

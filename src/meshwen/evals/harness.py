@@ -43,7 +43,8 @@ class MeshwenLM(TemplateLM):
             `max_model_len` cuts the windows of long texts.
         max_batch_size: the harness's; not used.
         device: the harness's; not used: `mesh` says where the model lies.
-        options: more for `from_pretrained`: mesh, dtype, numerics, max_model_len, revision.
+        options: more for `from_pretrained`: mesh, dtype, numerics, max_model_len, revision. A mesh
+            with a comma, "data=2,model=4", the harness's own command line takes in JSON alone.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class MeshwenLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
+        for name in {"mesh", "revision"} & options.keys():  # The harness makes numbers of digits.
+            options[name] = str(options[name])
         rows = 32 if str(batch_size).startswith("auto") else int(batch_size)
         self._model = Qwen2ForCausalLM.from_pretrained(pretrained, max_num_seqs=rows, **options)
         if self._model.tokenizer is None:

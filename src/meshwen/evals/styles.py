@@ -79,7 +79,15 @@ def shots(style: PromptStyle, train: Sequence[Problem], problems: int) -> list[l
     """The solved examples of each problem from the first on.
 
     lm-evaluation-harness draws them anew for every problem, from one generator seeded with 1234.
+
+    Raises:
+        MeshwenError: there are fewer than the style shows.
     """
+    if len(train) < style.shots:
+        raise MeshwenError(
+            f"prompt style {style.name} shows {style.shots} solved examples, and there are only "
+            f"{len(train)} to choose from: give more with --train"
+        )
     generator = Random(1234)
     return [generator.sample(train, style.shots) for _ in range(problems)]
 
