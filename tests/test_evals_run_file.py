@@ -62,6 +62,26 @@ def test_a_run_that_was_killed_before_its_first_line_begins_anew(tmp_path):
     assert RunFile.read(path).records == {}
 
 
+def test_a_run_that_was_stopped_before_its_first_answer_is_in_nobodys_way(tmp_path):
+    path = tmp_path / "r.jsonl"
+    RunFile.begin(path, SETTINGS, resume=False).close()
+    with path.open("ab") as file:
+        file.write(b'{"id": 0, "sam')
+    run = RunFile.begin(path, SETTINGS | {"seed": 1}, resume=False)
+    run.close()
+    assert RunFile.read(path).settings["seed"] == 1
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("content", [b'{"precious": 1}', b'{"precious": 1}\n', b"x", b"\n"])
+def test_a_file_that_is_no_run_is_never_touched(tmp_path, content, resume):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(MeshwenError):
+        RunFile.begin(path, SETTINGS, resume=resume)
+    assert path.read_bytes() == content
+
+
 def test_an_existing_file_is_kept_unless_it_is_to_go_on(tmp_path):
     path = written(tmp_path / "r.jsonl", answer(0)).path
     with pytest.raises(MeshwenError, match="add --resume"):

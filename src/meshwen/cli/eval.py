@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import sys
@@ -81,7 +80,7 @@ def gsm8k(
     """
     from meshwen.distributed import shared
 
-    _check_report(html)
+    _check_report(html, [out])
     shared("run files", lambda: _check_file(out, resume))
     run, found = _evaluate(asked, mesh, numerics, out, resume)
     if as_json:
@@ -118,15 +117,15 @@ def meshes(
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.parallel.mesh import make_mesh
 
-    _check_report(html)
     specs = parse_meshes(meshes)
     make_mesh(max(specs, key=lambda spec: spec.devices))  # Simulated devices enough for all.
     paths = [out / f"{spec}.jsonl" for spec in specs]
+    _check_report(html, paths)
     shared("run files", lambda: _check_folder(out, paths, resume))
-    results = []
-    for spec, path in zip(specs, paths, strict=True):
-        results.append(_evaluate(asked, str(spec), numerics, path, resume))
-        gc.collect()  # The weights of one mesh, before those of the next are there.
+    results = [
+        _evaluate(asked, str(spec), numerics, path, resume)
+        for spec, path in zip(specs, paths, strict=True)
+    ]
     first = results[0][0]
     compared = [compare_runs(first, run) for run, _ in results]
     if as_json:
@@ -182,6 +181,7 @@ def compare(
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.evals.run_file import RunFile
 
+    check_writable(html, [first, second])
     runs = RunFile.read(first), RunFile.read(second)
     found = compare_runs(*runs)
     if as_json:
@@ -268,10 +268,9 @@ def _evaluate(
             ),
         )
     run.close()
-    seconds = round(run.seconds, 1)
     run = replace(run, records={one.key: run.records[one.key] for one in questions})
     found = summary(run.records.values())
-    return run, found | {"seconds": seconds, "answers_from_before": before}
+    return run, found | {"seconds": round(run.seconds, 1), "answers_from_before": before}
 
 
 def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
@@ -313,10 +312,10 @@ def _sha256(*content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_report(path: Path | None) -> None:
+def _check_report(path: Path | None, runs: Sequence[Path]) -> None:
     from meshwen.distributed import shared
 
-    shared("report", lambda: check_writable(path))
+    shared("report", lambda: check_writable(path, runs))
 
 
 def _write_report(path: Path, runs: Sequence[RunFile], compared: Sequence[Comparison]) -> None:

@@ -65,6 +65,8 @@ def print_meshes(
 
 def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     """Two runs, and the texts of the answers that one alone has right."""
+    from meshwen.evals.compare import settings_of
+
     console = output_console()
     table = plain_table(f"{found.answers} answers", "run", ">right", ">accuracy", ">only right")
     for run, right, alone in zip(
@@ -77,13 +79,16 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
         f"{p}identical answers: {found.identical} of {found.answers}",
         markup=False,
     )
+    for name, (one, other) in settings_of(runs).items():
+        if one != other:
+            console.print(f"{name}: {one} and {other}", markup=False)
     if found.parted:
         problem, _, token = min(found.parted, key=lambda one: one[2])
-        problems = ", ".join(str(one[0]) for one in found.parted[:_LISTED])
+        places = ", ".join(f"{one[0]} from {one[2]}" for one in found.parted[:_LISTED])
         more = ", ..." * (len(found.parted) > _LISTED)
         console.print(
-            f"other tokens in problems {problems}{more}; the earliest from token {token} on, in "
-            f"problem {problem}",
+            f"other tokens in problem {places}{more}; the earliest from {token} on, in problem "
+            f"{problem}",
             markup=False,
         )
     parted = {(problem, sample): token for problem, sample, token in found.parted}

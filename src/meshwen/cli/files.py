@@ -4,29 +4,46 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from meshwen.errors import MeshwenError
 
 
-def check_writable(path: Path | None) -> None:
-    """Refuses a file that cannot be written, before anything is run."""
+def check_writable(path: Path | None, other_than: Iterable[Path] = ()) -> None:
+    """Refuses a file that cannot be written, or is another that is kept, before anything is run."""
     if path is None:
         return
+    for other in other_than:
+        if path.resolve() == other.resolve() or (
+            path.exists() and other.exists() and path.samefile(other)
+        ):
+            raise MeshwenError(f"{path} is the run file: name another file for the report")
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         raise MeshwenError(f"cannot write {path}: its folder does not exist, or it is one")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    needed = [path] if path.exists() else []
+    if not path.exists() or path.is_file():
+        needed.append(folder)
+    if not all(os.access(one, os.W_OK) for one in needed):
         raise MeshwenError(f"cannot write {path}: permission denied")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file.
+    """Writes a file; one that is there is replaced only by the whole text.
 
     Raises:
         MeshwenError: it cannot be written.
     """
+    path = path.resolve()
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # A pipe, or a device.
+            path.write_text(text, encoding="utf-8")
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(text, encoding="utf-8")
+            whole.replace(path)
     except OSError as error:
         raise MeshwenError(f"cannot write {path}: {error.strerror}") from None

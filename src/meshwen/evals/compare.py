@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from meshwen.errors import MeshwenError
 from meshwen.evals.run_file import Key, Record, RunFile
@@ -94,6 +96,12 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
         len(keys) - len(parted),
         parted,
     )
+
+
+def settings_of(runs: Sequence[RunFile]) -> dict[str, list[Any]]:
+    """Each setting that any run has, with its value in every run."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return {name: [run.settings.get(name) for run in runs] for name in names}
 
 
 def _first_difference(one: Record, other: Record) -> int | None:

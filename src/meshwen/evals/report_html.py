@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meshwen.evals.compare import Comparison
+from meshwen.evals.compare import Comparison, settings_of
 from meshwen.evals.gsm8k import summary
 from meshwen.evals.run_file import Key, RunFile
+from meshwen.evals.styles import prompt_style
 from meshwen.pages import render
 
 
@@ -27,24 +28,20 @@ def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
     return render(
         "eval",
         first=first,
+        source=prompt_style(first.settings["prompt_style"]).source,
         rows=rows,
         sampled="any_correct" in rows[0]["found"],
         differences=[
             {"run": run, "flips": _flips(first, run, one), "against": one}
             for run, one in zip(runs[1:], compared, strict=True)
         ],
-        settings=_settings(runs),
+        # One value where all agree.
+        settings={
+            name: values[:1] if values.count(values[0]) == len(values) else values
+            for name, values in settings_of(runs).items()
+        },
         answers=[first.records[key] for key in sorted(first.records)],
     )
-
-
-def _settings(runs: Sequence[RunFile]) -> list[tuple[str, list[Any]]]:
-    """Each setting with its value in every run, one where they agree."""
-    found = []
-    for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values = [run.settings.get(name) for run in runs]
-        found.append((name, values[:1] if values.count(values[0]) == len(values) else values))
-    return found
 
 
 def _flips(first: RunFile, second: RunFile, compared: Comparison) -> list[dict[str, Any]]:

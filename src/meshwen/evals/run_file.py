@@ -67,11 +67,11 @@ class RunFile:
         Args:
             path: the file.
             settings: of this run.
-            resume: go on with the file where it exists; without, it must not exist.
+            resume: go on with the file where it has answers; without, it must have none.
 
         Raises:
-            MeshwenError: it exists, or has other settings, or cannot be written, or another run is
-                writing it.
+            MeshwenError: it has answers, or other settings, or is no run file, or cannot be
+                written, or another run is writing it.
         """
         check_new(path, resume=resume)
         try:
@@ -95,14 +95,15 @@ class RunFile:
             raise MeshwenError(f"another run is writing {path}: wait for it, or end it") from None
         except OSError as error:
             raise MeshwenError(f"cannot lock {path}: {error.strerror}") from None
-        lines = cls._whole_lines(path)
+        new = _without_answers(path)
+        lines = [] if new else cls._whole_lines(path)
         run = cls(path, settings, {}, file)
-        if lines:
-            _check_same(path, _settings(path, lines[0]), settings)
+        if not new:
+            _check_same(path, _settings(path, lines[0] if lines else b""), settings)
             run.records = _records(path, lines[1:])
         file.truncate(sum(len(line) + 1 for line in lines))
         file.seek(0, os.SEEK_END)
-        if not lines:
+        if new:
             run._append({"format": FORMAT, "settings": dict(settings)})
         return run
 
@@ -158,12 +159,12 @@ class RunFile:
 
 
 def check_new(path: Path, *, resume: bool) -> None:
-    """Refuses a run file that is there and not to be gone on with.
+    """Refuses a file that is there and not to be gone on with.
 
     Raises:
-        MeshwenError: it exists.
+        MeshwenError: it exists, and not only as what a run leaves that stopped before an answer.
     """
-    if path.exists() and not resume:
+    if path.exists() and not resume and not _without_answers(path):
         raise MeshwenError(f"{path} exists: add --resume to go on with it, or name another")
 
 
@@ -178,6 +179,17 @@ class UnwrittenRun(RunFile):
     def write(self, record: Record) -> None:
         """Adds an answer."""
         self.records[_key(record)] = record
+
+
+def _without_answers(path: Path) -> bool:
+    """Whether a file is empty, or what a run leaves that stopped before its first answer."""
+    try:
+        with path.open("rb") as file:
+            first, second = file.readline(), file.readline()
+    except OSError as error:
+        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
+    ours = b'{"format": "meshwen-eval-'
+    return (first[: len(ours)] == ours[: len(first)]) and not second.endswith(b"\n")
 
 
 def _settings(path: Path, line: bytes) -> dict[str, Any]:
