@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""meshwen on one device, fast numerics: the measurements of `meshwen bench`."""
+
+from meshwen import Qwen2ForCausalLM
+from meshwen.bench import measure
+
+
+class Meshwen:
+    def __init__(self, model: str, dtype: str):
+        self.model = Qwen2ForCausalLM.from_pretrained(model, dtype=dtype)
+
+    def decode(self, batch: int, length: int, steps: int) -> float:
+        return measure.decode(self.model.runner, batch, length, steps).median
+
+    def prefill(self, length: int, runs: int) -> float:
+        return measure.first_token(self.model.engine, length, runs).median
+
+
+load = Meshwen
