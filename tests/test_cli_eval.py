@@ -72,6 +72,13 @@ def test_progress_tells_answers_accuracy_and_tokens_a_second(tmp_path, monkeypat
     assert re.fullmatch(r"3 of 3 right, \d+ tokens/s", told[-1][2])
 
 
+def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("meshwen.cli.console._LINE_PERIOD", 0.0)
+    assert gsm8k("--out", tmp_path / "run.jsonl", "--limit", 2) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.fullmatch(r"answering: 1 of 2, 1 of 1 right, \d+ tokens/s", s) for s in lines)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_repeats_and_loses_nothing(tmp_path, capsys):
     out = tmp_path / "run.jsonl"

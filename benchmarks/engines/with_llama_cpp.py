@@ -8,7 +8,6 @@ import llama_cpp as llama
 import numpy as np
 from worker import WARM_UP, median_seconds
 
-
 _SILENCE = llama.llama_log_callback(lambda level, text, data: None)
 
 

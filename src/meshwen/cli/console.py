@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _PIPED_WIDTH = 100
 _SPEED_PERIOD = 600.0  # seconds over which progress is measured: an answer may take minutes
+_LINE_PERIOD = 60.0  # seconds
 
 
 def note(text: str) -> None:
@@ -40,7 +41,10 @@ def output_console() -> Console:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
-    """Gives a function to tell (done, of how many, more to say): a bar on a terminal only."""
+    """Gives a function to tell (done, of how many, more to say).
+
+    A bar on a terminal; elsewhere, as in a log, a line every minute.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,7 +54,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     )
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total, said="": None
+        yield _tell_in_lines(label)
         return
     with Progress(
         *columns, console=console, transient=True, speed_estimate_period=_SPEED_PERIOD
@@ -64,6 +68,18 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, description=description)
 
         yield tell
+
+
+def _tell_in_lines(label: str) -> Callable[..., None]:
+    told = time.monotonic()
+
+    def tell(done: int, total: int, said: str = "") -> None:
+        nonlocal told
+        if time.monotonic() - told >= _LINE_PERIOD:
+            told = time.monotonic()
+            note(f"{label}: {done} of {total}" + (f", {said}" if said else ""))
+
+    return tell
 
 
 class Meter:
