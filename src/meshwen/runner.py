@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from meshwen import kernels
 from meshwen.config import Qwen2Config
 from meshwen.kv_cache import KVCache, empty_cache
 from meshwen.model import Params, Positions, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.exact import COMPILER_OPTIONS, ExactTensorParallel
+from meshwen.parallel.mesh import AnyMesh
 from meshwen.parallel.plan import LEAVES, ParallelPlan
 from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
 from meshwen.weights import placed_weights, unflatten
@@ -191,7 +193,7 @@ class ModelRunner:
             return mapped(params, *arguments)
 
         program.__name__ = step.__name__.strip("_")
-        options = COMPILER_OPTIONS if plan.exact and _on_cpu(plan) else None
+        options = COMPILER_OPTIONS if plan.exact and _on_cpu(plan.mesh) else None
         return jax.jit(
             program, static_argnames=static, donate_argnums=donate, compiler_options=options
         )
@@ -213,14 +215,22 @@ def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     """The contractions of a plan, with weights of `dtype`."""
+    kernel = None if products(plan.mesh, dtype) == "xla" else kernels.bfloat16_product
     if plan.exact:
-        return ExactTensorParallel(plan.model_axes, vocabulary_leaves=LEAVES // plan.model_devices)
-    rows = _CPU_BFLOAT16_ROWS if _on_cpu(plan) and dtype == jnp.bfloat16 else 1
-    return TensorParallel(plan.model_axes, rows)
+        leaves = LEAVES // plan.model_devices
+        return ExactTensorParallel(plan.model_axes, kernel=kernel, vocabulary_leaves=leaves)
+    rows = _CPU_BFLOAT16_ROWS if _on_cpu(plan.mesh) and dtype == jnp.bfloat16 else 1
+    return TensorParallel(plan.model_axes, rows, kernel)
 
 
-def _on_cpu(plan: ParallelPlan) -> bool:
-    return bool(plan.mesh.devices.flat[0].platform == "cpu")
+def products(mesh: AnyMesh, dtype: jnp.dtype) -> str:
+    """What multiplies rows with weights of `dtype` on a mesh: "xla", or the name of a kernel."""
+    usable = _on_cpu(mesh) and dtype == jnp.bfloat16 and kernels.available()
+    return kernels.NAME if usable else "xla"
+
+
+def _on_cpu(mesh: AnyMesh) -> bool:
+    return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def _logits_step(

@@ -19,6 +19,7 @@ from meshwen.capacity import Capacity
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import AnyMesh, mesh_label
+from meshwen.runner import products
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def as_dict(
         "jax": jax.__version__,
         "device": devices[0].device_kind,
         "mesh": mesh_label(model.mesh),
+        "products": products(model.mesh, model.dtype),
         **settings,
         "machine": asdict(machine),
         "peak_bytes": peak_bytes(devices),

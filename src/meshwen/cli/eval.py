@@ -205,11 +205,13 @@ def _evaluate(
 ) -> tuple[RunFile, dict[str, Any]]:
     """Runs what the run file lacks: the run, of the problems asked alone, and its summary."""
     import jax
+    import jax.numpy as jnp
 
     from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.gsm8k import answer_all, data_sha256, question, summary
     from meshwen.evals.styles import shots
     from meshwen.parallel.mesh import make_mesh, mesh_label
+    from meshwen.runner import products
     from meshwen.tokenizer import Tokenizer
 
     name, load_format, revision = asked.loading
@@ -231,6 +233,7 @@ def _evaluate(
             "jax": jax.__version__,
             "mesh": mesh_label(devices),
             "dtype": asked.dtype.value,
+            "products": products(devices, jnp.dtype(asked.dtype.value)),
             "numerics": numerics.value,
             "prompt_style": style.name,
             "data_sha256": asked.data_sha256,

@@ -78,6 +78,7 @@ def load_model(
 
 def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
     from meshwen.parallel.mesh import mesh_label
+    from meshwen.runner import products
     from meshwen.weights import num_parameters
 
     plan, devices = model.plan, model.mesh.devices.flatten()
@@ -90,7 +91,8 @@ def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
         slots += f" ({padded} of all {heads.devices * heads.local_query_slots} are padding)"
     note(
         f"model: {plan.config.name}, {count_text(num_parameters(plan))} parameters "
-        f"in {model.dtype}, loaded in {seconds:.1f} s"
+        f"in {model.dtype}, loaded in {seconds:.1f} s; "
+        f"products by {products(model.mesh, model.dtype)}"
     )
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "

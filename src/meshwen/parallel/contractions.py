@@ -30,10 +30,13 @@ class TensorParallel:
     Attributes:
         axes: mesh axes that split the model.
         min_rows: products of fewer rows are padded to this many.
+        kernel: multiplies rows with a weight in the place of XLA: [M, in] x [in, out] -> float32
+            [M, out]. None: XLA does.
     """
 
     axes: tuple[str, ...] = ()
     min_rows: int = 1
+    kernel: Callable[[Array, Array], Array] | None = None
 
     def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
@@ -116,6 +119,8 @@ class TensorParallel:
     def _product(self, x: Array, weight: Array, contract: int) -> Array:
         """[..., c] times a weight whose axis `contract` is c, as one two-dimensional product."""
         rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
+        if self.kernel and contract == 0:
+            return self.kernel(rows, weight).reshape(*x.shape[:-1], weight.shape[1])
         missing = max(0, self.min_rows - rows.shape[0])
         if missing:
             rows = jnp.pad(rows, ((0, missing), (0, 0)))

@@ -81,7 +81,7 @@ class ExactTensorParallel(TensorParallel):
 
     def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
-        y = _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+        y = self._rows(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
         return y if bias is None else y + bias.astype(jnp.float32)
 
     def row(self, x: Array, weight: Any) -> Array:
@@ -98,7 +98,7 @@ class ExactTensorParallel(TensorParallel):
 
         def added(rows: Array) -> Array:
             parts = jnp.split(rows, len(leaves), axis=1)
-            sums = [_product(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
+            sums = [self._rows(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
             return _tree_of(jax.tree.unflatten(tree, sums))
 
         rows, out = x.reshape(-1, x.shape[-1]), leaves[0].shape[1]
@@ -166,6 +166,15 @@ class ExactTensorParallel(TensorParallel):
         total = _tree(_sums(leaves), axis=1)
         return _tree(lax.all_gather(total, self.axes), axis=0) if self.axes else total
 
+    def _rows(self, x: Array, weight: Array) -> Array:
+        """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
+        if self.kernel:
+            return _positive_zeros(self.kernel(x.astype(weight.dtype), weight))
+        if weight.dtype != jnp.float32:
+            return _bfloat16_product(x.astype(weight.dtype), weight)
+        partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
+        return _by_blocks(lambda rows: _float32_product(rows, weight), x, partials)
+
     def _across_devices(self, x: Array) -> Array:
         """The tree's top: float32 [M, D], a subtree's sum on every device -> float32 [M, D]."""
         if not self.axes:
@@ -175,14 +184,6 @@ class ExactTensorParallel(TensorParallel):
         shares = lax.all_to_all(padded, self.axes, split_axis=1, concat_axis=0)
         share = _tree(shares.reshape(n, x.shape[0], -1), axis=0)
         return lax.all_gather(share, self.axes, axis=1, tiled=True)[:, : x.shape[1]]
-
-
-def _product(x: Array, weight: Array) -> Array:
-    """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
-    if weight.dtype != jnp.float32:
-        return _bfloat16_product(x.astype(weight.dtype), weight)
-    partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
-    return _by_blocks(lambda rows: _float32_product(rows, weight), x, partials)
 
 
 def _bfloat16_product(a: Array, b: Array) -> Array:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import meshwen
+from meshwen import kernels
 from meshwen.checkpoints import Checkpoint
 from meshwen.errors import MeshwenError
 from meshwen.verify.faults import FaultFound
@@ -101,6 +102,7 @@ def environment() -> dict[str, str]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "machine": f"{platform.system()} {platform.machine()}",
+        "bfloat16_kernel": kernels.NAME if kernels.available() else "none",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
