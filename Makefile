@@ -3,21 +3,33 @@
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# More flags for the tests, e.g. PYTEST_FLAGS='-m "not slow"'.
+# Which tests, besides those of the real checkpoint, e.g. TESTS='not real and not slow'.
+TESTS ?= not real
+# More flags for the tests, e.g. PYTEST_FLAGS=-x.
 PYTEST_FLAGS ?=
+# What is installed beside the package: without `cpu`, XLA multiplies bfloat16 by itself.
+EXTRAS ?= dev,cpu
 # The version of jax for the tests, e.g. JAX='jax==0.11.*'.
 JAX ?= jax
 # Where this would install a CUDA build, point pip to the CPU builds or name another.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-torch test-harness lint format wheel clean
+.PHONY: demo test test-hermetic test-real test-torch test-harness lint format wheel clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
 	  'Maya buys 4 books at $$7 each and pays with $$50. How much change does she get?'
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: test-hermetic test-real
+
+# Two processes for two cores: most of the time goes by in compiling, on one thread.
+test-hermetic: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+	  --no-loadscope-reorder -m '$(TESTS)' $(PYTEST_FLAGS)
+
+# The real checkpoint's tests, where it is at hand: each takes all cores and up to 10 GB.
+test-real: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m real $(PYTEST_FLAGS)
 
 # What PyTorch and transformers compute, in an environment of its own: the package needs neither.
 test-torch: $(VENV)-torch/.installed
@@ -49,7 +61,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" "$(JAX)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]" "$(JAX)"
 	@touch $@ $(VENV)/.installed
 
 $(VENV)-torch/.installed: pyproject.toml

@@ -30,6 +30,12 @@ def _give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: several processes share the files in this order."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def real_model_dir():
     """The Hugging Face folder of the real checkpoint; skips where there is no way to have it."""
