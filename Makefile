@@ -67,12 +67,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)-torch/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
 	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,transformers]"
+	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,cpu,transformers]"
 	@touch $@
 
 $(VENV)-harness/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-harness
-	$(VENV)-harness/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,lm-eval]"
+	$(VENV)-harness/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,cpu,lm-eval]"
 	@touch $@
 
 clean:

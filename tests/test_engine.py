@@ -309,6 +309,21 @@ def test_a_step_consumes_the_cache_it_is_given():
     assert not any(array.is_deleted() for array in alive)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype):
+    runner = MeshModel(TINY, "1", dtype=dtype).runner
+    one = np.zeros(1, np.int32)
+    cache, hidden, ids = runner.empty_cache(4, 48), runner.empty_hidden(1), np.ones((1, 16))
+    lowered = runner.prefill_program.lower(
+        runner.params, cache, hidden, ids.astype(np.int32), one, one[0], one + 9, slots=16
+    )
+    program = lowered.compile().as_text()
+    for array in cache[0]:
+        shape = rf"\[{','.join(map(str, array.shape))}\]"
+        assert re.search(shape, program)
+        assert not re.search(rf"= \w+{shape}\S* copy\(", program)
+
+
 _GATHER = re.compile(r"= (\w+)\[([\d,]+)\]\S* all-gather\(")
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bfloat16 product for AVX512-BF16: right, and the same bits whatever else is multiplied."""
+"""The kernels for AVX512-BF16: right, and a product with the same bits whatever is beside it."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mesh_model import SMALL_7B, MeshModel, random_tokens
 from meshwen import kernels
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +20,7 @@ ROWS = [*range(1, 14), 24, 25, 37, 130]
 # Contracted, columns: whole panels, overlapping ones, fewer columns than a tile, an odd sum.
 SHAPES = [(2, 32), (64, 33), (896, 152), (152, 896), (77, 70), (64, 8), (1, 1), (608, 1152)]
 
-product = jax.jit(kernels.bfloat16_product)
+product = jax.jit(kernels.product)
 
 
 def operands(rows: int, contracted: int, columns: int) -> tuple[jax.Array, jax.Array]:
@@ -70,3 +73,64 @@ def test_devices_may_multiply_at_the_same_time():
     for _ in range(20):
         for found in [product(*pair) for pair in placed]:
             np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("K", "G", "H"), [(2, 7, 64), (4, 7, 128), (1, 1, 16), (8, 5, 32), (1, 8, 48)]
+)
+@pytest.mark.parametrize("S", [16, 96])
+def test_attention_is_that_of_float64_over_the_slots_that_are_seen(K, G, H, S):
+    rng = np.random.default_rng(0)
+    B = 5
+    q = (rng.standard_normal((B, K * G, 1, H)) * H**-0.5).astype(np.float32)
+    keys = rng.standard_normal((B, K, H, S)).astype(np.float32)
+    values = jnp.asarray(rng.standard_normal((B, K, S, H)), jnp.bfloat16)
+    first, last = np.array([0, 0, 3, S - 1, 0], np.int32), np.array([0, S - 1, 9, S - 1, S // 2])
+    unseen = np.ones((B, S), bool)
+    for row in range(B):
+        unseen[row, first[row] : last[row] + 1] = False
+    keys[np.broadcast_to(unseen[:, None, None], keys.shape)] = np.nan
+    values = jnp.where(unseen[:, None, :, None], jnp.nan, values)
+    found = np.asarray(jax.jit(kernels.attention)(q, keys, values, first, last.astype(np.int32)))
+    scores = np.einsum("bkgh,bkhs->bkgs", q.reshape(B, K, G, H).astype(np.float64), keys)
+    scores = np.where(unseen[:, None, None], -np.inf, scores)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    values = np.where(unseen[:, None, :, None], 0, np.asarray(values, np.float64))
+    expected = np.einsum("bkgs,bksh->bkgh", weights, values).reshape(B, K * G, 1, H)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_attention_of_large_scores_neither_overflows_nor_loses_the_largest():
+    q = jnp.full((1, 1, 1, 16), 100.0)
+    keys = jnp.asarray(np.linspace(-10, 10, 32), jnp.float32) * jnp.ones((1, 1, 16, 1))
+    values = jnp.arange(32, dtype=jnp.bfloat16)[None, None, :, None] * jnp.ones((16,), jnp.bfloat16)
+    last = jnp.array([31], jnp.int32)
+    found = jax.jit(kernels.attention)(q, keys, values, last * 0, last)
+    np.testing.assert_array_equal(np.asarray(found), 31)
+
+
+SLIDING = replace(
+    SMALL_7B,
+    head_dim=16,
+    num_hidden_layers=3,
+    sliding_window=5,
+    layer_types=("full_attention", "sliding_attention", "full_attention"),
+)
+
+
+@pytest.mark.parametrize("mesh", ["1", "1x8", "data=2,model=2"])
+def test_a_model_decodes_with_the_kernel_what_it_reads_at_once(mesh):
+    model = MeshModel(SLIDING, mesh, jnp.bfloat16)
+    token_ids = random_tokens(SLIDING, 2, 20, seed=3)
+    expected = model.logits(token_ids)
+    cache = model.cache(2, 32)
+    _, cache = model.step(token_ids[:, :12], [0, 0], cache)
+    found = []
+    for position in range(12, 20):
+        logits, cache = model.step(token_ids[:, position : position + 1], [position] * 2, cache)
+        found.append(logits[:, 0])
+    assert "attention" in model.compiled(2, 1, 32).as_text()
+    difference = np.stack(found, axis=1) - expected[:, 12:]
+    # Weights of attention are rounded to bfloat16 where all are read at once, and not here.
+    assert np.abs(difference).max() < 0.02 * np.abs(expected).max()

@@ -112,7 +112,7 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
     expected = [("all-reduce", n)] * (2 * SMALL_7B.num_hidden_layers + 1)
     parts = model.plan.data_devices
     tokens, part, row = (np.zeros(s, np.int32) for s in ((parts, CHUNK), parts, BATCH))
-    prefill = runner._prefill.lower(
+    prefill = runner.prefill_program.lower(
         runner.params, cache, runner.empty_hidden(parts), tokens, part, 0, part, slots=SLOTS
     )
     assert collectives(prefill.compile().as_text()) == expected

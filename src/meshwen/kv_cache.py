@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,48 +31,80 @@ class LayerCache(NamedTuple):
     keys: Array  # float32 [B, K, H, S]
     values: Array  # [B, K, S, H]
 
-    def write(self, keys: Array, values: Array, start: Array) -> LayerCache:
-        """The cache with new keys [B, K, H, T] and values [B, K, T, H].
+    def extended(
+        self, keys: Array, values: Array, start: Array, slots: int
+    ) -> tuple[LayerCache, Array, Array]:
+        """Writes new keys [B, K, H, T] and values [B, K, T, H].
 
         Row b's are written at slots start[b] ... start[b] + T - 1. The caller keeps these within
         the S slots: beyond, XLA would shift the update to fit.
+
+        Returns:
+            The cache, and its first `slots`: keys [B, K, H, slots], values [B, K, slots, H].
         """
-        return LayerCache(
+        cache = LayerCache(
             _write(self.keys, keys, start, axis=2), _write(self.values, values, start, axis=1)
         )
+        return cache, cache.keys[..., :slots], cache.values[:, :, :slots]
 
-    def sequence(self, row: Array) -> LayerCache:
-        """One sequence's part: keys [1, K, H, S], values [1, K, S, H]."""
-        return LayerCache(*(lax.dynamic_slice_in_dim(array, row, 1) for array in self))
 
-    def with_sequence(self, row: Array, sequence: LayerCache) -> LayerCache:
-        """The cache with another sequence's part in a row."""
-        return LayerCache(
-            _put(self.keys, sequence.keys, row), _put(self.values, sequence.values, row)
+class SequenceCache(NamedTuple):
+    """One row of a layer's cache, into which a chunk of a prompt is read.
+
+    A chunk is written to the layer's arrays themselves: taking the row out and putting it back
+    makes XLA copy all of them.
+    """
+
+    layer: LayerCache
+    row: Array  # int32 []
+    reads: Array | None  # bool []: where it is false, nothing is written; None: true
+
+    def extended(
+        self, keys: Array, values: Array, start: Array, slots: int
+    ) -> tuple[SequenceCache, Array, Array]:
+        """As `LayerCache.extended`, for the row alone: keys [1, K, H, T], values [1, K, T, H]."""
+        layer = LayerCache(
+            self._put(self.layer.keys, keys, start[0], axis=3),
+            self._put(self.layer.values, values, start[0], axis=2),
         )
+        cache = self._replace(layer=layer)
+        if slots == keys.shape[3]:  # So the chunk is the first, and sees itself alone.
+            return cache, keys, values.astype(layer.values.dtype)
+        keys, values = (lax.dynamic_slice_in_dim(array, self.row, 1) for array in layer)
+        return cache, keys[..., :slots], values[:, :, :slots]
 
+    def _put(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
+        at = [jnp.int32(0)] * cache.ndim
+        at[0], at[axis] = self.row, start
+        new = new.astype(cache.dtype)
 
-def _put(cache: Array, sequence: Array, row: Array) -> Array:
-    in_place = partial(lax.dynamic_update_slice_in_dim, axis=0)
-    if cache.dtype != jnp.bfloat16:
-        return in_place(cache, sequence, row)
-    return lax.platform_dependent(
-        cache, sequence, row, cpu=partial(_as_integers, in_place), default=in_place
-    )
+        def in_place(cache: Array, new: Array) -> Array:
+            if self.reads is not None:
+                new = jnp.where(self.reads, new, lax.dynamic_slice(cache, at, new.shape))
+            return lax.dynamic_update_slice(cache, new, at)
+
+        if cache.dtype != jnp.bfloat16:
+            return in_place(cache, new)
+        on_cpu = partial(_as_integers, in_place)
+        return lax.platform_dependent(cache, new, cpu=on_cpu, default=in_place)
 
 
 def _write(cache: Array, new: Array, start: Array, axis: int) -> Array:
     """Writes `new` at `start[b]` of each row's `axis`, counted without the batch axis."""
     new = new.astype(cache.dtype)
-    in_place = partial(_write_in_place, axis=axis)
+    in_place = partial(_write_in_place, start=start, axis=axis)
     if cache.dtype != jnp.bfloat16:
-        return in_place(cache, new, start)
+        return in_place(cache, new)
     one = new.shape[axis + 1] == 1
-    on_cpu = partial(_write_by_selection, axis=axis) if one else partial(_as_integers, in_place)
-    return lax.platform_dependent(cache, new, start, cpu=on_cpu, default=in_place)
+    on_cpu = (
+        partial(_write_by_selection, start=start, axis=axis)
+        if one
+        else partial(_as_integers, in_place)
+    )
+    return lax.platform_dependent(cache, new, cpu=on_cpu, default=in_place)
 
 
-def _write_in_place(cache: Array, new: Array, start: Array, axis: int) -> Array:
+def _write_in_place(cache: Array, new: Array, *, start: Array, axis: int) -> Array:
     def put(row: Array, update: Array, at: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(row, update, at, axis)
 
@@ -84,19 +116,18 @@ def _write_in_place(cache: Array, new: Array, start: Array, axis: int) -> Array:
 # with integers of the same bits, and 227 when one position is written by selection over the cache.
 
 
-def _as_integers(
-    write: Callable[[Array, Array, Array], Array], cache: Array, new: Array, start: Array
-) -> Array:
+def _as_integers(write: Callable[[Array, Array], Array], cache: Array, new: Array) -> Array:
     cache_bits, new_bits = (lax.bitcast_convert_type(a, jnp.uint16) for a in (cache, new))
-    return lax.bitcast_convert_type(write(cache_bits, new_bits, start), cache.dtype)
+    return lax.bitcast_convert_type(write(cache_bits, new_bits), cache.dtype)
 
 
-def _write_by_selection(cache: Array, new: Array, start: Array, axis: int) -> Array:
+def _write_by_selection(cache: Array, new: Array, *, start: Array, axis: int) -> Array:
     slots = lax.broadcasted_iota(jnp.int32, cache.shape, axis + 1)
     return jnp.where(slots == start[:, None, None, None], new, cache)
 
 
 KVCache = tuple[LayerCache, ...]
+AnyCache = TypeVar("AnyCache", LayerCache, SequenceCache)
 
 
 def cache_sharding(plan: ParallelPlan) -> NamedSharding:

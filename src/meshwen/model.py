@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from meshwen import kernels
 from meshwen.config import Qwen2Config
-from meshwen.kv_cache import KVCache, LayerCache
+from meshwen.kv_cache import AnyCache
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.rope import inverse_frequencies
 
@@ -35,14 +36,22 @@ class Positions(NamedTuple):
     keys: Array  # int32 [B, S]
 
 
+class Seen(NamedTuple):
+    """Which keys the queries see."""
+
+    bias: Array  # float32 [B, T, S], to be added to scores: 0, or the lowest number
+    # With a cache, the first and the last slot that the first query sees: int32 [B].
+    slots: tuple[Array, Array] | None
+
+
 def hidden_states(
     params: Params,
     token_ids: Array,
     positions: Positions,
-    cache: KVCache | None,
+    cache: tuple[AnyCache, ...] | None,
     config: Qwen2Config,
     tp: TensorParallel,
-) -> tuple[Array, KVCache]:
+) -> tuple[Array, tuple[AnyCache, ...]]:
     """The final hidden states, normalised.
 
     Args:
@@ -59,15 +68,18 @@ def hidden_states(
     """
     model = params["model"]
     rotary = rotary_tables(config, positions.queries, tp)
-    biases = {kind: _bias(positions, config, kind) for kind in set(config.layer_types)}
+    seen = {
+        kind: _seen(positions, config, kind, cached=cache is not None)
+        for kind in set(config.layer_types)
+    }
     # Layers of one kind share a trace: 24 of them then lower in the time of one.
     layer = jax.jit(partial(decoder_layer, config=config, tp=tp))
     x = tp.embed(token_ids, model["embed_tokens"]["weight"])
     new_cache = []
     for i, weights in enumerate(model["layers"]):
         layer_cache = None if cache is None else cache[i]
-        bias = biases[config.layer_types[i]]
-        x, layer_cache = layer(weights, x, rotary, bias, layer_cache, positions.queries[:, 0])
+        start = positions.queries[:, 0]
+        x, layer_cache = layer(weights, x, rotary, seen[config.layer_types[i]], layer_cache, start)
         if layer_cache is not None:
             new_cache.append(layer_cache)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps, tp)
@@ -88,16 +100,16 @@ def decoder_layer(
     weights: Params,
     x: Array,
     rotary: tuple[Array, Array],
-    bias: Array,
-    cache: LayerCache | None,
+    seen: Seen,
+    cache: AnyCache | None,
     start: Array,
     *,
     config: Qwen2Config,
     tp: TensorParallel,
-) -> tuple[Array, LayerCache | None]:
+) -> tuple[Array, AnyCache | None]:
     """One pre-norm layer: [B, T, D] -> [B, T, D]."""
     h = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps, tp)
-    h, cache = attention(weights["self_attn"], h, rotary, bias, cache, start, config.head_dim, tp)
+    h, cache = attention(weights["self_attn"], h, rotary, seen, cache, start, config.head_dim, tp)
     x = x + h
     h = rms_norm(x, weights["post_attention_layernorm"]["weight"], config.rms_norm_eps, tp)
     return x + mlp(weights["mlp"], h, tp), cache
@@ -107,12 +119,12 @@ def attention(
     weights: Params,
     x: Array,
     rotary: tuple[Array, Array],
-    bias: Array,
-    cache: LayerCache | None,
+    seen: Seen,
+    cache: AnyCache | None,
     start: Array,
     head_dim: int,
     tp: TensorParallel,
-) -> tuple[Array, LayerCache | None]:
+) -> tuple[Array, AnyCache | None]:
     """Grouped-query attention (arXiv 2305.13245), this device's heads: [B, T, D] -> [B, T, D]."""
     q, k, v = (
         _split_heads(tp.column(x, weights[name]["weight"], weights[name]["bias"]), head_dim)
@@ -121,15 +133,13 @@ def attention(
     q, k = rotate(q, rotary, tp), rotate(k, rotary, tp)
     k, v = k.swapaxes(2, 3), v.astype(weights["v_proj"]["weight"].dtype)  # k [B, K, H, T]
     if cache is not None:
-        cache = cache.write(k, v, start)
-        slots = bias.shape[-1]
-        k, v = cache.keys[..., :slots], cache.values[:, :, :slots]
-    y = scaled_dot_product_attention(q, k, v, bias, tp)
+        cache, k, v = cache.extended(k, v, start, seen.bias.shape[-1])
+    y = scaled_dot_product_attention(q, k, v, seen, tp)
     return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
 
 
 def scaled_dot_product_attention(
-    q: Array, k: Array, v: Array, bias: Array, tp: TensorParallel
+    q: Array, k: Array, v: Array, seen: Seen, tp: TensorParallel
 ) -> Array:
     """softmax(q k^T / sqrt(H) + bias) v, each key/value head serving its G consecutive query heads.
 
@@ -137,7 +147,7 @@ def scaled_dot_product_attention(
         q: float32 [B, K*G, T, H].
         k: float32 [B, K, H, S].
         v: [B, K, S, H].
-        bias: float32 [B, T, S], added to the scores of all heads.
+        seen: the bias that is added to the scores of all heads.
         tp: the contractions.
 
     Returns:
@@ -145,9 +155,11 @@ def scaled_dot_product_attention(
     """
     B, N, T, H = q.shape
     K, S = k.shape[1], k.shape[3]
-    q = (q * H**-0.5).reshape(B, K, N // K * T, H)
-    scores = tp.scores(q, k).reshape(B, K, N // K, T, S)
-    scores = scores + bias[:, None, None]
+    q = q * H**-0.5
+    if seen.slots and tp.has_attention(q, k, v):
+        return kernels.attention(q, k, v, *seen.slots)
+    scores = tp.scores(q.reshape(B, K, N // K * T, H), k).reshape(B, K, N // K, T, S)
+    scores = scores + seen.bias[:, None, None]
     weights = tp.pointwise(jnp.exp, scores - scores.max(axis=-1, keepdims=True))
     y, total = tp.weighted_values(weights.reshape(B, K, N // K * T, S), v)
     return (y / total).reshape(B, N, T, H)
@@ -182,17 +194,21 @@ def rotate(x: Array, rotary: tuple[Array, Array], tp: TensorParallel) -> Array:
     return jnp.concatenate([a - b, c + d], axis=-1)
 
 
-def _bias(positions: Positions, config: Qwen2Config, layer_type: str) -> Array:
-    """0 where a query sees a key, and elsewhere the lowest number: float32 [B, T, S].
+def _seen(positions: Positions, config: Qwen2Config, layer_type: str, *, cached: bool) -> Seen:
+    """What a layer's queries see.
 
-    A number to add, not a mask to select by: XLA's CPU back end (jax 0.10) takes half the time for
-    the softmax of a decode step's 32 rows of 512 scores that way.
+    A bias is a number to add, not a mask to select by: XLA's CPU back end (jax 0.10) takes half the
+    time for the softmax of a decode step's 32 rows of 512 scores that way.
     """
     query, key = positions.queries[:, :, None], positions.keys[:, None, :]
     mask = (key >= 0) & (key <= query)
+    last = positions.queries[:, 0]
+    first = jnp.zeros_like(last)
     if layer_type == "sliding_attention" and config.sliding_window is not None:
         mask &= query - key < config.sliding_window
-    return jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+        first = jnp.maximum(last - config.sliding_window + 1, 0)
+    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    return Seen(bias, (first, last) if cached else None)
 
 
 def _split_heads(x: Array, head_dim: int) -> Array:

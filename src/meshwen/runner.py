@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from meshwen import kernels
 from meshwen.config import Qwen2Config
-from meshwen.kv_cache import KVCache, empty_cache
+from meshwen.kv_cache import KVCache, SequenceCache, empty_cache
 from meshwen.model import Params, Positions, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.exact import COMPILER_OPTIONS, ExactTensorParallel
@@ -36,7 +36,8 @@ class ModelRunner:
         plan: how the model lies on the mesh.
         params: the weights, placed as `plan` says.
         dtype: of weights and cached values, and of the inputs of products with weights.
-        decode_program: what `decode` calls with the weights, jitted; to be lowered and looked at.
+        prefill_program, decode_program: what `prefill` and `decode` call with the weights, jitted;
+            to be lowered and looked at.
     """
 
     def __init__(self, plan: ParallelPlan, params: Params, dtype: jnp.dtype):
@@ -47,8 +48,8 @@ class ModelRunner:
         self._logits = self.compiled(
             _logits_step, ("batch length", "batch length"), "batch length vocab"
         )
-        self._prefill = self.compiled(
-            _prefill_step,
+        self.prefill_program: Any = self.compiled(
+            partial(_prefill_step, parts=plan.data_devices),
             (_CACHE, "batch embed", "batch length", "batch", "", "batch"),
             ("batch embed", _CACHE),
             static="slots",
@@ -119,8 +120,15 @@ class ModelRunner:
         Returns:
             The final hidden states of the prompts' last tokens so far, and the cache.
         """
-        return self._prefill(
-            self.params, cache, hidden, token_ids, rows, start, lengths, slots=slots
+        return self.prefill_program(
+            self.params,
+            cache,
+            hidden,
+            token_ids,
+            rows,
+            start,
+            lengths,
+            slots=slots,
         )
 
     def first(
@@ -192,7 +200,7 @@ class ModelRunner:
             )
             return mapped(params, *arguments)
 
-        program.__name__ = step.__name__.strip("_")
+        program.__name__ = getattr(step, "func", step).__name__.strip("_")
         options = COMPILER_OPTIONS if plan.exact and _on_cpu(plan.mesh) else None
         return jax.jit(
             program, static_argnames=static, donate_argnums=donate, compiler_options=options
@@ -215,12 +223,12 @@ def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     """The contractions of a plan, with weights of `dtype`."""
-    kernel = None if products(plan.mesh, dtype) == "xla" else kernels.bfloat16_product
+    own = products(plan.mesh, dtype) == kernels.NAME
     if plan.exact:
         leaves = LEAVES // plan.model_devices
-        return ExactTensorParallel(plan.model_axes, kernel=kernel, vocabulary_leaves=leaves)
+        return ExactTensorParallel(plan.model_axes, kernels=own, vocabulary_leaves=leaves)
     rows = _CPU_BFLOAT16_ROWS if _on_cpu(plan.mesh) and dtype == jnp.bfloat16 else 1
-    return TensorParallel(plan.model_axes, rows, kernel)
+    return TensorParallel(plan.model_axes, rows, own)
 
 
 def products(mesh: AnyMesh, dtype: jnp.dtype) -> str:
@@ -251,20 +259,21 @@ def _prefill_step(
     lengths: Array,
     *,
     slots: int,
+    parts: int,
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Array, KVCache]:
     T, row = token_ids.shape[1], rows[0]
     where = Positions(start + jnp.arange(T)[None], jnp.arange(slots)[None])
-    before = tuple(layer.sequence(row) for layer in cache)
-    x, after = hidden_states(params, token_ids, where, before, config, tp)
     reads = lengths[0] > start
-    kept = jax.tree.map(partial(jnp.where, reads), after, before)
-    cache = tuple(c.with_sequence(row, s) for c, s in zip(cache, kept, strict=True))
+    # A prompt that is the only one is never over; to select costs a copy of the cache.
+    sequence = tuple(SequenceCache(layer, row, reads if parts > 1 else None) for layer in cache)
+    x, sequence = hidden_states(params, token_ids, where, sequence, config, tp)
     last = lengths - 1 - start
     ends_here = reads & (last < T)
     at_last = jnp.take(x[0], jnp.clip(last, 0, T - 1), axis=0)
-    return jnp.where(ends_here[:, None], at_last, hidden), cache
+    hidden = jnp.where(ends_here[:, None], at_last, hidden)
+    return hidden, tuple(one.layer for one in sequence)
 
 
 def _first_step(

@@ -22,6 +22,8 @@ from jax import Array, lax
 from meshwen.errors import MeshwenError
 from meshwen.parallel.contractions import TensorParallel
 
+_LONGEST_BLOCK = 128  # of logits, in the search for the largest
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -191,7 +193,8 @@ def sample(
         tp: the contractions, for the devices' order.
     """
     ids = tp.index() * logits.shape[1] + jnp.arange(logits.shape[1], dtype=jnp.int32)
-    logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+    if tp.devices * logits.shape[1] > vocab_size:
+        logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
     raw = logits
     if method.penalize and seen is not None:
         penalty = rows.repetition_penalty[:, None]
@@ -224,7 +227,7 @@ def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tup
     Returns:
         float32 [B, count], int32 [B, count].
     """
-    values, local = lax.top_k(logits, min(count, logits.shape[1]))
+    values, local = _top_1(logits) if count == 1 else lax.top_k(logits, min(count, logits.shape[1]))
     choices = ids[local]
     if tp.axes:
         values = lax.all_gather(values, tp.axes, axis=1, tiled=True)
@@ -232,6 +235,19 @@ def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tup
         values, order = lax.top_k(values, min(count, values.shape[1]))
         choices = jnp.take_along_axis(choices, order, axis=1)
     return values, choices
+
+
+def _top_1(x: Array) -> tuple[Array, Array]:
+    """`lax.top_k(x, 1)`, for which XLA's CPU back end sorts.
+
+    By blocks: the block with the largest number, then the place in it.
+    """
+    length = min(x.shape[1] & -x.shape[1], _LONGEST_BLOCK)  # a power of two that divides
+    blocks = x.reshape(x.shape[0], -1, length)
+    block = jnp.argmax(blocks.max(axis=2), axis=1, keepdims=True)
+    numbers = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
+    place = jnp.argmax(numbers, axis=1, keepdims=True)
+    return jnp.take_along_axis(numbers, place, axis=1), block * length + place
 
 
 def _draw(

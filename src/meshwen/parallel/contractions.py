@@ -22,6 +22,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from meshwen import kernels
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -30,13 +32,17 @@ class TensorParallel:
     Attributes:
         axes: mesh axes that split the model.
         min_rows: products of fewer rows are padded to this many.
-        kernel: multiplies rows with a weight in the place of XLA: [M, in] x [in, out] -> float32
-            [M, out]. None: XLA does.
+        kernels: whether `meshwen.kernels` multiplies with weights, in the place of XLA.
     """
 
     axes: tuple[str, ...] = ()
     min_rows: int = 1
-    kernel: Callable[[Array, Array], Array] | None = None
+    kernels: bool = False
+
+    @property
+    def devices(self) -> int:
+        """Devices that split the model."""
+        return lax.axis_size(self.axes) if self.axes else 1
 
     def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
@@ -79,6 +85,10 @@ class TensorParallel:
         total = weights.sum(axis=-1, keepdims=True)
         return product(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1)))), total
 
+    def has_attention(self, q: Array, k: Array, v: Array) -> bool:
+        """Whether there is a kernel for the attention of these queries: see `kernels.attention`."""
+        return self.kernels and kernels.attends_to(q, k, v)
+
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """Products that are about to be added up.
 
@@ -119,8 +129,8 @@ class TensorParallel:
     def _product(self, x: Array, weight: Array, contract: int) -> Array:
         """[..., c] times a weight whose axis `contract` is c, as one two-dimensional product."""
         rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
-        if self.kernel and contract == 0:
-            return self.kernel(rows, weight).reshape(*x.shape[:-1], weight.shape[1])
+        if self.kernels and contract == 0:
+            return kernels.product(rows, weight).reshape(*x.shape[:-1], weight.shape[1])
         missing = max(0, self.min_rows - rows.shape[0])
         if missing:
             rows = jnp.pad(rows, ((0, missing), (0, 0)))

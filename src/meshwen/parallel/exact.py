@@ -24,7 +24,8 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
     Sums of up to 64 it never shares, however many threads there are.
 
   So float32 products are cut into sums of up to 64, handed to Eigen (YNNPACK refuses a transposed
-  left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns.
+  left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns. Where
+  `meshwen.kernels` multiplies bfloat16 rows with weights, its order is one by construction.
 - A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
   XLA forms one depends on what it fuses.
 - Functions such as exp are computed by themselves, in rows that fill whole vector registers: XLA
@@ -48,6 +49,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from meshwen import kernels
 from meshwen.parallel.contractions import TensorParallel, product
 
 # Only single matrix products go to YNNPACK, no reductions and nothing fused with them: it would
@@ -138,6 +140,10 @@ class ExactTensorParallel(TensorParallel):
             total = _bfloat16_product(rows.astype(v.dtype), ones)
         return y, total[:, :1].reshape(*weights.shape[:-1], 1)
 
+    def has_attention(self, q: Array, k: Array, v: Array) -> bool:
+        """False: the kernel is for single tokens, and would have other bits than a chunk has."""
+        return False
+
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """The products, each rounded to float32 by itself."""
         return lax.optimization_barrier(products)
@@ -168,8 +174,8 @@ class ExactTensorParallel(TensorParallel):
 
     def _rows(self, x: Array, weight: Array) -> Array:
         """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
-        if self.kernel:
-            return _positive_zeros(self.kernel(x.astype(weight.dtype), weight))
+        if self.kernels:
+            return _positive_zeros(kernels.product(x.astype(weight.dtype), weight))
         if weight.dtype != jnp.float32:
             return _bfloat16_product(x.astype(weight.dtype), weight)
         partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
@@ -179,7 +185,7 @@ class ExactTensorParallel(TensorParallel):
         """The tree's top: float32 [M, D], a subtree's sum on every device -> float32 [M, D]."""
         if not self.axes:
             return _positive_zeros(x)
-        n = lax.axis_size(self.axes)
+        n = self.devices
         padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % n))).reshape(x.shape[0], n, -1)
         shares = lax.all_to_all(padded, self.axes, split_axis=1, concat_axis=0)
         share = _tree(shares.reshape(n, x.shape[0], -1), axis=0)
