@@ -227,21 +227,24 @@ def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tup
     Returns:
         float32 [B, count], int32 [B, count].
     """
-    values, local = _top_1(logits) if count == 1 else lax.top_k(logits, min(count, logits.shape[1]))
+    values, local = _largest(logits, count)
     choices = ids[local]
     if tp.axes:
         values = lax.all_gather(values, tp.axes, axis=1, tiled=True)
         choices = lax.all_gather(choices, tp.axes, axis=1, tiled=True)
-        values, order = lax.top_k(values, min(count, values.shape[1]))
+        values, order = _largest(values, count)
         choices = jnp.take_along_axis(choices, order, axis=1)
     return values, choices
 
 
-def _top_1(x: Array) -> tuple[Array, Array]:
-    """`lax.top_k(x, 1)`, for which XLA's CPU back end sorts.
+def _largest(x: Array, count: int) -> tuple[Array, Array]:
+    """The `count` largest numbers of each row, and their places: [B, N] -> two [B, count].
 
-    By blocks: the block with the largest number, then the place in it.
+    One, for which XLA's CPU back end would sort all, is found by blocks: the block that has it,
+    then its place there.
     """
+    if count > 1:
+        return lax.top_k(x, min(count, x.shape[1]))
     length = min(x.shape[1] & -x.shape[1], _LONGEST_BLOCK)  # a power of two that divides
     blocks = x.reshape(x.shape[0], -1, length)
     block = jnp.argmax(blocks.max(axis=2), axis=1, keepdims=True)

@@ -81,7 +81,12 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
 
 
 def _check_alike(own: Mapping[str, Any]) -> None:
-    """Refuses options that differ between processes: these would wait for each other forever."""
+    """Refuses what differs between processes.
+
+    With other options they would wait for each other forever, with other kernels exact numerics
+    would not be exact.
+    """
+    from meshwen import kernels
     from meshwen.distributed import gathered
 
     mine = {name: str(value) for name, value in own.items() if name not in _OWN_AFFAIR}
@@ -93,6 +98,11 @@ def _check_alike(own: Mapping[str, Any]) -> None:
                     f"--{name.replace('_', '-')} is {first[name]} in process 0 but "
                     f"{other.get(name)} in process {index}; start all with the same options"
                 )
+    if len(set(gathered("kernels", kernels.available()))) > 1:
+        raise MeshwenError(
+            f"some processes have the {kernels.NAME} kernels and some have not; install the extra "
+            "cpu for all of them or for none, on CPUs of one kind"
+        )
 
 
 @contextmanager

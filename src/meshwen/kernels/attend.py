@@ -19,9 +19,10 @@ _LOWEST = -3.4028234663852886e38  # a float32 that stands for minus infinity
 
 _DECLARATIONS = f"""
 declare {_VECTOR} @llvm.fma.v16f32({_VECTOR}, {_VECTOR}, {_VECTOR})
-declare {_VECTOR} @llvm.maxnum.v16f32({_VECTOR}, {_VECTOR})
+declare {_VECTOR} @llvm.maximum.v16f32({_VECTOR}, {_VECTOR})
+declare <{WIDTH} x i32> @llvm.fptosi.sat.v16i32.v16f32({_VECTOR})
 declare {_VECTOR} @llvm.rint.v16f32({_VECTOR})
-declare float @llvm.vector.reduce.fmax.v16f32({_VECTOR})
+declare float @llvm.vector.reduce.fmaximum.v16f32({_VECTOR})
 declare float @llvm.vector.reduce.fadd.v16f32(float, {_VECTOR})
 """
 
@@ -146,7 +147,7 @@ def _scores(g: range) -> Iterable[str]:
                 f"%score.at.{i}.{half} = getelementptr float, ptr %s.row.{i}, "
                 f"i64 {('%j', '%j.1')[half]}",
                 f"store {_VECTOR} %score.{i}.{half}, ptr %score.at.{i}.{half}, align 4",
-                f"%top.{i}.{half + 1} = call {_VECTOR} @llvm.maxnum.v16f32("
+                f"%top.{i}.{half + 1} = call {_VECTOR} @llvm.maximum.v16f32("
                 f"{_VECTOR} %top.{i}.{half}, {_VECTOR} %score.{i}.{half})",
             )
         ),
@@ -165,7 +166,7 @@ def _exponentials(g: range) -> Iterable[str]:
             line
             for i in g
             for line in (
-                f"%largest.{i} = call float @llvm.vector.reduce.fmax.v16f32("
+                f"%largest.{i} = call float @llvm.vector.reduce.fmaximum.v16f32("
                 f"{_VECTOR} %top.{i}.next)",
                 *_splat(f"largest.all.{i}", "float", f"%largest.{i}"),
             )
@@ -296,10 +297,11 @@ def _exp() -> str:
     ]
     return "\n".join(
         [
-            "; e^x for x up to 0.",
+            "; e^x for x up to 0, and NaN for NaN.",
             f"define internal {_VECTOR} @exp_16({_VECTOR} %x.any) alwaysinline {{",
-            f"%x = call {_VECTOR} @llvm.maxnum.v16f32({_VECTOR} %x.any, "
-            f"{_VECTOR} {_all(_SMALLEST_EXPONENT)})",
+            f"%small = fcmp olt {_VECTOR} %x.any, {_all(_SMALLEST_EXPONENT)}",
+            f"%x = select <{WIDTH} x i1> %small, {_VECTOR} {_all(_SMALLEST_EXPONENT)}, "
+            f"{_VECTOR} %x.any",
             f"%scaled = fmul {_VECTOR} %x, {_all(_LOG2_E)}",
             f"%n = call {_VECTOR} @llvm.rint.v16f32({_VECTOR} %scaled)",
             f"%r.0 = {fma}({_VECTOR} %n, {_VECTOR} {_all(-_LN2_HIGH)}, {_VECTOR} %x)",
@@ -309,7 +311,7 @@ def _exp() -> str:
             f"%square = fmul {_VECTOR} %r, %r",
             f"%near = {fma}({_VECTOR} %p.{len(_POLYNOMIAL) - 1}, {_VECTOR} %square, {_VECTOR} %r)",
             f"%e.r = fadd {_VECTOR} %near, {_all(1)}",
-            f"%n.int = fptosi {_VECTOR} %n to <{WIDTH} x i32>",
+            f"%n.int = call <{WIDTH} x i32> @llvm.fptosi.sat.v16i32.v16f32({_VECTOR} %n)",
             f"%exponent = shl <{WIDTH} x i32> %n.int, <{', '.join(['i32 23'] * WIDTH)}>",
             f"%e.bits = bitcast {_VECTOR} %e.r to <{WIDTH} x i32>",
             f"%y.bits = add <{WIDTH} x i32> %e.bits, %exponent",

@@ -20,6 +20,7 @@
 
 declare ptr @malloc(i64)
 declare void @free(ptr)
+declare i32 @sched_yield()
 declare void @llvm.x86.sse2.pause()
 declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @llvm.umax.i64(i64, i64)
@@ -29,8 +30,15 @@ define internal i1 @described(ptr %frame) {
 entry:
   %extension.at = getelementptr %Frame, ptr %frame, i32 0, i32 1
   %extension = load ptr, ptr %extension.at
-  %asked = icmp ne ptr %extension, null
-  br i1 %asked, label %describe, label %end
+  %extended = icmp ne ptr %extension, null
+  br i1 %extended, label %look, label %no
+look:
+  %kind.at = getelementptr %Extension, ptr %extension, i32 0, i32 1
+  %kind = load i32, ptr %kind.at
+  %asked = icmp eq i32 %kind, 1                      ; XLA_FFI_Extension_Metadata
+  br i1 %asked, label %describe, label %no
+no:
+  ret i1 false
 describe:
   %metadata.at = getelementptr %Extension, ptr %extension, i32 0, i32 3
   %metadata = load ptr, ptr %metadata.at
@@ -42,9 +50,7 @@ describe:
   store i32 0, ptr %traits
   %state = getelementptr %Metadata, ptr %metadata, i32 0, i32 3
   store i64 0, ptr %state
-  br label %end
-end:
-  ret i1 %asked
+  ret i1 true
 }
 
 define internal ptr @argument(ptr %frame, i64 %number) {
@@ -164,11 +170,14 @@ other:
   %scheduled.next = add i64 %scheduled, 1
   %error = call ptr %schedule(ptr %arguments.at)
   %failed = icmp ne ptr %error, null
-  br i1 %failed, label %stop, label %others
-stop:
-  ; Those that began hold the job, which is then never freed: XLA reports the error.
-  ret ptr %error
+  br i1 %failed, label %alone, label %others
+alone:
+  ; Those that were scheduled and this thread do all of it, and XLA gets the error at the end.
+  %missing = sub i64 %users, %scheduled
+  %before = atomicrmw sub ptr %job, i64 %missing acq_rel
+  br label %own
 own:
+  %outcome = phi ptr [ null, %others ], [ %error, %alone ]
   call void @take(ptr %job)
   %done.at = getelementptr %Job, ptr %job, i32 0, i32 2
   br label %wait
@@ -178,8 +187,9 @@ wait:
   br i1 %all, label %end, label %pause
 pause:
   call void @llvm.x86.sse2.pause()
+  %yielded = call i32 @sched_yield()                 ; more devices than cores take turns
   br label %wait
 end:
   call void @release(ptr %job)
-  ret ptr null
+  ret ptr %outcome
 }

@@ -16,7 +16,7 @@ from meshwen.verify.metrics import Difference
 FLOAT32_RELATIVE = 1e-4
 # bfloat16: activations are rounded to 8 bits before each product, so another order of a sum can tip
 # a rounding, and the tipped value is what all later layers see. Single logits have no useful bound
-# then, but the distribution has. @MEASURED@
+# then, but the distribution has.
 BFLOAT16_MEAN_KL, BFLOAT16_MAX_KL = 2e-4, 1e-2
 # The sampler's own program may round otherwise than the one that gives logits: so far may its token
 # stay behind the likeliest, in units of the largest logit. In exact numerics it may not.
