@@ -56,6 +56,20 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
         assert len(one["tokens"]) > 5
 
 
+def test_a_mesh_or_a_file_that_is_refused_is_before_any_answer(tmp_path, monkeypatch, capsys):
+    def unexpected(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    assert gsm8k("--out", tmp_path / "1x8.jsonl", "--limit", 1, "--mesh", "2") == 0
+    capsys.readouterr()
+    monkeypatch.setattr("meshwen.cli.eval.load_model", unexpected)
+    meshes = ["eval", "meshes", "--limit", "1", "--resume", "--out", str(tmp_path), "--meshes"]
+    assert main([*meshes, "1x1,1x3"]) == 2
+    assert "not 3" in capsys.readouterr().err
+    assert main([*meshes, "1x1,1x8", "--numerics", "fast"]) == 2
+    assert "was made with mesh '2', this run has '1x8'" in capsys.readouterr().err
+
+
 def test_progress_tells_answers_accuracy_and_tokens_a_second(tmp_path, monkeypatch):
     told = []
 
@@ -344,3 +358,59 @@ def test_few_shot_prompts_have_solved_examples(tmp_path, capsys):
     assert run.settings["train_sha256"] == run.settings["data_sha256"]
     assert set(run.records[0, 0]["graded"]) == {"strict-match", "flexible-extract"}
     assert "lm-eval: 0 of 2 right" in capsys.readouterr().out
+
+
+def edited(path, out, *changes):
+    """A run file with other fields in its answers."""
+    head, *lines = path.read_text().splitlines()
+    answers = [json.dumps(json.loads(a) | b) for a, b in zip(lines, changes, strict=True)]
+    out.write_text("\n".join([head, *answers]) + "\n")
+    return out
+
+
+FAILED = {"finish_reason": "error", "text": "", "extracted": None, "correct": False, "tokens": []}
+
+
+def test_a_report_tells_flipped_answers_runs_apart_and_why_one_failed(run_files, tmp_path):
+    first = run_files[0]
+    why = FAILED | {"error": "problem 1 has <too> many tokens", "elapsed": 12.34}
+    other = edited(first, tmp_path / "other.jsonl", {}, why, {"elapsed": 2.0})
+    html = tmp_path / "r.html"
+    assert main(["eval", "compare", str(first), str(other), "--html", str(html)]) == 0
+    page = html.read_text()
+    mesh = RunFile.read(first).settings["mesh"]
+    assert f"<h2>{first} ({mesh}) and {other} ({mesh})</h2>" in page
+    assert f'<div>{first} ({mesh}): <span class="good">right</span>' in page
+    assert (
+        f'<div>{other} ({mesh}): <span class="bad">wrong</span>'
+        '<div class="text">problem 1 has &lt;too&gt; many tokens</div>'
+    ) in page
+    assert '<td class="said">1: 1</td>' in page
+    assert "<th>seconds</th>" in page
+    assert "<td>12.3</td>" in page
+
+
+def test_failed_problems_are_listed_by_reason(run_files, tmp_path, capsys):
+    errors = ["problem 0 has 9 tokens", "problem 1 has 9 tokens", "no memory"]
+    failed = edited(run_files[0], tmp_path / "1.jsonl", *(FAILED | {"error": e} for e in errors))
+    listed = "counted as wrong: 0, 1, 2\n  0, 1: the prompt has 9 tokens\n  2: no memory\n"
+    assert gsm8k("--out", failed, "--limit", 3, "--resume") == 0
+    assert f"could not be asked, {listed}" in capsys.readouterr().out
+    meshes = ["eval", "meshes", "--meshes", "1", "--numerics", "fast", "--limit", "3", "--resume"]
+    assert main([*meshes, "--out", str(tmp_path)]) == 0
+    assert f"could not be asked on 1, {listed}" in capsys.readouterr().out
+    assert main(["eval", "compare", str(run_files[0]), str(failed)]) == 0
+    said = capsys.readouterr().out
+    assert f"could not be asked in {failed}, {listed}" in said
+    assert "problem 1 has 9 tokens" in said  # In the place of its text.
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(run_files, tmp_path, capsys):
+    changed = {"text": "a\x1b]0;b\x07\x9b2J\n\t[c]", "extracted": "\x1b[2J", "correct": False}
+    other = edited(run_files[0], tmp_path / "other.jsonl", changed, {}, {})
+    assert main(["eval", "compare", str(run_files[0]), str(other)]) == 0
+    said = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+    assert r"a\x1b]0;b\x07\x9b2J" in said
+    assert r"\x1b[2J" in said
+    assert "[c]" in said

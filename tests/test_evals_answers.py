@@ -62,6 +62,33 @@ from meshwen.evals.answers import boxed, gold_answer, last_number, number, same_
         ("120 cm^{2}", 120),
         (r"90^\circ", 90),
         ("18 = 9 + 9", 18),
+        (r"\quad18", 18),
+        (r"\approx18", 18),
+        (r"\displaystyle18", 18),
+        (r"\thinspace 18", 18),
+        (r"\enspace 18", 18),
+        (r"\large 18", 18),
+        (r"90^{\circ}", 90),
+        (r"5\quad18", None),
+        (r"90^\circ18", None),
+        (r"\approximately18", None),
+        ("$ - 18", -18),
+        ("\u20135", -5),
+        ("x = \u20135", -5),
+        ("\\quad\u20135", -5),
+        ("\u2013 5", 5),  # A bullet.
+        ("3\u20135", None),
+        ("18\u00a0dollars", 18),
+        ("-\u202f18", -18),
+        ("$\u200918", 18),
+        (r"\frac{1,000}{2}", 500),
+        (r"\cfrac{1}{2}", "1/2"),
+        (r"\frac{3}{-4}", "-3/4"),
+        (r"\frac{-3}{-4}", "3/4"),
+        (r"\boldsymbol{18}", 18),
+        (r"\textdollar 18", 18),
+        ("Rs.18", 18),
+        ("-Rs. 1,800", -1800),
         (r"20 \times 3", None),
         ("9 + 9", None),
         (r"18 \text{ or } 20", None),
@@ -118,6 +145,12 @@ def test_the_last_box_counts(text, content):
         ("a loss of -$5.", "-$5"),
         ("nothing", None),
         ("at 3.50 each", "3.50"),
+        (r"it is \quad18", "18"),
+        ("a loss of \u20135.", "-5"),
+        ("it takes 3\u20135 days", "5"),
+        ("it costs 3%\u20135%", "5"),
+        ("Remaining:\n\u2013 18 apples", "18"),
+        ("it costs Rs.18", "Rs.18"),
     ],
 )
 def test_the_last_number_is_found_as_it_is_written(text, found):
@@ -126,6 +159,8 @@ def test_the_last_number_is_found_as_it_is_written(text, found):
 
 def test_an_answer_that_went_astray_is_read_at_once_and_has_no_number():
     assert last_number("5" + " " * 100_000 + "?") == "5"  # Each blank looked at a few times.
+    assert last_number("5^" + " " * 100_000 + "?") == "5"
+    assert number("$ " * 100_000) is None
     assert number("9" * 5000) is None  # More digits than Python makes a number of.
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GSM8K from the hub, through a local stand-in, and what is said where that fails."""
+"""GSM8K from the hub, through a local stand-in, or from a file; what is said where that fails."""
 
+import json
 import sys
 
 import huggingface_hub
@@ -9,7 +10,7 @@ from huggingface_hub import errors
 
 from meshwen.cli import main
 from meshwen.errors import MeshwenError
-from meshwen.evals.problems import hub_problems
+from meshwen.evals.problems import hub_problems, read_problems
 
 ROWS = [
     {"question": "How many are 2 and 2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
@@ -68,3 +69,21 @@ def test_without_pyarrow_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MeshwenError, match=r"pip install 'meshwen\[gsm8k\]', or give"):
         hub_problems("test")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82", b" \n\xff"])
+def test_the_line_of_the_first_byte_that_is_not_utf_8_is_named(tmp_path, end, bad):
+    path = tmp_path / "data.jsonl"
+    good = json.dumps(ROWS[0]).encode() + "\u2028é".encode() + end
+    path.write_bytes(good * 1000 + bad + end + good + b"\xff")
+    line = 1001 + bad.count(b"\n")
+    with pytest.raises(MeshwenError, match=rf"data\.jsonl, line {line} is not UTF-8 text: give"):
+        read_problems(path)
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + "[" * 100_000)
+    with pytest.raises(MeshwenError, match=r"data\.jsonl, line 2 is not JSON: .*recursion"):
+        read_problems(path)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -209,3 +210,46 @@ def test_runs_of_other_problems_are_not_compared(tmp_path):
     empty = written(tmp_path / "d.jsonl")
     with pytest.raises(MeshwenError, match="have no answers"):
         compare(empty, empty)
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/zero", "/dev/null"])
+def test_a_device_is_no_run_file(device):
+    with pytest.raises(MeshwenError, match=f"{device} is not a regular file"):
+        RunFile.begin(Path(device), SETTINGS, resume=False)
+    with pytest.raises(MeshwenError, match=f"{device} is not a regular file"):
+        RunFile.read(Path(device))
+
+
+def test_a_pipe_is_no_run_file_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MeshwenError, match="pipe is not a regular file"):
+        RunFile.begin(tmp_path / "pipe", SETTINGS, resume=True)
+
+
+def test_a_foreign_file_is_refused_without_reading_all_of_it(tmp_path):
+    path = tmp_path / "model.gguf"
+    with path.open("wb") as file:
+        file.write(b"GGUF")
+        file.truncate(1 << 40)  # Of which nothing is on the disk.
+    with pytest.raises(MeshwenError, match="no run file of this version"):
+        RunFile.read(path)
+    with pytest.raises(MeshwenError, match="no run file of this version"):
+        RunFile.begin(path, SETTINGS, resume=True)
+    assert path.stat().st_size == 1 << 40
+
+
+def test_a_run_from_before_there_were_kernels_goes_on_without_them(tmp_path):
+    path = written(tmp_path / "r.jsonl", answer(0)).path
+    RunFile.begin(path, SETTINGS | {"products": "xla"}, resume=True).close()
+    with pytest.raises(MeshwenError, match=r"products 'xla', .* remove the extra cpu"):
+        RunFile.begin(path, SETTINGS | {"products": "avx512_bf16"}, resume=True)
+
+
+@pytest.mark.parametrize(("before", "now"), [("8", "1x8"), ("1", "1x1"), ("2x4", "2x1x4")])
+def test_meshes_of_the_same_axes_are_the_same(tmp_path, before, now):
+    path = tmp_path / "r.jsonl"
+    RunFile.begin(path, SETTINGS | {"mesh": before}, resume=False).write(answer(0))
+    RunFile.begin(path, SETTINGS | {"mesh": now}, resume=True).close()
+    for other in ("2", "4x2", "data=2,model=4"):
+        with pytest.raises(MeshwenError, match="was made with mesh"):
+            RunFile.begin(path, SETTINGS | {"mesh": other}, resume=True)

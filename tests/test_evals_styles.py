@@ -86,7 +86,8 @@ def test_the_demo_answers_behind_its_mark():
 def test_conversations_are_framed_by_the_chat_template():
     assert {name for name, style in STYLES.items() if style.conversation} == {"qwen-boxed", "demo"}
     assert r"\boxed{}" in prompt_style("qwen-boxed").system
-    assert all(not style.stop for style in STYLES.values() if style.conversation)
+    assert STYLES["qwen-boxed"].stop == ("</s>", "<|im_end|>", "<|endoftext|>")
+    assert not STYLES["demo"].stop  # It was trained to end by itself.
 
 
 def test_an_unknown_style_names_the_known():

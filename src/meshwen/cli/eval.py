@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,8 @@ from meshwen.cli.processes import over_processes
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from meshwen.evals.compare import Comparison
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
@@ -82,7 +84,7 @@ def gsm8k(
 
     _check_report(html, [out])
     shared("run files", lambda: _check_file(out, resume))
-    run, found = _evaluate(asked, mesh, numerics, out, resume)
+    run, found = _answered(asked, _begun(asked, mesh, numerics, out, resume))
     if as_json:
         print(json.dumps(found | {"settings": dict(run.settings)}))
     else:
@@ -122,10 +124,12 @@ def meshes(
     paths = [out / f"{spec}.jsonl" for spec in specs]
     _check_report(html, paths)
     shared("run files", lambda: _check_folder(out, paths, resume))
-    results = [
-        _evaluate(asked, str(spec), numerics, path, resume)
+    # All of them first: a mesh or a file that is refused is not to be heard of after hours.
+    begun = [
+        _begun(asked, str(spec), numerics, path, resume)
         for spec, path in zip(specs, paths, strict=True)
     ]
+    results = [_answered(asked, one) for one in begun]
     first = results[0][0]
     compared = [compare_runs(first, run) for run, _ in results]
     if as_json:
@@ -164,7 +168,10 @@ def harness(context: typer.Context) -> None:
         raise MeshwenError(
             f"lm-evaluation-harness is not here ({error}): pip install 'meshwen[lm-eval]'"
         ) from None
-    sys.argv = ["lm_eval", "run", "--model", "meshwen", *context.args]
+    given = any(one.split("=")[0] in ("--batch_size", "-b") for one in context.args)
+    # The harness's own default is one at a time.
+    batch_size = [] if given else ["--batch_size", "auto"]
+    sys.argv = ["lm_eval", "run", "--model", "meshwen", *batch_size, *context.args]
     cli_evaluate()
 
 
@@ -179,13 +186,16 @@ def compare(
 ) -> int:
     """Hold two runs on the same problems against each other, answer by answer."""
     from meshwen.evals.compare import compare as compare_runs
+    from meshwen.evals.compare import settings_of
+    from meshwen.evals.gsm8k import summary
     from meshwen.evals.run_file import RunFile
 
     check_writable(html, [first, second])
     runs = RunFile.read(first), RunFile.read(second)
     found = compare_runs(*runs)
     if as_json:
-        print(json.dumps(asdict(found)))
+        scores = [summary(run.records.values()) | {"path": str(run.path)} for run in runs]
+        print(json.dumps(asdict(found) | {"runs": scores, "settings": settings_of(runs)}))
     else:
         print_comparison(found, runs)
     if html is not None:
@@ -200,23 +210,33 @@ def _kept(require: Requirement, found: Comparison) -> bool:
     return found.all_identical if require is Requirement.IDENTICAL else found.same_score
 
 
-def _evaluate(
-    asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool
-) -> tuple[RunFile, dict[str, Any]]:
-    """Runs what the run file lacks: the run, of the problems asked alone, and its summary."""
+@dataclass(frozen=True)
+class _Begun:
+    """An evaluation on one mesh, before any weight is read."""
+
+    mesh: Mesh
+    numerics: options.Numerics
+    questions: Sequence[Question]
+    run: RunFile
+
+
+def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool) -> _Begun:
+    """Refuses what can be refused now, and opens the run file."""
     import jax
     import jax.numpy as jnp
 
     from meshwen.checkpoints import open_checkpoint
-    from meshwen.evals.gsm8k import answer_all, data_sha256, question, summary
+    from meshwen.evals.gsm8k import data_sha256, question
     from meshwen.evals.styles import shots
     from meshwen.parallel.mesh import make_mesh, mesh_label
+    from meshwen.parallel.plan import ParallelPlan
     from meshwen.runner import products
     from meshwen.tokenizer import Tokenizer
 
     name, load_format, revision = asked.loading
     style, sampling, devices = asked.style, asked.sampling, make_mesh(mesh)
     with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+        _ = ParallelPlan(checkpoint.config, devices, numerics.value).heads
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
@@ -244,32 +264,49 @@ def _evaluate(
             "samples": asked.samples,
             "seed": sampling.seed,
         }
-        run = _begin(out, settings, resume)
-        _check_prompts(run, questions)
-        before = sum(one.key in run.records for one in questions)
+    run = _begin(out, settings, resume)
+    _check_prompts(run, questions)
+    return _Begun(devices, numerics, questions, run)
+
+
+def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
+    """Asks what the run file lacks: the run, of the problems asked alone, and its summary."""
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.evals.gsm8k import answer_all, summary
+    from meshwen.tokenizer import Tokenizer
+
+    run, questions = begun.run, begun.questions
+    before = sum(one.key in run.records for one in questions)
+    name, load_format, revision = asked.loading
+    with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
         loaded = load_model(
             checkpoint,
-            tokenizer,
-            mesh=devices,
+            Tokenizer.from_checkpoint(checkpoint),
+            mesh=begun.mesh,
             dtype=asked.dtype,
-            numerics=numerics,
+            numerics=begun.numerics,
             max_num_seqs=asked.capacity[0],
             max_model_len=asked.capacity[1],
         )
     started = time.perf_counter()
-    with progress_bar("answering") as bar:
-        answer_all(
-            loaded.engine,
-            questions,
-            style,
-            sampling,
-            run,
-            lambda done, right, tokens: bar(
-                done,
-                len(questions),
-                f"{right} of {done} right, {tokens / (time.perf_counter() - started):.0f} tokens/s",
-            ),
-        )
+    try:
+        with progress_bar("answering") as bar:
+            answer_all(
+                loaded.engine,
+                questions,
+                asked.style,
+                asked.sampling,
+                run,
+                lambda done, right, tokens: bar(
+                    done,
+                    len(questions),
+                    f"{right} of {done} right, "
+                    f"{tokens / (time.perf_counter() - started):.0f} tokens/s",
+                ),
+            )
+    except KeyboardInterrupt:
+        note(f"{len(run.records)} answers are saved in {run.path}; go on with --resume")
+        raise
     run.close()
     run = replace(run, records={one.key: run.records[one.key] for one in questions})
     found = summary(run.records.values())

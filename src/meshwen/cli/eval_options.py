@@ -139,12 +139,12 @@ def _asked(
     sampling = SamplingParams(max_new_tokens=longest, temperature=temperature, seed=seed)
     if samples > 1 and temperature == 0:
         raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
-    problems = _together("problems", lambda: _problems(data, model))
+    loading = (model, load_format, revision)
+    problems = _together("problems", lambda: _problems(data, loading))
     examples = _together("examples", lambda: _examples(train, style))
     chosen = problems[offset : None if limit is None else offset + limit]
     if not chosen:
         raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
-    loading = (model, load_format, revision)
     digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
     return Asked(loading, dtype, capacity, style, sampling, samples, chosen, digest, examples)
 
@@ -170,14 +170,18 @@ def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Prob
     return [Problem(**one) for one in shared(name, lambda: [asdict(one) for one in read()])]
 
 
-def _problems(data: Path | None, model: str) -> Sequence[Problem]:
+def _problems(data: Path | None, loading: tuple[str, str, str | None]) -> Sequence[Problem]:
     from meshwen import demo
+    from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.problems import hub_problems, read_problems
 
     if data is not None:
         return read_problems(data)
+    model, load_format, revision = loading
     if model == _DEMO:
         return read_problems(demo.path() / "heldout.jsonl")
+    with open_checkpoint(model, load_format=load_format, revision=revision):
+        pass  # A model that is not there is to be heard of before the hub is asked for data.
     return hub_problems("test")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from meshwen.cli.console import note, output_console, plain_table
 
 if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
-    from meshwen.evals.run_file import Key, RunFile
+    from meshwen.evals.run_file import Key, Record, RunFile
 
-_LISTED = 10  # problems with other tokens; --json has all
+_LISTED = 10  # problems with other tokens, and reasons of failures; --json or run files have all
+# But newlines, and tabs, which Rich makes blanks of: a terminal would obey them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
@@ -33,8 +36,7 @@ def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
     rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
     before = found["answers_from_before"]
     print(rest + f", {before} answers from before" * bool(before))
-    if failed := found["failed"]:
-        print(f"could not be asked, counted as wrong: {', '.join(map(str, failed))}")
+    _print_failed(run, "could not be asked, counted as wrong")
     note(f"every answer is in {run.path}")
 
 
@@ -61,6 +63,8 @@ def print_meshes(
             str(found["seconds"]),
         )
     output_console().print(table)
+    for run, _ in results:
+        _print_failed(run, f"could not be asked on {run.settings['mesh']}, counted as wrong")
 
 
 def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
@@ -74,6 +78,8 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     ):
         table.add_row(str(run.path), str(right), f"{right / found.answers:.1%}", str(len(alone)))
     console.print(table)
+    for run in runs:
+        _print_failed(run, f"could not be asked in {run.path}, counted as wrong")
     p = "" if found.p is None else f"McNemar's exact p: {found.p:.3g}; "
     console.print(
         f"{p}identical answers: {found.identical} of {found.answers}",
@@ -96,13 +102,47 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
         sample = f", sample {key[1]}" if found.p is None else ""
         how = f"other tokens from {parted[key]} on" if key in parted else "graded otherwise"
         side_by_side = plain_table(f"problem {key[0]}{sample}, {how}", *_verdicts(runs, key))
-        side_by_side.add_row(*(Text(run.records[key]["text"].strip()) for run in runs))
+        side_by_side.add_row(*(Text(_said(run.records[key])) for run in runs))
         console.print(side_by_side)
 
 
 def _verdicts(runs: tuple[RunFile, RunFile], key: Key) -> list[str]:
     records = [run.records[key] for run in runs]
     return [
-        escape(f"{run.path}: {'right' if one['correct'] else 'wrong'}, {one['extracted']}")
+        escape(
+            f"{run.path}: {'right' if one['correct'] else 'wrong'}, "
+            + _harmless(str(one["extracted"]))
+        )
         for run, one in zip(runs, records, strict=True)
     ]
+
+
+def _print_failed(run: RunFile, label: str) -> None:
+    """The problems that could not be asked, and those of each reason."""
+    reasons: dict[str, set[int]] = {}
+    for (problem, _), one in sorted(run.records.items()):
+        if one["finish_reason"] == "error":
+            # Without the number, which would tell equal reasons apart.
+            reason = _said(one).replace(f"problem {problem}", "the prompt", 1)
+            reasons.setdefault(reason, set()).add(problem)
+    if not reasons:
+        return
+    print(f"{label}: {_listed(set().union(*reasons.values()))}")
+    for reason, problems in list(reasons.items())[:_LISTED]:
+        print(f"  {_listed(problems)}: {reason}")
+    if len(reasons) > _LISTED:
+        print("  ...")
+
+
+def _listed(problems: set[int]) -> str:
+    return ", ".join(map(str, sorted(problems)))
+
+
+def _said(one: Record) -> str:
+    """An answer's text, or why there is none."""
+    return _harmless(one["error"] if one["finish_reason"] == "error" else one["text"].strip())
+
+
+def _harmless(text: str) -> str:
+    """With control characters as Python writes them."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -7,22 +7,34 @@ import re
 from fractions import Fraction
 
 # Of LaTeX: spaces, sizes, units, and signs that say nothing of a number's value.
-_LATEX = re.compile(
-    r"\\(?:[\\,;:! ()\[\]]|hspace\*?\s*\{[^{}]*\}|quad\b|left\b|right\b|displaystyle\b|d?approx\b"
-    r"|(?:pounds|euro|cents?)\b)|~|\^\s*\{?\s*\\circ\b\s*\}?|\\degree\b"
+_LATEX = re.compile(r"\\(?:[\\,;:! ()\[\]]|hspace\*?\s*\{[^{}]*\})|~")
+# Commands that are words end where letters do: a digit may follow at once. A blank takes their
+# place, so that what stands around them stays apart.
+_LATEX_WORD = re.compile(
+    r"\\(?:q?quad|enspace|enskip|(?:thin|med|thick|negthin)space|left|right|(?:display|text)style"
+    r"|tiny|scriptsize|footnotesize|small|normalsize|[lL]arge|LARGE|[hH]uge|d?approx"
+    r"|pounds|euro|cents?|text(?:dollar|euro|sterling)|degree)(?![A-Za-z])"
+    r"|\^\s*(?:\{\s*)?\\circ(?![A-Za-z])\s*\}?"
 )
 _POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\d|\{\s*\d+\s*\})")
-_WRAPPED = re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm)?|mbox|underline)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*([\d.]+)\s*\}|(\d))")
+_WRAPPED = re.compile(
+    r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|text(?:bf|it|rm)?|mbox|underline)\s*\{([^{}]*)\}"
+)
+_FRACTION = re.compile(
+    r"\\[cdt]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*(-?)([\d.,]+)\s*\}|(\d))"
+)
+# A dash before a number is its sign, unless something that it may lead from stands before it: 3–5.
+_DASH = re.compile(r"(?<![\w.)}\]%])(?<!\d\s)\u2013(?=\.?\d)")
+_CURRENCY = r"(?:[$€£¥₹]|Rs\.?)"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _FEW = r"\s{0,3}"  # Not any number: a long row of blanks would be searched from each of them.
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>-?)(?:[$€£¥₹]{_FEW})?(?P<sign2>-?)"
+    rf"(?<![\w.])(?P<sign>-?)(?:{_CURRENCY}{_FEW})?(?P<sign2>-?)"
     rf"(?:(?P<whole>\d+)\s{_FEW}(?=\d+{_FEW}/{_FEW}\d))?"
     rf"(?P<top>{_DIGITS})(?:{_FEW}/{_FEW}(?P<under>{_DIGITS}))?"
 )
-# The sign of all that follows: - 18, -(18).
-_MINUS_APART = re.compile(r"^\s*-\s*\(?\s*")
+# The sign of all that follows: - 18, -(18), $ - 18.
+_MINUS_APART = re.compile(rf"^\s*(?:{_CURRENCY}\s*)*-\s*\(?\s*")
 # What stands beside a number where there is more to it: another number, or a root, a product, ...
 _MORE = re.compile(r"[\d\\]")
 _GOLD = re.compile(r"####\s*(.+?)\s*$", re.MULTILINE)
@@ -72,7 +84,7 @@ def number(text: str) -> Fraction | None:
 
 def _one_number(text: str) -> Fraction | None:
     # A whole number may stand before a fraction: 2 1/2.
-    text = _MINUS_APART.sub("-", _FRACTION.sub(r" \1\2/\3\4 ", text))
+    text = _MINUS_APART.sub("-", _FRACTION.sub(r" \3\1\2/\4\5 ", text))
     found = _NUMBER.search(text)
     if not found or _MORE.search(text[: found.start()] + text[found.end() :]):
         return None
@@ -112,4 +124,5 @@ def matches(pattern: re.Pattern[str], text: str) -> list[str]:
 def _plain(text: str) -> str:
     """Without what LaTeX adds, and with plain minus signs."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
-    return _POWER_OF_UNIT.sub("", _LATEX.sub("", _WRAPPED.sub(r" \1 ", text)))
+    text = _LATEX_WORD.sub(" ", _LATEX.sub("", _WRAPPED.sub(r" \1 ", text)))
+    return _DASH.sub("-", _POWER_OF_UNIT.sub("", text))

@@ -63,7 +63,8 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
         missing = sorted(set(first.records) ^ set(second.records))
         raise MeshwenError(
             f"{first.path} and {second.path} are not of the same problems: {len(missing)} answers "
-            f"are in one alone, first that to problem {missing[0][0]}; finish both with --resume"
+            f"are in one alone, first that to problem {missing[0][0]}; finish both with --resume, "
+            "or ask both with the same --limit and --offset"
         )
     if not keys:
         raise MeshwenError(f"{first.path} and {second.path} have no answers")

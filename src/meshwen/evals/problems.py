@@ -26,8 +26,11 @@ def read_problems(path: Path) -> list[Problem]:
         lines = path.read_text(encoding="utf-8").split("\n")  # Not at a U+2028 inside of a text.
     except OSError as error:
         raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise MeshwenError(f"{path} is not UTF-8 text: give a JSON lines file") from None
+    except UnicodeDecodeError as error:
+        line = len(error.object[: error.end].splitlines())
+        raise MeshwenError(
+            f"{path}, line {line} is not UTF-8 text: give a JSON lines file"
+        ) from None
     problems = [
         _problem(f"{path}, line {at + 1}", at, line)
         for at, line in enumerate(lines)
@@ -62,7 +65,7 @@ def hub_problems(split: str) -> list[Problem]:
 def _problem(where: str, place: int, line: str) -> Problem:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MeshwenError(f"{where} is not JSON: {error}") from None
     return _checked(where, place, content)
 

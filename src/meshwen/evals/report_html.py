@@ -45,9 +45,9 @@ def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
 
 
 def _flips(first: RunFile, second: RunFile, compared: Comparison) -> list[dict[str, Any]]:
-    """The answers that one run alone has right, side by side."""
+    """The answers that one run alone has right, side by side, each with its run."""
     parted: dict[Key, int] = {(problem, sample): at for problem, sample, at in compared.parted}
     return [
-        {"pair": (first.records[key], second.records[key]), "token": parted.get(key)}
+        {"pair": [(run, run.records[key]) for run in (first, second)], "token": parted.get(key)}
         for key in sorted(compared.flips)
     ]

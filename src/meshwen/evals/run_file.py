@@ -21,6 +21,7 @@ from typing import Any, Self
 from meshwen.errors import MeshwenError
 
 FORMAT = "meshwen-eval-3"
+_BEGINNING = b'{"format": "meshwen-eval-'  # of run files of all versions
 
 # What every answer has.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -101,7 +102,10 @@ class RunFile:
         if not new:
             _check_same(path, _settings(path, lines[0] if lines else b""), settings)
             run.records = _records(path, lines[1:])
-        file.truncate(sum(len(line) + 1 for line in lines))
+        try:
+            file.truncate(sum(len(line) + 1 for line in lines))
+        except OSError as error:
+            raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
         file.seek(0, os.SEEK_END)
         if new:
             run._append({"format": FORMAT, "settings": dict(settings)})
@@ -151,8 +155,13 @@ class RunFile:
 
     @staticmethod
     def _whole_lines(path: Path) -> list[bytes]:
+        _check_regular(path)
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                beginning = file.read(len(_BEGINNING))
+                if beginning != _BEGINNING[: len(beginning)]:  # Of whatever size, and not ours.
+                    raise MeshwenError(f"{path} is no run file of this version ({FORMAT})")
+                content = beginning + file.read()
         except OSError as error:
             raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
         return content.split(b"\n")[:-1]  # What follows the last line's end is torn, or nothing.
@@ -183,13 +192,22 @@ class UnwrittenRun(RunFile):
 
 def _without_answers(path: Path) -> bool:
     """Whether a file is empty, or what a run leaves that stopped before its first answer."""
+    _check_regular(path)
     try:
         with path.open("rb") as file:
-            first, second = file.readline(), file.readline()
+            beginning = file.read(len(_BEGINNING))
+            if beginning != _BEGINNING[: len(beginning)]:
+                return False
+            file.readline()
+            return not file.readline().endswith(b"\n")
     except OSError as error:
         raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    ours = b'{"format": "meshwen-eval-'
-    return (first[: len(ours)] == ours[: len(first)]) and not second.endswith(b"\n")
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses a device or a pipe, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise MeshwenError(f"{path} is not a regular file: answers cannot be kept in it")
 
 
 def _settings(path: Path, line: bytes) -> dict[str, Any]:
@@ -216,7 +234,7 @@ def _records(path: Path, lines: list[bytes]) -> dict[Key, Record]:
 def _parsed(path: Path, at: int, line: bytes) -> Record:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise MeshwenError(f"{path}, line {at}: not a JSON object; it was edited or damaged")
@@ -224,9 +242,19 @@ def _parsed(path: Path, at: int, line: bytes) -> Record:
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    # What multiplied before there was a choice.
+    before, now = ({"products": "xla"} | dict(settings) for settings in (before, now))
     for name in dict.fromkeys((*before, *now)):
-        if before.get(name) != now.get(name):
+        if _comparable(name, before.get(name)) != _comparable(name, now.get(name)):
+            same = "install or remove the extra cpu" if name == "products" else "give the same"
             raise MeshwenError(
                 f"{path} was made with {name} {before.get(name)!r}, this run has "
-                f"{now.get(name)!r}: give the same, or another file"
+                f"{now.get(name)!r}: {same}, or give another file"
             )
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """A setting's value, equal for meshes that differ by axes of one device alone."""
+    if name != "mesh" or not isinstance(value, str) or "=" in value:
+        return value
+    return [size for size in value.split("x") if size != "1"]

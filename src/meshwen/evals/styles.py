@@ -151,6 +151,7 @@ STYLES = {
             ask=lambda question: question,
             system="Please reason step by step, and put your final answer within \\boxed{}.",
             conversation=True,
+            stop=("</s>", "<|im_end|>", "<|endoftext|>"),
             extract={"boxed": _qwen_answer},
             equal=same_number,
         ),
