@@ -167,3 +167,4 @@ def test_the_command_hands_its_options_to_the_harness(tmp_path, monkeypatch):
     results = json.loads(written.read_text())
     assert results["config"]["model"] == "meshwen"
     assert results["n-samples"]["mine"]["effective"] == 2
+    assert results["config"]["batch_size"] == "auto"
