@@ -48,7 +48,7 @@ def attends() -> str:
 
 
 def _attend(queries: int) -> str:
-    """Of `queries` queries; `%scores` has room for float32 [queries, S + 16]."""
+    """Of `queries` queries; `%scores` has room for float32 [queries, S]."""
     g = range(queries)
     return "\n".join(
         [
@@ -64,8 +64,7 @@ def _attend(queries: int) -> str:
             *(f"%q.offset.{i} = mul i64 %H, {i}" for i in g),
             *(f"%q.row.{i} = getelementptr float, ptr %q, i64 %q.offset.{i}" for i in g),
             *(f"%y.row.{i} = getelementptr float, ptr %y, i64 %q.offset.{i}" for i in g),
-            f"%s.stride = add i64 %S, {WIDTH}",
-            *(f"%s.offset.{i} = mul i64 %s.stride, {i}" for i in g),
+            *(f"%s.offset.{i} = mul i64 %S, {i}" for i in g),
             *(f"%s.row.{i} = getelementptr float, ptr %scores, i64 %s.offset.{i}" for i in g),
             "br label %score",
             *_scores(g),
@@ -77,12 +76,7 @@ def _attend(queries: int) -> str:
 
 
 def _scores(g: range) -> Iterable[str]:
-    """`%scores`, the lowest number where a slot is not seen, and the largest of each query.
-
-    32 slots at a time, since each dimension of them is another place in memory. Of the last 32 the
-    second 16 may lie beyond S: then the 16 before them are read again, and count as not seen.
-    """
-    both = [(i, half) for i in g for half in range(2)]
+    """`%scores`, the lowest number where a slot is not seen, and the largest of each query."""
     return [
         "score:",
         "%j = phi i64 [ %begin, %entry ], [ %j.next, %scored ]",
@@ -90,33 +84,19 @@ def _scores(g: range) -> Iterable[str]:
             f"%top.{i} = phi {_VECTOR} [ {_all(_LOWEST)}, %entry ], [ %top.{i}.next, %scored ]"
             for i in g
         ),
-        f"%j.1 = add i64 %j, {WIDTH}",
-        f"%j.last = sub i64 %S, {WIDTH}",
-        "%j.read = call i64 @llvm.umin.i64(i64 %j.1, i64 %j.last)",
-        "%keys.0 = getelementptr float, ptr %keys, i64 %j",
-        "%keys.1 = getelementptr float, ptr %keys, i64 %j.read",
+        "%keys.j = getelementptr float, ptr %keys, i64 %j",
         "br label %dimension",
         "dimension:",
         "%h = phi i64 [ 0, %score ], [ %h.next, %dimension ]",
+        "%key.at = phi ptr [ %keys.j, %score ], [ %key.next, %dimension ]",
         *(
-            f"%key.at.{half} = phi ptr [ %keys.{half}, %score ], [ %key.next.{half}, %dimension ]"
-            for half in range(2)
+            f"%dot.{i} = phi {_VECTOR} [ {_all(0)}, %score ], [ %dot.{i}.next, %dimension ]"
+            for i in g
         ),
-        *(
-            f"%dot.{i}.{half} = phi {_VECTOR} [ {_all(0)}, %score ], "
-            f"[ %dot.{i}.{half}.next, %dimension ]"
-            for i, half in both
-        ),
-        *(
-            line
-            for half in range(2)
-            for line in (
-                f"%key.{half} = load {_VECTOR}, ptr %key.at.{half}, align 4",
-                f"%key.ahead.{half} = getelementptr i8, ptr %key.at.{half}, i64 128",
-                f"call void @llvm.prefetch.p0(ptr %key.ahead.{half}, i32 0, i32 3, i32 1)",
-                f"%key.next.{half} = getelementptr i8, ptr %key.at.{half}, i64 %key.stride",
-            )
-        ),
+        f"%key = load {_VECTOR}, ptr %key.at, align 4",
+        # The same dimension of slots to come: the next dimension's are a row of slots away.
+        "%key.ahead = getelementptr i8, ptr %key.at, i64 128",
+        "call void @llvm.prefetch.p0(ptr %key.ahead, i32 0, i32 3, i32 1)",
         *(
             line
             for i in g
@@ -124,35 +104,29 @@ def _scores(g: range) -> Iterable[str]:
                 f"%q.at.{i} = getelementptr float, ptr %q.row.{i}, i64 %h",
                 f"%q.one.{i} = load float, ptr %q.at.{i}",
                 *_splat(f"q.all.{i}", "float", f"%q.one.{i}"),
+                f"%dot.{i}.next = call {_VECTOR} @llvm.fma.v16f32({_VECTOR} %q.all.{i}, "
+                f"{_VECTOR} %key, {_VECTOR} %dot.{i})",
             )
         ),
-        *(
-            f"%dot.{i}.{half}.next = call {_VECTOR} @llvm.fma.v16f32({_VECTOR} %q.all.{i}, "
-            f"{_VECTOR} %key.{half}, {_VECTOR} %dot.{i}.{half})"
-            for i, half in both
-        ),
+        "%key.next = getelementptr i8, ptr %key.at, i64 %key.stride",
         "%h.next = add i64 %h, 1",
         "%h.more = icmp ult i64 %h.next, %H",
         "br i1 %h.more, label %dimension, label %scored",
         "scored:",
-        *_seen("seen.0", "%j"),
-        *_seen("seen.1", "%j.1"),
-        *(f"%top.{i}.0 = bitcast {_VECTOR} %top.{i} to {_VECTOR}" for i in g),
+        *_seen("seen", "%j"),
         *(
             line
-            for i, half in both
+            for i in g
             for line in (
-                f"%score.{i}.{half} = select <16 x i1> %seen.{half}, "
-                f"{_VECTOR} %dot.{i}.{half}.next, {_VECTOR} {_all(_LOWEST)}",
-                f"%score.at.{i}.{half} = getelementptr float, ptr %s.row.{i}, "
-                f"i64 {('%j', '%j.1')[half]}",
-                f"store {_VECTOR} %score.{i}.{half}, ptr %score.at.{i}.{half}, align 4",
-                f"%top.{i}.{half + 1} = call {_VECTOR} @llvm.maximum.v16f32("
-                f"{_VECTOR} %top.{i}.{half}, {_VECTOR} %score.{i}.{half})",
+                f"%score.{i} = select <16 x i1> %seen, {_VECTOR} %dot.{i}.next, "
+                f"{_VECTOR} {_all(_LOWEST)}",
+                f"%score.at.{i} = getelementptr float, ptr %s.row.{i}, i64 %j",
+                f"store {_VECTOR} %score.{i}, ptr %score.at.{i}, align 4",
+                f"%top.{i}.next = call {_VECTOR} @llvm.maximum.v16f32({_VECTOR} %top.{i}, "
+                f"{_VECTOR} %score.{i})",
             )
         ),
-        *(f"%top.{i}.next = bitcast {_VECTOR} %top.{i}.2 to {_VECTOR}" for i in g),
-        f"%j.next = add i64 %j, {2 * WIDTH}",
+        f"%j.next = add i64 %j, {WIDTH}",
         "%j.more = icmp ule i64 %j.next, %last.64",
         "br i1 %j.more, label %score, label %largest",
     ]

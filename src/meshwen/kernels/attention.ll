@@ -41,8 +41,7 @@ entry:
   %y.head = getelementptr float, ptr %y, i64 %q.offset
   %keys.head = getelementptr float, ptr %keys, i64 %kv.offset
   %values.head = getelementptr bfloat, ptr %values, i64 %kv.offset
-  %S.more = add i64 %S, 16
-  %GS = mul i64 %G, %S.more
+  %GS = mul i64 %G, %S
   %scores.bytes = mul i64 %GS, 4
   %scores = call ptr @malloc(i64 %scores.bytes)
   %G.less = sub i64 %G, 1
