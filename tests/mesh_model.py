@@ -16,7 +16,7 @@ from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.config import Qwen2Config
 from meshwen.kv_cache import KVCache
 from meshwen.loading import load_params
-from meshwen.model import Positions, hidden_states, logits
+from meshwen.model import hidden_states, logits
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runner import ModelRunner
@@ -90,14 +90,11 @@ class MeshModel:
         self.runner = ModelRunner(self.plan, self.params, dtype)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
-    def logits(self, token_ids, positions=None, params=None) -> np.ndarray:
+    def logits(self, token_ids, params=None) -> np.ndarray:
         """Of one forward pass without a cache: float32 [B, T, V, padding included]."""
         token_ids = np.asarray(token_ids, np.int32)
-        if positions is None:
-            positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
-        positions = np.asarray(positions, np.int32)
         compiled = self.compiled(*token_ids.shape)
-        return np.asarray(compiled(params or self.params, token_ids, positions))
+        return np.asarray(compiled(params or self.params, token_ids))
 
     def step(self, token_ids, start, cache: KVCache) -> tuple[np.ndarray, KVCache]:
         """Logits of tokens [B, T] at positions from start[b] on, after those in the cache."""
@@ -115,7 +112,7 @@ class MeshModel:
         if key not in self._compiled:
             tokens = np.zeros((batch, length), np.int32)
             if slots is None:
-                lowered = self.runner._logits.lower(self.params, tokens, tokens)
+                lowered = self.runner._logits.lower(self.params, tokens)
             else:
                 start, cache = np.zeros(batch, np.int32), self.cache(batch, slots)
                 program = self.runner.compiled(
@@ -131,9 +128,7 @@ class MeshModel:
 def _step(params, token_ids, start, cache, *, config, tp):
     """What the runner's prefill and decode do, with the logits of all positions and rows."""
     slots = cache[0].values.shape[2]
-    queries = start[:, None] + jnp.arange(token_ids.shape[1])
-    where = Positions(queries, jnp.broadcast_to(jnp.arange(slots), (len(start), slots)))
-    x, cache = hidden_states(params, token_ids, where, cache, config, tp)
+    x, cache = hidden_states(params, token_ids, start, cache, slots, config, tp)
     return logits(params, x, tp), cache
 
 

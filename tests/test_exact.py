@@ -19,7 +19,7 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.errors import MeshwenError
-from meshwen.parallel.exact import COMPILER_OPTIONS, ExactTensorParallel
+from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
 from meshwen.parallel.heads import PADDING, exact_head_layout
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -60,7 +60,7 @@ def test_the_heads_of_a_device_are_summed_as_each_is_by_itself(dtype):
         v = projected.reshape(B, T, -1, H).swapaxes(1, 2)
         return ExactTensorParallel(()).weighted_values(weights, v)
 
-    run = jax.jit(summed, compiler_options=COMPILER_OPTIONS)
+    run = jax.jit(summed, compiler_options=EXACT_COMPILER_OPTIONS)
     whole = [np.asarray(part) for part in run(weights, projected)]
     for head in range(K):
         one = run(weights[:, head : head + 1], projected[..., head * H : (head + 1) * H])
@@ -97,8 +97,7 @@ def test_a_sequence_does_not_depend_on_its_batch_row_or_padding(config, dtype):
     assert_same_bits(model.logits(token_ids[2:3]), expected[2:3])
     assert_same_bits(model.logits(token_ids[::-1][:3]), expected[::-1][:3])
     padded = np.pad(padded_rows([3, 16, 9, 1], token_ids), ((0, 0), (0, 8)), constant_values=1)
-    positions = np.where(np.arange(24) < np.array([[3], [16], [9], [1]]), np.arange(24), -1)
-    found = model.logits(padded, positions)
+    found = model.logits(padded)
     for row, length in enumerate([3, 16, 9, 1]):
         assert_same_bits(found[row, :length], expected[row, :length])
 
@@ -127,7 +126,7 @@ def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner
     rng = np.random.default_rng(0)
     x = rng.standard_normal((512, inner)).astype(np.float32)
     weight = rng.standard_normal((inner, columns)).astype(dtype)
-    column = jax.jit(ExactTensorParallel(()).column, compiler_options=COMPILER_OPTIONS)
+    column = jax.jit(ExactTensorParallel(()).column, compiler_options=EXACT_COMPILER_OPTIONS)
     expected = np.asarray(column(x, weight))
     for rows in (1, 2, 3, 4, 7, 8, 24, 48, 130):
         assert_same_bits(np.asarray(column(x[:rows], weight)), expected[:rows])
@@ -142,7 +141,7 @@ def test_a_function_has_one_approximation_for_any_width_and_surroundings(functio
     x = np.random.default_rng(0).uniform(0, 20, (2048, 15)).astype(np.float32)
     lowered = jax.jit(
         lambda x: pointwise(function, x - x.min(axis=1, keepdims=True)),
-        compiler_options=COMPILER_OPTIONS,
+        compiler_options=EXACT_COMPILER_OPTIONS,
     )
     expected = np.asarray(jax.jit(function)((x - x.min(axis=1, keepdims=True)).reshape(-1, 64)))
     assert_same_bits(np.asarray(lowered(x)), expected.reshape(x.shape))

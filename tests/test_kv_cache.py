@@ -23,7 +23,7 @@ def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, d
     keys, values = draw(jnp.float32, 3, 4, 2, 12), draw(dtype, 3, 4, 12, 2)
     new_keys, new_values = draw(jnp.float32, 3, 4, 2, length), draw(dtype, 3, 4, length, 2)
     cache = LayerCache(jnp.array(keys), jnp.array(values))
-    found, *seen = cache.extended(*map(jnp.asarray, (new_keys, new_values, starts)), 11)
+    found = cache.written(*map(jnp.asarray, (new_keys, new_values, starts)))
     for row, start in enumerate(starts):
         for i in range(length):
             keys[row, :, :, start + i] = new_keys[row, :, :, i]
@@ -31,8 +31,9 @@ def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, d
     assert (found.keys.dtype, found.values.dtype) == (jnp.float32, dtype)
     np.testing.assert_array_equal(found.keys, keys)
     np.testing.assert_array_equal(found.values, values)
-    np.testing.assert_array_equal(seen[0], keys[..., :11])
-    np.testing.assert_array_equal(seen[1], values[:, :, :11])
+    for read, whole in zip(found.read(11), (keys[..., :11], values[:, :, :11]), strict=True):
+        np.testing.assert_array_equal(read, whole)
+    np.testing.assert_array_equal(found.located()[2], [0, 1, 2])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -46,12 +47,15 @@ def test_a_chunk_of_a_prompt_is_written_into_its_row_alone(reads, start, slots, 
     new_values = jnp.asarray(rng.standard_normal((1, 4, 3, 2)), jnp.float32)
     flag = None if reads is None else jnp.asarray(reads)
     cache = SequenceCache(LayerCache(keys, values), jnp.int32(1), flag)
-    found, *seen = cache.extended(new_keys, new_values, jnp.asarray([start]), slots)
+    found = cache.written(new_keys, new_values, jnp.asarray([start]))
     if reads is not False:
         keys = keys.at[1, :, :, start : start + 3].set(new_keys[0])
         values = values.at[1, :, start : start + 3].set(new_values[0].astype(dtype))
-        np.testing.assert_array_equal(seen[0], keys[1:2, :, :, :slots])
-        np.testing.assert_array_equal(seen[1], values[1:2, :, :slots])
+    for read, whole in zip(
+        found.read(slots), (keys[..., :slots], values[:, :, :slots]), strict=True
+    ):
+        np.testing.assert_array_equal(read, whole[1:2])
+    np.testing.assert_array_equal(found.located()[2], [1])
     np.testing.assert_array_equal(found.layer.keys, keys)
     np.testing.assert_array_equal(found.layer.values, values)
 
@@ -59,7 +63,7 @@ def test_a_chunk_of_a_prompt_is_written_into_its_row_alone(reads, start, slots, 
 def test_what_is_written_is_rounded_to_the_dtype_of_the_cache():
     cache = LayerCache(jnp.zeros((1, 1, 2, 2), jnp.float32), jnp.zeros((1, 1, 2, 2), jnp.bfloat16))
     new = jnp.full((1, 1, 2, 1), 1.01, jnp.float32)
-    found, *_ = cache.extended(new, new.swapaxes(2, 3), jnp.asarray([1]), 2)
+    found = cache.written(new, new.swapaxes(2, 3), jnp.asarray([1]))
     assert found.keys[0, 0].tolist() == [[0, np.float32(1.01)]] * 2
     assert found.values[0, 0].tolist() == [[0, 0], [1.0078125] * 2]
 

@@ -20,7 +20,7 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.config import Qwen2Config, RopeScaling
-from meshwen.model import Positions, hidden_states, logits, rms_norm, rotate
+from meshwen.model import hidden_states, logits, rms_norm, rotate
 from meshwen.parallel.contractions import TensorParallel, product
 
 # In units of the largest logit. float32 rounding gives 1e-6; a wrong model gives 1e-2 or more.
@@ -177,15 +177,13 @@ def test_what_an_earlier_sequence_left_in_the_cache_is_not_seen():
     np.testing.assert_array_equal(again, fresh)
 
 
-def test_attention_reads_only_the_slots_that_have_positions():
+def test_attention_reads_only_the_slots_that_it_is_told_of():
     model, token_ids = shared_model(SMALL_7B), random_tokens(SMALL_7B, 3, LENGTH)
-    where = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (3, LENGTH))
 
     @jax.jit
     def prefill(params, cache):
-        tp = TensorParallel()
-        positions = Positions(jnp.asarray(where), jnp.asarray(where))
-        x, cache = hidden_states(params, token_ids, positions, cache, SMALL_7B, tp)
+        tp, start = TensorParallel(), jnp.zeros(3, jnp.int32)
+        x, cache = hidden_states(params, token_ids, start, cache, LENGTH, SMALL_7B, tp)
         return logits(params, x, tp), cache
 
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), model.cache(3, SLOTS))
@@ -194,18 +192,13 @@ def test_attention_reads_only_the_slots_that_have_positions():
     assert cache[0].values.shape[2] == SLOTS
 
 
-def test_keys_without_a_position_are_seen_by_no_query():
+def test_padding_behind_a_sequence_is_not_seen():
     model, lengths = shared_model(SMALL_7B), [12, 7, 1]
-    token_ids = random_tokens(SMALL_7B, 3, LENGTH)
-    left_padded, positions = np.ones_like(token_ids), np.full(token_ids.shape, -1)
-    for row, length in enumerate(lengths):
-        left_padded[row, LENGTH - length :] = token_ids[row, :length]
-        positions[row, LENGTH - length :] = np.arange(length)
-    found = model.logits(left_padded, positions)
+    found = model.logits(padded_rows(lengths, random_tokens(SMALL_7B, 3, LENGTH)))
     assert np.isfinite(found).all()
     for row, length in enumerate(lengths):
         expected = expected_logits(SMALL_7B)[row, :length]
-        assert relative_error(found[row, LENGTH - length :], expected) < TOLERANCE
+        assert relative_error(found[row, :length], expected) < TOLERANCE
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():

@@ -173,20 +173,21 @@ class Qwen2ForCausalLM:
                 f"attention_mask {mask.shape} must have the shape {ids.shape} of input_ids"
             )
         mask = mask != 0
-        positions = np.where(mask, mask.cumsum(axis=1) - 1, -1)
-        if positions.max() >= self.config.context_length:
+        longest = mask.sum(axis=1).max()
+        if longest > self.config.context_length:
             raise MeshwenError(
-                f"input_ids has a sequence of {positions.max() + 1} tokens, but the model's "
+                f"input_ids has a sequence of {longest} tokens, but the model's "
                 f"context is {self.config.context_length} tokens"
             )
         batch, length = ids.shape
         # Rows to divide by the mesh; tokens to a bucket, so that few lengths are compiled.
         extra = ((0, -batch % self.plan.data_devices), (0, bucket(length) - length))
-        ids, positions = (
-            np.pad(array, extra, constant_values=fill).astype(np.int32)
-            for array, fill in ((ids, 0), (positions, -1))
-        )
-        logits = self.runner.logits(ids, positions)[:batch, :length, : self.config.vocab_size]
+        # Padding behind what it pads: no token sees it there, and sequences begin at position 0.
+        order = np.argsort(~mask, axis=1, kind="stable")
+        ids = np.pad(np.take_along_axis(ids, order, axis=1), extra).astype(np.int32)
+        logits = self.runner.logits(ids)[:batch, :length, : self.config.vocab_size]
+        if (np.diff(order, axis=1) != 1).any():
+            logits = jnp.take_along_axis(logits, order.argsort(axis=1)[..., None], axis=1)
         return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:

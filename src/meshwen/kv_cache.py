@@ -31,21 +31,23 @@ class LayerCache(NamedTuple):
     keys: Array  # float32 [B, K, H, S]
     values: Array  # [B, K, S, H]
 
-    def extended(
-        self, keys: Array, values: Array, start: Array, slots: int
-    ) -> tuple[LayerCache, Array, Array]:
-        """Writes new keys [B, K, H, T] and values [B, K, T, H].
+    def written(self, keys: Array, values: Array, start: Array) -> LayerCache:
+        """With new keys [B, K, H, T] and values [B, K, T, H].
 
         Row b's are written at slots start[b] ... start[b] + T - 1. The caller keeps these within
         the S slots: beyond, XLA would shift the update to fit.
-
-        Returns:
-            The cache, and its first `slots`: keys [B, K, H, slots], values [B, K, slots, H].
         """
-        cache = LayerCache(
+        return LayerCache(
             _write(self.keys, keys, start, axis=2), _write(self.values, values, start, axis=1)
         )
-        return cache, cache.keys[..., :slots], cache.values[:, :, :slots]
+
+    def read(self, slots: int) -> tuple[Array, Array]:
+        """The first slots: keys [B, K, H, slots], values [B, K, slots, H]."""
+        return self.keys[..., :slots], self.values[:, :, :slots]
+
+    def located(self) -> tuple[Array, Array, Array]:
+        """Keys, values, and the rows of these that sequences have: int32 [B]."""
+        return self.keys, self.values, jnp.arange(self.keys.shape[0])
 
 
 class SequenceCache(NamedTuple):
@@ -59,19 +61,22 @@ class SequenceCache(NamedTuple):
     row: Array  # int32 []
     reads: Array | None  # bool []: where it is false, nothing is written; None: true
 
-    def extended(
-        self, keys: Array, values: Array, start: Array, slots: int
-    ) -> tuple[SequenceCache, Array, Array]:
-        """As `LayerCache.extended`, for the row alone: keys [1, K, H, T], values [1, K, T, H]."""
+    def written(self, keys: Array, values: Array, start: Array) -> SequenceCache:
+        """With new keys [1, K, H, T] and values [1, K, T, H], at slots start[0] and following."""
         layer = LayerCache(
             self._put(self.layer.keys, keys, start[0], axis=3),
             self._put(self.layer.values, values, start[0], axis=2),
         )
-        cache = self._replace(layer=layer)
-        if slots == keys.shape[3]:  # So the chunk is the first, and sees itself alone.
-            return cache, keys, values.astype(layer.values.dtype)
-        keys, values = (lax.dynamic_slice_in_dim(array, self.row, 1) for array in layer)
-        return cache, keys[..., :slots], values[:, :, :slots]
+        return self._replace(layer=layer)
+
+    def read(self, slots: int) -> tuple[Array, Array]:
+        """The row's first slots: keys [1, K, H, slots], values [1, K, slots, H]."""
+        keys, values = (lax.dynamic_slice_in_dim(array, self.row, 1) for array in self.layer)
+        return keys[..., :slots], values[:, :, :slots]
+
+    def located(self) -> tuple[Array, Array, Array]:
+        """Keys and values of all rows, and the row: int32 [1]."""
+        return *self.layer, self.row[None]
 
     def _put(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
         at = [jnp.int32(0)] * cache.ndim

@@ -20,35 +20,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from meshwen import kernels
 from meshwen.config import Qwen2Config
-from meshwen.kv_cache import AnyCache
+from meshwen.kv_cache import AnyCache, LayerCache, SequenceCache
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.rope import inverse_frequencies
 
 Params = dict[str, Any]
 
 
-class Positions(NamedTuple):
-    """Where the query tokens and the keys stand; a key at -1 is padding, seen by no query."""
-
-    queries: Array  # int32 [B, T]
-    keys: Array  # int32 [B, S]
-
-
 class Seen(NamedTuple):
-    """Which keys the queries see."""
+    """Which keys the queries see: each the last `window` ones up to its own."""
 
-    bias: Array  # float32 [B, T, S], to be added to scores: 0, or the lowest number
-    # With a cache, the first and the last slot that the first query sees: int32 [B].
-    slots: tuple[Array, Array] | None
+    start: Array  # int32 [B], the position of the first query's key
+    window: Array  # int32 []
+    bias: Array  # float32 [B, T, S], the same to be added to scores: 0, or the lowest number
 
 
 def hidden_states(
     params: Params,
     token_ids: Array,
-    positions: Positions,
+    start: Array,
     cache: tuple[AnyCache, ...] | None,
+    slots: int,
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Array, tuple[AnyCache, ...]]:
@@ -56,10 +49,12 @@ def hidden_states(
 
     Args:
         params: this device's weights, as declared in `meshwen.weights`.
-        token_ids: int32 [B, T].
-        positions: of the tokens and keys; with a cache, the keys are its first S slots.
+        token_ids: int32 [B, T], tokens that follow one another. Padding stands behind them, where
+            none of them sees it.
+        start: int32 [B], the positions of the first ones.
         cache: keys and values of earlier tokens. The tokens' own are written at the slots from
-            `positions.queries[:, 0]` on. None: the tokens see only one another.
+            `start` on. None: there are none, and `start` is 0.
+        slots: S, the keys from position 0 on that tokens may see: of the cache, or all T.
         config: the model's hyperparameters.
         tp: the contractions.
 
@@ -67,19 +62,16 @@ def hidden_states(
         float32 [B, T, D], and the updated cache; () without one.
     """
     model = params["model"]
-    rotary = rotary_tables(config, positions.queries, tp)
-    seen = {
-        kind: _seen(positions, config, kind, cached=cache is not None)
-        for kind in set(config.layer_types)
-    }
+    positions = start[:, None] + jnp.arange(token_ids.shape[1])
+    rotary = rotary_tables(config, positions, tp)
+    seen = {kind: _seen(positions, slots, config, kind) for kind in set(config.layer_types)}
     # Layers of one kind share a trace: 24 of them then lower in the time of one.
     layer = jax.jit(partial(decoder_layer, config=config, tp=tp))
     x = tp.embed(token_ids, model["embed_tokens"]["weight"])
     new_cache = []
     for i, weights in enumerate(model["layers"]):
         layer_cache = None if cache is None else cache[i]
-        start = positions.queries[:, 0]
-        x, layer_cache = layer(weights, x, rotary, seen[config.layer_types[i]], layer_cache, start)
+        x, layer_cache = layer(weights, x, rotary, seen[config.layer_types[i]], layer_cache)
         if layer_cache is not None:
             new_cache.append(layer_cache)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps, tp)
@@ -102,14 +94,13 @@ def decoder_layer(
     rotary: tuple[Array, Array],
     seen: Seen,
     cache: AnyCache | None,
-    start: Array,
     *,
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Array, AnyCache | None]:
     """One pre-norm layer: [B, T, D] -> [B, T, D]."""
     h = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps, tp)
-    h, cache = attention(weights["self_attn"], h, rotary, seen, cache, start, config.head_dim, tp)
+    h, cache = attention(weights["self_attn"], h, rotary, seen, cache, config.head_dim, tp)
     x = x + h
     h = rms_norm(x, weights["post_attention_layernorm"]["weight"], config.rms_norm_eps, tp)
     return x + mlp(weights["mlp"], h, tp), cache
@@ -121,7 +112,6 @@ def attention(
     rotary: tuple[Array, Array],
     seen: Seen,
     cache: AnyCache | None,
-    start: Array,
     head_dim: int,
     tp: TensorParallel,
 ) -> tuple[Array, AnyCache | None]:
@@ -132,22 +122,26 @@ def attention(
     )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
     q, k = rotate(q, rotary, tp), rotate(k, rotary, tp)
     k, v = k.swapaxes(2, 3), v.astype(weights["v_proj"]["weight"].dtype)  # k [B, K, H, T]
-    if cache is not None:
-        cache, k, v = cache.extended(k, v, start, seen.bias.shape[-1])
-    y = scaled_dot_product_attention(q, k, v, seen, tp)
+    q = q * head_dim**-0.5
+    cache = None if cache is None else cache.written(k, v, seen.start)
+    slots = seen.bias.shape[-1]
+    own = LayerCache(k, v)  # All that there is where nothing came before.
+    held: LayerCache | SequenceCache = own if cache is None or slots == k.shape[3] else cache
+    if tp.has_attention(head_dim):
+        y = tp.attention(q, *held.located(), seen.start, seen.window)
+    else:
+        y = softmax_attention(q, *held.read(slots), seen.bias, tp)
     return tp.row(_merge_heads(y), weights["o_proj"]["weight"]), cache
 
 
-def scaled_dot_product_attention(
-    q: Array, k: Array, v: Array, seen: Seen, tp: TensorParallel
-) -> Array:
-    """softmax(q k^T / sqrt(H) + bias) v, each key/value head serving its G consecutive query heads.
+def softmax_attention(q: Array, k: Array, v: Array, bias: Array, tp: TensorParallel) -> Array:
+    """softmax(q k^T + bias) v, each key/value head serving its G consecutive query heads.
 
     Args:
-        q: float32 [B, K*G, T, H].
+        q: float32 [B, K*G, T, H], divided by sqrt(H).
         k: float32 [B, K, H, S].
         v: [B, K, S, H].
-        seen: the bias that is added to the scores of all heads.
+        bias: float32 [B, T, S], added to the scores of all heads.
         tp: the contractions.
 
     Returns:
@@ -155,11 +149,8 @@ def scaled_dot_product_attention(
     """
     B, N, T, H = q.shape
     K, S = k.shape[1], k.shape[3]
-    q = q * H**-0.5
-    if seen.slots and tp.has_attention(q, k, v):
-        return kernels.attention(q, k, v, *seen.slots)
     scores = tp.scores(q.reshape(B, K, N // K * T, H), k).reshape(B, K, N // K, T, S)
-    scores = scores + seen.bias[:, None, None]
+    scores = scores + bias[:, None, None]
     weights = tp.pointwise(jnp.exp, scores - scores.max(axis=-1, keepdims=True))
     y, total = tp.weighted_values(weights.reshape(B, K, N // K * T, S), v)
     return (y / total).reshape(B, N, T, H)
@@ -183,7 +174,8 @@ def rotary_tables(config: Qwen2Config, positions: Array, tp: TensorParallel) -> 
     frequencies, attention_factor = inverse_frequencies(config)
     (angles,) = tp.rounded((positions[:, None, :, None].astype(jnp.float32) * frequencies,))
     cos, sin = tp.pointwise(jnp.cos, angles), tp.pointwise(jnp.sin, angles)
-    return cos * attention_factor, sin * attention_factor
+    # Without the barrier XLA computes them anew in every layer, where they are used.
+    return jax.lax.optimization_barrier((cos * attention_factor, sin * attention_factor))
 
 
 def rotate(x: Array, rotary: tuple[Array, Array], tp: TensorParallel) -> Array:
@@ -194,21 +186,18 @@ def rotate(x: Array, rotary: tuple[Array, Array], tp: TensorParallel) -> Array:
     return jnp.concatenate([a - b, c + d], axis=-1)
 
 
-def _seen(positions: Positions, config: Qwen2Config, layer_type: str, *, cached: bool) -> Seen:
-    """What a layer's queries see.
+def _seen(positions: Array, slots: int, config: Qwen2Config, layer_type: str) -> Seen:
+    """What a layer's queries at `positions` [B, T] see.
 
     A bias is a number to add, not a mask to select by: XLA's CPU back end (jax 0.10) takes half the
     time for the softmax of a decode step's 32 rows of 512 scores that way.
     """
-    query, key = positions.queries[:, :, None], positions.keys[:, None, :]
-    mask = (key >= 0) & (key <= query)
-    last = positions.queries[:, 0]
-    first = jnp.zeros_like(last)
-    if layer_type == "sliding_attention" and config.sliding_window is not None:
-        mask &= query - key < config.sliding_window
-        first = jnp.maximum(last - config.sliding_window + 1, 0)
+    window = config.sliding_window if layer_type == "sliding_attention" else None
+    window = window or jnp.iinfo(jnp.int32).max
+    query, key = positions[:, :, None], jnp.arange(slots)
+    mask = (key <= query) & (query - key < window)
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
-    return Seen(bias, (first, last) if cached else None)
+    return Seen(positions[:, 0], jnp.int32(window), bias)
 
 
 def _split_heads(x: Array, head_dim: int) -> Array:

@@ -20,9 +20,9 @@ from jax.typing import ArrayLike
 from meshwen import kernels
 from meshwen.config import Qwen2Config
 from meshwen.kv_cache import KVCache, SequenceCache, empty_cache
-from meshwen.model import Params, Positions, hidden_states, logits
-from meshwen.parallel.contractions import TensorParallel
-from meshwen.parallel.exact import COMPILER_OPTIONS, ExactTensorParallel
+from meshwen.model import Params, hidden_states, logits
+from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel
+from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
 from meshwen.parallel.mesh import AnyMesh
 from meshwen.parallel.plan import LEAVES, ParallelPlan
 from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
@@ -45,9 +45,7 @@ class ModelRunner:
         self.tp = tensor_parallel(plan, dtype)
         weights = placed_weights(plan)
         self._params_spec = unflatten((w.path, w.sharding(plan).spec) for w in weights)
-        self._logits = self.compiled(
-            _logits_step, ("batch length", "batch length"), "batch length vocab"
-        )
+        self._logits = self.compiled(_logits_step, ("batch length",), "batch length vocab")
         self.prefill_program: Any = self.compiled(
             partial(_prefill_step, parts=plan.data_devices),
             (_CACHE, "batch embed", "batch length", "batch", "", "batch"),
@@ -80,17 +78,16 @@ class ModelRunner:
         """What `prefill` starts from: float32 [B, D]."""
         return self._empty_hidden(batch)
 
-    def logits(self, token_ids: ArrayLike, positions: ArrayLike) -> Array:
+    def logits(self, token_ids: ArrayLike) -> Array:
         """Logits of whole sequences, without a cache.
 
         Args:
-            token_ids: int32 [B, T].
-            positions: int32 [B, T]; -1 marks padding, which no token sees.
+            token_ids: int32 [B, T]; padding stands behind a sequence, where no token sees it.
 
         Returns:
             float32 [B, T, V padded to the mesh], the vocabulary split over the devices.
         """
-        return self._logits(self.params, token_ids, positions)
+        return self._logits(self.params, token_ids)
 
     def prefill(
         self,
@@ -115,11 +112,14 @@ class ModelRunner:
             start: int32 [], the position of the chunk.
             lengths: int32 [P], the prompts' lengths. Where one is not beyond `start`, nothing is
                 written.
-            slots: the chunk sees the cache's first so many slots; at least start + T.
+            slots: at least start + T. XLA reads so many slots of the cache, and compiles for
+                each number; a kernel for the attention reads what is seen.
 
         Returns:
             The final hidden states of the prompts' last tokens so far, and the cache.
         """
+        if self.tp.has_attention(self.plan.config.head_dim):
+            slots = cache[0].values.shape[2]
         return self.prefill_program(
             self.params,
             cache,
@@ -201,7 +201,7 @@ class ModelRunner:
             return mapped(params, *arguments)
 
         program.__name__ = getattr(step, "func", step).__name__.strip("_")
-        options = COMPILER_OPTIONS if plan.exact and _on_cpu(plan.mesh) else None
+        options = _compiler_options(plan)
         return jax.jit(
             program, static_argnames=static, donate_argnums=donate, compiler_options=options
         )
@@ -213,6 +213,14 @@ _CACHE = "batch heads"
 # rows (all layers of Qwen2.5-0.5B: 485 against 59 ms with jax 0.10, 831 against 60 with 0.12).
 _CPU_BFLOAT16_ROWS = 8
 
+_XLA = "xla"
+
+
+def _compiler_options(plan: ParallelPlan) -> dict[str, str] | None:
+    if not _on_cpu(plan.mesh):
+        return None
+    return EXACT_COMPILER_OPTIONS if plan.exact else COMPILER_OPTIONS
+
 
 def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
     """The partition spec of logical axes, or one for each of several arrays."""
@@ -223,7 +231,7 @@ def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     """The contractions of a plan, with weights of `dtype`."""
-    own = products(plan.mesh, dtype) == kernels.NAME
+    own = products(plan.mesh, dtype) != _XLA
     if plan.exact:
         leaves = LEAVES // plan.model_devices
         return ExactTensorParallel(plan.model_axes, kernels=own, vocabulary_leaves=leaves)
@@ -233,8 +241,7 @@ def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
 
 def products(mesh: AnyMesh, dtype: jnp.dtype) -> str:
     """What multiplies rows with weights of `dtype` on a mesh: "xla", or the name of a kernel."""
-    usable = _on_cpu(mesh) and dtype == jnp.bfloat16 and kernels.available()
-    return kernels.NAME if usable else "xla"
+    return (kernels.name(dtype) if _on_cpu(mesh) else None) or _XLA
 
 
 def _on_cpu(mesh: AnyMesh) -> bool:
@@ -242,10 +249,10 @@ def _on_cpu(mesh: AnyMesh) -> bool:
 
 
 def _logits_step(
-    params: Params, token_ids: Array, positions: Array, *, config: Qwen2Config, tp: TensorParallel
+    params: Params, token_ids: Array, *, config: Qwen2Config, tp: TensorParallel
 ) -> Array:
-    where = Positions(positions, positions)
-    x, _ = hidden_states(params, token_ids, where, None, config, tp)
+    B, T = token_ids.shape
+    x, _ = hidden_states(params, token_ids, jnp.zeros(B, jnp.int32), None, T, config, tp)
     return logits(params, x, tp)
 
 
@@ -264,11 +271,10 @@ def _prefill_step(
     tp: TensorParallel,
 ) -> tuple[Array, KVCache]:
     T, row = token_ids.shape[1], rows[0]
-    where = Positions(start + jnp.arange(T)[None], jnp.arange(slots)[None])
     reads = lengths[0] > start
     # A prompt that is the only one is never over; to select costs a copy of the cache.
     sequence = tuple(SequenceCache(layer, row, reads if parts > 1 else None) for layer in cache)
-    x, sequence = hidden_states(params, token_ids, where, sequence, config, tp)
+    x, sequence = hidden_states(params, token_ids, start[None], sequence, slots, config, tp)
     last = lengths - 1 - start
     ends_here = reads & (last < T)
     at_last = jnp.take(x[0], jnp.clip(last, 0, T - 1), axis=0)
@@ -303,9 +309,8 @@ def _decode_step(
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Sampled, Array | None, KVCache]:
-    B, slots = tokens.shape[0], cache[0].values.shape[2]
-    where = Positions(positions[:, None], jnp.broadcast_to(jnp.arange(slots), (B, slots)))
-    x, new_cache = hidden_states(params, tokens[:, None], where, cache, config, tp)
+    slots = cache[0].values.shape[2]
+    x, new_cache = hidden_states(params, tokens[:, None], positions, cache, slots, config, tp)
     seen = None if seen is None else mark_seen(seen, tokens, tp)
     sampled = _first_step(
         params, x[:, 0], positions + 1, rows, seen, method=method, config=config, tp=tp

@@ -98,10 +98,11 @@ def _check_alike(own: Mapping[str, Any]) -> None:
                     f"--{name.replace('_', '-')} is {first[name]} in process 0 but "
                     f"{other.get(name)} in process {index}; start all with the same options"
                 )
-    if len(set(gathered("kernels", kernels.available()))) > 1:
+    found = gathered("kernels", ", ".join(kernels.names()) or "none")
+    if len(set(found)) > 1:
         raise MeshwenError(
-            f"some processes have the {kernels.NAME} kernels and some have not; install the extra "
-            "cpu for all of them or for none, on CPUs of one kind"
+            f"the processes have not the same kernels, but {' / '.join(sorted(set(found)))}; "
+            "install the extra cpu for all of them or for none, on CPUs of one kind"
         )
 
 

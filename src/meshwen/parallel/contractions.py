@@ -24,6 +24,9 @@ from jax import Array, lax
 
 from meshwen import kernels
 
+# For the CPU: jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -85,9 +88,15 @@ class TensorParallel:
         total = weights.sum(axis=-1, keepdims=True)
         return product(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1)))), total
 
-    def has_attention(self, q: Array, k: Array, v: Array) -> bool:
-        """Whether there is a kernel for the attention of these queries: see `kernels.attention`."""
-        return self.kernels and kernels.attends_to(q, k, v)
+    def has_attention(self, head_dim: int) -> bool:
+        """Whether `attention` can be used, in the place of `scores` and `weighted_values`."""
+        return self.kernels and kernels.attends_to(head_dim)
+
+    def attention(
+        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
+    ) -> Array:
+        """Attention of tokens that follow one another: see `kernels.attention`."""
+        return kernels.attention(q, keys, values, rows, starts, window)
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """Products that are about to be added up.

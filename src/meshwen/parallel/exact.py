@@ -25,7 +25,7 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
 
   So float32 products are cut into sums of up to 64, handed to Eigen (YNNPACK refuses a transposed
   left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns. Where
-  `meshwen.kernels` multiplies bfloat16 rows with weights, its order is one by construction.
+  `meshwen.kernels` multiplies rows with weights and attends, the order is one by construction.
 - A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
   XLA forms one depends on what it fuses.
 - Functions such as exp are computed by themselves, in rows that fill whole vector registers: XLA
@@ -50,14 +50,12 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from meshwen import kernels
-from meshwen.parallel.contractions import TensorParallel, product
+from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel, product
 
-# Only single matrix products go to YNNPACK, no reductions and nothing fused with them: it would
-# take those by their size.
-COMPILER_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    # jax 0.10 takes optimization barriers out before it fuses; later versions do so afterwards.
-    "xla_disable_hlo_passes": "cse_barrier_expander",
+# For the CPU: only single matrix products go to YNNPACK, no reductions and nothing fused with them:
+# it would take those by their size.
+EXACT_COMPILER_OPTIONS = COMPILER_OPTIONS | {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }
 
 _LONGEST_SUM = 64  # products that one float32 matrix product adds up
@@ -140,9 +138,11 @@ class ExactTensorParallel(TensorParallel):
             total = _bfloat16_product(rows.astype(v.dtype), ones)
         return y, total[:, :1].reshape(*weights.shape[:-1], 1)
 
-    def has_attention(self, q: Array, k: Array, v: Array) -> bool:
-        """False: the kernel is for single tokens, and would have other bits than a chunk has."""
-        return False
+    def attention(
+        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
+    ) -> Array:
+        """Attention of tokens that follow one another: see `kernels.attention`."""
+        return _positive_zeros(kernels.attention(q, keys, values, rows, starts, window))
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """The products, each rounded to float32 by itself."""

@@ -102,7 +102,7 @@ def environment() -> dict[str, str]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "machine": f"{platform.system()} {platform.machine()}",
-        "bfloat16_kernel": kernels.NAME if kernels.available() else "none",
+        "kernels": ", ".join(kernels.names()) or "none",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from meshwen.config import Qwen2Config
 from meshwen.distributed import to_host
-from meshwen.model import Params, Positions, hidden_states, logits
+from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import bits_equal
@@ -103,17 +103,17 @@ class Prober:
         def probe_step(
             params: Params,
             token_ids: Array,
-            positions: Array,
+            lengths: Array,
             rows: Array,
             *,
             config: Qwen2Config,
             tp: TensorParallel,
         ) -> tuple[Array, Array, Array]:
-            return _probe(params, token_ids, positions, rows, config, tp, row_hook)
+            return _probe(params, token_ids, lengths, rows, config, tp, row_hook)
 
         self._probe = run.runner.compiled(
             probe_step,
-            ("batch length", "batch length", "batch"),
+            ("batch length", "batch", "batch"),
             ("batch vocab", "batch length", "batch length vocab"),
         )
 
@@ -126,9 +126,9 @@ class Prober:
         """
         run = self._run
         sums, samples, found = [], [], []
-        for rows, tokens, positions in run.groups():
+        for rows, tokens, lengths in run.groups():
             weights = run.runner.params if params is None else params
-            checksums, sample, out = self._probe(weights, tokens, positions, rows)
+            checksums, sample, out = self._probe(weights, tokens, lengths, rows)
             sums.append(to_host(checksums))
             samples.append(to_host(sample))
             found += run.asked_logits(rows, out)
@@ -185,7 +185,7 @@ class _Recorder:
 def _probe(
     params: Params,
     token_ids: Array,
-    positions: Array,
+    lengths: Array,
     rows: Array,
     config: Qwen2Config,
     tp: TensorParallel,
@@ -196,17 +196,17 @@ def _probe(
     recording = cast(TensorParallel, recorder)
     # Without jit all layers are traced one by one, so that each has its own note.
     with jax.disable_jit():
-        where = Positions(positions, positions)
-        x, _ = hidden_states(params, token_ids, where, None, config, recording)
+        start, T = jnp.zeros_like(lengths), token_ids.shape[1]
+        x, _ = hidden_states(params, token_ids, start, None, T, config, recording)
     scores = logits(params, x, tp)
     noted = [*recorder.noted, x]
     expected = len(operation_names(config.num_hidden_layers)) - 1
     assert len(noted) == expected, f"{len(noted)} operations noted, not {expected}"
-    valid = positions >= 0
+    valid = jnp.arange(T) < lengths[:, None]
     sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in noted]
     first = tp.index() * scores.shape[-1]
     sums.append(_checksum(scores, valid, rows, first, config.vocab_size))
-    last = positions.argmax(axis=1)[:, None, None]
+    last = lengths[:, None, None] - 1
     samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in noted]
     return jnp.stack(sums)[None], jnp.stack(samples, axis=1), scores
 

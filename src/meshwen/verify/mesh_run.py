@@ -14,7 +14,7 @@ from jax import Array
 from meshwen.config import Qwen2Config
 from meshwen.distributed import gathered, to_host
 from meshwen.kv_cache import KVCache
-from meshwen.model import Params, Positions, hidden_states, logits
+from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
@@ -92,11 +92,11 @@ class MeshRun:
         return Observed(self._whole(), self._cached()[:prompts], greedy)
 
     def groups(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The sequences in batches as small as can be: rows, token ids, positions of each."""
-        tokens, positions = self.workload.sequences()
+        """The sequences in batches as small as can be: rows, token ids, lengths of each."""
+        tokens, lengths = self.workload.sequences()
         size = self.workload.rows_multiple
         return [
-            (np.arange(i, i + size, dtype=np.int32), tokens[i : i + size], positions[i : i + size])
+            (np.arange(i, i + size, dtype=np.int32), tokens[i : i + size], lengths[i : i + size])
             for i in range(0, self.workload.rows, size)
         ]
 
@@ -128,8 +128,8 @@ class MeshRun:
 
     def _whole(self) -> np.ndarray:
         found: list[np.ndarray] = []
-        for rows, tokens, positions in self.groups():
-            found += self.asked_logits(rows, self.runner.logits(tokens, positions))
+        for rows, tokens, _ in self.groups():
+            found += self.asked_logits(rows, self.runner.logits(tokens))
         return np.stack(found)
 
     def _cached(self) -> np.ndarray:
@@ -215,7 +215,6 @@ def decode_logits_step(
     Returns:
         float32 [B, V/n], and the cache.
     """
-    B, slots = tokens.shape[0], cache[0].values.shape[2]
-    where = Positions(positions[:, None], jnp.broadcast_to(jnp.arange(slots), (B, slots)))
-    x, cache = hidden_states(params, tokens[:, None], where, cache, config, tp)
+    slots = cache[0].values.shape[2]
+    x, cache = hidden_states(params, tokens[:, None], positions, cache, slots, config, tp)
     return logits(params, x[:, 0], tp), cache

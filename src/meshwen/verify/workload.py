@@ -77,16 +77,14 @@ class Workload:
         return self._to_rows(self.continuations)
 
     def sequences(self) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts and continuations: token ids and positions (-1: padding), int32 [rows, slots]."""
+        """Prompts and continuations: token ids, int32 [rows, slots], and lengths, int32 [rows]."""
         tokens = np.zeros((self.rows, self.slots), np.int32)
-        positions = np.full((self.rows, self.slots), -1, np.int32)
-        prompts, fed, lengths = self.prompt_rows(), self.fed(), self.lengths
-        for row, length in enumerate(lengths):
-            end = length + self.steps - 1  # Nothing is asked after the last token.
+        prompts, fed = self.prompt_rows(), self.fed()
+        ends = self.lengths + self.steps - 1  # Nothing is asked after the last token.
+        for row, (length, end) in enumerate(zip(self.lengths, ends, strict=True)):
             tokens[row, :length] = prompts[row, :length]
             tokens[row, length:end] = fed[row, :-1]
-            positions[row, :end] = np.arange(end)
-        return tokens, positions
+        return tokens, ends
 
     def asked(self, row: int) -> slice:
         """The positions of a row's sequence whose logits are compared."""
