@@ -302,7 +302,7 @@ def test_a_step_consumes_the_cache_it_is_given():
     params = [SamplingParams(repetition_penalty=1.1)]
     method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
     seen = jax.numpy.zeros((1, TINY.vocab_size), bool)
-    sampled, seen_after, last = runner.decode(after, lengths, lengths, rows, seen, method)
+    sampled, seen_after, last = runner.decode(after, lengths[:, None], lengths, rows, seen, method)
     assert seen.is_deleted()
     assert all(array.is_deleted() for array in jax.tree.leaves(after))
     alive = jax.tree.leaves((second, sampled, seen_after, last, runner.params))
@@ -344,9 +344,9 @@ def test_the_sampler_gathers_its_candidates_only(mesh, rows_a_device, sampling, 
     runner, batch = model(mesh).runner, 4
     params = [SamplingParams(**sampling)] * batch
     method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
-    token = np.zeros(batch, np.int32)
+    token, cache = np.zeros(batch, np.int32), runner.empty_cache(batch, 16)
     lowered = runner.decode_program.lower(
-        runner.params, runner.empty_cache(batch, 16), token, token, rows, None, method=method
+        runner.params, cache, token[:, None], token, rows, None, method=method
     )
     gathered = _GATHER.findall(lowered.compile().as_text())
     shape = f"{rows_a_device},{runner.plan.model_devices * candidates}"

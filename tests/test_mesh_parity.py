@@ -118,7 +118,9 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
     assert collectives(prefill.compile().as_text()) == expected
     greedy = [SamplingParams()] * BATCH
     method, rows = SamplingMethod.of(greedy, SMALL_7B.vocab_size), SamplerRows.of(greedy)
-    decode = runner.decode_program.lower(runner.params, cache, row, row, rows, None, method=method)
+    decode = runner.decode_program.lower(
+        runner.params, cache, row[:, None], row, rows, None, method=method
+    )
     # The likeliest token of each part of the vocabulary: its logit and its id.
     assert collectives(decode.compile().as_text()) == expected + [("all-gather", n)] * 2
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-_SMALLEST = 16
+SMALLEST_BUCKET = 16
 _LONGEST_CHUNK = 512
 # What a device's attention scores, float32 [heads, chunk, slots], may take while a prompt is read:
 # of a long prompt the chunks get shorter.
@@ -12,7 +12,7 @@ _SCORE_BYTES = 1 << 28
 
 def bucket(length: int) -> int:
     """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
-    bucket = _SMALLEST
+    bucket = SMALLEST_BUCKET
     while bucket < length:
         if bucket * 3 // 2 >= length:
             return bucket * 3 // 2
@@ -30,7 +30,7 @@ def chunks(length: int, heads: int) -> list[int]:
         heads: query-head slots of a device.
     """
     chunk = _LONGEST_CHUNK
-    while chunk > max(_SCORE_BYTES // (4 * heads * bucket(length)), _SMALLEST):
+    while chunk > max(_SCORE_BYTES // (4 * heads * bucket(length)), SMALLEST_BUCKET):
         chunk //= 2
     whole, rest = divmod(length, chunk)
     return [chunk] * whole + ([bucket(rest)] if rest else [])

@@ -55,6 +55,7 @@ class Qwen2ForCausalLM:
         generation_config: dict[str, Any],
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ):
         self.plan, self.dtype = runner.plan, runner.dtype
         self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
@@ -62,7 +63,9 @@ class Qwen2ForCausalLM:
         self.runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
         capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
-        self.engine = Engine(runner, tokenizer, eos, capacity)
+        self.engine = Engine(
+            runner, tokenizer, eos, capacity, prompt_lookup_num_tokens=prompt_lookup_num_tokens
+        )
 
     @classmethod
     def from_pretrained(
@@ -76,6 +79,7 @@ class Qwen2ForCausalLM:
         revision: str | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
         progress: Progress = lambda done, total: None,
     ) -> Self:
         """Loads a model onto a mesh.
@@ -93,6 +97,8 @@ class Qwen2ForCausalLM:
             revision: branch, tag or commit of a hub id.
             max_num_seqs: requests that run at once; fewer where memory is short.
             max_model_len: the most tokens of prompt and answer; None: the model's context.
+            prompt_lookup_num_tokens: how many tokens a step guesses from what came before, 0 to 15:
+                answers that repeat their prompt come faster. See `meshwen.lookup`.
             progress: called with the number of weights placed, and of all.
 
         Raises:
@@ -112,6 +118,7 @@ class Qwen2ForCausalLM:
                 numerics=numerics,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
+                prompt_lookup_num_tokens=prompt_lookup_num_tokens,
                 progress=progress,
             )
 
@@ -126,6 +133,7 @@ class Qwen2ForCausalLM:
         numerics: Numerics = "fast",
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
         progress: Progress = lambda done, total: None,
     ) -> Self:
         """Loads an open checkpoint onto a mesh: the second half of `from_pretrained`.
@@ -139,7 +147,14 @@ class Qwen2ForCausalLM:
         else:
             params = load_params(checkpoint, plan, kind, progress)
         runner = ModelRunner(plan, params, kind)
-        return cls(runner, tokenizer, checkpoint.generation_config, max_num_seqs, max_model_len)
+        return cls(
+            runner,
+            tokenizer,
+            checkpoint.generation_config,
+            max_num_seqs,
+            max_model_len,
+            prompt_lookup_num_tokens,
+        )
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.

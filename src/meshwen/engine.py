@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from meshwen.buckets import bucket, chunks
+from meshwen.buckets import SMALLEST_BUCKET, bucket, chunks
 from meshwen.capacity import Capacity
 from meshwen.config import Qwen2Config
 from meshwen.distributed import to_host
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Chunks of prompts that may be read one after the other while answers wait for their next token.
 _MOST_READS = 8
+# The most tokens of a step with guesses: with more, to multiply takes longer than to read weights.
+_MOST_GUESSED_ROWS = 32
 
 
 class QueueFullError(MeshwenError):
@@ -55,6 +57,9 @@ class Engine:
         eos_token_ids: tokens that end an answer.
         capacity: the most slots, and the longest sequence.
         max_waiting: requests that may wait for a slot.
+        prompt_lookup_num_tokens: tokens of an answer to guess in a step, 0 to 15, see
+            `meshwen.lookup`: while few answers run, and none has a repetition penalty. They only
+            change how fast an answer comes; in fast numerics also its rounding.
     """
 
     def __init__(
@@ -64,10 +69,17 @@ class Engine:
         eos_token_ids: Sequence[int],
         capacity: Capacity,
         max_waiting: int = 1024,
+        prompt_lookup_num_tokens: int = 0,
     ):
+        if not 0 <= prompt_lookup_num_tokens < SMALLEST_BUCKET:  # No more than a chunk overwrites.
+            raise MeshwenError(
+                f"prompt_lookup_num_tokens must be from 0 to {SMALLEST_BUCKET - 1}, "
+                f"not {prompt_lookup_num_tokens}"
+            )
         self._runner, self._plan, self._tokenizer = runner, runner.plan, tokenizer
         self._eos = frozenset(eos_token_ids)
         self._capacity, self._max_waiting = capacity, max_waiting
+        self._guessed = prompt_lookup_num_tokens
         self._submitted = 0
         self._forget()
 
@@ -204,7 +216,7 @@ class Engine:
     def _needed(self, request: Request) -> int:
         """Slots of the cache that a request needs: its chunks are written whole."""
         length = len(request.prompt_tokens)
-        return max(sum(self._chunks(length)), length + self._limit(request))
+        return max(sum(self._chunks(length)), length + self._limit(request) + self._guessed)
 
     def _chunks(self, length: int) -> list[int]:
         return chunks(length, self._plan.heads.local_query_slots)
@@ -275,39 +287,64 @@ class Engine:
         if not reading.chunks:
             self._reading = self._sampler = None
             sampled = reading.first(self._runner, self._plan)
-            self._push(reading.sequences, sampled)
+            self._push(reading.sequences, sampled, {})
         return True
 
     def _decode(self) -> None:
         """Takes a step of every answer."""
         running = {row: s for row, s in enumerate(self._slots) if s is not None and s.tokens}
-        tokens, positions = (np.zeros(len(self._slots), np.int32) for _ in range(2))
+        sampler = self._sampler or _Sampler.of(running, len(self._slots), self._plan)
+        guesses = {} if sampler.method.penalize else self._guesses(running)
+        tokens = np.zeros((len(self._slots), 1 + (self._guessed if guesses else 0)), np.int32)
+        positions = np.zeros(len(self._slots), np.int32)
         if self._reading:  # The step writes to every row: here, what the next chunk overwrites.
             positions[:] = self._reading.start
         for row, sequence in running.items():
-            tokens[row], positions[row] = sequence.tokens[-1], sequence.position
-        sampler = self._sampler or _Sampler.of(running, len(self._slots), self._plan)
+            tokens[row, 0], positions[row] = sequence.tokens[-1], sequence.position
+            tokens[row, 1:] = guesses.get(row, 0)
         sampled, seen, self._cache = self._runner.decode(
             self._cache, tokens, positions, sampler.rows, sampler.seen, sampler.method
         )
         self._sampler = replace(sampler, seen=seen)
-        self._push(running, sampled)
+        self._push(running, sampled, guesses)
 
-    def _push(self, sequences: Mapping[int, SequenceState], sampled: Sampled) -> None:
-        """Gives sequences the tokens of their rows."""
-        tokens = to_host(sampled.tokens)
-        logprobs = None if sampled.logprobs is None else to_host(sampled.logprobs)
+    def _guesses(self, running: Mapping[int, SequenceState]) -> dict[int, list[int]]:
+        """By row, what may follow; nothing where a step of so many tokens would cost too much."""
+        if not self._guessed or len(self._slots) * (1 + self._guessed) > _MOST_GUESSED_ROWS:
+            return {}
+        found = {row: sequence.guesses(self._guessed) for row, sequence in running.items()}
+        return {row: tokens for row, tokens in found.items() if tokens}
+
+    def _push(
+        self,
+        sequences: Mapping[int, SequenceState],
+        sampled: Sampled,
+        guesses: Mapping[int, list[int]],
+    ) -> None:
+        """Gives sequences the tokens of their rows, as far as what they follow was right."""
+        size = len(sampled.tokens)
+        tokens = to_host(sampled.tokens).reshape(size, -1)
+        logprobs = None if sampled.logprobs is None else to_host(sampled.logprobs).reshape(size, -1)
         for row, sequence in sequences.items():
-            if not any(s is sequence for s in self._slots):
-                continue  # Cancelled.
-            wanted = None if not sequence.request.sampling.logprobs else logprobs
-            try:
-                sequence.push(int(tokens[row]), None if wanted is None else float(wanted[row]))
-            except Exception as error:
-                self._errors.append(error)
-                self.cancel(sequence.number)
-            if sequence.finish_reason:
-                self.cancel(sequence.number)
+            guessed = guesses.get(row, [])
+            right = next((i for i, t in enumerate(guessed) if t != tokens[row, i]), len(guessed))
+            if guessed:
+                sequence.judge(right)
+            for i in range(1 + right):
+                if not any(s is sequence for s in self._slots):
+                    break  # It has ended, or was cancelled.
+                wanted = None if not sequence.request.sampling.logprobs else logprobs
+                logprob = None if wanted is None else float(wanted[row, i])
+                self._push_one(sequence, int(tokens[row, i]), logprob)
+
+    def _push_one(self, sequence: SequenceState, token: int, logprob: float | None) -> None:
+        try:
+            sequence.push(token, logprob)
+        except Exception as error:
+            self._errors.append(error)
+            self.cancel(sequence.number)
+        if sequence.finish_reason:
+            self.cancel(sequence.number)
 
 
 def _more_rows(

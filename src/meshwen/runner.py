@@ -155,15 +155,15 @@ class ModelRunner:
 
         Args:
             cache: donated.
-            tokens: int32 [B], each sequence's newest token.
-            positions: int32 [B], its position; within the cache.
+            tokens: int32 [B, T], each sequence's newest token, and guesses of what follows it.
+            positions: int32 [B], of the newest tokens; all T are within the cache.
             rows: sampling parameters.
-            seen: bool [B, V padded], donated: tokens of the sequences before `tokens`; None when
-                `method` has no repetition penalty.
+            seen: bool [B, V padded], donated: tokens of the sequences before `tokens`, whose T is
+                1; None when `method` has no repetition penalty.
             method: what the batch needs of the sampler.
 
         Returns:
-            The next tokens, `seen` with `tokens`, and the cache.
+            The tokens that follow each of the T, [B, T], `seen` with `tokens`, and the cache.
         """
         return self.decode_program(self.params, cache, tokens, positions, rows, seen, method=method)
 
@@ -309,10 +309,12 @@ def _decode_step(
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Sampled, Array | None, KVCache]:
-    slots = cache[0].values.shape[2]
-    x, new_cache = hidden_states(params, tokens[:, None], positions, cache, slots, config, tp)
-    seen = None if seen is None else mark_seen(seen, tokens, tp)
+    (B, T), slots = tokens.shape, cache[0].values.shape[2]
+    x, new_cache = hidden_states(params, tokens, positions, cache, slots, config, tp)
+    seen = None if seen is None else mark_seen(seen, tokens[:, 0], tp)
+    following = (positions[:, None] + 1 + jnp.arange(T)).reshape(-1)
+    rows = jax.tree.map(lambda row: jnp.repeat(row, T), rows)
     sampled = _first_step(
-        params, x[:, 0], positions + 1, rows, seen, method=method, config=config, tp=tp
+        params, x.reshape(B * T, -1), following, rows, seen, method=method, config=config, tp=tp
     )
-    return sampled, seen, new_cache
+    return jax.tree.map(lambda row: row.reshape(B, T), sampled), seen, new_cache

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from meshwen.lookup import PromptLookup
 from meshwen.request import Completion, Event, FinishReason, Request, Timings
 from meshwen.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class SequenceState:
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
         self._text = StopText(request.sampling.stop)
         self._logprobs: list[float] = []
+        self._lookup: PromptLookup | None = None
         self._submitted = self._began = self._first = time.perf_counter()
 
     @property
@@ -47,11 +49,24 @@ class SequenceState:
         """Its prompt is about to be read."""
         self._began = time.perf_counter()
 
+    def guesses(self, count: int) -> list[int]:
+        """Tokens that may follow the newest one: `count`, or none."""
+        if self._lookup is None:
+            self._lookup = PromptLookup([*self.request.prompt_tokens, *self.tokens])
+        return self._lookup.guesses(count)
+
+    def judge(self, right: int) -> None:
+        """Told how many of the guesses were right."""
+        assert self._lookup
+        self._lookup.judge(right)
+
     def push(self, token: int, logprob: float | None) -> None:
         """Takes the next token and tells of it; may finish."""
         if not self.tokens:
             self._first = time.perf_counter()
         self.tokens.append(token)
+        if self._lookup is not None:
+            self._lookup.push(token)
         if logprob is not None:
             self._logprobs.append(logprob)
         text = self._shown(token)

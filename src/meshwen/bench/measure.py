@@ -43,7 +43,7 @@ def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
     """A greedy decode step of `batch` sequences, from `length` tokens on, sampling included."""
     rows = SamplerRows.of([SamplingParams(temperature=0)] * batch)
     cache = runner.empty_cache(batch, bucket(length + _WARM_UP + steps))
-    tokens = np.ones(batch, np.int32)
+    tokens = np.ones((batch, 1), np.int32)
 
     def step(number: int) -> None:
         nonlocal cache, tokens

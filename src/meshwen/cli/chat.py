@@ -45,6 +45,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     max_model_len: options.MaxModelLen = None,
+    prompt_lookup_num_tokens: options.PromptLookupNumTokens = 0,
     system: options.System = None,
     load: Annotated[
         Path | None,
@@ -94,6 +95,7 @@ def chat(
             dtype=dtype,
             numerics=numerics,
             max_model_len=max_model_len,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
     conversation = Conversation(loaded, tokenizer, sampling, messages)
     if system is not None:

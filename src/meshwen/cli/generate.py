@@ -50,6 +50,7 @@ def generate(
     stop: options.Stop = None,
     max_num_seqs: options.MaxNumSeqs = 8,
     max_model_len: options.MaxModelLen = None,
+    prompt_lookup_num_tokens: options.PromptLookupNumTokens = 0,
     system: options.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
@@ -123,6 +124,7 @@ def generate(
             numerics=numerics,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
     requests = [Request(ids, sampling) for ids in token_ids]
     meter = Meter()

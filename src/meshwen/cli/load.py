@@ -47,6 +47,7 @@ def load_model(
     numerics: options.Numerics,
     max_num_seqs: int = 1,
     max_model_len: int | None = None,
+    prompt_lookup_num_tokens: int = 0,
 ) -> Qwen2ForCausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
     from meshwen.causal_lm import Qwen2ForCausalLM
@@ -63,6 +64,7 @@ def load_model(
             numerics=numerics.value,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
             progress=progress,
         )
     _note_layout(model, time.perf_counter() - started)

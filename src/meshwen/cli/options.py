@@ -143,6 +143,16 @@ MaxModelLen = Annotated[
         show_default=False,
     ),
 ]
+PromptLookupNumTokens = Annotated[
+    int,
+    typer.Option(
+        "--prompt-lookup-num-tokens",
+        min=0,
+        max=15,
+        help="Guess so many tokens a step from what came before: answers that repeat their prompt "
+        "come faster, e.g. with 7. 0: none.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(

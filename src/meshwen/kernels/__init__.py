@@ -72,9 +72,10 @@ def names() -> list[str]:
 def product(a: Array, b: Array) -> Array:
     """a @ b: [M, K] x [K, N] -> float32 [M, N], both bfloat16 or both float32.
 
-    Every element is added up in the order k = 0, 1, ..., from +0.0, whatever M, N and the element's
-    place are; bfloat16 two products at a time, and there products of subnormal numbers count as
-    zero; float32 by fused multiply-adds.
+    Every element is added up in one order, from +0.0, whatever M, N and the element's place are:
+    runs of 512 bytes of a row of a, one behind the other; within a run k = 0, 1, ..., float32 by
+    fused multiply-adds, bfloat16 two products at a time (where those of subnormal numbers count as
+    zero).
 
     Raises:
         TypeError: a and b are not of one of the two dtypes.

@@ -224,7 +224,7 @@ score:
   %key.ahead = select i1 %copies, i64 0, i64 %S.bytes
   br label %panel
 panel:
-  %j = phi i64 [ %from.panel, %score ], [ %j.next, %panel ]
+  %j = phi i64 [ %from.panel, %score ], [ %j.next, %panel.end ]
   %j.offset = sub i64 %j, %begin
   %key.direct = getelementptr float, ptr %keys, i64 %j.offset
   %j.copied = mul i64 %j.offset, %H.bytes
@@ -232,8 +232,25 @@ panel:
   %key = select i1 %copies, ptr %key.copied, ptr %key.direct
   %key.next = getelementptr i8, ptr %key, i64 128
   %scores.j = getelementptr float, ptr %scores, i64 %j.offset
-  call void %tile.q(ptr %q, i64 %H.bytes, ptr %key, i64 %key.stride, ptr @nothing, i64 0,
-                    ptr %scores.j, i64 2048, i64 %H, ptr %key.next, i64 %key.ahead)
+  br label %dimension
+dimension:
+  ; Scores are large beside what tells them apart, so sums are kept short.
+  %h = phi i64 [ 0, %panel ], [ %h.next, %dimension ]
+  %q.h = getelementptr float, ptr %q, i64 %h
+  %h.offset = mul i64 %h, %key.stride
+  %key.h = getelementptr i8, ptr %key, i64 %h.offset
+  %h.ahead = mul i64 %h, %key.ahead
+  %key.next.h = getelementptr i8, ptr %key.next, i64 %h.ahead
+  %h.none = icmp eq i64 %h, 0
+  %before = select i1 %h.none, ptr @nothing, ptr %scores.j
+  %before.stride = select i1 %h.none, i64 0, i64 2048
+  call void %tile.q(ptr %q.h, i64 %H.bytes, ptr %key.h, i64 %key.stride, ptr %before,
+                    i64 %before.stride, ptr %scores.j, i64 2048, i64 16, ptr %key.next.h,
+                    i64 %key.ahead)
+  %h.next = add i64 %h, 16
+  %more.dimensions.q = icmp ult i64 %h.next, %H
+  br i1 %more.dimensions.q, label %dimension, label %panel.end
+panel.end:
   %j.next = add i64 %j, 32
   %more.panels = icmp ult i64 %j.next, %end
   br i1 %more.panels, label %panel, label %rows.begin

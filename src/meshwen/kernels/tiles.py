@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLVM IR of the tiles of a matrix product, for x86 CPUs with AVX-512.
 
-A tile is up to 12 rows and 32 columns of y = a b, whose sums stay in registers while k runs over
-b. In float32 an instruction adds one product to each of 16 sums; in bfloat16 `vdpbf16ps` adds two:
+A tile is up to 12 rows and 32 columns of y = x + a b, whose sums stay in registers while k runs
+over b. In float32 an instruction adds one product to each of 16 sums, in bfloat16 `vdpbf16ps` two:
 
     y[m, n] += a[m, k] * b[k, n] + a[m, k + 1] * b[k + 1, n]
 
@@ -106,13 +106,12 @@ def _tile(kind: Kind, rows: int, width: int) -> str:
         "ptr %ahead, i64 %ahead.stride) {",
         "entry:",
         *(line for name in "axy" for line in _rows(name, rows)),
-        *(line for i in range(rows) for line in _load(kind, i, width)),
         "br label %loop",
         "loop:",
         "%k = phi i64 [ 0, %entry ], [ %k.next, %loop ]",
         f"%b.0 = phi ptr [ %b, %entry ], [ %b.{kind.depth}, %loop ]",
         "%ahead.0 = phi ptr [ %ahead, %entry ], [ %ahead.next, %loop ]",
-        *(f"{s} = phi {_SUMS} [ {s}.first, %entry ], [ {s}.next, %loop ]" for s in sums),
+        *(f"{s} = phi {_SUMS} [ zeroinitializer, %entry ], [ {s}.next, %loop ]" for s in sums),
         *_fetch(kind, width),
         *(line for p in range(width) for line in _columns_of_b(kind, p)),
         *(line for i in range(rows) for line in _products(kind, i, width)),
@@ -132,18 +131,6 @@ def _rows(name: str, rows: int) -> Iterator[str]:
     for i in range(rows):
         yield f"%{name}.offset.{i} = mul i64 %{name}.stride, {i}"
         yield f"%{name}.row.{i} = getelementptr i8, ptr %{name}, i64 %{name}.offset.{i}"
-
-
-def _load(kind: Kind, i: int, width: int) -> Iterator[str]:
-    """The sums that row i begins with."""
-    for p in range(width):
-        yield f"%x.at.{i}.{p} = getelementptr i8, ptr %x.row.{i}, i64 {128 * p}"
-        yield f"%begin.{i}.{p} = load <32 x float>, ptr %x.at.{i}.{p}, align 4"
-        for half, columns in enumerate(kind.columns):
-            yield (
-                f"%sum.{i}.{2 * p + half}.first = shufflevector <32 x float> %begin.{i}.{p}, "
-                f"<32 x float> poison, <16 x i32> {_constants(columns)}"
-            )
 
 
 def _fetch(kind: Kind, width: int) -> Iterator[str]:
@@ -209,7 +196,7 @@ def _products(kind: Kind, i: int, width: int) -> Iterator[str]:
 
 
 def _store(kind: Kind, i: int, width: int) -> Iterator[str]:
-    """Stores the sums of row i in the order of their columns."""
+    """Adds row i of x to the sums, put in the order of their columns, and stores that."""
     both = [*kind.columns[0], *kind.columns[1]]
     order = [both.index(column) for column in range(COLUMNS)]
     for p in range(width):
@@ -217,8 +204,11 @@ def _store(kind: Kind, i: int, width: int) -> Iterator[str]:
             f"%ordered.{i}.{p} = shufflevector {_SUMS} %sum.{i}.{2 * p}.next, "
             f"{_SUMS} %sum.{i}.{2 * p + 1}.next, <32 x i32> {_constants(order)}"
         )
+        yield f"%x.at.{i}.{p} = getelementptr i8, ptr %x.row.{i}, i64 {128 * p}"
+        yield f"%before.{i}.{p} = load <32 x float>, ptr %x.at.{i}.{p}, align 4"
+        yield f"%total.{i}.{p} = fadd <32 x float> %before.{i}.{p}, %ordered.{i}.{p}"
         yield f"%y.at.{i}.{p} = getelementptr i8, ptr %y.row.{i}, i64 {128 * p}"
-        yield f"store <32 x float> %ordered.{i}.{p}, ptr %y.at.{i}.{p}, align 4"
+        yield f"store <32 x float> %total.{i}.{p}, ptr %y.at.{i}.{p}, align 4"
 
 
 def _constants(numbers: Iterable[int]) -> str:

@@ -152,9 +152,9 @@ class MeshRun:
         for step in range(self.workload.steps - 1):
             tokens = found[-1] if fed is None else fed[:, step]
             sampled, _, cache = self._decode(
-                params, cache, tokens, lengths + step, self._rows, None
+                params, cache, tokens[:, None], lengths + step, self._rows, None
             )
-            found.append(to_host(sampled.tokens))
+            found.append(to_host(sampled.tokens)[:, 0])
         return np.stack(found, axis=1)
 
     def _prefill(self) -> tuple[Array, KVCache]:
@@ -183,7 +183,7 @@ class MeshRun:
         row = np.zeros(self.workload.rows, np.int32)
         cache = self._empty_cache()
         lowered: jax.stages.Lowered = self.runner.decode_program.lower(
-            self.runner.params, cache, row, row, self._rows, None, method=self._method
+            self.runner.params, cache, row[:, None], row, self._rows, None, method=self._method
         )
         return lowered.compile()
 

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guesses from what came before: what is guessed, and that no answer depends on it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mesh_model import SMALL_7B, shared_model
+from meshwen.capacity import Capacity
+from meshwen.engine import Engine
+from meshwen.errors import MeshwenError
+from meshwen.lookup import PromptLookup
+from meshwen.request import Completion, Request
+from meshwen.runner import ModelRunner
+from meshwen.sampling import SamplingParams
+from meshwen.sequence import SequenceState
+
+GREEDY = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
+SAMPLED = SamplingParams(max_new_tokens=40, temperature=0.7, top_p=0.9, seed=3, logprobs=True)
+WHOLE = SamplingParams(max_new_tokens=30, temperature=0.4, seed=5, logprobs=True)
+CONTEXT = 150
+PENALIZED = SamplingParams(max_new_tokens=20, temperature=0, repetition_penalty=1.2)
+
+
+def test_what_followed_the_last_tokens_is_guessed_to_follow_again():
+    assert PromptLookup([1, 2, 3, 4, 5, 6, 9, 2, 3]).guesses(3) == [4, 5, 6]
+
+
+def test_longer_runs_and_later_places_come_first():
+    assert PromptLookup([1, 2, 3, 7, 8, 2, 3, 9, 1, 2, 3]).guesses(2) == [7, 8]
+    assert PromptLookup([2, 3, 7, 7, 2, 3, 9, 9, 2, 3]).guesses(2) == [9, 9]
+
+
+def test_nothing_is_guessed_where_nothing_was_there_before():
+    assert PromptLookup([]).guesses(4) == []
+    assert PromptLookup([5]).guesses(4) == []
+    assert PromptLookup([1, 2, 3, 4]).guesses(4) == []
+
+
+def test_a_run_that_repeats_itself_is_guessed_to_go_on():
+    assert PromptLookup([1, 2, 3, 1, 2, 3, 1, 2]).guesses(7) == [3, 1, 2, 3, 1, 2, 3]
+    assert PromptLookup([4, 4, 4]).guesses(3) == [4, 4, 4]
+
+
+def test_tokens_that_are_drawn_are_looked_up_too():
+    lookup = PromptLookup([1, 2])
+    for token in (8, 9, 1, 2):
+        lookup.push(token)
+    assert lookup.guesses(2) == [8, 9]
+
+
+def test_wrong_guesses_make_it_rest_longer_each_time_and_right_ones_end_that():
+    lookup = PromptLookup([4, 4, 4])
+
+    def steps_until_the_next() -> int:
+        return next(n for n in range(100) if lookup.guesses(1))
+
+    rests = []
+    for _ in range(8):
+        lookup.judge(0)
+        rests.append(steps_until_the_next())
+    assert rests == [1, 3, 7, 15, 31, 32, 32, 32]
+    lookup.judge(1)
+    assert steps_until_the_next() == 0
+
+
+class CountingRunner:
+    """A runner that notes the tokens a sequence has in each decode step."""
+
+    def __init__(self, runner: ModelRunner):
+        self._runner, self.steps = runner, []
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def decode(self, cache, tokens, *rest):
+        self.steps.append(tokens.shape[1])
+        return self._runner.decode(cache, tokens, *rest)
+
+
+def run(prompts, sampling, guessed, mesh="1", numerics="exact", rows=2, dtype=np.float32):
+    """Completions by request, and the tokens of each step."""
+    runner = CountingRunner(shared_model(SMALL_7B, mesh, dtype, numerics).runner)
+    capacity = Capacity.of(runner.plan, runner.dtype, rows, CONTEXT)
+    engine = Engine(runner, None, [], capacity, prompt_lookup_num_tokens=guessed)
+    requests = [Request(tuple(prompt), sampling) for prompt in prompts]
+    done = {e.request: e.completion for e in engine.run(requests) if e.completion}
+    return [done[i] for i in range(len(prompts))], runner.steps
+
+
+def repeating(length: int, seed: int) -> list[int]:
+    part = np.random.default_rng(seed).integers(0, SMALL_7B.vocab_size, 7).tolist()
+    return (part * 20)[:length]
+
+
+PROMPTS = [repeating(25, 0), [7, 8, 9], repeating(40, 1), repeating(18, 2), [3] * 30]
+
+
+def guess_from(answers: list[Completion], wrong: int):
+    """In the place of `SequenceState.guesses`: those answers, one token in `wrong` changed."""
+
+    def guesses(sequence: SequenceState, count: int) -> list[int]:
+        answer = answers[sequence.number].tokens
+        at = len(sequence.tokens)
+        found = [
+            (token + (i % wrong == 0)) % SMALL_7B.vocab_size
+            for i, token in enumerate([*answer, *[0] * count])
+        ]
+        return found[at : at + count]
+
+    return guesses
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, WHOLE], ids=["greedy", "top-p", "whole"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype"), [("1", np.float32), ("2x2", np.float32), ("data=2,model=2", jnp.bfloat16)]
+)
+def test_exact_answers_are_the_same_to_the_bit_and_take_fewer_steps(
+    mesh, dtype, sampling, monkeypatch
+):
+    plain, steps = run(PROMPTS, sampling, 0, mesh, dtype=dtype)
+    monkeypatch.setattr(SequenceState, "judge", lambda *_: None)
+    for wrong in (4, 7, 100):
+        monkeypatch.setattr(SequenceState, "guesses", guess_from(plain, wrong))
+        guessed, fewer = run(PROMPTS, sampling, 5, mesh, dtype=dtype)
+        assert [c.tokens for c in guessed] == [c.tokens for c in plain]
+        assert [c.logprobs for c in guessed] == [c.logprobs for c in plain]
+        assert set(steps) == {1}
+        assert set(fewer) == {6}
+        assert len(fewer) < 0.5 * len(steps)
+
+
+def test_guesses_that_are_looked_up_change_no_exact_answer():
+    plain, steps = run(PROMPTS, GREEDY, 0)
+    guessed, fewer = run(PROMPTS, GREEDY, 5)
+    assert [c.tokens for c in guessed] == [c.tokens for c in plain]
+    assert [c.logprobs for c in guessed] == [c.logprobs for c in plain]
+    assert {1, 6} == set(fewer)
+    assert len(fewer) < len(steps)
+
+
+def test_a_stop_or_a_limit_amid_guesses_ends_an_answer_there():
+    (plain, *_), _ = run([[3] * 30], GREEDY, 0)
+    for limit in range(1, 9):
+        sampling = SamplingParams(max_new_tokens=limit, temperature=0)
+        (found, *_), _ = run([[3] * 30], sampling, 7)
+        assert found.tokens == plain.tokens[:limit]
+        assert found.finish_reason == "length"
+    capacity = Capacity.of(shared_model(SMALL_7B, "1", np.float32, "exact").plan, jnp.float32, 1)
+    end = plain.tokens[20]
+    engine = Engine(
+        shared_model(SMALL_7B, "1", np.float32, "exact").runner,
+        None,
+        [end],
+        capacity,
+        prompt_lookup_num_tokens=7,
+    )
+    (found,) = [e.completion for e in engine.run([Request((3,) * 30, GREEDY)]) if e.completion]
+    assert found.tokens == plain.tokens[: plain.tokens.index(end) + 1]
+    assert found.finish_reason == "stop"
+
+
+def test_an_answer_may_reach_the_end_of_the_context_with_guesses():
+    prompt = repeating(100, 4)
+    sampling = SamplingParams(max_new_tokens=200, temperature=0)
+    (plain, *_), _ = run([prompt], sampling, 0)
+    (guessed, *_), _ = run([prompt], sampling, 15)
+    assert len(plain.tokens) == CONTEXT - 100
+    assert guessed.tokens == plain.tokens
+
+
+def test_nothing_is_guessed_with_a_repetition_penalty_or_for_many_answers():
+    plain, _ = run(PROMPTS, PENALIZED, 0)
+    found, steps = run(PROMPTS, PENALIZED, 5)
+    assert [c.tokens for c in found] == [c.tokens for c in plain]
+    assert set(steps) == {1}
+    _, steps = run([repeating(20, i) for i in range(8)], GREEDY, 7, rows=8)
+    assert 8 not in steps[: len(steps) // 2]
+
+
+@pytest.mark.parametrize("guessed", [-1, 16])
+def test_more_guesses_than_there_can_be_are_refused(guessed):
+    with pytest.raises(MeshwenError, match="prompt_lookup_num_tokens must be from 0 to 15"):
+        run([[1]], GREEDY, guessed)
