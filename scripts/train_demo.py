@@ -44,7 +44,7 @@ from demo_tokenizer import (
 )
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.config import Qwen2Config
-from meshwen.model import Positions, hidden_states, logits
+from meshwen.model import hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -247,8 +247,8 @@ def optimiser(weights: list[Weight], steps: int) -> optax.GradientTransformation
 def all_logits(values: dict[str, Array], tokens: Array, config: Qwen2Config) -> Array:
     """Logits of whole rows: int32 [B, T] -> float32 [B, T, V]."""
     params, tp = unflatten(values), TensorParallel()
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x, _ = hidden_states(params, tokens, Positions(at, at), None, config, tp)
+    start = jnp.zeros(tokens.shape[0], jnp.int32)
+    x, _ = hidden_states(params, tokens, start, None, tokens.shape[1], config, tp)
     return logits(params, x, tp)
 
 

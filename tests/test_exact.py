@@ -89,6 +89,20 @@ def test_a_prompt_read_in_chunks_or_token_by_token_gives_the_same_bits(config, d
         assert_same_bits(np.concatenate(found, axis=1), forward(config, "1", dtype))
 
 
+@every_dtype
+def test_bits_are_the_same_on_every_mesh_without_the_kernels_too(dtype, monkeypatch):
+    monkeypatch.setattr("meshwen.kernels.name", lambda dtype: None)
+    token_ids = random_tokens(SMALL_7B, BATCH, LENGTH)
+    found = [
+        MeshModel(SMALL_7B, mesh, dtype, numerics="exact").logits(token_ids)
+        for mesh in ("1", "2", "1x8")
+    ]
+    for logits in found[1:]:
+        assert_same_bits(logits[..., : SMALL_7B.vocab_size], found[0][..., : SMALL_7B.vocab_size])
+    one = MeshModel(SMALL_7B, "1", dtype, numerics="exact").logits(token_ids[1:2])
+    assert_same_bits(one, found[0][1:2])
+
+
 @every_config
 @every_dtype
 def test_a_sequence_does_not_depend_on_its_batch_row_or_padding(config, dtype):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guesses from what came before: what is guessed, and that no answer depends on it."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,9 +80,9 @@ class CountingRunner:
         return self._runner.decode(cache, tokens, *rest)
 
 
-def run(prompts, sampling, guessed, mesh="1", numerics="exact", rows=2, dtype=np.float32):
-    """Completions by request, and the tokens of each step."""
-    runner = CountingRunner(shared_model(SMALL_7B, mesh, dtype, numerics).runner)
+def run(prompts, sampling, guessed, mesh="1", rows=2, dtype=np.float32, config=SMALL_7B):
+    """Completions by request in exact numerics, and the tokens of each step."""
+    runner = CountingRunner(shared_model(config, mesh, dtype, "exact").runner)
     capacity = Capacity.of(runner.plan, runner.dtype, rows, CONTEXT)
     engine = Engine(runner, None, [], capacity, prompt_lookup_num_tokens=guessed)
     requests = [Request(tuple(prompt), sampling) for prompt in prompts]
@@ -111,22 +113,36 @@ def guess_from(answers: list[Completion], wrong: int):
     return guesses
 
 
+# Heads of 32 dimensions are attended to by the kernels, where there are any.
+WIDE = replace(
+    SMALL_7B,
+    head_dim=32,
+    sliding_window=12,
+    layer_types=("full_attention", "sliding_attention"),
+)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, WHOLE], ids=["greedy", "top-p", "whole"])
 @pytest.mark.parametrize(
-    ("mesh", "dtype"), [("1", np.float32), ("2x2", np.float32), ("data=2,model=2", jnp.bfloat16)]
+    ("mesh", "dtype", "config"),
+    [
+        ("1", np.float32, WIDE),
+        ("2x2", np.float32, SMALL_7B),
+        ("data=2,model=2", jnp.bfloat16, WIDE),
+    ],
 )
 def test_exact_answers_are_the_same_to_the_bit_and_take_fewer_steps(
-    mesh, dtype, sampling, monkeypatch
+    mesh, dtype, config, sampling, monkeypatch
 ):
-    plain, steps = run(PROMPTS, sampling, 0, mesh, dtype=dtype)
+    plain, steps = run(PROMPTS, sampling, 0, mesh, dtype=dtype, config=config)
     monkeypatch.setattr(SequenceState, "judge", lambda *_: None)
     for wrong in (4, 7, 100):
         monkeypatch.setattr(SequenceState, "guesses", guess_from(plain, wrong))
-        guessed, fewer = run(PROMPTS, sampling, 5, mesh, dtype=dtype)
+        guessed, fewer = run(PROMPTS, sampling, 5, mesh, dtype=dtype, config=config)
         assert [c.tokens for c in guessed] == [c.tokens for c in plain]
         assert [c.logprobs for c in guessed] == [c.logprobs for c in plain]
         assert set(steps) == {1}
-        assert set(fewer) == {6}
+        assert 6 in fewer
         assert len(fewer) < 0.5 * len(steps)
 
 
@@ -175,7 +191,7 @@ def test_nothing_is_guessed_with_a_repetition_penalty_or_for_many_answers():
     assert [c.tokens for c in found] == [c.tokens for c in plain]
     assert set(steps) == {1}
     _, steps = run([repeating(20, i) for i in range(8)], GREEDY, 7, rows=8)
-    assert 8 not in steps[: len(steps) // 2]
+    assert set(steps) == {1}
 
 
 @pytest.mark.parametrize("guessed", [-1, 16])

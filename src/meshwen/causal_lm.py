@@ -159,10 +159,11 @@ class Qwen2ForCausalLM:
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.
 
-        All at once: memory grows with the square of the sequence, for attention scores float32
-        [batch, heads, sequence, sequence]. The vocabulary of the result is split over the mesh
-        where `vocab_size` divides by it; elsewhere every device gets a copy. Where the mesh spans
-        several processes, all of them call this, and each gets a copy of its own.
+        All at once: without kernels for the attention, memory grows with the square of the
+        sequence, for scores float32 [batch, heads, sequence, sequence]; and where padding stands
+        before sequences, logits are there twice. The vocabulary of the result is split over the
+        mesh where `vocab_size` divides by it; elsewhere every device gets a copy. Where the mesh
+        spans several processes, all of them call this, and each gets a copy of its own.
 
         Args:
             input_ids: int [batch, sequence].

@@ -58,8 +58,8 @@ class Engine:
         capacity: the most slots, and the longest sequence.
         max_waiting: requests that may wait for a slot.
         prompt_lookup_num_tokens: tokens of an answer to guess in a step, 0 to 15, see
-            `meshwen.lookup`: while few answers run, and none has a repetition penalty. They only
-            change how fast an answer comes; in fast numerics also its rounding.
+            `meshwen.lookup`; where the cache has few rows, and no answer a repetition penalty. They
+            only change how fast an answer comes; in fast numerics also its rounding.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Engine:
         self._sampler = None
 
     def step(self) -> None:
-        """Reads a chunk of a waiting prompt if a slot is free, then takes a token of each answer.
+        """Reads a chunk of a waiting prompt if a slot is free, then takes a step of each answer.
 
         While less than half of the slots answer, a few prompts are read first: a step of few
         answers costs almost what one of many does.
@@ -216,7 +216,7 @@ class Engine:
     def _needed(self, request: Request) -> int:
         """Slots of the cache that a request needs: its chunks are written whole."""
         length = len(request.prompt_tokens)
-        return max(sum(self._chunks(length)), length + self._limit(request) + self._guessed)
+        return max(sum(self._chunks(length)), length + self._limit(request))
 
     def _chunks(self, length: int) -> list[int]:
         return chunks(length, self._plan.heads.local_query_slots)
@@ -309,8 +309,13 @@ class Engine:
         self._push(running, sampled, guesses)
 
     def _guesses(self, running: Mapping[int, SequenceState]) -> dict[int, list[int]]:
-        """By row, what may follow; nothing where a step of so many tokens would cost too much."""
-        if not self._guessed or len(self._slots) * (1 + self._guessed) > _MOST_GUESSED_ROWS:
+        """By row, what may follow; nothing where a step of so many tokens would cost too much.
+
+        Nor where a row has no room for them: a step writes equally many tokens of every row.
+        """
+        tokens = len(self._slots) * (1 + self._guessed)
+        last = max((sequence.position for sequence in running.values()), default=0) + self._guessed
+        if not self._guessed or tokens > _MOST_GUESSED_ROWS or last >= self._length:
             return {}
         found = {row: sequence.guesses(self._guessed) for row, sequence in running.items()}
         return {row: tokens for row, tokens in found.items() if tokens}
@@ -333,13 +338,13 @@ class Engine:
             for i in range(1 + right):
                 if not any(s is sequence for s in self._slots):
                     break  # It has ended, or was cancelled.
-                wanted = None if not sequence.request.sampling.logprobs else logprobs
-                logprob = None if wanted is None else float(wanted[row, i])
+                logprob = float(logprobs[row, i]) if logprobs is not None else None
                 self._push_one(sequence, int(tokens[row, i]), logprob)
 
     def _push_one(self, sequence: SequenceState, token: int, logprob: float | None) -> None:
+        wanted = sequence.request.sampling.logprobs
         try:
-            sequence.push(token, logprob)
+            sequence.push(token, logprob if wanted else None)
         except Exception as error:
             self._errors.append(error)
             self.cancel(sequence.number)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products and attention for x86 CPUs with AVX-512, which the extra `cpu` brings.
 
-XLA's own library lays the weights out anew for the processor at every call, which costs a decode
-step of 32 rows a third of its time; this product takes them as they are (`tiles.py`). XLA reads all
-of the KV cache and writes its scores to memory; this attention reads what a token sees
-(`attend.py`). Both are LLVM IR, compiled when one is first needed (0.3 s) by llvmlite, so that no
-compiler has to be installed, and called by XLA through its foreign function interface.
+XLA's own library lays bfloat16 weights out anew for the processor at every call, which costs a
+decode step of 32 rows a third of its time, and adds products up in an order that depends on their
+shape; this product takes weights as they are, in one order (`tiles.py`, `product.ll`). XLA reads
+all of the KV cache and writes scores to memory; this attention reads what a token sees
+(`attention.ll`). Both are LLVM IR, compiled when one is first needed (0.3 s) by llvmlite, so that
+no compiler has to be installed, and called by XLA through its foreign function interface.
 """
 
 from __future__ import annotations
@@ -74,8 +75,7 @@ def product(a: Array, b: Array) -> Array:
 
     Every element is added up in one order, from +0.0, whatever M, N and the element's place are:
     runs of 512 bytes of a row of a, one behind the other; within a run k = 0, 1, ..., float32 by
-    fused multiply-adds, bfloat16 two products at a time (where those of subnormal numbers count as
-    zero).
+    fused multiply-adds, bfloat16 two products at a time. Subnormal numbers may count as zero.
 
     Raises:
         TypeError: a and b are not of one of the two dtypes.
@@ -83,7 +83,10 @@ def product(a: Array, b: Array) -> Array:
     if a.dtype != b.dtype or str(a.dtype) not in _NAMES:
         raise TypeError(f"bfloat16 or float32 is multiplied here, not {a.dtype} and {b.dtype}")
     N = b.shape[1]
-    odd, missing = a.shape[1] % 2, max(0, tiles.COLUMNS - N)
+    if 0 in (*a.shape, N):
+        return jnp.zeros((a.shape[0], N), jnp.float32)
+    odd = a.shape[1] % 2 if a.dtype == jnp.bfloat16 else 0  # It takes pairs.
+    missing = max(0, tiles.COLUMNS - N)
     if odd or missing:
         a, b = jnp.pad(a, ((0, 0), (0, odd))), jnp.pad(b, ((0, odd), (0, missing)))
     return _call("product", a.dtype, (a.shape[0], b.shape[1]), a, b)[:, :N]
@@ -100,7 +103,8 @@ def attention(
     """softmax(q keys) values, of tokens that follow one another.
 
     Token t of sequence b is at slot starts[b] + t of row rows[b], and sees the slots up to its own.
-    Its result has the same bits whatever B, T, S and the number of heads are.
+    Its result has the same bits whatever B, T, S and the number of heads are, as long as the values
+    are finite.
 
     Args:
         q: float32 [B, K*G, T, H], scaled; H is a multiple of 32.
@@ -108,26 +112,31 @@ def attention(
         values: bfloat16 or float32 [C, K, S, H].
         rows: int32 [B], below C.
         starts: int32 [B], from 0 to S - T; others are clipped.
-        window: int32 [], how many slots a token sees at most, its own among them; 1 at least.
+        window: int32 [], how many slots a token sees at most, its own among them; at least 1.
 
     Returns:
         float32 [B, K*G, T, H].
 
     Raises:
-        TypeError: other dtypes, or another H.
+        TypeError: other dtypes, or another H, or T is more than S.
     """
     (C, _, H, S), T = keys.shape, q.shape[2]
     if q.dtype != jnp.float32 or keys.dtype != jnp.float32 or str(values.dtype) not in _NAMES:
         raise TypeError(f"no attention for {q.dtype}, {keys.dtype}, {values.dtype}")
     if not attends_to(H):
         raise TypeError(f"no attention for heads of {H} dimensions, no multiple of {_WIDTH}")
+    if T > S:
+        raise TypeError(f"{T} tokens cannot stand in {S} slots")
+    if not q.size:
+        return q
     # The kernel itself would read and write beyond.
-    rows, starts = jnp.clip(rows, 0, C - 1), jnp.clip(starts, 0, S - T)
+    rows = jnp.clip(rows, 0, C - 1).astype(jnp.int32)
+    starts = jnp.clip(starts, 0, S - T).astype(jnp.int32)
     missing = -S % _WIDTH
     if missing:
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, 0), (0, missing)))
         values = jnp.pad(values, ((0, 0), (0, 0), (0, missing), (0, 0)))
-    most = jnp.asarray(window, jnp.int32).reshape(1)
+    most = jnp.maximum(window, 1).astype(jnp.int32).reshape(1)
     return _call("attention", values.dtype, q.shape, q, keys, values, rows, starts, most)
 
 
@@ -148,7 +157,8 @@ class _MachineCode(NamedTuple):
 @cache
 def _machine_code() -> _MachineCode | None:
     """Compiles the functions and tells XLA of them; None where there can be none."""
-    if platform.machine() not in ("x86_64", "AMD64") or not importlib.util.find_spec("llvmlite"):
+    # Windows lacks functions of the C library that they call.
+    if platform.machine() != "x86_64" or not importlib.util.find_spec("llvmlite"):
         return None
     try:
         return _compiled()

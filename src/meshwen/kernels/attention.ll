@@ -11,7 +11,8 @@
 ; Slots are taken by passes of 512, whose scores stay in the nearest cache: scores, their exponentials
 ; less the largest so far (arXiv 1805.02867), then values, added with these weights. Passes, and the
 ; registers of 16 slots in them, begin at multiples of their size, and what a token does not see has
-; the weight 0: so a token's result has the same bits whatever other tokens are attended to at once.
+; the weight 0: so a token's result has the same bits whatever other tokens are attended to at once,
+; as long as values are finite.
 
 %Attention = type {
   %Job,
@@ -39,7 +40,7 @@ declare <16 x float> @llvm.rint.v16f32(<16 x float>)
 declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare i64 @llvm.smax.i64(i64, i64)
 
-define internal <16 x float> @all(float %x) alwaysinline {
+define internal <16 x float> @all(float %x) {
   %one = insertelement <16 x float> poison, float %x, i32 0
   %all = shufflevector <16 x float> %one, <16 x float> poison, <16 x i32> zeroinitializer
   ret <16 x float> %all
@@ -47,7 +48,7 @@ define internal <16 x float> @all(float %x) alwaysinline {
 
 ; e^x for x up to 0, and NaN for NaN. Below e^-87 a float32 would be subnormal. Cephes' `expf`:
 ; n = x log2(e), rounded; r = x - n ln(2), in two steps; e^r = 1 + r + r^2 (c0 r^5 + ... + c5).
-define internal <16 x float> @exponential(<16 x float> %x.any) alwaysinline {
+define internal <16 x float> @exponential(<16 x float> %x.any) {
   %small = fcmp olt <16 x float> %x.any, splat (float -87.0)
   %x = select <16 x i1> %small, <16 x float> splat (float -87.0), <16 x float> %x.any
   %scaled = fmul <16 x float> %x, splat (float 0x3FF7154760000000)
@@ -78,7 +79,7 @@ define internal <16 x float> @exponential(<16 x float> %x.any) alwaysinline {
 }
 
 ; Which of the 16 slots from `%slot` on are seen.
-define internal <16 x i1> @seen(i64 %slot, i64 %first, i64 %last) alwaysinline {
+define internal <16 x i1> @seen(i64 %slot, i64 %first, i64 %last) {
   %from = sub i64 %first, %slot
   %to = sub i64 %last, %slot
   %from.32 = trunc i64 %from to i32
@@ -308,7 +309,7 @@ done:
 }
 
 ; The first slot that a token sees.
-define internal i64 @first(i64 %slot, i64 %window) alwaysinline {
+define internal i64 @first(i64 %slot, i64 %window) {
   %behind = add i64 %slot, 1
   %first.any = sub i64 %behind, %window
   %first = call i64 @llvm.smax.i64(i64 %first.any, i64 0)
@@ -334,7 +335,8 @@ done:
   ret void
 }
 
-; The unit of work: of single tokens, all queries of a key/value head; else all tokens of a query head.
+; The unit of work: all queries of a key/value head, of single tokens; else all tokens of a query
+; head.
 define internal void @head(ptr %job, i64 %unit) {
 entry:
   %pass = alloca %Pass

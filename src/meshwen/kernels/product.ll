@@ -22,9 +22,8 @@
 @nothing = internal constant [512 x i8] zeroinitializer, align 64
 
 declare ptr @aligned_alloc(i64, i64)
-declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
-define internal i64 @quotient_up(i64 %a, i64 %b) alwaysinline {
+define internal i64 @quotient_up(i64 %a, i64 %b) {
   %a.less = sub i64 %a, 1
   %sum = add i64 %a.less, %b
   %quotient = udiv i64 %sum, %b
@@ -50,9 +49,10 @@ end:
   ret void
 }
 
-; All rows of a panel. Chunks of 128 steps are summed by themselves, then added up: in float32 that is
-; several times as accurate as one long sum. The last panel ends with the last column: where it overlaps the one before,
-; both write the same numbers. `%space` has room for a chunk and for the sums of all rows.
+; All rows of a panel. Chunks of 128 steps are summed by themselves, then added up: in float32 that
+; is several times as accurate as one long sum. The last panel ends with the last column: where it
+; overlaps the one before, both write the same numbers. `%space` has room for a chunk and for the sums
+; of all rows.
 define internal void @panel(ptr %job, i64 %p, ptr %space) {
 entry:
   %job.value = load %Product, ptr %job

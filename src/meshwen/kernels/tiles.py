@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLVM IR of the tiles of a matrix product, for x86 CPUs with AVX-512.
 
-A tile is up to 12 rows and 32 columns of y = x + a b, whose sums stay in registers while k runs
-over b. In float32 an instruction adds one product to each of 16 sums, in bfloat16 `vdpbf16ps` two:
+A tile is up to 12 rows and 32 columns of y = x + a b, of few rows up to 128 columns, whose sums
+stay in registers while k runs over b. In float32 an instruction adds one product to each of 16
+sums, in bfloat16 `vdpbf16ps` two:
 
     y[m, n] += a[m, k] * b[k, n] + a[m, k + 1] * b[k + 1, n]
 

@@ -25,7 +25,8 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
 
   So float32 products are cut into sums of up to 64, handed to Eigen (YNNPACK refuses a transposed
   left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns. Where
-  `meshwen.kernels` multiplies rows with weights and attends, the order is one by construction.
+  `meshwen.kernels` multiplies rows with weights and attends, softmax included, the order is one by
+  construction, and exp is computed in one way.
 - A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
   XLA forms one depends on what it fuses.
 - Functions such as exp are computed by themselves, in rows that fill whole vector registers: XLA
