@@ -33,7 +33,7 @@ grep --quiet '^demo on .*: \([0-9]*\) of \1 answers' "$folder/demo.txt" || statu
 if "$python" -c 'import torch, transformers' 2>/dev/null; then
     device=cuda
     [ "$JAX_PLATFORMS" = cpu ] && device=cpu
-    "$python" benchmarks/gpu_transformers.py --model "$model" --batch "$batch" \
+    "$python" benchmarks/engines/gpu_transformers.py --model "$model" --batch "$batch" \
         --prompt-len "$prompts" --device "$device" >"$folder/transformers.json"
 else
     echo "transformers is not installed: no comparison" >&2
