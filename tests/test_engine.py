@@ -309,23 +309,38 @@ def test_a_step_consumes_the_cache_it_is_given():
     assert not any(array.is_deleted() for array in alive)
 
 
-# Heads of 32 dimensions are attended to by a kernel where there is one: it reads the cache itself.
-@pytest.mark.parametrize("head_dim", [TINY.head_dim, 32])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype, head_dim):
+# A kernel reads the cache itself; heads whose dimensions are no multiple of 32 are padded for it.
+# (That makes jax 0.10 copy bfloat16 values.)
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "head_dim"),
+    [
+        ("float32", False, TINY.head_dim),
+        ("float32", False, 32),
+        ("float32", True, TINY.head_dim),
+        ("float32", True, 32),
+        ("bfloat16", False, TINY.head_dim),
+        ("bfloat16", False, 32),
+        ("bfloat16", True, 32),
+    ],
+)
+def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr("meshwen.kernels.name", lambda dtype: None)
+    elif not kernels.name(dtype):
+        pytest.skip("needs the extra cpu and an x86 CPU with AVX2")
     runner = MeshModel(replace(TINY, head_dim=head_dim), "1", dtype=dtype).runner
-    kernel = head_dim == 32 and kernels.name(dtype) is not None
     one, slots = np.zeros(1, np.int32), 64 if kernel else 16
     cache, hidden, ids = runner.empty_cache(4, 64), runner.empty_hidden(1), np.ones((1, 16))
     lowered = runner.prefill_program.lower(
         runner.params, cache, hidden, ids.astype(np.int32), one, one[0], one + 9, slots=slots
     )
     program = lowered.compile().as_text()
-    assert (f"meshwen_attention_{dtype}" in program) == kernel
+    assert (f"meshwen_{kernels.label()}_attention_" in program) == kernel
     for array in cache[0]:
         shape = rf"\[{','.join(map(str, array.shape))}\]"
         assert re.search(shape, program)
         assert not re.search(rf"= \w+{shape}\S* copy\(", program)
+        assert not re.search(rf" pad\(\w+{shape}", program)
 
 
 _GATHER = re.compile(r"= (\w+)\[([\d,]+)\]\S* all-gather\(")

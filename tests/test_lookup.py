@@ -113,7 +113,6 @@ def guess_from(answers: list[Completion], wrong: int):
     return guesses
 
 
-# Heads of 32 dimensions are attended to by the kernels, where there are any.
 WIDE = replace(
     SMALL_7B,
     head_dim=32,

@@ -127,7 +127,7 @@ def attention(
     slots = seen.bias.shape[-1]
     own = LayerCache(k, v)  # All that there is where nothing came before.
     held: LayerCache | SequenceCache = own if cache is None or slots == k.shape[3] else cache
-    if tp.has_attention(head_dim):
+    if tp.kernels:
         y = tp.attention(q, *held.located(), seen.start, seen.window)
     else:
         y = softmax_attention(q, *held.read(slots), seen.bias, tp)

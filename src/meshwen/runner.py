@@ -8,6 +8,7 @@ donated, so each step updates it in place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -118,7 +119,7 @@ class ModelRunner:
         Returns:
             The final hidden states of the prompts' last tokens so far, and the cache.
         """
-        if self.tp.has_attention(self.plan.config.head_dim):
+        if self.tp.kernels:
             slots = cache[0].values.shape[2]
         return self.prefill_program(
             self.params,
@@ -232,16 +233,26 @@ def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     """The contractions of a plan, with weights of `dtype`."""
     own = products(plan.mesh, dtype) != _XLA
+    alone = own and _fills_cores(plan.mesh)
     if plan.exact:
         leaves = LEAVES // plan.model_devices
-        return ExactTensorParallel(plan.model_axes, kernels=own, vocabulary_leaves=leaves)
+        return ExactTensorParallel(
+            plan.model_axes, kernels=own, alone=alone, vocabulary_leaves=leaves
+        )
     rows = _CPU_BFLOAT16_ROWS if _on_cpu(plan.mesh) and dtype == jnp.bfloat16 else 1
-    return TensorParallel(plan.model_axes, rows, own)
+    return TensorParallel(plan.model_axes, rows, own, alone)
 
 
 def products(mesh: AnyMesh, dtype: jnp.dtype) -> str:
     """What multiplies rows with weights of `dtype` on a mesh: "xla", or the name of a kernel."""
     return (kernels.name(dtype) if _on_cpu(mesh) else None) or _XLA
+
+
+def _fills_cores(mesh: AnyMesh) -> bool:
+    """Whether this process has as many of the mesh's devices as it may use cores."""
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    affinity = getattr(os, "sched_getaffinity", None)  # Not on macOS.
+    return len(here) >= (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def _on_cpu(mesh: AnyMesh) -> bool:

@@ -98,7 +98,7 @@ def _check_alike(own: Mapping[str, Any]) -> None:
                     f"--{name.replace('_', '-')} is {first[name]} in process 0 but "
                     f"{other.get(name)} in process {index}; start all with the same options"
                 )
-    found = gathered("kernels", ", ".join(kernels.names()) or "none")
+    found = gathered("kernels", kernels.label())
     if len(set(found)) > 1:
         raise MeshwenError(
             f"the processes have not the same kernels, but {' / '.join(sorted(set(found)))}; "

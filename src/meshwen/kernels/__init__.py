@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products and attention for x86 CPUs with AVX-512, which the extra `cpu` brings.
+"""Products and attention for x86 CPUs with AVX2 or AVX-512, which the extra `cpu` brings.
 
 XLA's own library lays bfloat16 weights out anew for the processor at every call, which costs a
 decode step of 32 rows a third of its time, and adds products up in an order that depends on their
 shape; this product takes weights as they are, in one order (`tiles.py`, `product.ll`). XLA reads
 all of the KV cache and writes scores to memory; this attention reads what a token sees
-(`attention.ll`). Both are LLVM IR, compiled when one is first needed (0.3 s) by llvmlite, so that
-no compiler has to be installed, and called by XLA through its foreign function interface.
+(`attention.ll`). Both are LLVM IR, compiled when one is first needed (0.3 to 1 s) by llvmlite, so
+that no compiler has to be installed, and called by XLA through its foreign function interface.
 """
 
 from __future__ import annotations
@@ -14,37 +14,57 @@ from __future__ import annotations
 import importlib.util
 import logging
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from meshwen.kernels import tiles
+from meshwen.kernels import kinds
+from meshwen.kernels.tiles import all_tiles
 
-# The instructions that the kernels of a dtype need, as LLVM calls them, and what we call them.
-_FEATURES = {"float32": "avx512f", "bfloat16": "avx512bf16"}
-_NAMES = {"float32": "avx512", "bfloat16": "avx512_bf16"}
-# The tiles of their products with weights, and of those of attention's weights with values.
-_KINDS = {
-    "float32": (tiles.FLOAT32, tiles.FLOAT32),
-    "bfloat16": (tiles.BFLOAT16, tiles.MIXED),
-}
 _WIDTH = 32  # of slots and head dimensions that the attention takes at once
+_MANY = 1 << 16  # threads: more than there are
 
-# XLA_FFI_Error* product_DTYPE(XLA_FFI_CallFrame*), and the same of attention.
+
+@dataclass(frozen=True, eq=False)
+class InstructionSet:
+    """Instructions that kernels are made of.
+
+    Attributes:
+        name: of the set.
+        features: what LLVM calls them.
+        registers: what tiles have to fit into.
+        products: the kinds of products with weights, by their dtype.
+        values: the kinds of those of attention's weights with values, by their dtype.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    registers: kinds.Registers
+    products: Mapping[str, kinds.Kind]
+    values: Mapping[str, kinds.Kind]
+
+
+_WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
+_PAIRED = {"float32": kinds.FLOAT32, "bfloat16": kinds.BFLOAT16}
+# The first that a CPU has is the fastest.
+INSTRUCTION_SETS = (
+    InstructionSet("avx512_bf16", ("avx512f", "avx512bf16"), kinds.AVX512, _PAIRED, _WIDENED),
+    InstructionSet("avx512", ("avx512f",), kinds.AVX512, _WIDENED, _WIDENED),
+    InstructionSet("avx2", ("avx2", "fma"), kinds.AVX2, _WIDENED, _WIDENED),
+)
+
+# XLA_FFI_Error* product_KIND(XLA_FFI_CallFrame*), and the same of attention, and of both alone.
 _ENTRY = """
-define ptr @product_{dtype}(ptr %frame) {{
-  %error = call ptr @multiply(ptr %frame, i64 {bytes}, ptr @tiles_{dtype}, ptr @wide_{dtype})
-  ret ptr %error
-}}
-
-define ptr @attention_{dtype}(ptr %frame) {{
-  %error = call ptr @attend(ptr %frame, i64 {bytes}, ptr @tiles_{values})
+define ptr @{function}(ptr %frame) {{
+  %error = call ptr @{body}(ptr %frame, ptr @kind_{kind}, i64 {threads})
   ret ptr %error
 }}
 """
@@ -54,51 +74,64 @@ _lock = Lock()
 
 
 def name(dtype: DTypeLike) -> str | None:
-    """What the kernels for weights of a dtype are called; None where this process has none.
+    """The instructions that multiply with weights of a dtype; None where this process has none.
 
-    They need llvmlite and a CPU with AVX-512, those for bfloat16 also AVX512-BF16. Warns, once,
-    where llvmlite is there and does not do.
+    They need llvmlite and an x86 CPU with AVX2. Warns, once, where llvmlite is there and does not
+    do.
     """
-    with _lock:  # XLA refuses a second registration.
-        code = _machine_code()
-    found = str(jnp.dtype(dtype))
-    return _NAMES[found] if code and found in code.dtypes else None
+    found = instruction_set()
+    kind = found.products.get(str(jnp.dtype(dtype))) if found else None
+    if not found or not kind:
+        return None
+    return found.name if kind is kinds.BFLOAT16 else found.registers.name
 
 
-def names() -> list[str]:
-    """The names of all kernels that this process has."""
-    return [found for dtype in _NAMES if (found := name(dtype))]
+def label() -> str:
+    """The name of the instruction set of this process's kernels, or "none"."""
+    found = instruction_set()
+    return found.name if found else "none"
 
 
-def product(a: Array, b: Array) -> Array:
+def product(a: Array, b: Array, alone: bool = False) -> Array:
     """a @ b: [M, K] x [K, N] -> float32 [M, N], both bfloat16 or both float32.
 
     Every element is added up in one order, from +0.0, whatever M, N and the element's place are:
-    runs of 512 bytes of a row of a, one behind the other; within a run k = 0, 1, ..., float32 by
-    fused multiply-adds, bfloat16 two products at a time. Subnormal numbers may count as zero.
+    runs of 128 steps, one behind the other; within a run k = 0, 1, ..., each step a fused
+    multiply-add, or by AVX512-BF16 two products. Subnormal numbers may count as zero.
+
+    Args:
+        a, b: the factors.
+        alone: the thread that calls does all of it. Else the others of XLA's pool help, which is
+            slower where they have devices of their own to serve.
 
     Raises:
         TypeError: a and b are not of one of the two dtypes.
+        RuntimeError: this process has no kernels.
     """
-    if a.dtype != b.dtype or str(a.dtype) not in _NAMES:
+    if a.dtype != b.dtype or str(a.dtype) not in _WIDENED:
         raise TypeError(f"bfloat16 or float32 is multiplied here, not {a.dtype} and {b.dtype}")
     N = b.shape[1]
     if 0 in (*a.shape, N):
         return jnp.zeros((a.shape[0], N), jnp.float32)
-    odd = a.shape[1] % 2 if a.dtype == jnp.bfloat16 else 0  # It takes pairs.
-    missing = max(0, tiles.COLUMNS - N)
+    found = _required()
+    kind = found.products[str(b.dtype)]
+    odd, missing = a.shape[1] % kind.depth, max(0, kinds.COLUMNS - N)
     if odd or missing:
         a, b = jnp.pad(a, ((0, 0), (0, odd))), jnp.pad(b, ((0, odd), (0, missing)))
-    return _call("product", a.dtype, (a.shape[0], b.shape[1]), a, b)[:, :N]
-
-
-def attends_to(head_dim: int) -> bool:
-    """Whether `attention` takes heads of so many dimensions."""
-    return head_dim % _WIDTH == 0
+    if kind is kinds.MIXED:
+        a = _widened(a)
+    function = _function("product", kind, alone)
+    return _call(found, function, (a.shape[0], b.shape[1]), a, b)[:, :N]
 
 
 def attention(
-    q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: ArrayLike
+    q: Array,
+    keys: Array,
+    values: Array,
+    rows: Array,
+    starts: Array,
+    window: ArrayLike,
+    alone: bool = False,
 ) -> Array:
     """softmax(q keys) values, of tokens that follow one another.
 
@@ -107,24 +140,24 @@ def attention(
     are finite.
 
     Args:
-        q: float32 [B, K*G, T, H], scaled; H is a multiple of 32.
+        q: float32 [B, K*G, T, H], scaled.
         keys: float32 [C, K, H, S].
         values: bfloat16 or float32 [C, K, S, H].
         rows: int32 [B], below C.
         starts: int32 [B], from 0 to S - T; others are clipped.
         window: int32 [], how many slots a token sees at most, its own among them; at least 1.
+        alone: see `product`.
 
     Returns:
         float32 [B, K*G, T, H].
 
     Raises:
-        TypeError: other dtypes, or another H, or T is more than S.
+        TypeError: other dtypes, or T is more than S.
+        RuntimeError: this process has no kernels.
     """
     (C, _, H, S), T = keys.shape, q.shape[2]
-    if q.dtype != jnp.float32 or keys.dtype != jnp.float32 or str(values.dtype) not in _NAMES:
+    if q.dtype != jnp.float32 or keys.dtype != jnp.float32 or str(values.dtype) not in _WIDENED:
         raise TypeError(f"no attention for {q.dtype}, {keys.dtype}, {values.dtype}")
-    if not attends_to(H):
-        raise TypeError(f"no attention for heads of {H} dimensions, no multiple of {_WIDTH}")
     if T > S:
         raise TypeError(f"{T} tokens cannot stand in {S} slots")
     if not q.size:
@@ -132,78 +165,126 @@ def attention(
     # The kernel itself would read and write beyond.
     rows = jnp.clip(rows, 0, C - 1).astype(jnp.int32)
     starts = jnp.clip(starts, 0, S - T).astype(jnp.int32)
-    missing = -S % _WIDTH
-    if missing:
-        keys = jnp.pad(keys, ((0, 0), (0, 0), (0, 0), (0, missing)))
-        values = jnp.pad(values, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    slots, dimensions = -S % _WIDTH, -H % _WIDTH
+    if slots or dimensions:  # Of the rows that are attended to alone: the cache may be large.
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, dimensions)))
+        keys = jnp.pad(keys[rows], ((0, 0), (0, 0), (0, dimensions), (0, slots)))
+        values = jnp.pad(values[rows], ((0, 0), (0, 0), (0, slots), (0, dimensions)))
+        rows = jnp.arange(len(q), dtype=jnp.int32)
     most = jnp.maximum(window, 1).astype(jnp.int32).reshape(1)
-    return _call("attention", values.dtype, q.shape, q, keys, values, rows, starts, most)
+    found = _required()
+    kind = found.values[str(values.dtype)]
+    function = _function("attention", kind, alone)
+    return _call(found, function, q.shape, q, keys, values, rows, starts, most)[..., :H]
 
 
-def _call(function: str, dtype: jnp.dtype, shape: tuple[int, ...], *arguments: Array) -> Array:
-    if not name(dtype):
-        raise RuntimeError(
-            f"kernels for {dtype} need the extra cpu and a CPU with {_NAMES[str(dtype)]}"
-        )
+def instruction_set() -> InstructionSet | None:
+    """The fastest that the CPU has, its kernels compiled; None where there can be none."""
+    with _lock:  # XLA refuses a second registration.
+        return _fastest()
+
+
+def _required() -> InstructionSet:
+    found = instruction_set()
+    if not found:
+        raise RuntimeError("kernels need the extra cpu and an x86 CPU with AVX2")
+    return found
+
+
+def _widened(x: Array) -> Array:
+    """bfloat16 as float32. XLA would drop a conversion there and back, and the rounding with it."""
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _function(body: str, kind: kinds.Kind, alone: bool) -> str:
+    return f"{body}_{kind.name}_alone" if alone else f"{body}_{kind.name}"
+
+
+def _call(of: InstructionSet, function: str, shape: tuple[int, ...], *arguments: Array) -> Array:
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(f"meshwen_{function}_{dtype}", result)(*arguments)
+    return jax.ffi.ffi_call(_target(of, function), result)(*arguments)
 
 
-class _MachineCode(NamedTuple):
-    engine: Any  # llvmlite's, which owns it
-    dtypes: list[str]  # of weights that it is for
+def _target(of: InstructionSet, function: str) -> str:
+    """What XLA knows a function as."""
+    return f"meshwen_{of.name}_{function}"
 
 
 @cache
-def _machine_code() -> _MachineCode | None:
-    """Compiles the functions and tells XLA of them; None where there can be none."""
+def _fastest() -> InstructionSet | None:
     # Windows lacks functions of the C library that they call.
     if platform.machine() != "x86_64" or not importlib.util.find_spec("llvmlite"):
         return None
     try:
-        return _compiled()
+        found = next(iter(supported()), None)
+        if found:
+            compiled(found)
+        return found
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         logger.warning(
-            "llvmlite is installed, but cannot compile the AVX-512 kernels (%s): XLA multiplies; "
+            "llvmlite is installed, but cannot compile the kernels (%s): XLA multiplies; "
             "pip install 'meshwen[cpu]' for a version that can",
             reason,
         )
         return None
 
 
-def _compiled() -> _MachineCode | None:
+def supported() -> list[InstructionSet]:
+    """Those that the CPU has, the fastest first; needs llvmlite."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
-    dtypes = [dtype for dtype, feature in _FEATURES.items() if features.get(feature)]
-    if not dtypes:
-        return None
+    return [one for one in INSTRUCTION_SETS if all(features.get(name) for name in one.features)]
+
+
+@cache
+def compiled(of: InstructionSet) -> Any:
+    """Compiles the kernels of an instruction set and tells XLA of them.
+
+    Returns:
+        llvmlite's engine, which owns the machine code.
+    """
+    import llvmlite.binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(_assembly(dtypes))
+    module = llvm.parse_assembly(_assembly(of))
     module.verify()
     machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=2
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    for function in ("product", "attention"):
-        for dtype in dtypes:
-            handler = jax.ffi.pycapsule(engine.get_function_address(f"{function}_{dtype}"))
-            jax.ffi.register_ffi_target(f"meshwen_{function}_{dtype}", handler, platform="cpu")
-    return _MachineCode(engine, dtypes)
+    for function in _functions(of):
+        handler = jax.ffi.pycapsule(engine.get_function_address(function))
+        jax.ffi.register_ffi_target(_target(of, function), handler, platform="cpu")
+    return engine
 
 
-def _assembly(dtypes: list[str]) -> str:
+def _functions(of: InstructionSet) -> dict[str, str]:
+    """What XLA calls, by name: a function for each kind of product and attention, shared or not."""
+    bodies = [("product", kind) for kind in of.products.values()]
+    bodies += [("attention", kind) for kind in of.values.values()]
+    return {
+        _function(body, kind, alone): _ENTRY.format(
+            function=_function(body, kind, alone),
+            body=body,
+            kind=kind.name,
+            threads=1 if alone else _MANY,
+        )
+        for body, kind in bodies
+        for alone in (False, True)
+    }
+
+
+def _assembly(of: InstructionSet) -> str:
     """All functions, in LLVM's language."""
     texts = [
         files(__package__).joinpath(f"{file}.ll").read_text(encoding="utf-8")
         for file in ("share", "product", "attention")
     ]
-    kinds = dict.fromkeys(kind for dtype in dtypes for kind in _KINDS[dtype])
-    texts += [tiles.tiles(kind) for kind in kinds]
-    for dtype in dtypes:
-        values = _KINDS[dtype][1].name
-        texts.append(_ENTRY.format(dtype=dtype, bytes=jnp.dtype(dtype).itemsize, values=values))
-    return "\n".join([*texts, tiles.INTRINSICS, tiles.widths()])
+    used = dict.fromkeys([*of.products.values(), *of.values.values()])
+    texts += [all_tiles(kind, of.registers) for kind in used]
+    return "\n".join([*texts, *_functions(of).values(), kinds.declarations(of.registers)])

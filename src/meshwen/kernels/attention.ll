@@ -247,7 +247,7 @@ dimension:
   %before.stride = select i1 %h.none, i64 0, i64 2048
   call void %tile.q(ptr %q.h, i64 %H.bytes, ptr %key.h, i64 %key.stride, ptr %before,
                     i64 %before.stride, ptr %scores.j, i64 2048, i64 16, ptr %key.next.h,
-                    i64 %key.ahead)
+                    i64 %key.ahead, i64 1)
   %h.next = add i64 %h, 16
   %more.dimensions.q = icmp ult i64 %h.next, %H
   br i1 %more.dimensions.q, label %dimension, label %panel.end
@@ -300,7 +300,8 @@ dimensions:
   %x = select i1 %is.first, ptr @nothing, ptr %y.d
   %x.stride = select i1 %is.first, i64 0, i64 %H.bytes
   call void %tile.v(ptr %weights, i64 2048, ptr %values.d, i64 %value.stride, ptr %x, i64 %x.stride,
-                    ptr %y.d, i64 %H.bytes, i64 %steps, ptr %values.soon, i64 %value.stride)
+                    ptr %y.d, i64 %H.bytes, i64 %steps, ptr %values.soon, i64 %value.stride,
+                    i64 1)
   %d.next = add i64 %d, 32
   %more.dimensions = icmp ult i64 %d.next, %H
   br i1 %more.dimensions, label %dimensions, label %done
@@ -465,7 +466,7 @@ done:
   ret void
 }
 
-define internal ptr @attend(ptr %frame, i64 %element, ptr %tiles) {
+define internal ptr @attention(ptr %frame, ptr %kind, i64 %threads.most) {
 entry:
   %described = call i1 @described(ptr %frame)
   br i1 %described, label %end, label %execute
@@ -495,6 +496,9 @@ execute:
   %H = call i64 @dim(ptr %keys.buffer, i64 2)
   %S = call i64 @dim(ptr %keys.buffer, i64 3)
   %G = udiv i64 %N, %K
+  %kind.value = load %Kind, ptr %kind
+  %element = extractvalue %Kind %kind.value, 0
+  %tiles = extractvalue %Kind %kind.value, 2
   %single = icmp eq i64 %T, 1
   %heads = select i1 %single, i64 %K, i64 %N
   %units = mul i64 %B, %heads
@@ -514,6 +518,7 @@ execute:
   %j.13 = insertvalue %Attention %j.12, i64 %element, 13
   %j.14 = insertvalue %Attention %j.13, ptr %tiles, 14
   store %Attention %j.14, ptr %job
-  %error = call ptr @shared(ptr %frame, ptr %job, i64 %units, ptr @head)
+  %threads = call i64 @threads(ptr %frame, i64 %threads.most)
+  %error = call ptr @shared(ptr %frame, ptr %job, i64 %units, ptr @head, i64 %threads)
   ret ptr %error
 }

@@ -82,8 +82,8 @@ define internal i64 @dim(ptr %buffer, i64 %axis) {
   ret i64 %dim
 }
 
-; Threads of the pool, at least 1.
-define internal i64 @threads(ptr %frame) {
+; Threads of the pool, at least 1, at most so many.
+define internal i64 @threads(ptr %frame, i64 %most) {
   %frame.value = load %Frame, ptr %frame
   %api = extractvalue %Frame %frame.value, 2
   %context = extractvalue %Frame %frame.value, 3
@@ -98,7 +98,8 @@ define internal i64 @threads(ptr %frame) {
   %error = call ptr %function(ptr %arguments.at)
   %count = load i64, ptr %count.at
   %some = call i64 @llvm.umax.i64(i64 %count, i64 1)
-  ret i64 %some
+  %threads = call i64 @llvm.umin.i64(i64 %some, i64 %most)
+  ret i64 %threads
 }
 
 ; Takes units until none is left.
@@ -141,12 +142,11 @@ define internal void @task(ptr %job) {
   ret void
 }
 
-; Does a job, which `malloc` made and this frees, on as many threads as there are or it has units.
+; Does a job, which `malloc` made and this frees, on so many threads, or as many as it has units.
 ; Whoever is first takes the next unit, so that nothing waits for a thread that is busy elsewhere.
 ; Returns an error of XLA's, or null.
-define internal ptr @shared(ptr %frame, ptr %job, i64 %units, ptr %work) {
+define internal ptr @shared(ptr %frame, ptr %job, i64 %units, ptr %work, i64 %threads) {
 entry:
-  %threads = call i64 @threads(ptr %frame)
   %users = call i64 @llvm.umin.i64(i64 %threads, i64 %units)
   %job.0 = insertvalue %Job zeroinitializer, i64 %users, 0
   %job.3 = insertvalue %Job %job.0, i64 %units, 3

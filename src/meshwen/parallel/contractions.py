@@ -35,12 +35,15 @@ class TensorParallel:
     Attributes:
         axes: mesh axes that split the model.
         min_rows: products of fewer rows are padded to this many.
-        kernels: whether `meshwen.kernels` multiplies with weights, in the place of XLA.
+        kernels: whether `meshwen.kernels` multiplies with weights, in the place of XLA, and
+            `attention` takes the place of `scores` and `weighted_values`.
+        alone: whether each device does so by one thread, as there are no more threads than devices.
     """
 
     axes: tuple[str, ...] = ()
     min_rows: int = 1
     kernels: bool = False
+    alone: bool = False
 
     @property
     def devices(self) -> int:
@@ -88,15 +91,11 @@ class TensorParallel:
         total = weights.sum(axis=-1, keepdims=True)
         return product(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1)))), total
 
-    def has_attention(self, head_dim: int) -> bool:
-        """Whether `attention` can be used, in the place of `scores` and `weighted_values`."""
-        return self.kernels and kernels.attends_to(head_dim)
-
     def attention(
         self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
     ) -> Array:
         """Attention of tokens that follow one another: see `kernels.attention`."""
-        return kernels.attention(q, keys, values, rows, starts, window)
+        return kernels.attention(q, keys, values, rows, starts, window, self.alone)
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """Products that are about to be added up.
@@ -139,7 +138,8 @@ class TensorParallel:
         """[..., c] times a weight whose axis `contract` is c, as one two-dimensional product."""
         rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
         if self.kernels and contract == 0:
-            return kernels.product(rows, weight).reshape(*x.shape[:-1], weight.shape[1])
+            y = kernels.product(rows, weight, self.alone)
+            return y.reshape(*x.shape[:-1], weight.shape[1])
         missing = max(0, self.min_rows - rows.shape[0])
         if missing:
             rows = jnp.pad(rows, ((0, missing), (0, 0)))

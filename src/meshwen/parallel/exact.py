@@ -13,7 +13,7 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
   nothing, so a tree may be cut short.
 - Inside a leaf the matrix product decides. Its order must depend neither on how many rows there
   are nor on how wide a device's part is. XLA's CPU back end has two libraries, measured on jax 0.10
-  and 0.12 (AVX-512):
+  and 0.12 (AVX-512; AVX2 on jax 0.10):
 
   - YNNPACK multiplies bfloat16 in one order for any number of rows from 2 up and columns from 64
     up (from 16 for short sums), and zeros behind a sum change nothing. Operands have to lie in
@@ -21,12 +21,13 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
     float32 YNNPACK cuts the sum to suit its cache, by rows and columns.
   - Eigen adds float32 products one after the other up to 304 of them, but may share a sum among
     threads, for some shapes, where a thread's share is more than 32 (`shouldShardByInnerDim`).
-    Sums of up to 64 it never shares, however many threads there are.
+    Sums of up to 64 it never shares, however many threads there are. With AVX2 it adds them up in
+    other orders where rows are not 1, 4, 16 or a multiple of 24, or columns no multiple of 16.
 
-  So float32 products are cut into sums of up to 64, handed to Eigen (YNNPACK refuses a transposed
-  left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns. Where
-  `meshwen.kernels` multiplies rows with weights and attends, softmax included, the order is one by
-  construction, and exp is computed in one way.
+  So float32 products are cut into sums of up to 64, padded so, handed to Eigen (YNNPACK refuses a
+  transposed left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64
+  columns. Where there are `meshwen.kernels`, all this is theirs, and softmax too: the order is one
+  by construction, and exp is computed in one way.
 - A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
   XLA forms one depends on what it fuses.
 - Functions such as exp are computed by themselves, in rows that fill whole vector registers: XLA
@@ -62,7 +63,11 @@ EXACT_COMPILER_OPTIONS = COMPILER_OPTIONS | {
 _LONGEST_SUM = 64  # products that one float32 matrix product adds up
 _MIN_ROWS = 8  # of bfloat16 products: fewer are slower, and one would have another order
 _MIN_COLUMNS = 64
-_ONES = 16  # equal columns of a sum's product with ones: one column would have another order
+# Of float32 products: what is left over multiples of them would have another order.
+_ROWS, _COLUMNS = 24, 16
+# Equal columns of a sum's product with ones: one column would have another order, and kernels would
+# pad it to as many.
+_ONES = 32
 _VECTORS = 64  # elements that fill whole vector registers
 # What partial sums may take; larger products go by blocks of rows, whose partial sums are still in
 # the cache when they are added.
@@ -103,12 +108,13 @@ class ExactTensorParallel(TensorParallel):
             return _tree_of(jax.tree.unflatten(tree, sums))
 
         rows, out = x.reshape(-1, x.shape[-1]), leaves[0].shape[1]
-        total = self._across_devices(_by_blocks(added, rows, len(leaves) * out))
+        multiple = _ROWS if self._by_eigen(leaves[0]) else _MIN_ROWS
+        total = self._across_devices(_by_blocks(added, rows, len(leaves) * out, multiple))
         return total.reshape(*x.shape[:-1], out)
 
     def mean_square(self, x: Array) -> Array:
         """Mean of squares over the last axis: float32 [..., D] -> float32 [..., 1]."""
-        (mean,) = self.rounded((_sums(jnp.square(x))[..., None] / x.shape[-1],))
+        (mean,) = self.rounded((self._sums(jnp.square(x))[..., None] / x.shape[-1],))
         return mean
 
     def scores(self, q: Array, k: Array) -> Array:
@@ -143,7 +149,8 @@ class ExactTensorParallel(TensorParallel):
         self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
     ) -> Array:
         """Attention of tokens that follow one another: see `kernels.attention`."""
-        return _positive_zeros(kernels.attention(q, keys, values, rows, starts, window))
+        y = kernels.attention(q, keys, values, rows, starts, window, self.alone)
+        return _positive_zeros(y)
 
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """The products, each rounded to float32 by itself."""
@@ -170,17 +177,28 @@ class ExactTensorParallel(TensorParallel):
     def vocabulary_sum(self, x: Array) -> Array:
         """The sum over the vocabulary: float32 [B, V/n] -> float32 [B]."""
         leaves = x.reshape(x.shape[0], self.vocabulary_leaves, -1)
-        total = _tree(_sums(leaves), axis=1)
+        total = _tree(self._sums(leaves), axis=1)
         return _tree(lax.all_gather(total, self.axes), axis=0) if self.axes else total
 
     def _rows(self, x: Array, weight: Array) -> Array:
         """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
         if self.kernels:
-            return _positive_zeros(kernels.product(x.astype(weight.dtype), weight))
-        if weight.dtype != jnp.float32:
+            y = kernels.product(x.astype(weight.dtype), weight, self.alone)
+            return _positive_zeros(y)
+        if not self._by_eigen(weight):
             return _bfloat16_product(x.astype(weight.dtype), weight)
         partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
-        return _by_blocks(lambda rows: _float32_product(rows, weight), x, partials)
+        return _by_blocks(lambda rows: _float32_product(rows, weight), x, partials, _ROWS)
+
+    def _by_eigen(self, weight: Array) -> bool:
+        return weight.dtype == jnp.float32 and not self.kernels
+
+    def _sums(self, x: Array) -> Array:
+        """The sum over the last axis: float32 [..., c] -> float32 [...]."""
+        rows = x.reshape(-1, x.shape[-1])
+        ones = jnp.ones((x.shape[-1], _ONES), jnp.float32)
+        multiply = kernels.product if self.kernels else _float32_product
+        return _positive_zeros(multiply(rows, ones)[:, 0]).reshape(x.shape[:-1])
 
     def _across_devices(self, x: Array) -> Array:
         """The tree's top: float32 [M, D], a subtree's sum on every device -> float32 [M, D]."""
@@ -203,19 +221,20 @@ def _bfloat16_product(a: Array, b: Array) -> Array:
     return _positive_zeros(y[..., :M, :N])
 
 
-def _by_blocks(function: Callable[[Array], Array], x: Array, partials: int) -> Array:
+def _by_blocks(function: Callable[[Array], Array], x: Array, partials: int, multiple: int) -> Array:
     """`function(x)`, for as many rows at a time as leave their partial sums in the cache.
 
     Args:
         function: [M, c] -> [M, N], rows apart.
         x: [M, c].
         partials: float32 values that a row's result is the sum of.
+        multiple: of how many rows blocks are.
     """
-    rows, most = x.shape[0], max(_MIN_ROWS, _PARTIAL_BYTES // (4 * partials))
+    rows, most = x.shape[0], max(multiple, _PARTIAL_BYTES // (4 * partials))
     count = -(-rows // most)
     if count == 1:
         return function(x)
-    block = -(-rows // (count * _MIN_ROWS)) * _MIN_ROWS
+    block = -(-rows // (count * multiple)) * multiple
     blocks = _pad(x, 0, count * block - rows).reshape(count, block, x.shape[1])
     y = lax.map(function, blocks)
     return y.reshape(count * block, -1)[:rows]
@@ -226,8 +245,9 @@ def _float32_product(a: Array, b: Array, length: int = 0) -> Array:
 
     Cut into sums of `length` from the left; 0: of one length that divides c.
     """
-    M, batch = a.shape[-2], a.ndim - 2
+    (M, N), batch = (a.shape[-2], b.shape[-1]), a.ndim - 2
     a = jnp.swapaxes(_pad(a, batch, _row_padding(M)), -1, -2)
+    b = _pad(b, batch + 1, -N % _COLUMNS)
     # The barrier keeps XLA from folding the transposition into the product.
     a = lax.optimization_barrier(a)
     length = length or _sum_length(a.shape[batch])
@@ -242,7 +262,7 @@ def _float32_product(a: Array, b: Array, length: int = 0) -> Array:
     if rest:
         sums.append(_transposed_product(*(o[..., None, cut:, :] for o in (a, b))))
     y = sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=batch)
-    return _tree(y, axis=batch)[..., :M, :]
+    return _tree(y, axis=batch)[..., :M, :N]
 
 
 def _transposed_product(a: Array, b: Array) -> Array:
@@ -262,19 +282,10 @@ def _sum_length(length: int) -> int:
     return even if even >= _LONGEST_SUM // 8 else most
 
 
-def _sums(x: Array) -> Array:
-    """The sum over the last axis: float32 [..., c] -> float32 [...]."""
-    rows = x.reshape(-1, x.shape[-1])
-    ones = jnp.ones((x.shape[-1], _ONES), jnp.float32)
-    return _float32_product(rows, ones)[:, 0].reshape(x.shape[:-1])
-
-
 def _row_padding(rows: int) -> int:
-    """Rows to add so that there are 1, 2, 4 or a multiple of 8: others may be summed otherwise."""
-    wanted = (
-        1 << (rows - 1).bit_length() if rows <= _MIN_ROWS else -(-rows // _MIN_ROWS) * _MIN_ROWS
-    )
-    return wanted - rows
+    """Rows to add so that there are 1, 4, 16 or a multiple of 24: see `_ROWS`."""
+    few = [count for count in (1, 4, 16) if rows <= count]
+    return few[0] - rows if few else -rows % _ROWS
 
 
 def _tree_of(node: Any) -> Array:

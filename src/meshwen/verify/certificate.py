@@ -102,7 +102,7 @@ def environment() -> dict[str, str]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "machine": f"{platform.system()} {platform.machine()}",
-        "kernels": ", ".join(kernels.names()) or "none",
+        "kernels": kernels.label(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
