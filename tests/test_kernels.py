@@ -19,10 +19,16 @@ from meshwen.capacity import Capacity
 from meshwen.engine import Engine
 from meshwen.request import Request
 from meshwen.sampling import SamplingParams
+from needs_kernels import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-    not kernels.instruction_set(), reason="needs the extra cpu and an x86 CPU with AVX2"
-)
+pytestmark = needs_kernels
+
+
+def test_kernels_are_there_wherever_their_needs_are_met():
+    assert kernels.instruction_set() is kernels.supported()[0]
+    assert kernels.name("float32")
+    assert kernels.name("bfloat16")
+
 
 # Every tile, of 1 to 12 rows; one block of rows and several.
 ROWS = [*range(1, 14), 24, 25, 37, 48, 49, 130]
@@ -40,9 +46,10 @@ def instructions(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(
-    params=kernels.supported() if kernels.instruction_set() else [], ids=lambda one: one.name
-)
+NATIVE = [] if needs_kernels.args[0] else kernels.supported()
+
+
+@pytest.fixture(params=NATIVE, ids=lambda one: one.name)
 def native(request, monkeypatch):
     """Makes each set of instructions that the CPU has the one to be used."""
     kernels.compiled(request.param)

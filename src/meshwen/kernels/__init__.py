@@ -42,23 +42,22 @@ class InstructionSet:
         features: what LLVM calls them.
         registers: what tiles have to fit into.
         products: the kinds of products with weights, by their dtype.
-        values: the kinds of those of attention's weights with values, by their dtype.
     """
 
     name: str
     features: tuple[str, ...]
     registers: kinds.Registers
     products: Mapping[str, kinds.Kind]
-    values: Mapping[str, kinds.Kind]
 
 
+# Also what attention's weights, float32, multiply values with.
 _WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
 _PAIRED = {"float32": kinds.FLOAT32, "bfloat16": kinds.BFLOAT16}
 # The first that a CPU has is the fastest.
 INSTRUCTION_SETS = (
-    InstructionSet("avx512_bf16", ("avx512f", "avx512bf16"), kinds.AVX512, _PAIRED, _WIDENED),
-    InstructionSet("avx512", ("avx512f",), kinds.AVX512, _WIDENED, _WIDENED),
-    InstructionSet("avx2", ("avx2", "fma"), kinds.AVX2, _WIDENED, _WIDENED),
+    InstructionSet("avx512_bf16", ("avx512f", "avx512bf16"), kinds.AVX512, _PAIRED),
+    InstructionSet("avx512", ("avx512f",), kinds.AVX512, _WIDENED),
+    InstructionSet("avx2", ("avx2", "fma"), kinds.AVX2, _WIDENED),
 )
 
 # XLA_FFI_Error* product_KIND(XLA_FFI_CallFrame*), and the same of attention, and of both alone.
@@ -168,12 +167,12 @@ def attention(
     slots, dimensions = -S % _WIDTH, -H % _WIDTH
     if slots or dimensions:  # Of the rows that are attended to alone: the cache may be large.
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, dimensions)))
-        keys = jnp.pad(keys[rows], ((0, 0), (0, 0), (0, dimensions), (0, slots)))
-        values = jnp.pad(values[rows], ((0, 0), (0, 0), (0, slots), (0, dimensions)))
+        keys = _padded_rows(keys, rows, dimensions, slots)
+        values = _padded_rows(values, rows, slots, dimensions)
         rows = jnp.arange(len(q), dtype=jnp.int32)
     most = jnp.maximum(window, 1).astype(jnp.int32).reshape(1)
     found = _required()
-    kind = found.values[str(values.dtype)]
+    kind = _WIDENED[str(values.dtype)]
     function = _function("attention", kind, alone)
     return _call(found, function, q.shape, q, keys, values, rows, starts, most)[..., :H]
 
@@ -189,6 +188,16 @@ def _required() -> InstructionSet:
     if not found:
         raise RuntimeError("kernels need the extra cpu and an x86 CPU with AVX2")
     return found
+
+
+def _padded_rows(cache: Array, rows: Array, *missing: int) -> Array:
+    """Some rows, with zeros behind the last two axes.
+
+    The barrier keeps XLA from fusing into it what was just written to the cache: that would be
+    written to a copy, as the fusion still reads what was there before.
+    """
+    some = lax.optimization_barrier(cache)[rows]
+    return jnp.pad(some, ((0, 0), (0, 0), *((0, count) for count in missing)))
 
 
 def _widened(x: Array) -> Array:
@@ -266,7 +275,7 @@ def compiled(of: InstructionSet) -> Any:
 def _functions(of: InstructionSet) -> dict[str, str]:
     """What XLA calls, by name: a function for each kind of product and attention, shared or not."""
     bodies = [("product", kind) for kind in of.products.values()]
-    bodies += [("attention", kind) for kind in of.values.values()]
+    bodies += [("attention", kind) for kind in _WIDENED.values()]
     return {
         _function(body, kind, alone): _ENTRY.format(
             function=_function(body, kind, alone),
@@ -285,6 +294,6 @@ def _assembly(of: InstructionSet) -> str:
         files(__package__).joinpath(f"{file}.ll").read_text(encoding="utf-8")
         for file in ("share", "product", "attention")
     ]
-    used = dict.fromkeys([*of.products.values(), *of.values.values()])
+    used = dict.fromkeys([*of.products.values(), *_WIDENED.values()])
     texts += [all_tiles(kind, of.registers) for kind in used]
     return "\n".join([*texts, *_functions(of).values(), kinds.declarations(of.registers)])
