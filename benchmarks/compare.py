@@ -35,11 +35,13 @@ class Peer(NamedTuple):
         module: what drives it, in `engines`.
         packages: what to install for it, one after the other.
         versions: the packages whose versions matter.
+        dtypes: what it can keep weights in; int8 of llama.cpp is Q8_0.
     """
 
     module: str
     packages: tuple[str, ...]
     versions: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 # torch is pinned to a release that has a CPU build: any newer one would bring CUDA along.
@@ -47,7 +49,12 @@ PEERS = {
     "transformers": Peer(
         "with_transformers", ("torch==2.13.0", "transformers>=5,<6"), ("torch", "transformers")
     ),
-    "llama.cpp": Peer("with_llama_cpp", ("llama-cpp-python>=0.3.16,<0.4",), ("llama-cpp-python",)),
+    "llama.cpp": Peer(
+        "with_llama_cpp",
+        ("llama-cpp-python>=0.3.16,<0.4",),
+        ("llama-cpp-python",),
+        ("float32", "bfloat16", "int8"),
+    ),
     "tunix": Peer("with_tunix", ("google-tunix>=0.1.7,<0.2",), ("google-tunix", "jax")),
 }
 
@@ -82,11 +89,12 @@ def main() -> None:
     print(versions(Path(sys.executable), ("meshwen", "jax")))
     for name, peer in peers.items():
         print(versions(pythons[name], peer.versions))
-    print(f"{'':28}{OURS:>14}" + "".join(f"{name:>24}" for name in peers))
     for dtype in options.dtype:
+        able = {name: peer for name, peer in peers.items() if dtype in peer.dtypes}
+        print(f"{'':28}{OURS:>14}" + "".join(f"{name:>24}" for name in able))
         with ExitStack() as stack:
             engines = {OURS: start(stack, sys.executable, "with_meshwen", options.model, dtype)}
-            for name, peer in peers.items():
+            for name, peer in able.items():
                 model = options.model
                 if name == "llama.cpp":
                     model = stack.enter_context(gguf(model, dtype))
@@ -179,7 +187,9 @@ def parse_arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a checkpoint's folder")
-    parser.add_argument("--dtype", default="float32,bfloat16", type=lambda text: text.split(","))
+    parser.add_argument(
+        "--dtype", default="float32,bfloat16,int8", type=lambda text: text.split(",")
+    )
     parser.add_argument("--batch", default="1,8,32", type=numbers, help="sequences that decode")
     parser.add_argument("--length", default=64, type=int, help="tokens of each before decoding")
     parser.add_argument("--steps", default=8, type=int, help="of decoding, a round")

@@ -82,8 +82,9 @@ class MeshModel:
         dtype: type = np.float32,
         weights: Mapping[str, np.ndarray] | None = None,
         numerics: str = "fast",
+        quantization: str | None = None,
     ):
-        self.plan = ParallelPlan(config, make_mesh(mesh), numerics)
+        self.plan = ParallelPlan(config, make_mesh(mesh), numerics, quantization)
         weights = reference.random_weights(config) if weights is None else weights
         dtype = jnp.dtype(dtype)
         self.params = load_params(memory_checkpoint(config, weights), self.plan, dtype)

@@ -2,6 +2,8 @@
 """`meshwen bench`: what a step costs at least, what was measured, and how it is shown."""
 
 import json
+from dataclasses import replace
+from math import prod
 
 import jax.numpy as jnp
 import pytest
@@ -13,6 +15,7 @@ from meshwen.cli import main
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.presets import preset
+from meshwen.weights import declared_weights
 
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
@@ -53,6 +56,17 @@ def test_a_prompt_costs_its_tokens_and_the_logits_of_the_last():
     body = 357_898_112  # Multiplied weights without the table: 0.36 B, as published.
     assert many.flops == pytest.approx(512 * 2 * body, rel=0.1)
     assert many.bytes < 1.01 * one.bytes
+
+
+def test_int8_weights_take_a_byte_and_their_share_of_a_scale_each():
+    whole = plan("qwen2.5-0.5b")
+    found, before = (
+        decode_cost(one, BFLOAT16, 1, 0) for one in (replace(whole, quantization="int8"), whole)
+    )
+    assert found.flops == before.flops
+    shapes = [w.shape(whole) for w in declared_weights(whole.config)]  # The table is the head too.
+    matrices = sum(prod(shape) for shape in shapes if len(shape) == 2)
+    assert before.bytes - found.bytes == 2 * matrices - matrices * 34 // 32
 
 
 def test_the_mesh_has_no_part_in_the_cost():
@@ -103,6 +117,14 @@ def test_every_length_and_batch_is_measured(mesh, small_probes, tmp_path, capsys
     assert "demo in bfloat16" in text
 
 
+def test_int8_is_measured_with_int8(small_probes, capsys):
+    options = "--quantization int8 --batch 1 --prompt-len 8 --gen-len 1 --runs 1"
+    assert main(["bench", *options.split()]) == 0
+    said = capsys.readouterr().out
+    assert "demo, int8, fast" in said
+    assert "GFLOP/s in int8" in said
+
+
 def test_a_terminal_gets_tables(small_probes, capsys):
     assert (
         main(["bench", "--batch", "1", "--prompt-len", "8", "--gen-len", "1", "--runs", "1"]) == 0
@@ -120,6 +142,7 @@ def test_a_page_escapes_what_it_shows():
     page = html_report(
         {
             **{"model": "<b>", "dtype": "float32", "mesh": "1", "numerics": "fast", "jax": "1"},
+            "quantization": None,
             **{
                 "meshwen": "1",
                 "device": "cpu",

@@ -38,7 +38,12 @@ SHAPES = [(2, 32), (64, 33), (896, 152), (152, 896), (77, 70), (64, 8), (1, 1), 
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-@pytest.fixture(params=kernels.INSTRUCTION_SETS, ids=lambda one: one.name)
+def distinct(sets: list[kernels.InstructionSet]) -> list[kernels.InstructionSet]:
+    """Those whose products and attention are not another's too."""
+    return list({(one.registers.name, str(one.products)): one for one in sets}.values())
+
+
+@pytest.fixture(params=distinct(kernels.INSTRUCTION_SETS), ids=lambda one: one.name)
 def instructions(request, monkeypatch):
     """Makes each set of instructions the one to be used, emulated where the CPU lacks it."""
     compile_anywhere(request.param, monkeypatch)
@@ -46,12 +51,12 @@ def instructions(request, monkeypatch):
     return request.param
 
 
-NATIVE = [] if needs_kernels.args[0] else kernels.supported()
+NATIVE = [] if needs_kernels.args[0] else distinct(kernels.supported())
 
 
-@pytest.fixture(params=NATIVE, ids=lambda one: one.name)
+@pytest.fixture
 def native(request, monkeypatch):
-    """Makes each set of instructions that the CPU has the one to be used."""
+    """Makes a set of instructions that the CPU has the one to be used."""
     kernels.compiled(request.param)
     monkeypatch.setattr(kernels, "instruction_set", lambda: request.param)
 
@@ -298,6 +303,7 @@ def test_attention_of_large_scores_neither_overflows_nor_loses_the_largest(atten
         np.testing.assert_allclose(np.asarray(found), likeliest, rtol=0, atol=1e-20)
 
 
+MESHES = ("1", "data=2,model=2")
 SLIDING = replace(
     SMALL_7B,
     head_dim=32,
@@ -309,7 +315,12 @@ SLIDING = replace(
 
 @every_dtype
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
-@pytest.mark.parametrize("mesh", ["1", "1x8", "data=2,model=2"])
+@pytest.mark.parametrize(
+    ("native", "mesh"),
+    # The slower ones on one mesh: their model is the same.
+    [(one, "1x8") for one in NATIVE] + [(one, m) for one in NATIVE[:1] for m in MESHES],
+    indirect=["native"],
+)
 def test_a_model_decodes_with_the_kernels_what_it_reads_at_once(mesh, numerics, dtype, native):
     model = MeshModel(SLIDING, mesh, jnp.dtype(dtype), numerics=numerics)
     token_ids = random_tokens(SLIDING, 2, 20, seed=3)

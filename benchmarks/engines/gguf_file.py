@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as the GGUF file that llama.cpp reads, unquantised and without a tokenizer."""
+"""A checkpoint as the GGUF file that llama.cpp reads, without a tokenizer."""
 
 from pathlib import Path
 
@@ -13,11 +13,12 @@ from meshwen.config import Qwen2Config
 _TYPES = {
     "float32": (np.dtype(np.float32), gguf.GGMLQuantizationType.F32),
     "bfloat16": (np.dtype(ml_dtypes.bfloat16), gguf.GGMLQuantizationType.BF16),
+    "int8": (np.dtype(np.float32), gguf.GGMLQuantizationType.Q8_0),
 }
 
 
 def write_gguf(model: str, dtype: str, path: Path) -> None:
-    """Writes the weights of a checkpoint: matrices in `dtype`, vectors in float32.
+    """Writes the weights of a checkpoint: matrices in `dtype` (int8: Q8_0), vectors in float32.
 
     So does llama.cpp's own converter.
     """
@@ -36,6 +37,8 @@ def write_gguf(model: str, dtype: str, path: Path) -> None:
             values = np.ascontiguousarray(source.read().astype(kind))
             if raw is gguf.GGMLQuantizationType.F32:
                 writer.add_tensor(target, values)
+            elif raw is gguf.GGMLQuantizationType.Q8_0:
+                writer.add_tensor(target, gguf.quantize(values, raw), raw_dtype=raw)
             else:
                 writer.add_tensor(target, values.view(np.uint8), raw_dtype=raw)
         writer.write_header_to_file()

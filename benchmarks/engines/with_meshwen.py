@@ -7,7 +7,8 @@ from meshwen.bench import measure
 
 class Meshwen:
     def __init__(self, model: str, dtype: str):
-        self.model = Qwen2ForCausalLM.from_pretrained(model, dtype=dtype)
+        options = {"quantization": "int8"} if dtype == "int8" else {"dtype": dtype}
+        self.model = Qwen2ForCausalLM.from_pretrained(model, **options)
 
     def decode(self, batch: int, length: int, steps: int) -> float:
         return measure.decode(self.model.runner, batch, length, steps).median

@@ -23,6 +23,7 @@ from meshwen.errors import MeshwenError
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
+from meshwen.quantization import QUANTIZATIONS, Quantization
 from meshwen.request import Completion, Event, Request
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplingParams
@@ -75,6 +76,7 @@ class Qwen2ForCausalLM:
         mesh: str | Mesh = "1",
         dtype: str = "bfloat16",
         numerics: Numerics = "fast",
+        quantization: Quantization | None = None,
         load_format: str = "auto",
         revision: str | None = None,
         max_num_seqs: int = 8,
@@ -93,6 +95,8 @@ class Qwen2ForCausalLM:
                 with weights.
             numerics: "fast", or "exact" for the same bits on every mesh and in every batch: see
                 `meshwen.parallel.exact`.
+            quantization: "int8" for weights, and what is multiplied with them, in int8, with a
+                scale for each 32 numbers: see `meshwen.quantization`.
             load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
             revision: branch, tag or commit of a hub id.
             max_num_seqs: requests that run at once; fewer where memory is short.
@@ -107,6 +111,8 @@ class Qwen2ForCausalLM:
         """
         _check_choice("dtype", dtype, DTYPES)
         _check_choice("numerics", numerics, NUMERICS)
+        if quantization is not None:
+            _check_choice("quantization", quantization, QUANTIZATIONS)
         mesh = make_mesh(mesh)
         name = str(path_or_hub_id)
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
@@ -116,6 +122,7 @@ class Qwen2ForCausalLM:
                 mesh=mesh,
                 dtype=dtype,
                 numerics=numerics,
+                quantization=quantization,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 prompt_lookup_num_tokens=prompt_lookup_num_tokens,
@@ -131,6 +138,7 @@ class Qwen2ForCausalLM:
         mesh: Mesh,
         dtype: str = "bfloat16",
         numerics: Numerics = "fast",
+        quantization: Quantization | None = None,
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         prompt_lookup_num_tokens: int = 0,
@@ -141,7 +149,7 @@ class Qwen2ForCausalLM:
         A checkpoint that was opened without weights gets made-up ones. It may be closed afterwards.
         """
         kind = jnp.dtype(dtype)
-        plan = ParallelPlan(checkpoint.config, mesh, numerics)
+        plan = ParallelPlan(checkpoint.config, mesh, numerics, quantization)
         if checkpoint.format is None:
             params = dummy_params(plan, kind, progress)
         else:

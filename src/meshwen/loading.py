@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise, product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from meshwen.errors import MeshwenError
 from meshwen.model import Params
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
+from meshwen.quantization import QuantizedWeight, quantized
 from meshwen.weights import (
     EMBEDDING,
     LM_HEAD,
@@ -92,7 +94,7 @@ def load_params(
         _check_tied(checkpoint)
     weights = placed_weights(plan)
 
-    def leaves() -> Iterator[tuple[str, Array]]:
+    def leaves() -> Iterator[tuple[str, Array | QuantizedWeight]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
             yield weight.path, _place(checkpoint.tensors[weight.name], weight, plan, dtype)
@@ -113,7 +115,7 @@ def dummy_params(
     """
     weights = placed_weights(plan)
 
-    def leaves() -> Iterator[tuple[str, Array]]:
+    def leaves() -> Iterator[tuple[str, Array | QuantizedWeight]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
             yield weight.path, _dummy(weight, plan, dtype, seed)
@@ -137,23 +139,54 @@ def _check_tied(checkpoint: Checkpoint) -> None:
         )
 
 
-def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> Array:
-    shape, sharding = weight.device_shape(plan), weight.sharding(plan)
-    positions = weight.positions(plan)
+def _place(
+    source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
+) -> Array | QuantizedWeight:
+    shape, positions = weight.device_shape(plan), weight.positions(plan)
+    sharding = plan.sharding(*weight.device_axes)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # Only a sharding that names no devices gives None.
         wanted = [axis[i] for axis, i in zip(positions, index, strict=True)]
+        if weight.quantized(plan):
+            return _read(source, wanted[::-1])
         if weight.transposed:
             return _copy(_read(source, wanted[::-1]).T, dtype)
         return _copy(_read(source, wanted), dtype)
 
+    def on_device(part: np.ndarray, device: jax.Device) -> Any:
+        made = _quantized(part) if weight.quantized(plan) else part
+        return jax.block_until_ready(jax.device_put(made, device))
+
     # One after the other: the host never holds more than one device's part.
     parts = [
-        jax.device_put(part(index), device).block_until_ready()
+        on_device(part(index), device)
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     ]
+    if weight.quantized(plan):
+        return _quantized_weight(parts, weight, plan, dtype)
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+# By one device, for the others too: each would compile it for itself.
+_quantized = jax.jit(quantized)
+
+
+def _quantized_weight(
+    parts: list[tuple[Array, Array]], weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
+) -> QuantizedWeight:
+    """A weight of the parts of this process's devices."""
+    part, sharding = weight.shard_shape(plan), weight.sharding(plan)
+    shards = [n // own for n, own in zip(weight.device_shape(plan), part, strict=True)][::-1]
+
+    def whole(arrays: list[Array]) -> Array:
+        local = arrays[0].shape
+        shape = (*(count * size for count, size in zip(shards, local, strict=False)), *local[2:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    inputs, outputs = part
+    values, scales = (list(arrays) for arrays in zip(*parts, strict=True))
+    return QuantizedWeight(whole(values), whole(scales), (inputs, outputs), dtype)
 
 
 def _read(source: TensorSource, wanted: list[np.ndarray]) -> np.ndarray:
@@ -197,19 +230,28 @@ def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
     return result
 
 
-def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> Array:
+def _dummy(
+    weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int
+) -> Array | QuantizedWeight:
     positions = [
         jax.device_put(positions.astype(np.int32), plan.sharding(axis))
         for axis, positions in zip(weight.device_axes, weight.positions(plan), strict=True)
     ]
-    return _fill(
+    whole = _fill(
         positions,
         np.uint32(zlib.crc32(weight.name.encode()) ^ seed),
         mean=1.0 if weight.axes == ("embed",) else 0.0,  # Only norms have this one axis.
         transposed=weight.transposed,
         dtype=jnp.dtype(dtype),
-        sharding=weight.sharding(plan),
+        sharding=plan.sharding(*weight.device_axes),
     )
+    if not weight.quantized(plan):
+        return whole
+    parts = [
+        jax.device_put(_quantized(np.asarray(shard.data).T), shard.device)
+        for shard in whole.addressable_shards
+    ]
+    return _quantized_weight(parts, weight, plan, dtype)
 
 
 # A function of the module, so that the weights of all layers share what is compiled.

@@ -26,6 +26,7 @@ from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel
 from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
 from meshwen.parallel.mesh import AnyMesh
 from meshwen.parallel.plan import LEAVES, ParallelPlan
+from meshwen.quantization import Quantization
 from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
 from meshwen.weights import placed_weights, unflatten
 
@@ -214,7 +215,7 @@ _CACHE = "batch heads"
 # rows (all layers of Qwen2.5-0.5B: 485 against 59 ms with jax 0.10, 831 against 60 with 0.12).
 _CPU_BFLOAT16_ROWS = 8
 
-_XLA = "xla"
+XLA = "xla"
 
 
 def _compiler_options(plan: ParallelPlan) -> dict[str, str] | None:
@@ -232,7 +233,7 @@ def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     """The contractions of a plan, with weights of `dtype`."""
-    own = products(plan.mesh, dtype) != _XLA
+    own = products(plan.mesh, dtype) != XLA
     alone = own and _fills_cores(plan.mesh)
     if plan.exact:
         leaves = LEAVES // plan.model_devices
@@ -243,9 +244,10 @@ def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     return TensorParallel(plan.model_axes, rows, own, alone)
 
 
-def products(mesh: AnyMesh, dtype: jnp.dtype) -> str:
+def products(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> str:
     """What multiplies rows with weights of `dtype` on a mesh: "xla", or the name of a kernel."""
-    return (kernels.name(dtype) if _on_cpu(mesh) else None) or _XLA
+    name = kernels.int8_name() if quantization else kernels.name(dtype)
+    return (name if _on_cpu(mesh) else None) or XLA
 
 
 def _fills_cores(mesh: AnyMesh) -> bool:

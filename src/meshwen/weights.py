@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from meshwen.config import Qwen2Config
 from meshwen.parallel.plan import ParallelPlan
+from meshwen.quantization import quantized_bytes
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,19 @@ class Weight:
             sources[-1] = parts[:, self.leaf].reshape(-1)
         return sources[::-1] if self.transposed else sources
 
+    def quantized(self, plan: ParallelPlan) -> bool:
+        """Whether it is a `QuantizedWeight` on the devices: what is multiplied with is."""
+        return plan.quantization is not None and self.transposed
+
     def shape(self, plan: ParallelPlan) -> tuple[int, ...]:
         """Shape in the checkpoint."""
         return tuple(plan.axis_size(axis) for axis in self.axes)
+
+    def nbytes(self, shape: tuple[int, ...], plan: ParallelPlan, dtype: np.dtype[Any]) -> int:
+        """Bytes that a part of this shape takes on a device."""
+        if not self.quantized(plan):
+            return prod(shape) * dtype.itemsize
+        return quantized_bytes(*shape)
 
     @property
     def device_axes(self) -> tuple[str, ...]:
@@ -68,12 +79,12 @@ class Weight:
         return tuple(len(positions) for positions in self.positions(plan))
 
     def sharding(self, plan: ParallelPlan) -> NamedSharding:
-        """Sharding of the array of `device_shape`."""
-        return plan.sharding(*self.device_axes)
+        """Sharding of the array of `device_shape`, or of both arrays of a quantised weight."""
+        return plan.sharding(*(self.axes if self.quantized(plan) else self.device_axes))
 
     def shard_shape(self, plan: ParallelPlan) -> tuple[int, ...]:
-        """Shape of one device's part."""
-        return self.sharding(plan).shard_shape(self.device_shape(plan))
+        """Shape of one device's part; if that is quantised, without its padding."""
+        return plan.sharding(*self.device_axes).shard_shape(self.device_shape(plan))
 
 
 def _projection(name: str, output: str, inputs: str) -> Weight:
@@ -116,18 +127,19 @@ def declared_weights(config: Qwen2Config) -> list[Weight]:
 def placed_weights(plan: ParallelPlan) -> list[Weight]:
     """Every array of weights on the plan's devices, each with its `path` in the pytree.
 
-    These are the declared weights; but in exact numerics
+    These are the declared weights; but
 
-    - a row-parallel weight is one array a leaf. Slices of one array would do, did XLA's CPU back
-      end not copy them: a step of bfloat16 products then takes 4 times as long;
-    - a tied embedding table also stands transposed in the place of `lm_head`, as products
-      that are cut along the hidden size need it.
+    - in exact numerics a row-parallel weight is one array a leaf. Slices of one array would do, did
+      XLA's CPU back end not copy them: a step of bfloat16 products then takes 4 times as long;
+    - in exact numerics, and quantised, a tied embedding table also stands transposed in the place
+      of `lm_head`: there products are cut along the hidden size, and here a lookup is of numbers
+      that are not quantised.
     """
     declared = [replace(w, path=w.name) for w in declared_weights(plan.config)]
+    if plan.config.tie_word_embeddings and (plan.exact or plan.quantization):
+        declared.append(replace(EMBEDDING, transposed=True, path=LM_HEAD.name))
     if not plan.exact:
         return declared
-    if plan.config.tie_word_embeddings:
-        declared.append(replace(EMBEDDING, transposed=True, path=LM_HEAD.name))
     return [part for weight in declared for part in _leaves(weight, plan)]
 
 

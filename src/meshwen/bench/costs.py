@@ -7,7 +7,7 @@ affair, and count as time lost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import jax.numpy as jnp
@@ -48,24 +48,26 @@ class Cost:
 def decode_cost(plan: ParallelPlan, dtype: jnp.dtype, batch: int, length: int) -> Cost:
     """One step of `batch` sequences that have `length` tokens each."""
     config = plan.config
-    weights = _elements(plan, head=True)
+    weights = _weights(plan)
     cache = length * cache_bytes_per_token(config, config.num_key_value_heads, dtype)
     embeddings = config.hidden_size
     attention = 2 * _attention_products(config) * length
     return Cost(
-        bytes=weights * dtype.itemsize + batch * (cache + embeddings * dtype.itemsize),
-        flops=batch * (2 * weights + attention),
+        bytes=_bytes(weights, plan, dtype) + batch * (cache + embeddings * dtype.itemsize),
+        flops=batch * (2 * _elements(weights, plan) + attention),
     )
 
 
 def prefill_cost(plan: ParallelPlan, dtype: jnp.dtype, length: int) -> Cost:
     """One prompt of `length` tokens, and the logits of its last."""
     config = plan.config
-    body, all_weights = _elements(plan, head=False), _elements(plan, head=True)
+    *body, head = _weights(plan)
+    products = length * _elements(body, plan) + _elements([head], plan)
     pairs = length * (length + 1) // 2
+    embeddings = length * config.hidden_size * dtype.itemsize
     return Cost(
-        bytes=(all_weights + length * config.hidden_size) * dtype.itemsize,
-        flops=2 * (length * body + all_weights - body) + 2 * _attention_products(config) * pairs,
+        bytes=_bytes([*body, head], plan, dtype) + embeddings,
+        flops=2 * products + 2 * _attention_products(config) * pairs,
     )
 
 
@@ -74,14 +76,17 @@ def _attention_products(config: Qwen2Config) -> int:
     return 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
 
 
-def _elements(plan: ParallelPlan, *, head: bool) -> int:
-    """Elements of the weights that a token meets, with or without the output head."""
+def _weights(plan: ParallelPlan) -> list[Weight]:
+    """The weights that a token meets, the output head last."""
     config = plan.config
-    last = EMBEDDING if config.tie_word_embeddings else LM_HEAD
-    skipped = {EMBEDDING.name, LM_HEAD.name}
-    body = [w for w in declared_weights(config) if w.name not in skipped]
-    return sum(_size(w, plan) for w in [*body, *([last] if head else [])])
+    tied = replace(EMBEDDING, transposed=plan.quantization is not None)
+    body = [w for w in declared_weights(config) if w.name not in {EMBEDDING.name, LM_HEAD.name}]
+    return [*body, tied if config.tie_word_embeddings else LM_HEAD]
 
 
-def _size(weight: Weight, plan: ParallelPlan) -> int:
-    return prod(weight.shape(plan))
+def _elements(weights: list[Weight], plan: ParallelPlan) -> int:
+    return sum(prod(w.shape(plan)) for w in weights)
+
+
+def _bytes(weights: list[Weight], plan: ParallelPlan, dtype: jnp.dtype) -> int:
+    return sum(w.nbytes(w.shape(plan), plan, dtype) for w in weights)

@@ -15,7 +15,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meshwen.kernels import int8_product
+from meshwen.parallel.contractions import AnyWeight
 from meshwen.parallel.mesh import AnyMesh
+from meshwen.quantization import Quantization, QuantizedWeight, quantized
+from meshwen.runner import XLA, products
 
 _READ_BYTES = 1 << 29  # of each device: far more than its caches hold
 _MATRIX = 4096  # rows and columns
@@ -35,11 +39,19 @@ def read_bandwidth(mesh: AnyMesh) -> float:
     return matrix.nbytes / seconds
 
 
-def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype) -> float:
-    """Operations a second of all devices together in a product of square matrices, at most."""
-    left = _on_each(mesh, (_MATRIX, _MATRIX), dtype)
-    right = jnp.ones((_MATRIX, _MATRIX), dtype)
+def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> float:
+    """Operations a second of all devices together in a product of square matrices, at most.
+
+    XLA multiplies, but int8 on a CPU, for which it has nothing fast: that the kernels do.
+    """
+    shape = (_MATRIX, _MATRIX)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    right: AnyWeight = jnp.ones(shape, dtype)
+    if quantization and products(mesh, dtype, quantization) != XLA:
+        dtype, product = jnp.dtype(jnp.float32), jax.jit(int8_product)
+        values, scales = jax.jit(quantized)(right)
+        right = QuantizedWeight(values, scales, shape, dtype)
+    left = _on_each(mesh, shape, dtype)
     return 2 * left.size * _MATRIX / _least_seconds(product, left, right)
 
 
@@ -54,7 +66,7 @@ def _on_each(mesh: AnyMesh, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
     return jax.jit(lambda: jnp.ones(whole, dtype), out_shardings=sharding)()
 
 
-def _least_seconds(run: Callable[..., Array], *arguments: Array) -> float:
+def _least_seconds(run: Callable[..., Array], *arguments: AnyWeight) -> float:
     jax.block_until_ready(run(*arguments))
     seconds = []
     for _ in range(_RUNS):

@@ -19,6 +19,7 @@ from meshwen.capacity import Capacity
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import AnyMesh, mesh_label
+from meshwen.quantization import Quantization
 from meshwen.runner import products
 
 
@@ -28,16 +29,16 @@ class Machine:
 
     Attributes:
         bandwidth: bytes read a second.
-        rate: operations a second in products of the model's dtype.
+        rate: operations a second in products of the model's weights.
     """
 
     bandwidth: float
     rate: float
 
     @classmethod
-    def of(cls, mesh: AnyMesh, dtype: jnp.dtype) -> Self:
+    def of(cls, mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> Self:
         """Measures it: to be done before a model takes its memory."""
-        return cls(read_bandwidth(mesh), matrix_rate(mesh, dtype))
+        return cls(read_bandwidth(mesh), matrix_rate(mesh, dtype, quantization))
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def as_dict(
         "jax": jax.__version__,
         "device": devices[0].device_kind,
         "mesh": mesh_label(model.mesh),
-        "products": products(model.mesh, model.dtype),
+        "products": products(model.mesh, model.dtype, model.plan.quantization),
         **settings,
         "machine": asdict(machine),
         "peak_bytes": peak_bytes(devices),

@@ -27,6 +27,7 @@ def bench(
     mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
     numerics: options.NumericsOption = options.Numerics.FAST,
+    quantization: options.QuantizationOption = None,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences that decode together.")] = "1,8",
@@ -78,17 +79,25 @@ def bench(
                 f"context of {context} tokens"
             )
         note("measuring what the machine can do")
-        machine = Machine.of(devices, jnp.dtype(dtype.value))
+        machine = Machine.of(
+            devices, jnp.dtype(dtype.value), quantization.value if quantization else None
+        )
         loaded = load_model(
             checkpoint,
             Tokenizer.from_checkpoint(checkpoint),
             mesh=devices,
             dtype=dtype,
             numerics=numerics,
+            quantization=quantization,
             max_num_seqs=max(batches),
         )
     rows = measure(loaded, machine, batches, prompts, gen_len, runs, note)
-    settings = {"model": loaded.config.name, "dtype": dtype.value, "numerics": numerics.value}
+    settings = {
+        "model": loaded.config.name,
+        "dtype": dtype.value,
+        "numerics": numerics.value,
+        "quantization": loaded.plan.quantization,
+    }
     found = as_dict(loaded, machine, rows, settings)
     if as_json:
         print(json.dumps(found))
@@ -110,10 +119,10 @@ def _sizes(option: str, text: str) -> list[int]:
 def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None:
     console = output_console()
     console.print(
-        f"{found['model']}, {found['dtype']}, {found['numerics']}, mesh {found['mesh']}, "
+        f"{found['model']}, {_weights(found)}, {found['numerics']}, mesh {found['mesh']}, "
         f"jax {found['jax']} on {found['device']}; peak memory {bytes_text(found['peak_bytes'])}\n"
         f"the machine: reads {bytes_text(machine.bandwidth)}/s, multiplies "
-        f"{machine.rate / 1e9:.0f} GFLOP/s in {found['dtype']}",
+        f"{machine.rate / 1e9:.0f} GFLOP/s in {_weights(found)}",
         markup=False,
     )
     for phase, title in (("prefill", "time to the first token"), ("decode", "a decode step")):
@@ -126,6 +135,11 @@ def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None
             if row.phase == phase:
                 table.add_row(*_cells(row))
         console.print(table)
+
+
+def _weights(found: dict[str, Any]) -> str:
+    """What the weights are kept in."""
+    return found["quantization"] or found["dtype"]
 
 
 def _cells(row: Row) -> list[str]:

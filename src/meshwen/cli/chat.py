@@ -34,6 +34,7 @@ def chat(
     mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
     numerics: options.NumericsOption = options.Numerics.FAST,
+    quantization: options.QuantizationOption = None,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     max_new_tokens: options.MaxNewTokens = None,
@@ -94,6 +95,7 @@ def chat(
             mesh=devices,
             dtype=dtype,
             numerics=numerics,
+            quantization=quantization,
             max_model_len=max_model_len,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
+    from meshwen.quantization import Quantization
 
 app = typer.Typer(no_args_is_help=True, help="Scores on word problems, and runs compared.")
 
@@ -235,8 +236,9 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
 
     name, load_format, revision = asked.loading
     style, sampling, devices = asked.style, asked.sampling, make_mesh(mesh)
+    quantization: Quantization | None = asked.quantization.value if asked.quantization else None
     with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
-        _ = ParallelPlan(checkpoint.config, devices, numerics.value).heads
+        _ = ParallelPlan(checkpoint.config, devices, numerics.value, quantization).heads
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
@@ -253,7 +255,8 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
             "jax": jax.__version__,
             "mesh": mesh_label(devices),
             "dtype": asked.dtype.value,
-            "products": products(devices, jnp.dtype(asked.dtype.value)),
+            "quantization": quantization,
+            "products": products(devices, jnp.dtype(asked.dtype.value), quantization),
             "numerics": numerics.value,
             "prompt_style": style.name,
             "data_sha256": asked.data_sha256,
@@ -285,6 +288,7 @@ def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
             mesh=begun.mesh,
             dtype=asked.dtype,
             numerics=begun.numerics,
+            quantization=asked.quantization,
             max_num_seqs=asked.capacity[0],
             max_model_len=asked.capacity[1],
         )

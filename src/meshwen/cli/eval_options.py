@@ -79,6 +79,7 @@ class Asked:
     Attributes:
         loading: options of `open_checkpoint`: model, load format, revision.
         dtype: of weights and products.
+        quantization: of weights, if any.
         capacity: the most problems that are answered at once, and the most tokens of each.
         style: how problems are asked and graded.
         sampling: how answers are drawn.
@@ -90,6 +91,7 @@ class Asked:
 
     loading: tuple[str, str, str | None]
     dtype: options.DType
+    quantization: options.Quantization | None
     capacity: tuple[int, int | None]
     style: PromptStyle
     sampling: SamplingParams
@@ -113,6 +115,7 @@ class Asked:
 def _asked(
     model: options.Model = _DEMO,
     dtype: options.Dtype = options.DType.BFLOAT16,
+    quantization: options.QuantizationOption = None,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     data: Data = None,
@@ -146,7 +149,18 @@ def _asked(
     if not chosen:
         raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
     digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
-    return Asked(loading, dtype, capacity, style, sampling, samples, chosen, digest, examples)
+    return Asked(
+        loading,
+        dtype,
+        quantization,
+        capacity,
+        style,
+        sampling,
+        samples,
+        chosen,
+        digest,
+        examples,
+    )
 
 
 def evaluating(command: Callable[..., Any]) -> Callable[..., Any]:

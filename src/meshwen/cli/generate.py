@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from meshwen.tokenizer import Tokenizer
 
 _COMPLETION_FIELDS = ("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings")
-_ANSWER_FIELDS = {*_COMPLETION_FIELDS, "model", "mesh", "dtype", "numerics", "sampling"}
+_ANSWER_FIELDS = {
+    *_COMPLETION_FIELDS,
+    "model",
+    "mesh",
+    "dtype",
+    "numerics",
+    "quantization",
+    "sampling",
+}
 
 
 def generate(
@@ -38,6 +46,7 @@ def generate(
     mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
     numerics: options.NumericsOption = options.Numerics.FAST,
+    quantization: options.QuantizationOption = None,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     max_new_tokens: options.MaxNewTokens = None,
@@ -122,6 +131,7 @@ def generate(
             mesh=devices,
             dtype=dtype,
             numerics=numerics,
+            quantization=quantization,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
@@ -135,6 +145,7 @@ def generate(
             "mesh": mesh_label(loaded.mesh),
             "dtype": dtype.value,
             "numerics": numerics.value,
+            "quantization": quantization and quantization.value,
             "sampling": _sampling_dict(sampling),
         }
         _write_json(events, prompts, settings)

@@ -34,6 +34,7 @@ def inspect(
     mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
     numerics: options.NumericsOption = options.Numerics.FAST,
+    quantization: options.QuantizationOption = None,
     load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
     revision: options.Revision = None,
     pattern: Annotated[
@@ -75,7 +76,12 @@ def inspect(
                 f"{model}: its config alone; --stats, or --load-format safetensors, downloads the "
                 "weights and looks at them too"
             )
-        plan = ParallelPlan(checkpoint.config, abstract_mesh, numerics.value)
+        plan = ParallelPlan(
+            checkpoint.config,
+            abstract_mesh,
+            numerics.value,
+            quantization.value if quantization else None,
+        )
         rows = tensor_rows(plan, checkpoint.tensors, pattern or "*")
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")

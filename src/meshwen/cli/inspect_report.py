@@ -139,9 +139,11 @@ def weight_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Bytes of weights: on each device, on all devices, and of the model without a mesh."""
     parts: dict[str, Any] = {part: {"model": 0, "per_device": 0} for part in _PARTS}
     for weight in declared_weights(plan.config):
-        parts[_part(weight.name)]["model"] += prod(weight.shape(plan)) * dtype.itemsize
+        shape = weight.shape(plan)
+        parts[_part(weight.name)]["model"] += weight.nbytes(shape, plan, dtype)
     for weight in placed_weights(plan):
-        parts[_part(weight.name)]["per_device"] += prod(weight.shard_shape(plan)) * dtype.itemsize
+        shape = weight.shard_shape(plan)
+        parts[_part(weight.name)]["per_device"] += weight.nbytes(shape, plan, dtype)
     parts = {name: part for name, part in parts.items() if part["model"]}
     for part in parts.values():
         part["cost_percent"] = _percent(part["per_device"] * plan.model_devices, part["model"])
@@ -184,6 +186,7 @@ def inspection(
         "mesh": mesh_label(plan.mesh),
         "dtype": dtype,
         "numerics": plan.numerics,
+        "quantization": plan.quantization,
         "tensors": [_row_dict(row) for row in rows],
         "head_layout": head_report(plan),
         "weights": weight_report(plan, kept),

@@ -177,7 +177,7 @@ def _print_bytes(report: dict[str, Any], console: Console) -> None:
     weights, cache = report["weights"], report["kv_cache"]
     keys = "" if report["dtype"] == "float32" else "; keys of the KV cache in float32"
     table = plain_table(
-        f"Bytes in {report['dtype']}{keys}",
+        f"Bytes in {report['dtype']}{', weights in int8' if report['quantization'] else ''}{keys}",
         *("", ">model", ">per device", ">padding and copies"),
     )
     total = {"all weights": weights}

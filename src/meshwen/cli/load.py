@@ -45,6 +45,7 @@ def load_model(
     mesh: Mesh,
     dtype: options.DType,
     numerics: options.Numerics,
+    quantization: options.Quantization | None = None,
     max_num_seqs: int = 1,
     max_model_len: int | None = None,
     prompt_lookup_num_tokens: int = 0,
@@ -62,6 +63,7 @@ def load_model(
             mesh=mesh,
             dtype=dtype.value,
             numerics=numerics.value,
+            quantization=quantization.value if quantization else None,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
@@ -93,8 +95,8 @@ def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
         slots += f" ({padded} of all {heads.devices * heads.local_query_slots} are padding)"
     note(
         f"model: {plan.config.name}, {count_text(num_parameters(plan))} parameters "
-        f"in {model.dtype}, loaded in {seconds:.1f} s; "
-        f"products by {products(model.mesh, model.dtype)}"
+        f"in {plan.quantization or model.dtype}, loaded in {seconds:.1f} s; "
+        f"products by {products(model.mesh, model.dtype, plan.quantization)}"
     )
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "

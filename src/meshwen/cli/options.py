@@ -27,6 +27,12 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Quantization(StrEnum):
+    """What weights are rounded to."""
+
+    INT8 = "int8"
+
+
 class LoadFormat(StrEnum):
     """What the weights are read from."""
 
@@ -65,6 +71,15 @@ NumericsOption = Annotated[
     typer.Option(
         "--numerics",
         help="fast, or exact: the same bits on every mesh and in every batch.",
+    ),
+]
+QuantizationOption = Annotated[
+    Quantization | None,
+    typer.Option(
+        "--quantization",
+        help="int8: weights, and what is multiplied with them, are rounded to a byte each. "
+        "Faster on a CPU, and a little less exact.",
+        show_default=False,
     ),
 ]
 LoadFormatOption = Annotated[

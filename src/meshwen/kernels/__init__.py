@@ -26,8 +26,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from meshwen.kernels import kinds
+from meshwen.kernels import int8, kinds
+from meshwen.kernels.int8 import int8_tiles
 from meshwen.kernels.tiles import all_tiles
+from meshwen.quantization import GROUP, QuantizedWeight
 
 _WIDTH = 32  # of slots and head dimensions that the attention takes at once
 _MANY = 1 << 16  # threads: more than there are
@@ -42,12 +44,14 @@ class InstructionSet:
         features: what LLVM calls them.
         registers: what tiles have to fit into.
         products: the kinds of products with weights, by their dtype.
+        dots: what multiplies quantised weights.
     """
 
     name: str
     features: tuple[str, ...]
     registers: kinds.Registers
     products: Mapping[str, kinds.Kind]
+    dots: int8.Dots
 
 
 # Also what attention's weights, float32, multiply values with.
@@ -55,15 +59,23 @@ _WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
 _PAIRED = {"float32": kinds.FLOAT32, "bfloat16": kinds.BFLOAT16}
 # The first that a CPU has is the fastest.
 INSTRUCTION_SETS = (
-    InstructionSet("avx512_bf16", ("avx512f", "avx512bf16"), kinds.AVX512, _PAIRED),
-    InstructionSet("avx512", ("avx512f",), kinds.AVX512, _WIDENED),
-    InstructionSet("avx2", ("avx2", "fma"), kinds.AVX2, _WIDENED),
+    InstructionSet(
+        "avx512_bf16",
+        ("avx512f", "avx512bf16", "avx512vnni"),
+        kinds.AVX512,
+        _PAIRED,
+        int8.VNNI_512,
+    ),
+    InstructionSet("avx512_vnni", ("avx512f", "avx512vnni"), kinds.AVX512, _WIDENED, int8.VNNI_512),
+    InstructionSet("avx512", ("avx512f",), kinds.AVX512, _WIDENED, int8.AVX2),
+    InstructionSet("avx_vnni", ("avx2", "fma", "avxvnni"), kinds.AVX2, _WIDENED, int8.VNNI_256),
+    InstructionSet("avx2", ("avx2", "fma"), kinds.AVX2, _WIDENED, int8.AVX2),
 )
 
-# XLA_FFI_Error* product_KIND(XLA_FFI_CallFrame*), and the same of attention, and of both alone.
+# XLA_FFI_Error* product_KIND(XLA_FFI_CallFrame*), and the same of attention, and of all alone.
 _ENTRY = """
 define ptr @{function}(ptr %frame) {{
-  %error = call ptr @{body}(ptr %frame, ptr @kind_{kind}, i64 {threads})
+  %error = call ptr @{body}(ptr %frame, ptr {kind}, i64 {threads})
   ret ptr %error
 }}
 """
@@ -83,6 +95,12 @@ def name(dtype: DTypeLike) -> str | None:
     if not found or not kind:
         return None
     return found.name if kind is kinds.BFLOAT16 else found.registers.name
+
+
+def int8_name() -> str | None:
+    """The instructions that multiply with int8 weights; None where this process has none."""
+    found = instruction_set()
+    return found.dots.name if found else None
 
 
 def label() -> str:
@@ -119,8 +137,34 @@ def product(a: Array, b: Array, alone: bool = False) -> Array:
         a, b = jnp.pad(a, ((0, 0), (0, odd))), jnp.pad(b, ((0, odd), (0, missing)))
     if kind is kinds.MIXED:
         a = _widened(a)
-    function = _function("product", kind, alone)
+    function = _function("product", kind.name, alone)
     return _call(found, function, (a.shape[0], b.shape[1]), a, b)[:, :N]
+
+
+def int8_product(a: Array, b: QuantizedWeight, alone: bool = False) -> Array:
+    """a @ b: float32 [M, K] x int8 [K, N] -> float32 [M, N].
+
+    a is quantised by the same rule, groups of 32 of a row, with scales in float32. Every element is
+    the sum of its groups from +0.0, one behind the other, each of 32 products that are added
+    exactly; so its bits do not depend on M, N or its place. Numbers that are not finite make their
+    row's results NaN.
+
+    Args:
+        a, b: the factors.
+        alone: see `product`.
+
+    Raises:
+        TypeError: a is not float32.
+        RuntimeError: this process has no kernels.
+    """
+    if a.dtype != jnp.float32:
+        raise TypeError(f"float32 is multiplied with int8 here, not {a.dtype}")
+    shape = (a.shape[0], b.shape[1])
+    if 0 in (*a.shape, *shape):
+        return jnp.zeros(shape, jnp.float32)
+    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % GROUP)))
+    function = _function("product", "int8", alone)
+    return _call(_required(), function, shape, a, b.values, b.scales)
 
 
 def attention(
@@ -173,7 +217,7 @@ def attention(
     most = jnp.maximum(window, 1).astype(jnp.int32).reshape(1)
     found = _required()
     kind = _WIDENED[str(values.dtype)]
-    function = _function("attention", kind, alone)
+    function = _function("attention", kind.name, alone)
     return _call(found, function, q.shape, q, keys, values, rows, starts, most)[..., :H]
 
 
@@ -206,8 +250,8 @@ def _widened(x: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _function(body: str, kind: kinds.Kind, alone: bool) -> str:
-    return f"{body}_{kind.name}_alone" if alone else f"{body}_{kind.name}"
+def _function(what: str, kind: str, alone: bool) -> str:
+    return f"{what}_{kind}_alone" if alone else f"{what}_{kind}"
 
 
 def _call(of: InstructionSet, function: str, shape: tuple[int, ...], *arguments: Array) -> Array:
@@ -274,16 +318,17 @@ def compiled(of: InstructionSet) -> Any:
 
 def _functions(of: InstructionSet) -> dict[str, str]:
     """What XLA calls, by name: a function for each kind of product and attention, shared or not."""
-    bodies = [("product", kind) for kind in of.products.values()]
-    bodies += [("attention", kind) for kind in _WIDENED.values()]
+    bodies = [("product", kind.name, "product") for kind in of.products.values()]
+    bodies += [("attention", kind.name, "attention") for kind in _WIDENED.values()]
+    bodies += [("product", "int8", "int8")]
     return {
-        _function(body, kind, alone): _ENTRY.format(
-            function=_function(body, kind, alone),
+        _function(what, kind, alone): _ENTRY.format(
+            function=_function(what, kind, alone),
             body=body,
-            kind=kind.name,
+            kind="null" if kind == "int8" else f"@kind_{kind}",
             threads=1 if alone else _MANY,
         )
-        for body, kind in bodies
+        for what, kind, body in bodies
         for alone in (False, True)
     }
 
@@ -292,8 +337,9 @@ def _assembly(of: InstructionSet) -> str:
     """All functions, in LLVM's language."""
     texts = [
         files(__package__).joinpath(f"{file}.ll").read_text(encoding="utf-8")
-        for file in ("share", "product", "attention")
+        for file in ("share", "product", "attention", "int8")
     ]
     used = dict.fromkeys([*of.products.values(), *_WIDENED.values()])
     texts += [all_tiles(kind, of.registers) for kind in used]
+    texts += [int8_tiles(of.dots)]
     return "\n".join([*texts, *_functions(of).values(), kinds.declarations(of.registers)])

@@ -23,6 +23,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from meshwen import kernels
+from meshwen.quantization import QuantizedWeight, dequantized
+
+# A matrix [in, out].
+AnyWeight = Array | QuantizedWeight
 
 # For the CPU: jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
@@ -50,7 +54,7 @@ class TensorParallel:
         """Devices that split the model."""
         return lax.axis_size(self.axes) if self.axes else 1
 
-    def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def column(self, x: Array, weight: AnyWeight, bias: Array | None = None) -> Array:
         """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
         y = self._product(x, weight, contract=0)
         return y if bias is None else y + bias.astype(jnp.float32)
@@ -134,8 +138,13 @@ class TensorParallel:
         """This device's number among those that split the model, row-major."""
         return lax.axis_index(self.axes) if self.axes else 0
 
-    def _product(self, x: Array, weight: Array, contract: int) -> Array:
+    def _product(self, x: Array, weight: AnyWeight, contract: int) -> Array:
         """[..., c] times a weight whose axis `contract` is c, as one two-dimensional product."""
+        if isinstance(weight, QuantizedWeight):
+            if self.kernels:
+                y = kernels.int8_product(x.reshape(-1, x.shape[-1]), weight, self.alone)
+                return y.reshape(*x.shape[:-1], weight.shape[1])
+            weight = dequantized(weight)
         rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
         if self.kernels and contract == 0:
             y = kernels.product(rows, weight, self.alone)

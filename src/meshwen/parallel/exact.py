@@ -52,7 +52,8 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from meshwen import kernels
-from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel, product
+from meshwen.parallel.contractions import COMPILER_OPTIONS, AnyWeight, TensorParallel, product
+from meshwen.quantization import QuantizedWeight, dequantized
 
 # For the CPU: only single matrix products go to YNNPACK, no reductions and nothing fused with them:
 # it would take those by their size.
@@ -85,7 +86,7 @@ class ExactTensorParallel(TensorParallel):
 
     vocabulary_leaves: int = 32
 
-    def column(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def column(self, x: Array, weight: AnyWeight, bias: Array | None = None) -> Array:
         """`x @ weight + bias`, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
         y = self._rows(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
         return y if bias is None else y + bias.astype(jnp.float32)
@@ -100,7 +101,7 @@ class ExactTensorParallel(TensorParallel):
         Returns:
             float32 [..., out].
         """
-        leaves, tree = jax.tree.flatten(weight)
+        leaves, tree = jax.tree.flatten(weight, is_leaf=lambda w: isinstance(w, QuantizedWeight))
 
         def added(rows: Array) -> Array:
             parts = jnp.split(rows, len(leaves), axis=1)
@@ -180,8 +181,12 @@ class ExactTensorParallel(TensorParallel):
         total = _tree(self._sums(leaves), axis=1)
         return _tree(lax.all_gather(total, self.axes), axis=0) if self.axes else total
 
-    def _rows(self, x: Array, weight: Array) -> Array:
+    def _rows(self, x: Array, weight: AnyWeight) -> Array:
         """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
+        if isinstance(weight, QuantizedWeight):
+            if self.kernels:
+                return _positive_zeros(kernels.int8_product(x, weight, self.alone))
+            weight = dequantized(weight)
         if self.kernels:
             y = kernels.product(x.astype(weight.dtype), weight, self.alone)
             return _positive_zeros(y)
@@ -190,7 +195,7 @@ class ExactTensorParallel(TensorParallel):
         partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
         return _by_blocks(lambda rows: _float32_product(rows, weight), x, partials, _ROWS)
 
-    def _by_eigen(self, weight: Array) -> bool:
+    def _by_eigen(self, weight: AnyWeight) -> bool:
         return weight.dtype == jnp.float32 and not self.kernels
 
     def _sums(self, x: Array) -> Array:

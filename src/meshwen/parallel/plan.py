@@ -22,6 +22,7 @@ from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
 from meshwen.parallel.mesh import axes_size, data_axes, model_axes
+from meshwen.quantization import QUANTIZATIONS, Quantization
 
 # What each logical axis is split over: the mesh axes that carry the model, the batch, or none.
 # `query` and `key_value` are heads times head_dim, `heads` is key/value heads (of the cache).
@@ -54,16 +55,23 @@ class ParallelPlan:
         config: the model's hyperparameters.
         mesh: abstract is enough to tell the layout, with no devices behind it.
         numerics: "fast", or "exact": see `meshwen.parallel.exact`.
+        quantization: "int8", or None: see `meshwen.quantization`.
 
     Raises:
-        MeshwenError: there are no such numerics, or none for this model on this mesh.
+        MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
+            no such quantization.
     """
 
     config: Qwen2Config
     mesh: Mesh | AbstractMesh
     numerics: Numerics = "fast"
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise MeshwenError(
+                f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
+            )
         if self.numerics not in NUMERICS:
             raise MeshwenError(f"numerics {self.numerics!r} is not one of {', '.join(NUMERICS)}")
         if not self.exact:
