@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from threading import Lock
@@ -57,6 +57,8 @@ class InstructionSet:
 # Also what attention's weights, float32, multiply values with.
 _WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
 _PAIRED = {"float32": kinds.FLOAT32, "bfloat16": kinds.BFLOAT16}
+# CPUs, by LLVM's names, that read few rows by narrow tiles faster than by wide ones.
+_NARROW = ("znver4",)
 # The first that a CPU has is the fastest.
 INSTRUCTION_SETS = (
     InstructionSet(
@@ -335,11 +337,16 @@ def _functions(of: InstructionSet) -> dict[str, str]:
 
 def _assembly(of: InstructionSet) -> str:
     """All functions, in LLVM's language."""
+    import llvmlite.binding as llvm
+
     texts = [
         files(__package__).joinpath(f"{file}.ll").read_text(encoding="utf-8")
         for file in ("share", "product", "attention", "int8")
     ]
+    registers = of.registers
+    if llvm.get_host_cpu_name() in _NARROW:
+        registers = replace(registers, wide={})
     used = dict.fromkeys([*of.products.values(), *_WIDENED.values()])
-    texts += [all_tiles(kind, of.registers) for kind in used]
+    texts += [all_tiles(kind, registers) for kind in used]
     texts += [int8_tiles(of.dots)]
-    return "\n".join([*texts, *_functions(of).values(), kinds.declarations(of.registers)])
+    return "\n".join([*texts, *_functions(of).values(), kinds.declarations(registers)])
