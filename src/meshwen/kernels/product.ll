@@ -8,8 +8,7 @@
 ; one or two narrow tiles; or for few rows, one wide tile. Memory decides the speed of few rows: a line
 ; of the cache that is read by itself takes longer than neighbours do. For more than 12 rows a panel is
 ; copied, by chunks that stay in the nearest cache: in b its rows are so far apart that they displace
-; one another. A CPU that has to read long pieces of memory streams up to `@streamed.rows` rows: a panel
-; is then many columns wide.
+; one another. Up to `@streamed.rows` rows are streamed: a panel is then many columns wide.
 
 ; Bytes of a number of b, rows of b a step, tables of narrow tiles, of wide ones, of streams, and of
 ; tiles for copies; bytes of a number of a copy, void pack(to, from, stride, rows).
@@ -279,7 +278,8 @@ stream:
   ; Their sums have to stay in the nearest cache: 24 KiB.
   %rows = call i64 @llvm.umin.i64(i64 %M, i64 12)
   %most.any = udiv i64 6144, %rows
-  %most = call i64 @llvm.umin.i64(i64 %most.any, i64 2048)
+  %longest = load i64, ptr @longest
+  %most = call i64 @llvm.umin.i64(i64 %most.any, i64 %longest)
   %width.stream = call i64 @even(i64 %N, i64 %most, i64 %threads)
   br label %ready
 tile:

@@ -14,35 +14,41 @@ without it multiply bfloat16 as float32, which numbers become in registers, or w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 
-from meshwen.kernels.kinds import COLUMNS, MOST_ROWS, Kind, Registers, function, register_of_b
-from meshwen.kernels.streams import stream
-
-# `vpunpcklwd` and `vpunpckhwd` interleave the low and the high half of each lane of two rows: these
-# are the columns that each of two registers has then.
-_LANES = range(0, COLUMNS, 8)
-_PAIRED = (
-    tuple(lane + i for lane in _LANES for i in range(4)),
-    tuple(lane + i for lane in _LANES for i in range(4, 8)),
+from meshwen.kernels.kinds import (
+    COLUMNS,
+    MOST_ROWS,
+    Kind,
+    Registers,
+    added,
+    function,
+    in_order,
+    interleaved,
+    register_of_b,
 )
+from meshwen.kernels.streams import stream
 
 
 def all_tiles(kind: Kind, registers: Registers) -> str:
     """Functions for each number of rows, and what `product.ll` has to know of them."""
     all_rows = range(1, MOST_ROWS + 1)
     narrow = {rows: f"tile_{kind.name}_{rows}_1" for rows in all_rows}
-    wide = {rows: f"tile_{kind.name}_{rows}_{width}" for rows, width in registers.wide.items()}
-    streams = {rows: f"stream_{kind.name}_{rows}" for rows in all_rows if registers.streamed}
+    wide = {
+        rows: f"tile_{kind.name}_{rows}_{width}"
+        for rows, width in enumerate(registers.widths, start=1)
+    }
+    streamed = all_rows[: registers.streamed]
+    streams = {rows: f"stream_{kind.name}_{rows}" for rows in streamed}
     functions = []
     for rows, name in narrow.items():
         whole = rows <= registers.rows
         body = _loop(kind, registers, rows, 1) if whole else _parts(narrow, registers, rows)
         functions.append(function(name, rows, body))
-    for rows, name in wide.items():
-        functions.append(function(name, rows, _loop(kind, registers, rows, registers.wide[rows])))
+    for rows, width in registers.wide.items():
+        functions.append(function(wide[rows], rows, _loop(kind, registers, rows, width)))
     for rows, name in streams.items():
         functions.append(function(name, rows, stream(kind, registers, rows)))
     for table, names in (("tiles", narrow), ("wide", wide), ("streams", streams)):
@@ -93,7 +99,10 @@ def _loop(kind: Kind, registers: Registers, rows: int, width: int) -> Iterator[s
     yield "end:"
     for i in range(rows):
         if kind.depth == 2:
-            yield from (line for p in range(width) for line in _in_order(i, p))
+            for p in range(width):
+                low, high = f"{i}.{2 * p}", f"{i}.{2 * p + 1}"
+                sums = f"%sum.{low}.next", f"%sum.{high}.next"
+                yield from in_order(sums, (f"%ordered.{low}", f"%ordered.{high}"))
         for n in range(vectors):
             total = f"%ordered.{i}.{n}" if kind.depth == 2 else f"%sum.{i}.{n}.next"
             yield from _store(registers, i, n, total)
@@ -144,51 +153,17 @@ def _broadcast(kind: Kind, registers: Registers, i: int) -> Iterator[str]:
 def _columns_of_b(kind: Kind, registers: Registers, p: int) -> Iterator[str]:
     """The operands b of a panel."""
     if kind.depth == 2:
-        yield from _interleaved(kind, p)
+        yield from interleaved("%b.0", "%b.1", p * COLUMNS, str(2 * p), str(2 * p + 1))
         return
     vectors = COLUMNS // registers.lanes
     for n in range(p * vectors, (p + 1) * vectors):
         yield from register_of_b(kind, registers, "%b.0", n * registers.lanes, n)
 
 
-def _interleaved(kind: Kind, p: int) -> Iterator[str]:
-    """The two operands b of a panel, of pairs of rows."""
-    for row in range(2):
-        offset = p * COLUMNS * kind.bytes
-        yield f"%b.at.{p}.{row} = getelementptr i8, ptr %b.{row}, i64 {offset}"
-        yield f"%b.row.{p}.{row} = load <32 x i16>, ptr %b.at.{p}.{row}, align 2"
-    for half, columns in enumerate(_PAIRED):
-        pairs = [column + COLUMNS * row for column in columns for row in range(2)]
-        n = 2 * p + half
-        yield (
-            f"%b.bits.{n} = shufflevector <32 x i16> %b.row.{p}.0, <32 x i16> %b.row.{p}.1, "
-            f"<32 x i32> {_constants(pairs)}"
-        )
-        yield f"%b.operand.{n} = bitcast <32 x i16> %b.bits.{n} to <32 x bfloat>"
-
-
 def _multiply(kind: Kind, registers: Registers, i: int, n: int) -> str:
     """Adds the products of the next numbers of row i of a to its sums n."""
-    sums = registers.sums
-    y, a, b = f"%sum.{i}.{n}", f"%a.operand.{i}", f"%b.operand.{n}"
-    if kind.depth == 1:
-        call = f"@llvm.fma.v{registers.lanes}f32({sums} {a}, {sums} {b}, {sums} {y})"
-    else:
-        pairs = "<32 x bfloat>"
-        call = f"@llvm.x86.avx512bf16.dpbf16ps.512({sums} {y}, {pairs} {a}, {pairs} {b})"
-    return f"{y}.next = call {sums} {call}"
-
-
-def _in_order(i: int, p: int) -> Iterator[str]:
-    """The sums of a panel in the order of their columns, from that of pairs."""
-    low, high = 2 * p, 2 * p + 1
-    both = [*_PAIRED[0], *_PAIRED[1]]
-    for n, columns in ((low, range(16)), (high, range(16, 32))):
-        order = _constants(both.index(column) for column in columns)
-        yield (
-            f"%ordered.{i}.{n} = shufflevector <16 x float> %sum.{i}.{low}.next, "
-            f"<16 x float> %sum.{i}.{high}.next, <16 x i32> {order}"
-        )
+    y = f"%sum.{i}.{n}"
+    return added(kind, registers, y, f"%a.operand.{i}", f"%b.operand.{n}", f"{y}.next")
 
 
 def _store(registers: Registers, i: int, n: int, total: str) -> Iterator[str]:
@@ -199,7 +174,3 @@ def _store(registers: Registers, i: int, n: int, total: str) -> Iterator[str]:
     yield f"%y.{i}.{n} = fadd {sums} %before.{i}.{n}, {total}"
     yield f"%y.at.{i}.{n} = getelementptr i8, ptr %y.row.{i}, i64 {offset}"
     yield f"store {sums} %y.{i}.{n}, ptr %y.at.{i}.{n}, align 4"
-
-
-def _constants(numbers: Iterable[int]) -> str:
-    return "<" + ", ".join(f"i32 {n}" for n in numbers) + ">"
