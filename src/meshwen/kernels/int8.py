@@ -85,6 +85,8 @@ def _tile(dots: Dots, name: str, rows: int) -> str:
         f"%b.scales.offset = mul i64 %g, {2 * COLUMNS}",
         "%b.scales.group = getelementptr i8, ptr %b.scales, i64 %b.scales.offset",
     ]
+    if rows == 1:
+        lines += _fetch()
     for i in range(rows):
         lines += _row(dots, i)
     for step in range(GROUP // DEPTH):
@@ -114,6 +116,16 @@ def _tile(dots: Dots, name: str, rows: int) -> str:
             f"store {floats} %total.{i}.{n}.next, ptr {at}, align 4",
         ]
     return "\n".join([*lines, "ret void", "}"])
+
+
+def _fetch() -> Iterator[str]:
+    """Fetches a group of the next page of memory, where processors do not look ahead themselves.
+
+    One row waits for memory alone: it takes 5% less time so (Zen 4). More rows do not.
+    """
+    for line in range(GROUP * COLUMNS // 64):
+        yield f"%ahead.{line} = getelementptr i8, ptr %b.group, i64 {4096 + 64 * line}"
+        yield f"call void @llvm.prefetch.p0(ptr %ahead.{line}, i32 0, i32 2, i32 1)"
 
 
 def _row(dots: Dots, i: int) -> Iterator[str]:
