@@ -148,7 +148,7 @@ def test_the_bytes_table_names_the_dtype_of_each_part(capsys):
     for dtype, title in (
         ("bfloat16", "Bytes in bfloat16; keys of the KV cache in float32"),
         ("float32", "Bytes in float32"),
-        ("float32 --quantization int8", "Bytes in float32, weights in int8"),
+        ("float32 --quantization int8", "Bytes in float32, of matrices in int8"),
     ):
         assert main(["inspect", "qwen2.5-7b", "--dtype", *dtype.split()]) == 0
         assert title in [line.rstrip() for line in capsys.readouterr().out.splitlines()]

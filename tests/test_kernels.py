@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -38,12 +39,18 @@ SHAPES = [(2, 32), (64, 33), (896, 152), (152, 896), (77, 70), (64, 8), (1, 1), 
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def distinct(sets: list[kernels.InstructionSet]) -> list[kernels.InstructionSet]:
+def distinct(sets: Sequence[kernels.InstructionSet]) -> list[kernels.InstructionSet]:
     """Those whose products and attention are not another's too."""
     return list({(one.registers.name, str(one.products)): one for one in sets}.values())
 
 
-@pytest.fixture(params=distinct(kernels.INSTRUCTION_SETS), ids=lambda one: one.name)
+WIDE = distinct(kernels.INSTRUCTION_SETS)
+
+
+@pytest.fixture(
+    params=[*WIDE, replace(WIDE[0], narrow=True)],
+    ids=lambda one: f"{one.name}-narrow" if one.narrow else one.name,
+)
 def instructions(request, monkeypatch):
     """Makes each set of instructions the one to be used, emulated where the CPU lacks it."""
     compile_anywhere(request.param, monkeypatch)
@@ -240,6 +247,11 @@ def test_slots_outside_of_the_cache_are_clipped(start, attention):
     for row in (-1, 0, 9):
         found = attention(q, keys, values, jnp.array([row]), jnp.array([start]), 32)
         np.testing.assert_allclose(np.asarray(found), 0 if start < 0 else 15.5)
+
+
+def test_factors_that_do_not_fit_are_refused():
+    with pytest.raises(TypeError, match=r"\(2, 3\) cannot be multiplied with \(4, 40\)"):
+        kernels.product(jnp.ones((2, 3)), jnp.ones((4, 40)))
 
 
 def test_products_of_nothing_are_zeros(product):

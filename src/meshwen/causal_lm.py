@@ -95,8 +95,8 @@ class Qwen2ForCausalLM:
                 with weights.
             numerics: "fast", or "exact" for the same bits on every mesh and in every batch: see
                 `meshwen.parallel.exact`.
-            quantization: "int8" for weights, and what is multiplied with them, in int8, with a
-                scale for each 32 numbers: see `meshwen.quantization`.
+            quantization: "int8" for weights in int8, with a scale for each 32 numbers, and with the
+                extra `cpu` also what is multiplied with them: see `meshwen.quantization`.
             load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
             revision: branch, tag or commit of a hub id.
             max_num_seqs: requests that run at once; fewer where memory is short.

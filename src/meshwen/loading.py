@@ -34,6 +34,7 @@ from meshwen.weights import (
 Progress = Callable[[int, int], None]
 
 _TIED_ROWS = 4096
+_QUANTIZED_ROWS = 8192  # whole panels; they are float32 meanwhile
 _TRANSPOSE_COLUMNS = 256  # A block that stays in cache: 8 times as fast on a large table.
 _ALIGNMENT = 64  # bytes, of XLA's CPU buffers
 # Buffers that old transformers versions wrote and that hold no parameter.
@@ -80,11 +81,11 @@ def load_params(
     dtype: jnp.dtype,
     progress: Progress = lambda done, total: None,
 ) -> Params:
-    """Places a checkpoint's weights on the plan's devices, cast to `dtype` (nearest even).
+    """Places a checkpoint's weights on the plan's devices, cast (nearest even) or quantised.
 
     Every device's part is read straight from the file into its place, one after the other: apart
     from the weights themselves no more than one device's part of one weight, and where it has to be
-    expanded or padded a copy of it, is in memory.
+    expanded, padded or quantised a copy of it, is in memory.
 
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape.
@@ -155,7 +156,7 @@ def _place(
         return _copy(_read(source, wanted), dtype)
 
     def on_device(part: np.ndarray, device: jax.Device) -> Any:
-        made = _quantized(part) if weight.quantized(plan) else part
+        made = _quantized_part(part) if weight.quantized(plan) else part
         return jax.block_until_ready(jax.device_put(made, device))
 
     # One after the other: the host never holds more than one device's part.
@@ -168,8 +169,20 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-# By one device, for the others too: each would compile it for itself.
 _quantized = jax.jit(quantized)
+
+
+def _quantized_part(part: np.ndarray) -> tuple[Array, Array]:
+    """Values and scales of one device's part [out, in], some rows at a time.
+
+    By the first device, for the others too: each would compile it for itself.
+    """
+    rows = range(0, part.shape[0], _QUANTIZED_ROWS)
+    blocks = [_quantized(part[first : first + _QUANTIZED_ROWS]) for first in rows]
+    if len(blocks) == 1:
+        return blocks[0]
+    values, scales = (jnp.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    return values, scales
 
 
 def _quantized_weight(
@@ -248,7 +261,7 @@ def _dummy(
     if not weight.quantized(plan):
         return whole
     parts = [
-        jax.device_put(_quantized(np.asarray(shard.data).T), shard.device)
+        jax.device_put(_quantized_part(np.asarray(shard.data).T), shard.device)
         for shard in whole.addressable_shards
     ]
     return _quantized_weight(parts, weight, plan, dtype)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """int8 weights: groups of 32 numbers along the contracted axis share a scale.
 
-That is the finest of the usual ways, the one of GGUF's Q8_0, and it allows what is multiplied with
-the weights to be int8 too. On Qwen2.5-0.5B one scale a column and one a token are 16 times as far
-from float32 (Kullback-Leibler divergence) as 32 numbers and 32 numbers: few activations are much
-larger than the others, and would make zeros of them.
+GGUF's Q8_0 has the same groups (but float16 scales; a shift makes these, bfloat16, float32). They
+allow what is multiplied with the weights to be int8 too. On Qwen2.5-0.5B one scale a column and one
+a token are 16 times as far from float32 (Kullback-Leibler divergence) as 32 numbers and 32 numbers:
+few activations are much larger than the others, and would make zeros of them.
 
 A group's products are added up exactly, as integers. So where groups lie is all that a mesh could
 change, and they do not cross devices.
@@ -12,7 +12,7 @@ change, and they do not cross devices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -48,8 +48,8 @@ class QuantizedWeight:
 
     values: Array
     scales: Array
-    shape: tuple[int, int] = field(metadata={"static": True})
-    dtype: jnp.dtype = field(metadata={"static": True})
+    shape: tuple[int, int]
+    dtype: jnp.dtype
 
 
 def quantized(weight: Array) -> tuple[Array, Array]:
@@ -69,6 +69,15 @@ def quantized(weight: Array) -> tuple[Array, Array]:
     return values.transpose(0, 2, 3, 1, 4), scales.transpose(0, 2, 1)
 
 
+def dequantized_for(x: Array, weight: QuantizedWeight) -> tuple[Array, Array]:
+    """x, which is about to be multiplied with a weight, and `dequantized` of it.
+
+    The barrier keeps a compiler from making all of a model's weights before any is needed.
+    """
+    values, scales, x = jax.lax.optimization_barrier((weight.values, weight.scales, x))
+    return x, dequantized(replace(weight, values=values, scales=scales))
+
+
 def dequantized(weight: QuantizedWeight) -> Array:
     """The weight that `values` and `scales` stand for: [in, out] in its dtype."""
     panels, groups = weight.values.shape[:2]
@@ -79,13 +88,15 @@ def dequantized(weight: QuantizedWeight) -> Array:
     return whole[: weight.shape[0], : weight.shape[1]].astype(weight.dtype)
 
 
-def quantized_bytes(inputs: int, outputs: int) -> int:
+def quantized_bytes(outputs: int, inputs: int) -> int:
     """Bytes of values and scales of a device's part."""
-    blocks = -(-inputs // GROUP) * -(-outputs // COLUMNS)
-    return blocks * COLUMNS * (GROUP + 2)
+    groups = -(-inputs // GROUP)
+    panels = -(-outputs // COLUMNS)
+    return panels * groups * COLUMNS * (GROUP + 2)
 
 
 def _rounded_up(x: Array) -> Array:
     """float32, not negative, to the next bfloat16 that is not less."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + 0xFFFF
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jnp.minimum(bits, 0x7FC00000) + 0xFFFF  # Larger ones, all NaN, would become numbers.
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -64,10 +64,8 @@ class Weight:
         return tuple(plan.axis_size(axis) for axis in self.axes)
 
     def nbytes(self, shape: tuple[int, ...], plan: ParallelPlan, dtype: np.dtype[Any]) -> int:
-        """Bytes that a part of this shape takes on a device."""
-        if not self.quantized(plan):
-            return prod(shape) * dtype.itemsize
-        return quantized_bytes(*shape)
+        """Bytes on a device of a part of this shape, its axes in the checkpoint's order."""
+        return quantized_bytes(*shape) if self.quantized(plan) else prod(shape) * dtype.itemsize
 
     @property
     def device_axes(self) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def read_bandwidth(mesh: AnyMesh) -> float:
 def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> float:
     """Operations a second of all devices together in a product of square matrices, at most.
 
-    XLA multiplies, but int8 on a CPU, for which it has nothing fast: that the kernels do.
+    XLA multiplies, but int8 the kernels, where there are any: XLA has nothing fast for it.
     """
     shape = (_MATRIX, _MATRIX)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))

@@ -117,12 +117,15 @@ def _sizes(option: str, text: str) -> list[int]:
 
 
 def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None:
+    from meshwen.runner import XLA
+
     console = output_console()
     console.print(
         f"{found['model']}, {_weights(found)}, {found['numerics']}, mesh {found['mesh']}, "
         f"jax {found['jax']} on {found['device']}; peak memory {bytes_text(found['peak_bytes'])}\n"
         f"the machine: reads {bytes_text(machine.bandwidth)}/s, multiplies "
-        f"{machine.rate / 1e9:.0f} GFLOP/s in {_weights(found)}",
+        f"{machine.rate / 1e9:.0f} GFLOP/s in "
+        f"{found['dtype'] if found['products'] == XLA else _weights(found)}",
         markup=False,
     )
     for phase, title in (("prefill", "time to the first token"), ("decode", "a decode step")):

@@ -45,9 +45,9 @@ def print_meshes(
 ) -> None:
     """The runs of several meshes, each against the first."""
     settings = results[0][0].settings
+    weights = settings["quantization"] or settings["dtype"]
     table = plain_table(
-        f"{settings['model']}, {settings['dtype']}, {settings['numerics']}: "
-        f"{compared[0].answers} answers",
+        f"{settings['model']}, {weights}, {settings['numerics']}: {compared[0].answers} answers",
         *("mesh", ">right", ">accuracy", ">95% interval", ">identical", ">flips", ">p", ">s"),
     )
     for (run, found), against in zip(results, compared, strict=True):

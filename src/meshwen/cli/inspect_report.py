@@ -142,7 +142,7 @@ def weight_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
         shape = weight.shape(plan)
         parts[_part(weight.name)]["model"] += weight.nbytes(shape, plan, dtype)
     for weight in placed_weights(plan):
-        shape = weight.shard_shape(plan)
+        shape = weight.shard_shape(plan)[:: -1 if weight.transposed else 1]
         parts[_part(weight.name)]["per_device"] += weight.nbytes(shape, plan, dtype)
     parts = {name: part for name, part in parts.items() if part["model"]}
     for part in parts.values():

@@ -176,8 +176,9 @@ def _slot(head: int | None) -> str:
 def _print_bytes(report: dict[str, Any], console: Console) -> None:
     weights, cache = report["weights"], report["kv_cache"]
     keys = "" if report["dtype"] == "float32" else "; keys of the KV cache in float32"
+    matrices = ", of matrices in int8" if report["quantization"] else ""
     table = plain_table(
-        f"Bytes in {report['dtype']}{', weights in int8' if report['quantization'] else ''}{keys}",
+        f"Bytes in {report['dtype']}{matrices}{keys}",
         *("", ">model", ">per device", ">padding and copies"),
     )
     total = {"all weights": weights}

@@ -70,9 +70,18 @@ def load_model(
             progress=progress,
         )
     _note_layout(model, time.perf_counter() - started)
+    if quantization and not model.runner.tp.kernels:
+        note(
+            "int8 saves memory here, but no time: XLA multiplies with the numbers that it stands "
+            "for (on an x86 CPU, the extra cpu has kernels)"
+        )
     if checkpoint.format is None:
         note("weights: random, as --load-format dummy asks; the answers mean nothing")
-    elif dtype is options.DType.BFLOAT16 and model.config.torch_dtype != "bfloat16":
+    elif (
+        quantization is None
+        and dtype is options.DType.BFLOAT16
+        and model.config.torch_dtype != "bfloat16"
+    ):
         note(
             f"weights: rounded from {model.config.torch_dtype} to bfloat16 "
             "(--dtype float32 keeps them)"

@@ -77,8 +77,8 @@ QuantizationOption = Annotated[
     Quantization | None,
     typer.Option(
         "--quantization",
-        help="int8: weights, and what is multiplied with them, are rounded to a byte each. "
-        "Faster on a CPU, and a little less exact.",
+        help="int8: weights, and with the extra cpu what is multiplied with them, are rounded to a "
+        "byte each. With the extra faster, and a little less exact.",
         show_default=False,
     ),
 ]

@@ -3,10 +3,11 @@
 
 XLA's own library lays bfloat16 weights out anew for the processor at every call, which costs a
 decode step of 32 rows a third of its time, and adds products up in an order that depends on their
-shape; this product takes weights as they are, in one order (`tiles.py`, `product.ll`). XLA reads
-all of the KV cache and writes scores to memory; this attention reads what a token sees
-(`attention.ll`). Both are LLVM IR, compiled when one is first needed (0.3 to 1 s) by llvmlite, so
-that no compiler has to be installed, and called by XLA through its foreign function interface.
+shape; this product takes weights as they are, in one order (`tiles.py`, `product.ll`), another
+int8 weights (`int8.py`, `int8.ll`). XLA reads all of the KV cache and writes scores to memory; this
+attention reads what a token sees (`attention.ll`). All are LLVM IR, compiled when one is first
+needed (0.3 to 1 s) by llvmlite, so that no compiler has to be installed, and called by XLA through
+its foreign function interface.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class InstructionSet:
         registers: what tiles have to fit into.
         products: the kinds of products with weights, by their dtype.
         dots: what multiplies quantised weights.
+        narrow: few rows are read by narrow tiles, as the CPU is faster so.
     """
 
     name: str
@@ -52,6 +54,7 @@ class InstructionSet:
     registers: kinds.Registers
     products: Mapping[str, kinds.Kind]
     dots: int8.Dots
+    narrow: bool = False
 
 
 # Also what attention's weights, float32, multiply values with.
@@ -124,11 +127,13 @@ def product(a: Array, b: Array, alone: bool = False) -> Array:
             slower where they have devices of their own to serve.
 
     Raises:
-        TypeError: a and b are not of one of the two dtypes.
+        TypeError: a and b are not of one of the two dtypes, or their K differ.
         RuntimeError: this process has no kernels.
     """
     if a.dtype != b.dtype or str(a.dtype) not in _WIDENED:
         raise TypeError(f"bfloat16 or float32 is multiplied here, not {a.dtype} and {b.dtype}")
+    if a.shape[1] != b.shape[0]:
+        raise TypeError(f"{a.shape} cannot be multiplied with {b.shape}")
     N = b.shape[1]
     if 0 in (*a.shape, N):
         return jnp.zeros((a.shape[0], N), jnp.float32)
@@ -148,19 +153,19 @@ def int8_product(a: Array, b: QuantizedWeight, alone: bool = False) -> Array:
 
     a is quantised by the same rule, groups of 32 of a row, with scales in float32. Every element is
     the sum of its groups from +0.0, one behind the other, each of 32 products that are added
-    exactly; so its bits do not depend on M, N or its place. Numbers that are not finite make their
-    row's results NaN.
+    exactly; so its bits do not depend on M, N or its place. Groups of a whose numbers are all below
+    1e-36 count as zeros; numbers that are not finite make their row's results NaN.
 
     Args:
         a, b: the factors.
         alone: see `product`.
 
     Raises:
-        TypeError: a is not float32.
+        TypeError: a is not float32, or K is another.
         RuntimeError: this process has no kernels.
     """
-    if a.dtype != jnp.float32:
-        raise TypeError(f"float32 is multiplied with int8 here, not {a.dtype}")
+    if a.dtype != jnp.float32 or a.shape[1] != b.shape[0]:
+        raise TypeError(f"float32 [M, {b.shape[0]}] is multiplied here, not {a.dtype} {a.shape}")
     shape = (a.shape[0], b.shape[1])
     if 0 in (*a.shape, *shape):
         return jnp.zeros(shape, jnp.float32)
@@ -263,7 +268,7 @@ def _call(of: InstructionSet, function: str, shape: tuple[int, ...], *arguments:
 
 def _target(of: InstructionSet, function: str) -> str:
     """What XLA knows a function as."""
-    return f"meshwen_{of.name}_{function}"
+    return f"meshwen_{of.name}_{function}{'_narrow' if of.narrow else ''}"
 
 
 @cache
@@ -286,12 +291,18 @@ def _fastest() -> InstructionSet | None:
         return None
 
 
-def supported() -> list[InstructionSet]:
-    """Those that the CPU has, the fastest first; needs llvmlite."""
+@cache
+def supported() -> tuple[InstructionSet, ...]:
+    """Those that the CPU has, as they fit it, the fastest first; needs llvmlite."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
-    return [one for one in INSTRUCTION_SETS if all(features.get(name) for name in one.features)]
+    narrow = llvm.get_host_cpu_name() in _NARROW
+    return tuple(
+        replace(one, narrow=narrow)
+        for one in INSTRUCTION_SETS
+        if all(features.get(name) for name in one.features)
+    )
 
 
 @cache
@@ -337,15 +348,11 @@ def _functions(of: InstructionSet) -> dict[str, str]:
 
 def _assembly(of: InstructionSet) -> str:
     """All functions, in LLVM's language."""
-    import llvmlite.binding as llvm
-
     texts = [
         files(__package__).joinpath(f"{file}.ll").read_text(encoding="utf-8")
         for file in ("share", "product", "attention", "int8")
     ]
-    registers = of.registers
-    if llvm.get_host_cpu_name() in _NARROW:
-        registers = replace(registers, wide={})
+    registers = replace(of.registers, wide={}) if of.narrow else of.registers
     used = dict.fromkeys([*of.products.values(), *_WIDENED.values()])
     texts += [all_tiles(kind, registers) for kind in used]
     texts += [int8_tiles(of.dots)]

@@ -151,7 +151,7 @@ def _step(dots: Dots, rows: int, step: int) -> Iterator[str]:
     for n in range(COLUMNS // dots.lanes):
         at, offset = f"%b.at.{step}.{n}", COLUMNS * DEPTH * step + DEPTH * dots.lanes * n
         yield f"{at} = getelementptr i8, ptr %b.group, i64 {offset}"
-        yield f"%b.signed.{step}.{n} = load {some}, ptr {at}, align {4 * dots.lanes}"
+        yield f"%b.signed.{step}.{n} = load {some}, ptr {at}, align {DEPTH}"
         if dots.adds:
             yield f"%b.more.{step}.{n} = xor {some} %b.signed.{step}.{n}, splat (i8 -128)"
             yield f"%b.{step}.{n} = bitcast {some} %b.more.{step}.{n} to {ints}"
@@ -196,7 +196,7 @@ def _scales_of_b(dots: Dots, n: int) -> Iterator[str]:
     """A register of scales, bfloat16 in memory."""
     lanes = dots.lanes
     yield f"%b.scale.at.{n} = getelementptr i8, ptr %b.scales.group, i64 {2 * lanes * n}"
-    yield f"%b.scale.short.{n} = load <{lanes} x i16>, ptr %b.scale.at.{n}, align {2 * lanes}"
+    yield f"%b.scale.short.{n} = load <{lanes} x i16>, ptr %b.scale.at.{n}, align 2"
     yield f"%b.scale.long.{n} = zext <{lanes} x i16> %b.scale.short.{n} to <{lanes} x i32>"
     yield f"%b.scale.bits.{n} = shl <{lanes} x i32> %b.scale.long.{n}, splat (i32 16)"
     yield f"%b.scale.{n} = bitcast <{lanes} x i32> %b.scale.bits.{n} to <{lanes} x float>"

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from meshwen import kernels
-from meshwen.quantization import QuantizedWeight, dequantized
+from meshwen.quantization import QuantizedWeight, dequantized_for
 
 # A matrix [in, out].
 AnyWeight = Array | QuantizedWeight
@@ -144,7 +144,7 @@ class TensorParallel:
             if self.kernels:
                 y = kernels.int8_product(x.reshape(-1, x.shape[-1]), weight, self.alone)
                 return y.reshape(*x.shape[:-1], weight.shape[1])
-            weight = dequantized(weight)
+            x, weight = dequantized_for(x, weight)
         rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
         if self.kernels and contract == 0:
             y = kernels.product(rows, weight, self.alone)

@@ -53,7 +53,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from meshwen import kernels
 from meshwen.parallel.contractions import COMPILER_OPTIONS, AnyWeight, TensorParallel, product
-from meshwen.quantization import QuantizedWeight, dequantized
+from meshwen.quantization import QuantizedWeight, dequantized_for
 
 # For the CPU: only single matrix products go to YNNPACK, no reductions and nothing fused with them:
 # it would take those by their size.
@@ -186,7 +186,7 @@ class ExactTensorParallel(TensorParallel):
         if isinstance(weight, QuantizedWeight):
             if self.kernels:
                 return _positive_zeros(kernels.int8_product(x, weight, self.alone))
-            weight = dequantized(weight)
+            x, weight = dequantized_for(x, weight)
         if self.kernels:
             y = kernels.product(x.astype(weight.dtype), weight, self.alone)
             return _positive_zeros(y)
