@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from threading import Lock
@@ -36,9 +36,9 @@ _WIDTH = 32  # of slots and head dimensions that the attention takes at once
 _MANY = 1 << 16  # threads: more than there are
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class InstructionSet:
-    """Instructions that kernels are made of.
+    """Instructions that kernels are made of; its name and `narrow` tell it from others.
 
     Attributes:
         name: of the set.
@@ -50,10 +50,10 @@ class InstructionSet:
     """
 
     name: str
-    features: tuple[str, ...]
-    registers: kinds.Registers
-    products: Mapping[str, kinds.Kind]
-    dots: int8.Dots
+    features: tuple[str, ...] = field(compare=False)
+    registers: kinds.Registers = field(compare=False)
+    products: Mapping[str, kinds.Kind] = field(compare=False)
+    dots: int8.Dots = field(compare=False)
     narrow: bool = False
 
 
