@@ -8,9 +8,10 @@ import re
 import sys
 from pathlib import Path
 
+COLOURS = {"var(--ink)": "#1c2126", "var(--s1)": "#1f77b4", "var(--s2)": "#d9730d"}
 STYLE = (
-    "<style>svg { --ink: #1c2126; --s1: #1f77b4; --s2: #d9730d; background: #fff }"
-    " text { fill: #5d6770; font: 11px system-ui, sans-serif } .grid { stroke: #d5dade }</style>"
+    "<style>svg { background: #fff } .grid { stroke: #d5dade }"
+    " text { fill: #5d6770; font: 11px system-ui, sans-serif }</style>"
 )
 
 
@@ -20,6 +21,8 @@ def main() -> None:
     if not found:
         sys.exit(f"{report} has no plot: it is not what meshwen bench --html writes")
     attributes, content = found.groups()
+    for name, colour in COLOURS.items():  # Not everything that shows pictures knows variables.
+        content = content.replace(name, colour)
     picture.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg"{attributes}>{STYLE}{content}</svg>\n',
         encoding="utf-8",
