@@ -4,7 +4,7 @@
 GGUF's Q8_0 has the same groups (but float16 scales; a shift makes these, bfloat16, float32). They
 allow what is multiplied with the weights to be int8 too. On Qwen2.5-0.5B one scale a column and one
 a token are 16 times as far from float32 (Kullback-Leibler divergence) as 32 numbers and 32 numbers:
-few activations are much larger than the others, and would make zeros of them.
+a few activations are much larger than the others, and would make zeros of them.
 
 A group's products are added up exactly, as integers. So where groups lie is all that a mesh could
 change, and they do not cross devices.

@@ -43,9 +43,9 @@ class MeshwenLM(TemplateLM):
             `max_model_len` cuts the windows of long texts.
         max_batch_size: the harness's; not used.
         device: the harness's; not used: `mesh` says where the model lies.
-        options: more for `from_pretrained`: mesh, dtype, numerics, quantization,
-            max_model_len, revision. A mesh
-            with a comma, "data=2,model=4", the harness's own command line takes in JSON alone.
+        options: more for `from_pretrained`: mesh, dtype, numerics, quantization, max_model_len,
+            revision. A mesh with a comma, "data=2,model=4", the harness's own command line takes in
+            JSON alone.
     """
 
     def __init__(
