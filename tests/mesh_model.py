@@ -3,7 +3,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import reference
+from meshwen import kernels
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.config import Qwen2Config
 from meshwen.kv_cache import KVCache
 from meshwen.loading import load_params
 from meshwen.model import hidden_states, logits
+from meshwen.packing import AnyWeight, PackedWeight, unpacked
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runner import ModelRunner
@@ -139,6 +141,59 @@ def shared_model(
 ) -> MeshModel:
     """A model that several test files share, so that each program compiles once."""
     return MeshModel(config, mesh, dtype, numerics=numerics)
+
+
+def whole(weight: AnyWeight) -> np.ndarray:
+    """What all devices hold of a weight; a packed one as [in, out], without its padding."""
+    if not isinstance(weight, PackedWeight):
+        return np.asarray(weight)
+    found = {}
+    for shard, place in _parts(weight):
+        part = unpacked(replace(weight, values=np.asarray(shard.data)))
+        found[tuple(axis.start for axis in place)] = np.asarray(part)
+    rows = [
+        np.concatenate([part for start, part in sorted(found.items()) if start[0] == row], axis=1)
+        for row in sorted({start[0] for start in found})
+    ]
+    return np.concatenate(rows)
+
+
+def bytes_on_one_device(weights: Mapping[str, np.ndarray]) -> int:
+    """What weights take on one device: with kernels, those multiplied with in whole panels."""
+    packs = kernels.instruction_set() is not None
+    return sum(
+        array.nbytes
+        if not packs or array.ndim < 2 or "embed" in name
+        else -(-array.shape[0] // 32) * 32 * array.shape[1] * array.itemsize
+        for name, array in weights.items()
+    )
+
+
+def with_numbers(weight: AnyWeight, numbers: np.ndarray) -> AnyWeight:
+    """The weight with other numbers, [in, out], on the same devices."""
+    if not isinstance(weight, PackedWeight):
+        return jax.device_put(numbers, weight.sharding)
+    arrays = [
+        jax.device_put(PackedWeight.of(numbers[place].T, weight.dtype).values, shard.device)
+        for shard, place in _parts(weight)
+    ]
+    values = weight.values
+    return replace(
+        weight,
+        values=jax.make_array_from_single_device_arrays(values.shape, values.sharding, arrays),
+    )
+
+
+def _parts(weight: PackedWeight) -> Iterator[tuple[jax.Shard, tuple[slice, slice]]]:
+    """Each device's part of a packed weight, and where it is in the whole one [in, out]."""
+    inputs, outputs = weight.shape
+    for shard in weight.values.addressable_shards:
+        panels, steps = (
+            (axis.start or 0) // size
+            for axis, size in zip(shard.index, shard.data.shape[:2], strict=False)
+        )
+        rows = slice(steps * inputs, (steps + 1) * inputs)
+        yield shard, (rows, slice(panels * outputs, (panels + 1) * outputs))
 
 
 def random_tokens(config: Qwen2Config, batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -316,7 +316,7 @@ def test_a_step_consumes_the_cache_it_is_given():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypatch):
     if not kernel:
-        monkeypatch.setattr("meshwen.kernels.name", lambda dtype: None)
+        monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
     runner = MeshModel(replace(TINY, head_dim=head_dim), "1", dtype=dtype).runner
     one, slots = np.zeros(1, np.int32), 64 if kernel else 16
     cache, hidden, ids = runner.empty_cache(4, 64), runner.empty_hidden(1), np.ones((1, 16))

@@ -91,7 +91,7 @@ def test_a_prompt_read_in_chunks_or_token_by_token_gives_the_same_bits(config, d
 
 @every_dtype
 def test_bits_are_the_same_on_every_mesh_without_the_kernels_too(dtype, monkeypatch):
-    monkeypatch.setattr("meshwen.kernels.name", lambda dtype: None)
+    monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
     token_ids = random_tokens(SMALL_7B, BATCH, LENGTH)
     found = [
         MeshModel(SMALL_7B, mesh, dtype, numerics="exact").logits(token_ids)

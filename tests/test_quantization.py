@@ -19,9 +19,9 @@ from meshwen import Qwen2ForCausalLM, kernels
 from meshwen.cli.app import app
 from meshwen.errors import MeshwenError
 from meshwen.loading import dummy_params
+from meshwen.packing import PackedWeight, unpacked
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.quantization import QuantizedWeight, dequantized, quantized
 from meshwen.weights import placed_weights
 from needs_kernels import needs_kernels
 
@@ -69,9 +69,10 @@ def integer_product(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.n
     return terms.sum(axis=2), (terms.shape[2] + 1) * 2.0**-24 * np.abs(terms).sum(axis=2)
 
 
-def on_device(weight: np.ndarray, dtype=np.float32) -> QuantizedWeight:
-    values, scales = jax.jit(quantized)(weight)
-    return QuantizedWeight(values, scales, weight.shape[::-1], jnp.dtype(dtype))
+def on_device(weight: np.ndarray) -> PackedWeight:
+    return jax.jit(partial(PackedWeight.of, dtype=jnp.dtype(np.float32), quantization="int8"))(
+        weight
+    )
 
 
 def drawn(rows: int, contracted: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +94,7 @@ def test_a_weight_is_off_by_half_a_step_at_most(shape, dtype):
     found = on_device(weight)
     assert found.values.dtype == jnp.int8
     assert found.scales.dtype == jnp.bfloat16
-    stands_for = np.asarray(dequantized(found)).T
+    stands_for = np.asarray(unpacked(found)).T
     steps = np.repeat(weight_scales(weight.astype(np.float32))[..., 0], 32, axis=1)
     error = np.abs(stands_for.astype(np.float64) - weight.astype(np.float64))
     assert (error <= 0.5001 * steps[:, : shape[0]]).all()
@@ -105,7 +106,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden():
     weight[1, 40], weight[2, 3] = np.inf, np.nan
     payloads = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     weight[3, 3], weight[4, 3] = payloads
-    found = np.asarray(dequantized(on_device(weight)))
+    found = np.asarray(unpacked(on_device(weight)))
     assert (found[:, 0] == 0).all()
     assert (found[:32, 1] == 0).all()
     assert np.isnan(found[32:, 1]).all()
@@ -117,7 +118,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden():
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_product_is_that_of_integers(rows, shape, instructions):
     x, weight = drawn(rows, *shape)
-    found = np.asarray(jax.jit(partial(kernels.int8_product))(x, on_device(weight)))
+    found = np.asarray(jax.jit(partial(kernels.product))(x, on_device(weight)))
     expected, bound = integer_product(x, weight)
     assert found.shape == expected.shape
     assert (np.abs(found - expected) <= bound).all()
@@ -126,7 +127,7 @@ def test_the_product_is_that_of_integers(rows, shape, instructions):
 @needs_kernels
 def test_the_product_is_near_the_one_of_what_was_not_quantised(instructions):
     x, weight = drawn(5, 896, 300)
-    found = np.asarray(jax.jit(partial(kernels.int8_product))(x, on_device(weight)))
+    found = np.asarray(jax.jit(partial(kernels.product))(x, on_device(weight)))
     x_step, step = (
         np.repeat(scales, 32, axis=1)
         for scales in (groups(x)[1][..., 0] / 127, weight_scales(weight)[..., 0])
@@ -139,13 +140,13 @@ def test_the_product_is_near_the_one_of_what_was_not_quantised(instructions):
 @needs_kernels
 def test_an_element_has_the_same_bits_whatever_is_multiplied_beside_it(instructions):
     x, weight = drawn(40, 896, 200)
-    multiply = jax.jit(partial(kernels.int8_product))
+    multiply = jax.jit(partial(kernels.product))
     whole = bits(multiply(x, on_device(weight)))
     for rows in (slice(0, 1), slice(3, 6), slice(7, 15), slice(30, 40)):
         for columns in (slice(0, 32), slice(5, 70), slice(100, 152)):
             part = bits(multiply(x[rows], on_device(weight[columns])))
             np.testing.assert_array_equal(part, whole[rows, columns])
-    alone = jax.jit(partial(kernels.int8_product, alone=True))(x, on_device(weight))
+    alone = jax.jit(partial(kernels.product, alone=True))(x, on_device(weight))
     np.testing.assert_array_equal(bits(alone), whole)
 
 
@@ -154,7 +155,7 @@ def test_an_element_has_the_same_bits_whatever_is_multiplied_beside_it(instructi
 def test_a_number_that_is_not_finite_makes_its_row_nan_and_no_other(wild, instructions):
     x, weight = drawn(7, 96, 40)
     x[3, 50] = wild
-    found = np.asarray(jax.jit(partial(kernels.int8_product))(x, on_device(weight)))
+    found = np.asarray(jax.jit(partial(kernels.product))(x, on_device(weight)))
     assert np.isnan(found[3]).all()
     assert np.isfinite(np.delete(found, 3, axis=0)).all()
 
@@ -164,7 +165,7 @@ def test_tiny_numbers_and_zeros_do_not_become_anything_else(instructions):
     x = np.zeros((3, 64), np.float32)
     x[1], x[2] = 1e-40, 1e-20
     weight = np.ones((33, 64), np.float32)
-    found = np.asarray(jax.jit(partial(kernels.int8_product))(x, on_device(weight)))
+    found = np.asarray(jax.jit(partial(kernels.product))(x, on_device(weight)))
     assert (found[:2] == 0).all()
     np.testing.assert_allclose(found[2], 64e-20, rtol=0.01)
 
@@ -172,22 +173,20 @@ def test_tiny_numbers_and_zeros_do_not_become_anything_else(instructions):
 def test_no_rows_and_no_columns_are_no_results():
     for rows, columns in ((0, 4), (3, 0)):
         weight = on_device(np.ones((columns, 32), np.float32))
-        assert kernels.int8_product(jnp.zeros((rows, 32)), weight).shape == (rows, columns)
+        assert kernels.product(jnp.zeros((rows, 32)), weight).shape == (rows, columns)
 
 
 def test_factors_that_do_not_fit_are_refused():
     weight = on_device(np.ones((4, 64), np.float32))
-    with pytest.raises(
-        TypeError, match=r"float32 \[M, 64\] is multiplied here, not float32 \(3, 32\)"
-    ):
-        kernels.int8_product(jnp.zeros((3, 32)), weight)
+    with pytest.raises(TypeError, match=r"\(3, 32\) cannot be multiplied with \(64, 4\)"):
+        kernels.product(jnp.zeros((3, 32)), weight)
 
 
 def model_weights(config) -> tuple[dict, dict]:
     """Random weights, and what they stand for when quantised: all but the embedding table."""
     weights = reference.random_weights(config)
     rounded = {
-        name: np.asarray(dequantized(on_device(value))).T if name.endswith(QUANTISED) else value
+        name: np.asarray(unpacked(on_device(value))).T if name.endswith(QUANTISED) else value
         for name, value in weights.items()
     }
     return weights, rounded
@@ -252,12 +251,12 @@ def test_only_what_is_multiplied_with_is_quantised(numerics):
     kinds = {
         jax.tree_util.keystr(path, simple=True, separator="."): type(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            params, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight)
+            params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight)
         )
     }
     assert set(kinds) == {weight.path for weight in placed_weights(plan)}
     for path, kind in kinds.items():
-        assert (kind is QuantizedWeight) == ("_proj.weight" in path or "lm_head" in path), path
+        assert (kind is PackedWeight) == ("_proj.weight" in path or "lm_head" in path), path
 
 
 def test_made_up_weights_are_the_same_on_every_mesh():

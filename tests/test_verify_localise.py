@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mesh_model import whole
 from meshwen.verify.faults import (
     ATTENTION,
     MLP,
@@ -87,7 +88,9 @@ def test_a_fault_that_is_not_there_is_not_found():
     ids=lambda value: str(value) if isinstance(value, Parting) else "",
 )
 def test_faults_outside_of_the_layers_are_found(path, place):
-    params = replaced(mesh_run("4").runner.params, path, lambda a: a * np.float32(1.5))
+    params = replaced(
+        mesh_run("4").runner.params, path, lambda a: jax.tree.map(lambda x: x * 1.5, a)
+    )
     found = prober("4").trace(observed("4").whole, params)
     assert parting(trace("4"), found) == place
     assert found.devices_agree
@@ -140,11 +143,11 @@ def test_faults_are_what_they_say():
 def test_a_changed_weight_leaves_the_original_as_it_was():
     params = mesh_run("4").runner.params
     weight = params["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
-    before = np.asarray(weight)
+    before = whole(weight)
     other = with_changed_weight(params, Parting(1, MLP), negated)
     changed = other["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
-    assert (np.asarray(changed) != before).sum() == 1
-    np.testing.assert_array_equal(weight, before)
+    assert (whole(changed) != before).sum() == 1
+    np.testing.assert_array_equal(whole(weight), before)
     assert params["model"]["layers"][1]["mlp"]["down_proj"]["weight"] is weight
 
 
@@ -153,5 +156,5 @@ def replaced(tree, path, change):
     name, *rest = path
     new = replaced(tree[name], rest, change) if rest else change(tree[name])
     if not rest:
-        new = jax.device_put(new, tree[name].sharding)
+        new = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, tree[name])
     return tree | {name: new}

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise, product
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,9 @@ from jax.sharding import NamedSharding
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.errors import MeshwenError
 from meshwen.model import Params
+from meshwen.packing import AnyWeight, PackedWeight, packed
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.quantization import QuantizedWeight, quantized
 from meshwen.weights import (
     EMBEDDING,
     LM_HEAD,
@@ -34,7 +33,7 @@ from meshwen.weights import (
 Progress = Callable[[int, int], None]
 
 _TIED_ROWS = 4096
-_QUANTIZED_ROWS = 8192  # whole panels; they are float32 meanwhile
+_PACKED_ROWS = 8192  # whole panels; in int8 they are float32 meanwhile
 _TRANSPOSE_COLUMNS = 256  # A block that stays in cache: 8 times as fast on a large table.
 _ALIGNMENT = 64  # bytes, of XLA's CPU buffers
 # Buffers that old transformers versions wrote and that hold no parameter.
@@ -85,7 +84,7 @@ def load_params(
 
     Every device's part is read straight from the file into its place, one after the other: apart
     from the weights themselves no more than one device's part of one weight, and where it has to be
-    expanded, padded or quantised a copy of it, is in memory.
+    expanded, padded or packed a copy of it, is in memory.
 
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape.
@@ -95,7 +94,7 @@ def load_params(
         _check_tied(checkpoint)
     weights = placed_weights(plan)
 
-    def leaves() -> Iterator[tuple[str, Array | QuantizedWeight]]:
+    def leaves() -> Iterator[tuple[str, AnyWeight]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
             yield weight.path, _place(checkpoint.tensors[weight.name], weight, plan, dtype)
@@ -116,7 +115,7 @@ def dummy_params(
     """
     weights = placed_weights(plan)
 
-    def leaves() -> Iterator[tuple[str, Array | QuantizedWeight]]:
+    def leaves() -> Iterator[tuple[str, AnyWeight]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
             yield weight.path, _dummy(weight, plan, dtype, seed)
@@ -140,66 +139,61 @@ def _check_tied(checkpoint: Checkpoint) -> None:
         )
 
 
-def _place(
-    source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
-) -> Array | QuantizedWeight:
+def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> AnyWeight:
     shape, positions = weight.device_shape(plan), weight.positions(plan)
-    sharding = plan.sharding(*weight.device_axes)
+    places = plan.sharding(*weight.device_axes).addressable_devices_indices_map(shape).items()
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        """One device's part, its axes in the checkpoint's order."""
         assert index is not None  # Only a sharding that names no devices gives None.
         wanted = [axis[i] for axis, i in zip(positions, index, strict=True)]
-        if weight.quantized(plan):
-            return _read(source, wanted[::-1])
-        if weight.transposed:
-            return _copy(_read(source, wanted[::-1]).T, dtype)
-        return _copy(_read(source, wanted), dtype)
-
-    def on_device(part: np.ndarray, device: jax.Device) -> Any:
-        made = _quantized_part(part) if weight.quantized(plan) else part
-        return jax.block_until_ready(jax.device_put(made, device))
+        return _read(source, wanted[::-1] if weight.transposed else wanted)
 
     # One after the other: the host never holds more than one device's part.
-    parts = [
-        on_device(part(index), device)
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-    ]
-    if weight.quantized(plan):
-        return _quantized_weight(parts, weight, plan, dtype)
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    if weight.packed(plan):
+        parts = [_packed_part(part(index), device, plan, dtype) for device, index in places]
+        return _packed_weight(parts, weight, plan, dtype)
+    arrays = []
+    for device, index in places:
+        own = part(index).T if weight.transposed else part(index)
+        arrays.append(jax.block_until_ready(jax.device_put(_copy(own, dtype), device)))
+    return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), arrays)
 
 
-_quantized = jax.jit(quantized)
+_packed = jax.jit(packed, static_argnums=(1, 2))
 
 
-def _quantized_part(part: np.ndarray) -> tuple[Array, Array]:
-    """Values and scales of one device's part [out, in], some rows at a time.
+def _packed_part(
+    part: np.ndarray, device: jax.Device, plan: ParallelPlan, dtype: jnp.dtype
+) -> list[Array]:
+    """Values, and scales, of one device's part [out, in], some rows at a time.
 
     By the first device, for the others too: each would compile it for itself.
     """
-    rows = range(0, part.shape[0], _QUANTIZED_ROWS)
-    blocks = [_quantized(part[first : first + _QUANTIZED_ROWS]) for first in rows]
-    if len(blocks) == 1:
-        return blocks[0]
-    values, scales = (jnp.concatenate(arrays) for arrays in zip(*blocks, strict=True))
-    return values, scales
+    rows = range(0, part.shape[0], _PACKED_ROWS)
+    blocks = [
+        jax.tree.leaves(_packed(part[first : first + _PACKED_ROWS], dtype, plan.quantization))
+        for first in rows
+    ]
+    arrays = [jnp.concatenate(pieces) for pieces in zip(*blocks, strict=True)]
+    return jax.block_until_ready(jax.device_put(arrays, device))
 
 
-def _quantized_weight(
-    parts: list[tuple[Array, Array]], weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
-) -> QuantizedWeight:
+def _packed_weight(
+    parts: list[list[Array]], weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
+) -> PackedWeight:
     """A weight of the parts of this process's devices."""
-    part, sharding = weight.shard_shape(plan), weight.sharding(plan)
-    shards = [n // own for n, own in zip(weight.device_shape(plan), part, strict=True)][::-1]
+    inputs, outputs = weight.shard_shape(plan)
+    whole_inputs, whole_outputs = weight.device_shape(plan)
+    shards = whole_outputs // outputs, whole_inputs // inputs
 
-    def whole(arrays: list[Array]) -> Array:
-        local = arrays[0].shape
-        shape = (*(count * size for count, size in zip(shards, local, strict=False)), *local[2:])
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    def whole(arrays: tuple[Array, ...]) -> Array:
+        panels, steps, *rest = arrays[0].shape
+        shape = (panels * shards[0], steps * shards[1], *rest)
+        return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), list(arrays))
 
-    inputs, outputs = part
-    values, scales = (list(arrays) for arrays in zip(*parts, strict=True))
-    return QuantizedWeight(whole(values), whole(scales), (inputs, outputs), dtype)
+    values, *scales = (whole(arrays) for arrays in zip(*parts, strict=True))
+    return PackedWeight(values, scales[0] if scales else None, (inputs, outputs), dtype)
 
 
 def _read(source: TensorSource, wanted: list[np.ndarray]) -> np.ndarray:
@@ -243,9 +237,7 @@ def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
     return result
 
 
-def _dummy(
-    weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int
-) -> Array | QuantizedWeight:
+def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> AnyWeight:
     positions = [
         jax.device_put(positions.astype(np.int32), plan.sharding(axis))
         for axis, positions in zip(weight.device_axes, weight.positions(plan), strict=True)
@@ -258,13 +250,13 @@ def _dummy(
         dtype=jnp.dtype(dtype),
         sharding=plan.sharding(*weight.device_axes),
     )
-    if not weight.quantized(plan):
+    if not weight.packed(plan):
         return whole
     parts = [
-        jax.device_put(_quantized_part(np.asarray(shard.data).T), shard.device)
+        _packed_part(np.asarray(shard.data).T, shard.device, plan, dtype)
         for shard in whole.addressable_shards
     ]
-    return _quantized_weight(parts, weight, plan, dtype)
+    return _packed_weight(parts, weight, plan, dtype)
 
 
 # A function of the module, so that the weights of all layers share what is compiled.

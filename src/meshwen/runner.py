@@ -24,7 +24,7 @@ from meshwen.kv_cache import KVCache, SequenceCache, empty_cache
 from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel
 from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
-from meshwen.parallel.mesh import AnyMesh
+from meshwen.parallel.mesh import AnyMesh, on_cpu
 from meshwen.parallel.plan import LEAVES, ParallelPlan
 from meshwen.quantization import Quantization
 from meshwen.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
@@ -219,7 +219,7 @@ XLA = "xla"
 
 
 def _compiler_options(plan: ParallelPlan) -> dict[str, str] | None:
-    if not _on_cpu(plan.mesh):
+    if not on_cpu(plan.mesh):
         return None
     return EXACT_COMPILER_OPTIONS if plan.exact else COMPILER_OPTIONS
 
@@ -233,21 +233,21 @@ def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:
     """The contractions of a plan, with weights of `dtype`."""
-    own = products(plan.mesh, dtype) != XLA
+    own = plan.kernels
     alone = own and _fills_cores(plan.mesh)
     if plan.exact:
         leaves = LEAVES // plan.model_devices
         return ExactTensorParallel(
             plan.model_axes, kernels=own, alone=alone, vocabulary_leaves=leaves
         )
-    rows = _CPU_BFLOAT16_ROWS if _on_cpu(plan.mesh) and dtype == jnp.bfloat16 else 1
+    rows = _CPU_BFLOAT16_ROWS if on_cpu(plan.mesh) and dtype == jnp.bfloat16 else 1
     return TensorParallel(plan.model_axes, rows, own, alone)
 
 
 def products(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> str:
     """What multiplies rows with weights of `dtype` on a mesh: "xla", or the name of a kernel."""
     name = kernels.int8_name() if quantization else kernels.name(dtype)
-    return (name if _on_cpu(mesh) else None) or XLA
+    return (name if on_cpu(mesh) else None) or XLA
 
 
 def _fills_cores(mesh: AnyMesh) -> bool:
@@ -255,10 +255,6 @@ def _fills_cores(mesh: AnyMesh) -> bool:
     here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     affinity = getattr(os, "sched_getaffinity", None)  # Not on macOS.
     return len(here) >= (len(affinity(0)) if affinity else os.cpu_count() or 1)
-
-
-def _on_cpu(mesh: AnyMesh) -> bool:
-    return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def _logits_step(

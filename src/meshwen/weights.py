@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from meshwen.config import Qwen2Config
+from meshwen.packing import packed_bytes
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.quantization import quantized_bytes
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Weight:
             sources[-1] = parts[:, self.leaf].reshape(-1)
         return sources[::-1] if self.transposed else sources
 
-    def quantized(self, plan: ParallelPlan) -> bool:
-        """Whether it is a `QuantizedWeight` on the devices: what is multiplied with is."""
-        return plan.quantization is not None and self.transposed
+    def packed(self, plan: ParallelPlan) -> bool:
+        """Whether it is a `PackedWeight` on the devices: what is multiplied with may be."""
+        return self.transposed and (plan.kernels or plan.quantization is not None)
 
     def shape(self, plan: ParallelPlan) -> tuple[int, ...]:
         """Shape in the checkpoint."""
@@ -65,7 +65,9 @@ class Weight:
 
     def nbytes(self, shape: tuple[int, ...], plan: ParallelPlan, dtype: np.dtype[Any]) -> int:
         """Bytes on a device of a part of this shape, its axes in the checkpoint's order."""
-        return quantized_bytes(*shape) if self.quantized(plan) else prod(shape) * dtype.itemsize
+        if self.packed(plan):
+            return packed_bytes(shape, dtype, plan.quantization)
+        return prod(shape) * dtype.itemsize
 
     @property
     def device_axes(self) -> tuple[str, ...]:
@@ -77,11 +79,11 @@ class Weight:
         return tuple(len(positions) for positions in self.positions(plan))
 
     def sharding(self, plan: ParallelPlan) -> NamedSharding:
-        """Sharding of the array of `device_shape`, or of both arrays of a quantised weight."""
-        return plan.sharding(*(self.axes if self.quantized(plan) else self.device_axes))
+        """Sharding of the array of `device_shape`, or of all arrays of a packed weight."""
+        return plan.sharding(*(self.axes if self.packed(plan) else self.device_axes))
 
     def shard_shape(self, plan: ParallelPlan) -> tuple[int, ...]:
-        """Shape of one device's part; if that is quantised, without its padding."""
+        """Shape of one device's part; if that is packed, without its padding."""
         return plan.sharding(*self.device_axes).shard_shape(self.device_shape(plan))
 
 
@@ -129,13 +131,17 @@ def placed_weights(plan: ParallelPlan) -> list[Weight]:
 
     - in exact numerics a row-parallel weight is one array a leaf. Slices of one array would do, did
       XLA's CPU back end not copy them: a step of bfloat16 products then takes 4 times as long;
-    - in exact numerics, and quantised, a tied embedding table also stands transposed in the place
-      of `lm_head`: there products are cut along the hidden size, and here a lookup is of numbers
-      that are not quantised.
+    - a tied embedding table is packed where kernels multiply with it, and looked up so. But
+      quantised it also stands in the place of `lm_head`, as a lookup is of numbers that are not;
+      and in exact numerics without kernels, whose products are cut along the hidden size.
     """
     declared = [replace(w, path=w.name) for w in declared_weights(plan.config)]
-    if plan.config.tie_word_embeddings and (plan.exact or plan.quantization):
-        declared.append(replace(EMBEDDING, transposed=True, path=LM_HEAD.name))
+    if plan.config.tie_word_embeddings:
+        transposed = replace(declared[0], transposed=True)
+        if plan.kernels and not plan.quantization:
+            declared[0] = transposed
+        elif plan.exact or plan.quantization:
+            declared.append(replace(transposed, path=LM_HEAD.name))
     if not plan.exact:
         return declared
     return [part for weight in declared for part in _leaves(weight, plan)]

@@ -79,7 +79,7 @@ def _attention_products(config: Qwen2Config) -> int:
 def _weights(plan: ParallelPlan) -> list[Weight]:
     """The weights that a token meets, the output head last."""
     config = plan.config
-    tied = replace(EMBEDDING, transposed=plan.quantization is not None)
+    tied = replace(EMBEDDING, transposed=True)
     body = [w for w in declared_weights(config) if w.name not in {EMBEDDING.name, LM_HEAD.name}]
     return [*body, tied if config.tie_word_embeddings else LM_HEAD]
 

@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshwen.kernels import int8_product
-from meshwen.parallel.contractions import AnyWeight
+from meshwen import kernels
+from meshwen.packing import AnyWeight, PackedWeight
 from meshwen.parallel.mesh import AnyMesh
-from meshwen.quantization import Quantization, QuantizedWeight, quantized
+from meshwen.quantization import Quantization
 from meshwen.runner import XLA, products
 
 _READ_BYTES = 1 << 29  # of each device: far more than its caches hold
@@ -48,9 +48,8 @@ def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | No
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     right: AnyWeight = jnp.ones(shape, dtype)
     if quantization and products(mesh, dtype, quantization) != XLA:
-        dtype, product = jnp.dtype(jnp.float32), jax.jit(int8_product)
-        values, scales = jax.jit(quantized)(right)
-        right = QuantizedWeight(values, scales, shape, dtype)
+        dtype, product = jnp.dtype(jnp.float32), jax.jit(kernels.product)
+        right = PackedWeight.of(jnp.ones(shape), dtype, quantization)
     left = _on_each(mesh, shape, dtype)
     return 2 * left.size * _MATRIX / _least_seconds(product, left, right)
 

@@ -3,11 +3,11 @@
 
 XLA's own library lays bfloat16 weights out anew for the processor at every call, which costs a
 decode step of 32 rows a third of its time, and adds products up in an order that depends on their
-shape; this product takes weights as they are, in one order (`tiles.py`, `product.ll`), another
-int8 weights (`int8.py`, `int8.ll`). XLA reads all of the KV cache and writes scores to memory; this
-attention reads what a token sees (`attention.ll`). All are LLVM IR, compiled when one is first
-needed (0.3 to 1 s) by llvmlite, so that no compiler has to be installed, and called by XLA through
-its foreign function interface.
+shape; this product takes weights that were packed once, when they were loaded (`meshwen.packing`),
+and adds up in one order (`tiles.py`, `product.ll`; `int8.py`, `int8.ll`). XLA reads all of the KV
+cache and writes scores to memory; this attention reads what a token sees (`attention.ll`). All are
+LLVM IR, compiled when one is first needed (0.3 to 1 s) by llvmlite, so that no compiler has to be
+installed, and called by XLA through its foreign function interface.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from threading import Lock
@@ -30,7 +30,7 @@ from jax.typing import ArrayLike, DTypeLike
 from meshwen.kernels import int8, kinds
 from meshwen.kernels.int8 import int8_tiles
 from meshwen.kernels.tiles import all_tiles
-from meshwen.quantization import GROUP, QuantizedWeight
+from meshwen.packing import PackedWeight
 
 _WIDTH = 32  # of slots and head dimensions that the attention takes at once
 _MANY = 1 << 16  # threads: more than there are
@@ -38,7 +38,7 @@ _MANY = 1 << 16  # threads: more than there are
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """Instructions that kernels are made of; its name and `narrow` tell it from others.
+    """Instructions that kernels are made of; its name tells it from others.
 
     Attributes:
         name: of the set.
@@ -46,7 +46,6 @@ class InstructionSet:
         registers: what tiles have to fit into.
         products: the kinds of products with weights, by their dtype.
         dots: what multiplies quantised weights.
-        narrow: few rows are read by narrow tiles, as the CPU is faster so.
     """
 
     name: str
@@ -54,14 +53,12 @@ class InstructionSet:
     registers: kinds.Registers = field(compare=False)
     products: Mapping[str, kinds.Kind] = field(compare=False)
     dots: int8.Dots = field(compare=False)
-    narrow: bool = False
 
 
-# Also what attention's weights, float32, multiply values with.
-_WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
+# How attention's weights, float32, multiply values, by their dtype.
+_VALUES = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
+_WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.PAIRS}
 _PAIRED = {"float32": kinds.FLOAT32, "bfloat16": kinds.BFLOAT16}
-# CPUs, by LLVM's names, that read few rows by narrow tiles faster than by wide ones.
-_NARROW = ("znver4",)
 # The first that a CPU has is the fastest.
 INSTRUCTION_SETS = (
     InstructionSet(
@@ -114,12 +111,18 @@ def label() -> str:
     return found.name if found else "none"
 
 
-def product(a: Array, b: Array, alone: bool = False) -> Array:
-    """a @ b: [M, K] x [K, N] -> float32 [M, N], both bfloat16 or both float32.
+def product(a: Array, b: PackedWeight, alone: bool = False) -> Array:
+    """a @ b: [M, K] x [K, N] -> float32 [M, N].
 
-    Every element is added up in one order, from +0.0, whatever M, N and the element's place are:
-    runs of 128 steps, one behind the other; within a run k = 0, 1, ..., each step a fused
-    multiply-add, or by AVX512-BF16 two products. Subnormal numbers may count as zero.
+    a is rounded to the weight's dtype; or quantised, where b is, by the same rule: groups of 32 of
+    a row, with scales in float32. Every element is added up in one order, from +0.0, whatever M, N
+    and the element's place are:
+
+    - runs of 128 steps, one behind the other; within a run k = 0, 1, ..., each step a fused
+      multiply-add, or by AVX512-BF16 two products. Subnormal numbers may count as zero.
+    - In int8, groups one behind the other, each of 32 products that are added exactly. Groups of a
+      whose numbers are all below 1e-36 count as zeros; numbers that are not finite make their row's
+      results NaN.
 
     Args:
         a, b: the factors.
@@ -127,51 +130,24 @@ def product(a: Array, b: Array, alone: bool = False) -> Array:
             slower where they have devices of their own to serve.
 
     Raises:
-        TypeError: a and b are not of one of the two dtypes, or their K differ.
+        TypeError: their K differ.
         RuntimeError: this process has no kernels.
     """
-    if a.dtype != b.dtype or str(a.dtype) not in _WIDENED:
-        raise TypeError(f"bfloat16 or float32 is multiplied here, not {a.dtype} and {b.dtype}")
     if a.shape[1] != b.shape[0]:
         raise TypeError(f"{a.shape} cannot be multiplied with {b.shape}")
-    N = b.shape[1]
-    if 0 in (*a.shape, N):
-        return jnp.zeros((a.shape[0], N), jnp.float32)
-    found = _required()
-    kind = found.products[str(b.dtype)]
-    odd, missing = a.shape[1] % kind.depth, max(0, kinds.COLUMNS - N)
-    if odd or missing:
-        a, b = jnp.pad(a, ((0, 0), (0, odd))), jnp.pad(b, ((0, odd), (0, missing)))
-    if kind is kinds.MIXED:
-        a = _widened(a)
-    function = _function("product", kind.name, alone)
-    return _call(found, function, (a.shape[0], b.shape[1]), a, b)[:, :N]
-
-
-def int8_product(a: Array, b: QuantizedWeight, alone: bool = False) -> Array:
-    """a @ b: float32 [M, K] x int8 [K, N] -> float32 [M, N].
-
-    a is quantised by the same rule, groups of 32 of a row, with scales in float32. Every element is
-    the sum of its groups from +0.0, one behind the other, each of 32 products that are added
-    exactly; so its bits do not depend on M, N or its place. Groups of a whose numbers are all below
-    1e-36 count as zeros; numbers that are not finite make their row's results NaN.
-
-    Args:
-        a, b: the factors.
-        alone: see `product`.
-
-    Raises:
-        TypeError: a is not float32, or K is another.
-        RuntimeError: this process has no kernels.
-    """
-    if a.dtype != jnp.float32 or a.shape[1] != b.shape[0]:
-        raise TypeError(f"float32 [M, {b.shape[0]}] is multiplied here, not {a.dtype} {a.shape}")
     shape = (a.shape[0], b.shape[1])
     if 0 in (*a.shape, *shape):
         return jnp.zeros(shape, jnp.float32)
-    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % GROUP)))
-    function = _function("product", "int8", alone)
-    return _call(_required(), function, shape, a, b.values, b.scales)
+    found = _required()
+    steps, numbers = b.values.shape[1], b.values.shape[3]
+    a = a.astype(jnp.float32 if b.scales is not None else b.values.dtype)
+    a = jnp.pad(a, ((0, 0), (0, steps * numbers - a.shape[1])))
+    if b.scales is not None:
+        return _call(found, _function("product", "int8", alone), shape, a, b.values, b.scales)
+    kind = found.products[str(b.values.dtype)]
+    if kind is kinds.PAIRS:
+        a = _widened(a)
+    return _call(found, _function("product", kind.name, alone), shape, a, b.values)
 
 
 def attention(
@@ -206,7 +182,7 @@ def attention(
         RuntimeError: this process has no kernels.
     """
     (C, _, H, S), T = keys.shape, q.shape[2]
-    if q.dtype != jnp.float32 or keys.dtype != jnp.float32 or str(values.dtype) not in _WIDENED:
+    if q.dtype != jnp.float32 or keys.dtype != jnp.float32 or str(values.dtype) not in _VALUES:
         raise TypeError(f"no attention for {q.dtype}, {keys.dtype}, {values.dtype}")
     if T > S:
         raise TypeError(f"{T} tokens cannot stand in {S} slots")
@@ -223,7 +199,7 @@ def attention(
         rows = jnp.arange(len(q), dtype=jnp.int32)
     most = jnp.maximum(window, 1).astype(jnp.int32).reshape(1)
     found = _required()
-    kind = _WIDENED[str(values.dtype)]
+    kind = _VALUES[str(values.dtype)]
     function = _function("attention", kind.name, alone)
     return _call(found, function, q.shape, q, keys, values, rows, starts, most)[..., :H]
 
@@ -268,7 +244,7 @@ def _call(of: InstructionSet, function: str, shape: tuple[int, ...], *arguments:
 
 def _target(of: InstructionSet, function: str) -> str:
     """What XLA knows a function as."""
-    return f"meshwen_{of.name}_{function}{'_narrow' if of.narrow else ''}"
+    return f"meshwen_{of.name}_{function}"
 
 
 @cache
@@ -293,15 +269,12 @@ def _fastest() -> InstructionSet | None:
 
 @cache
 def supported() -> tuple[InstructionSet, ...]:
-    """Those that the CPU has, as they fit it, the fastest first; needs llvmlite."""
+    """Those that the CPU has, the fastest first; needs llvmlite."""
     import llvmlite.binding as llvm
 
     features = llvm.get_host_cpu_features()
-    narrow = llvm.get_host_cpu_name() in _NARROW
     return tuple(
-        replace(one, narrow=narrow)
-        for one in INSTRUCTION_SETS
-        if all(features.get(name) for name in one.features)
+        one for one in INSTRUCTION_SETS if all(features.get(name) for name in one.features)
     )
 
 
@@ -332,7 +305,7 @@ def compiled(of: InstructionSet) -> Any:
 def _functions(of: InstructionSet) -> dict[str, str]:
     """What XLA calls, by name: a function for each kind of product and attention, shared or not."""
     bodies = [("product", kind.name, "product") for kind in of.products.values()]
-    bodies += [("attention", kind.name, "attention") for kind in _WIDENED.values()]
+    bodies += [("attention", kind.name, "attention") for kind in _VALUES.values()]
     bodies += [("product", "int8", "int8")]
     return {
         _function(what, kind, alone): _ENTRY.format(
@@ -352,8 +325,7 @@ def _assembly(of: InstructionSet) -> str:
         files(__package__).joinpath(f"{file}.ll").read_text(encoding="utf-8")
         for file in ("share", "product", "attention", "int8")
     ]
-    registers = replace(of.registers, wide={}) if of.narrow else of.registers
-    used = dict.fromkeys([*of.products.values(), *_WIDENED.values()])
-    texts += [all_tiles(kind, registers) for kind in used]
+    used = dict.fromkeys([*of.products.values(), *_VALUES.values()])
+    texts += [all_tiles(kind, of.registers) for kind in used]
     texts += [int8_tiles(of.dots)]
-    return "\n".join([*texts, *_functions(of).values(), kinds.declarations(registers)])
+    return "\n".join([*texts, *_functions(of).values(), kinds.declarations(of.registers)])

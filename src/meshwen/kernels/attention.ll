@@ -40,6 +40,25 @@ declare <16 x float> @llvm.rint.v16f32(<16 x float>)
 declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare i64 @llvm.smax.i64(i64, i64)
 
+; Copies rows of 128 bytes, one behind the other.
+define internal void @pack(ptr %to, ptr %from, i64 %stride, i64 %rows) {
+entry:
+  br label %row
+row:
+  %r = phi i64 [ 0, %entry ], [ %r.next, %row ]
+  %source = phi ptr [ %from, %entry ], [ %source.next, %row ]
+  %target = phi ptr [ %to, %entry ], [ %target.next, %row ]
+  %line = load <32 x i32>, ptr %source, align 2
+  store <32 x i32> %line, ptr %target, align 64
+  %source.next = getelementptr i8, ptr %source, i64 %stride
+  %target.next = getelementptr i8, ptr %target, i64 128
+  %r.next = add i64 %r, 1
+  %more = icmp ult i64 %r.next, %rows
+  br i1 %more, label %row, label %end
+end:
+  ret void
+}
+
 define internal <16 x float> @all(float %x) {
   %one = insertelement <16 x float> poison, float %x, i32 0
   %all = shufflevector <16 x float> %one, <16 x float> poison, <16 x i32> zeroinitializer
@@ -247,7 +266,7 @@ dimension:
   %before.stride = select i1 %h.none, i64 0, i64 2048
   call void %tile.q(ptr %q.h, i64 %H.bytes, ptr %key.h, i64 %key.stride, ptr %before,
                     i64 %before.stride, ptr %scores.j, i64 2048, i64 16, ptr %key.next.h,
-                    i64 %key.ahead, i64 1)
+                    i64 %key.ahead, i64 0)
   %h.next = add i64 %h, 16
   %more.dimensions.q = icmp ult i64 %h.next, %H
   br i1 %more.dimensions.q, label %dimension, label %panel.end
@@ -301,7 +320,7 @@ dimensions:
   %x.stride = select i1 %is.first, i64 0, i64 %H.bytes
   call void %tile.v(ptr %weights, i64 2048, ptr %values.d, i64 %value.stride, ptr %x, i64 %x.stride,
                     ptr %y.d, i64 %H.bytes, i64 %steps, ptr %values.soon, i64 %value.stride,
-                    i64 1)
+                    i64 0)
   %d.next = add i64 %d, 32
   %more.dimensions = icmp ult i64 %d.next, %H
   br i1 %more.dimensions, label %dimensions, label %done
@@ -498,7 +517,7 @@ execute:
   %G = udiv i64 %N, %K
   %kind.value = load %Kind, ptr %kind
   %element = extractvalue %Kind %kind.value, 0
-  %tiles = extractvalue %Kind %kind.value, 2
+  %tiles = extractvalue %Kind %kind.value, 3
   %single = icmp eq i64 %T, 1
   %heads = select i1 %single, i64 %K, i64 %N
   %units = mul i64 %B, %heads

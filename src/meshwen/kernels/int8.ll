@@ -10,7 +10,7 @@
 %Int8 = type {
   %Job,
   ptr, ptr, ptr, ptr,    ; 1 a, 2 quantised [M, K], 3 scales of a [M, K/32], 4 corrections of sums, the same
-  ptr, ptr, ptr,         ; 5 values of b [N/32, K/32, 8, 32, 4], 6 scales of b [N/32, K/32, 32], 7 y [M, N]
+  ptr, ptr, ptr,         ; 5 values of b [N/32, K/4, 32, 4], 6 scales of b [N/32, K/32, 32], 7 y [M, N]
   i64, i64, i64,         ; 8 rows, 9 groups, 10 columns
   i64, i64               ; 11 rows of a, or panels of b; 12 of them a unit
 }
@@ -18,7 +18,6 @@
 declare <8 x i32> @llvm.x86.avx.cvt.ps2dq.256(<8 x float>)
 declare i32 @llvm.vector.reduce.umax.v32i32(<32 x i32>)
 declare i32 @llvm.vector.reduce.add.v32i32(<32 x i32>)
-declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 ; Quantises some rows. Numbers that are not finite have a scale that is not.
 define internal void @int8_rows(ptr %job, i64 %unit) {
@@ -211,7 +210,7 @@ execute:
   %M = call i64 @dim(ptr %y.buffer, i64 0)
   %N = call i64 @dim(ptr %y.buffer, i64 1)
   %panels = call i64 @dim(ptr %values.buffer, i64 0)
-  %groups = call i64 @dim(ptr %values.buffer, i64 1)
+  %groups = call i64 @dim(ptr %scales.buffer, i64 1)
   %threads = call i64 @threads(ptr %frame, i64 %threads.most)
   %all.groups = mul i64 %M, %groups
   %value.bytes = mul i64 %all.groups, 32

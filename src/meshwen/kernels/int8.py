@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from meshwen.quantization import COLUMNS, DEPTH, GROUP
+from meshwen.packing import COLUMNS, STEP
+from meshwen.quantization import GROUP
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,14 @@ def _tile(dots: Dots, name: str, rows: int) -> str:
         lines += _fetch()
     for i in range(rows):
         lines += _row(dots, i)
-    for step in range(GROUP // DEPTH):
+    for step in range(GROUP // STEP):
         lines += _step(dots, rows, step)
     for n in vectors:
         lines += _scales_of_b(dots, n)
     for i, n in pairs:
         total = f"%total.{i}.{n}"
         lines += [
-            f"%float.{i}.{n} = sitofp {ints} %sum.{i}.{n}.{GROUP // DEPTH} to {floats}",
+            f"%float.{i}.{n} = sitofp {ints} %sum.{i}.{n}.{GROUP // STEP} to {floats}",
             f"%scaled.{i}.{n} = fmul {floats} %float.{i}.{n}, %b.scale.{n}",
             f"{total}.next = call {floats} @llvm.fma.v{dots.lanes}f32({floats} %scaled.{i}.{n}, "
             f"{floats} %a.scale.{i}, {floats} {total})",
@@ -149,16 +150,16 @@ def _step(dots: Dots, rows: int, step: int) -> Iterator[str]:
     """Adds the products of 4 numbers of each row of a to its sums."""
     ints, some = f"<{dots.lanes} x i32>", f"<{4 * dots.lanes} x i8>"
     for n in range(COLUMNS // dots.lanes):
-        at, offset = f"%b.at.{step}.{n}", COLUMNS * DEPTH * step + DEPTH * dots.lanes * n
+        at, offset = f"%b.at.{step}.{n}", COLUMNS * STEP * step + STEP * dots.lanes * n
         yield f"{at} = getelementptr i8, ptr %b.group, i64 {offset}"
-        yield f"%b.signed.{step}.{n} = load {some}, ptr {at}, align {DEPTH}"
+        yield f"%b.signed.{step}.{n} = load {some}, ptr {at}, align {STEP}"
         if dots.adds:
             yield f"%b.more.{step}.{n} = xor {some} %b.signed.{step}.{n}, splat (i8 -128)"
             yield f"%b.{step}.{n} = bitcast {some} %b.more.{step}.{n} to {ints}"
         else:
             yield f"%b.{step}.{n} = call {some} @llvm.abs.v32i8({some} %b.signed.{step}.{n}, i1 0)"
     for i in range(rows):
-        yield f"%a.at.{step}.{i} = getelementptr i8, ptr %a.group.{i}, i64 {DEPTH * step}"
+        yield f"%a.at.{step}.{i} = getelementptr i8, ptr %a.group.{i}, i64 {STEP * step}"
         yield f"%a.some.{step}.{i} = load i32, ptr %a.at.{step}.{i}, align 4"
         yield from _broadcast(dots, "i32", f"%a.some.{step}.{i}", f"%a.{step}.{i}")
         if not dots.adds:

@@ -23,10 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from meshwen import kernels
-from meshwen.quantization import QuantizedWeight, dequantized_for
-
-# A matrix [in, out].
-AnyWeight = Array | QuantizedWeight
+from meshwen.packing import AnyWeight, PackedWeight, column, unpacked_for
 
 # For the CPU: jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
@@ -63,15 +60,28 @@ class TensorParallel:
         """`x @ weight`, all-reduced; input split: [..., in/n] x [in/n, out] -> f32 [..., out]."""
         return self.all_reduce(self._product(x, weight, contract=0))
 
-    def embed(self, token_ids: Array, table: Array) -> Array:
-        """Rows of a table split by rows: int [...] x [V/n, D] -> float32 [..., D], all-reduced."""
-        row = token_ids - self.index() * table.shape[0]
-        here = (row >= 0) & (row < table.shape[0])
-        rows = jnp.take(table, jnp.where(here, row, 0), axis=0).astype(jnp.float32)
-        return self.only(jnp.where(here[..., None], rows, 0))
+    def embed(self, token_ids: Array, table: AnyWeight) -> Array:
+        """Rows of a table split by rows: int [...] x [V/n, D] -> float32 [..., D], all-reduced.
 
-    def tied_logits(self, x: Array, table: Array) -> Array:
-        """Logits from the embedding table: [..., D] x [V/n, D] -> float32 [..., V/n], split."""
+        A packed table is [D, V/n].
+        """
+        count = table.shape[1] if isinstance(table, PackedWeight) else table.shape[0]
+        row = token_ids - self.index() * count
+        here = (row >= 0) & (row < count)
+        row = jnp.where(here, row, 0)
+        if isinstance(table, PackedWeight):
+            rows = column(table, row)
+        else:
+            rows = jnp.take(table, row, axis=0)
+        return self.only(jnp.where(here[..., None], rows.astype(jnp.float32), 0))
+
+    def tied_logits(self, x: Array, table: AnyWeight) -> Array:
+        """Logits from the embedding table: [..., D] x [V/n, D] -> float32 [..., V/n], split.
+
+        A packed table is [D, V/n].
+        """
+        if isinstance(table, PackedWeight):
+            return self.column(x, table)
         return self._product(x, table, contract=1)
 
     def mean_square(self, x: Array) -> Array:
@@ -140,15 +150,13 @@ class TensorParallel:
 
     def _product(self, x: Array, weight: AnyWeight, contract: int) -> Array:
         """[..., c] times a weight whose axis `contract` is c, as one two-dimensional product."""
-        if isinstance(weight, QuantizedWeight):
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(weight, PackedWeight):
             if self.kernels:
-                y = kernels.int8_product(x.reshape(-1, x.shape[-1]), weight, self.alone)
+                y = kernels.product(rows, weight, self.alone)
                 return y.reshape(*x.shape[:-1], weight.shape[1])
-            x, weight = dequantized_for(x, weight)
-        rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
-        if self.kernels and contract == 0:
-            y = kernels.product(rows, weight, self.alone)
-            return y.reshape(*x.shape[:-1], weight.shape[1])
+            rows, weight = unpacked_for(rows, weight)
+        rows = rows.astype(weight.dtype)
         missing = max(0, self.min_rows - rows.shape[0])
         if missing:
             rows = jnp.pad(rows, ((0, missing), (0, 0)))

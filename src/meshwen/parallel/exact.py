@@ -52,8 +52,8 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from meshwen import kernels
-from meshwen.parallel.contractions import COMPILER_OPTIONS, AnyWeight, TensorParallel, product
-from meshwen.quantization import QuantizedWeight, dequantized_for
+from meshwen.packing import COLUMNS, AnyWeight, PackedWeight, unpacked_for
+from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel, product
 
 # For the CPU: only single matrix products go to YNNPACK, no reductions and nothing fused with them:
 # it would take those by their size.
@@ -66,9 +66,7 @@ _MIN_ROWS = 8  # of bfloat16 products: fewer are slower, and one would have anot
 _MIN_COLUMNS = 64
 # Of float32 products: what is left over multiples of them would have another order.
 _ROWS, _COLUMNS = 24, 16
-# Equal columns of a sum's product with ones: one column would have another order, and kernels would
-# pad it to as many.
-_ONES = 32
+_ONES = 32  # equal columns of a sum's product with ones: one column would have another order
 _VECTORS = 64  # elements that fill whole vector registers
 # What partial sums may take; larger products go by blocks of rows, whose partial sums are still in
 # the cache when they are added.
@@ -101,7 +99,7 @@ class ExactTensorParallel(TensorParallel):
         Returns:
             float32 [..., out].
         """
-        leaves, tree = jax.tree.flatten(weight, is_leaf=lambda w: isinstance(w, QuantizedWeight))
+        leaves, tree = jax.tree.flatten(weight, is_leaf=lambda w: isinstance(w, PackedWeight))
 
         def added(rows: Array) -> Array:
             parts = jnp.split(rows, len(leaves), axis=1)
@@ -183,13 +181,10 @@ class ExactTensorParallel(TensorParallel):
 
     def _rows(self, x: Array, weight: AnyWeight) -> Array:
         """x @ weight: [M, in] x [in, out] -> float32 [M, out]."""
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, PackedWeight):
             if self.kernels:
-                return _positive_zeros(kernels.int8_product(x, weight, self.alone))
-            x, weight = dequantized_for(x, weight)
-        if self.kernels:
-            y = kernels.product(x.astype(weight.dtype), weight, self.alone)
-            return _positive_zeros(y)
+                return _positive_zeros(kernels.product(x, weight, self.alone))
+            x, weight = unpacked_for(x, weight)
         if not self._by_eigen(weight):
             return _bfloat16_product(x.astype(weight.dtype), weight)
         partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
@@ -201,9 +196,13 @@ class ExactTensorParallel(TensorParallel):
     def _sums(self, x: Array) -> Array:
         """The sum over the last axis: float32 [..., c] -> float32 [...]."""
         rows = x.reshape(-1, x.shape[-1])
-        ones = jnp.ones((x.shape[-1], _ONES), jnp.float32)
-        multiply = kernels.product if self.kernels else _float32_product
-        return _positive_zeros(multiply(rows, ones)[:, 0]).reshape(x.shape[:-1])
+        if self.kernels:
+            ones = jnp.ones((1, x.shape[-1], COLUMNS, 1), jnp.float32)
+            shape = x.shape[-1], COLUMNS
+            y = kernels.product(rows, PackedWeight(ones, None, shape, ones.dtype))
+        else:
+            y = _float32_product(rows, jnp.ones((x.shape[-1], _ONES), jnp.float32))
+        return _positive_zeros(y[:, 0]).reshape(x.shape[:-1])
 
     def _across_devices(self, x: Array) -> Array:
         """The tree's top: float32 [M, D], a subtree's sum on every device -> float32 [M, D]."""

@@ -149,6 +149,11 @@ def model_axes(mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if name != DATA_AXIS)
 
 
+def on_cpu(mesh: AnyMesh) -> bool:
+    """Whether the mesh has devices, and they are CPUs, simulated or not."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
 def axes_size(mesh: AnyMesh, names: tuple[str, ...]) -> int:
     """Number of devices along the named axes together."""
     return prod(mesh.shape[name] for name in names)

@@ -18,10 +18,11 @@ from typing import Literal, get_args
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from meshwen import kernels
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
-from meshwen.parallel.mesh import axes_size, data_axes, model_axes
+from meshwen.parallel.mesh import axes_size, data_axes, model_axes, on_cpu
 from meshwen.quantization import QUANTIZATIONS, Quantization
 
 # What each logical axis is split over: the mesh axes that carry the model, the batch, or none.
@@ -87,6 +88,11 @@ class ParallelPlan:
     def exact(self) -> bool:
         """Whether the numerics are exact."""
         return self.numerics == "exact"
+
+    @cached_property
+    def kernels(self) -> bool:
+        """Whether `meshwen.kernels` multiply with weights, in the place of XLA."""
+        return on_cpu(self.mesh) and kernels.instruction_set() is not None
 
     @cached_property
     def model_axes(self) -> tuple[str, ...]:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from meshwen.model import Params
+from meshwen.packing import AnyWeight, PackedWeight, unpacked
 from meshwen.verify.localise import Parting, Prober, RowHook, Trace, parting
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import compare
@@ -98,7 +100,8 @@ def with_changed_weight(
     layers = list(params["model"]["layers"])
     layer = dict(layers[place.layer])
     weight = layer[block][name]["weight"]
-    leaves, tree = jax.tree.flatten(weight)  # One array, or one a leaf in exact numerics.
+    # One weight, or one a leaf in exact numerics.
+    leaves, tree = jax.tree.flatten(weight, is_leaf=lambda one: isinstance(one, PackedWeight))
     changed = jax.tree.unflatten(tree, [_with_changed_part(leaves[0], change), *leaves[1:]])
     layer[block] = layer[block] | {name: layer[block][name] | {"weight": changed}}
     layers[place.layer] = layer
@@ -132,12 +135,21 @@ def reversed_sum(place: Parting) -> RowHook:
 def _reversed(weight: Any) -> Any:
     if isinstance(weight, list):
         return [_reversed(part) for part in reversed(weight)]
+    if isinstance(weight, PackedWeight):
+        return PackedWeight.of(unpacked(weight)[::-1].T, weight.dtype)
     return weight[::-1]
 
 
-def _with_changed_part(array: Array, change: Callable[[np.ndarray], np.ndarray]) -> Array:
+def _with_changed_part(weight: AnyWeight, change: Callable[[np.ndarray], np.ndarray]) -> AnyWeight:
+    array: Array = weight.values if isinstance(weight, PackedWeight) else weight
     shards = array.addressable_shards
     parts = [shard.data for shard in shards]
     index = next(i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
-    parts[index] = jax.device_put(change(np.array(parts[index])), shards[index].device)
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+    if isinstance(weight, PackedWeight):
+        part = np.array(unpacked(replace(weight, values=parts[index])))
+        changed = PackedWeight.of(jnp.asarray(change(part).T), weight.dtype).values
+    else:
+        changed = jnp.asarray(change(np.array(parts[index])))
+    parts[index] = jax.device_put(changed, shards[index].device)
+    whole = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+    return replace(weight, values=whole) if isinstance(weight, PackedWeight) else whole
