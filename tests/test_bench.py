@@ -56,6 +56,10 @@ def test_a_prompt_costs_its_tokens_and_the_logits_of_the_last():
     body = 357_898_112  # Multiplied weights without the table: 0.36 B, as published.
     assert many.flops == pytest.approx(512 * 2 * body, rel=0.1)
     assert many.bytes < 1.01 * one.bytes
+    # Of the last layer the others need keys and values alone.
+    last = 2 * 896 * 896 + 3 * 896 * 4864 + 2 * 896  # A bias and a norm count too.
+    more = prefill_cost(half, FLOAT32, 3).flops - prefill_cost(half, FLOAT32, 2).flops
+    assert more == 2 * (body - last) + (23 * 3 + 1) * 14 * 64 * 4
 
 
 def test_int8_weights_take_a_byte_and_their_share_of_a_scale_each():

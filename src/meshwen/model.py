@@ -44,6 +44,7 @@ def hidden_states(
     slots: int,
     config: Qwen2Config,
     tp: TensorParallel,
+    wanted: Array | None = None,
 ) -> tuple[Array, tuple[AnyCache, ...]]:
     """The final hidden states, normalised.
 
@@ -57,9 +58,11 @@ def hidden_states(
         slots: S, the keys from position 0 on that tokens may see: of the cache, or all T.
         config: the model's hyperparameters.
         tp: the contractions.
+        wanted: int32 [B], the one token of each row, 0 for the first, whose state is asked for: of
+            the others the last layer computes keys and values alone. None: all are.
 
     Returns:
-        float32 [B, T, D], and the updated cache; () without one.
+        float32 [B, T, D], or [B, 1, D] where one is wanted, and the updated cache; () without one.
     """
     model = params["model"]
     positions = start[:, None] + jnp.arange(token_ids.shape[1])
@@ -71,7 +74,8 @@ def hidden_states(
     new_cache = []
     for i, weights in enumerate(model["layers"]):
         layer_cache = None if cache is None else cache[i]
-        x, layer_cache = layer(weights, x, rotary, seen[config.layer_types[i]], layer_cache)
+        asked = wanted if i == config.num_hidden_layers - 1 else None
+        x, layer_cache = layer(weights, x, rotary, seen[config.layer_types[i]], layer_cache, asked)
         if layer_cache is not None:
             new_cache.append(layer_cache)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps, tp)
@@ -94,14 +98,15 @@ def decoder_layer(
     rotary: tuple[Array, Array],
     seen: Seen,
     cache: AnyCache | None,
+    wanted: Array | None,
     *,
     config: Qwen2Config,
     tp: TensorParallel,
 ) -> tuple[Array, AnyCache | None]:
-    """One pre-norm layer: [B, T, D] -> [B, T, D]."""
+    """One pre-norm layer: [B, T, D] -> [B, T, D], or of the wanted tokens [B, 1, D]."""
     h = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps, tp)
-    h, cache = attention(weights["self_attn"], h, rotary, seen, cache, config.head_dim, tp)
-    x = x + h
+    h, cache = attention(weights["self_attn"], h, rotary, seen, cache, wanted, config.head_dim, tp)
+    x = _at(x, wanted, axis=1) + h
     h = rms_norm(x, weights["post_attention_layernorm"]["weight"], config.rms_norm_eps, tp)
     return x + mlp(weights["mlp"], h, tp), cache
 
@@ -112,18 +117,25 @@ def attention(
     rotary: tuple[Array, Array],
     seen: Seen,
     cache: AnyCache | None,
+    wanted: Array | None,
     head_dim: int,
     tp: TensorParallel,
 ) -> tuple[Array, AnyCache | None]:
-    """Grouped-query attention (arXiv 2305.13245), this device's heads: [B, T, D] -> [B, T, D]."""
+    """Grouped-query attention (arXiv 2305.13245), this device's heads: [B, T, D] -> [B, T, D].
+
+    Of the wanted tokens, where some are: -> [B, 1, D].
+    """
     q, k, v = (
         _split_heads(tp.column(x, weights[name]["weight"], weights[name]["bias"]), head_dim)
-        for name in ("q_proj", "k_proj", "v_proj")
+        for name, x in (("q_proj", _at(x, wanted, axis=1)), ("k_proj", x), ("v_proj", x))
     )  # [B, K*G, T, H], [B, K, T, H], [B, K, T, H]
-    q, k = rotate(q, rotary, tp), rotate(k, rotary, tp)
+    k = rotate(k, rotary, tp)
+    q = rotate(q, (_at(rotary[0], wanted, axis=2), _at(rotary[1], wanted, axis=2)), tp)
     k, v = k.swapaxes(2, 3), v.astype(weights["v_proj"]["weight"].dtype)  # k [B, K, H, T]
     q = q * head_dim**-0.5
     cache = None if cache is None else cache.written(k, v, seen.start)
+    if wanted is not None:
+        seen = Seen(seen.start + wanted, seen.window, _at(seen.bias, wanted, axis=1))
     slots = seen.bias.shape[-1]
     own = LayerCache(k, v)  # All that there is where nothing came before.
     held: LayerCache | SequenceCache = own if cache is None or slots == k.shape[3] else cache
@@ -198,6 +210,13 @@ def _seen(positions: Array, slots: int, config: Qwen2Config, layer_type: str) ->
     mask = (key <= query) & (query - key < window)
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
     return Seen(positions[:, 0], jnp.int32(window), bias)
+
+
+def _at(x: Array, wanted: Array | None, axis: int) -> Array:
+    """Of each row [B, ...] the wanted one of an axis, which has length 1 then; None: all."""
+    if wanted is None:
+        return x
+    return jnp.take_along_axis(x, wanted.reshape(-1, *[1] * (x.ndim - 1)), axis)
 
 
 def _split_heads(x: Array, head_dim: int) -> Array:

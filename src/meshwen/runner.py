@@ -283,11 +283,10 @@ def _prefill_step(
     reads = lengths[0] > start
     # A prompt that is the only one is never over; to select costs a copy of the cache.
     sequence = tuple(SequenceCache(layer, row, reads if parts > 1 else None) for layer in cache)
-    x, sequence = hidden_states(params, token_ids, start[None], sequence, slots, config, tp)
     last = lengths - 1 - start
-    ends_here = reads & (last < T)
-    at_last = jnp.take(x[0], jnp.clip(last, 0, T - 1), axis=0)
-    hidden = jnp.where(ends_here[:, None], at_last, hidden)
+    wanted = jnp.clip(last, 0, T - 1)
+    x, sequence = hidden_states(params, token_ids, start[None], sequence, slots, config, tp, wanted)
+    hidden = jnp.where((reads & (last < T))[:, None], x[0], hidden)
     return hidden, tuple(one.layer for one in sequence)
 
 
