@@ -45,10 +45,10 @@ def distinct(sets: Sequence[kernels.InstructionSet]) -> list[kernels.Instruction
     return list({(one.registers.name, str(one.products)): one for one in sets}.values())
 
 
-WIDE = distinct(kernels.INSTRUCTION_SETS)
+DISTINCT = distinct(kernels.INSTRUCTION_SETS)
 
 
-@pytest.fixture(params=WIDE, ids=lambda one: one.name)
+@pytest.fixture(params=DISTINCT, ids=lambda one: one.name)
 def instructions(request, monkeypatch):
     """Makes each set of instructions the one to be used, emulated where the CPU lacks it."""
     compile_anywhere(request.param, monkeypatch)
@@ -248,6 +248,13 @@ def test_slots_outside_of_the_cache_are_clipped(start, attention):
 def test_factors_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"\(2, 3\) cannot be multiplied with \(4, 40\)"):
         multiply(jnp.ones((2, 3)), jnp.ones((4, 40)))
+
+
+def test_weights_of_other_dtypes_are_refused():
+    with pytest.raises(
+        TypeError, match="float32, bfloat16 or int8 are multiplied here, not float16"
+    ):
+        multiply(jnp.ones((2, 4), jnp.float16), jnp.ones((4, 40), jnp.float16))
 
 
 def test_products_of_nothing_are_zeros(product):

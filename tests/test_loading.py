@@ -107,6 +107,14 @@ def test_a_checkpoint_loads_bit_for_bit(checkpoint, mesh):
         assert same_bits(arrays[name], on_devices(name, tensor, plan)), name
 
 
+def test_large_parts_are_packed_by_and_by(checkpoint, monkeypatch):
+    dtype, weights, opened = checkpoint
+    monkeypatch.setattr("meshwen.loading._PACKED_ROWS", 32)
+    arrays = by_name(load_params(opened, ParallelPlan(ODD, make_mesh("1")), dtype))
+    for name, tensor in weights.items():
+        assert same_bits(arrays[name], on_devices(name, tensor, ParallelPlan(ODD, make_mesh("1"))))
+
+
 @pytest.mark.parametrize("mesh", ["1", "1x8", "data=2,model=4"])
 def test_float32_is_cast_to_bfloat16_by_rounding_to_nearest_even(mesh):
     weights = random_bits(ODD, np.dtype(np.float32))

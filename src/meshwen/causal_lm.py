@@ -44,7 +44,8 @@ class Qwen2ForCausalLM:
         plan: how the model lies on them.
         dtype: of weights, cached values, and the inputs of products with weights.
         generation_config: the checkpoint's sampling defaults.
-        params: the weights, a nested dict by Hugging Face name.
+        params: the weights, a nested dict by Hugging Face name; those that kernels multiply with,
+            or int8, as `meshwen.packing.PackedWeight`.
         runner: the compiled steps.
         engine: runs requests; `generate` and `stream` are short for it.
     """

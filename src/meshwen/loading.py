@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise, product
+from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jax.sharding import NamedSharding
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.errors import MeshwenError
 from meshwen.model import Params
-from meshwen.packing import AnyWeight, PackedWeight, packed
+from meshwen.packing import COLUMNS, AnyWeight, PackedWeight, packed
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights import (
@@ -111,7 +113,8 @@ def dummy_params(
 ) -> Params:
     """Made-up weights: each a function of its name and position, so the same on every mesh.
 
-    Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices.
+    Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices; where
+    they are packed, by way of the host.
     """
     weights = placed_weights(plan)
 
@@ -170,13 +173,16 @@ def _packed_part(
 
     By the first device, for the others too: each would compile it for itself.
     """
-    rows = range(0, part.shape[0], _PACKED_ROWS)
-    blocks = [
-        jax.tree.leaves(_packed(part[first : first + _PACKED_ROWS], dtype, plan.quantization))
-        for first in rows
-    ]
-    arrays = [jnp.concatenate(pieces) for pieces in zip(*blocks, strict=True)]
-    return jax.block_until_ready(jax.device_put(arrays, device))
+    whole: list[np.ndarray] = []
+    for first in range(0, part.shape[0], _PACKED_ROWS):
+        block = _packed(part[first : first + _PACKED_ROWS], dtype, plan.quantization)
+        pieces = [np.asarray(piece) for piece in jax.tree.leaves(block)]
+        panels = -(-part.shape[0] // COLUMNS)
+        whole = whole or [_aligned((panels, *piece.shape[1:]), piece.dtype) for piece in pieces]
+        at = first // COLUMNS
+        for target, piece in zip(whole, pieces, strict=True):
+            target[at : at + len(piece)] = piece
+    return jax.block_until_ready(jax.device_put(whole, device))
 
 
 def _packed_weight(
@@ -223,11 +229,8 @@ def _runs(positions: np.ndarray) -> Iterator[tuple[slice, slice]]:
 
 
 def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
-    """A row-major copy in `dtype`, which JAX's CPU back end then takes as it is."""
-    nbytes = part.size * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    result = memory[start : start + nbytes].view(dtype).reshape(part.shape)
+    """A row-major copy in `dtype`."""
+    result = _aligned(part.shape, dtype)
     if part.flags.c_contiguous or part.ndim < 2:
         result[...] = part
         return result
@@ -235,6 +238,14 @@ def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
         block = slice(i, i + _TRANSPOSE_COLUMNS)
         result[:, block] = part.T[block].astype(dtype).T
     return result
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Memory that JAX's CPU back end takes as it is."""
+    nbytes = prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> AnyWeight:

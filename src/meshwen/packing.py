@@ -73,7 +73,8 @@ def packed(
     if quantization is None:
         return _panels(weight.astype(dtype)), None
     values, scales = quantized(weight)
-    return _panels(values), scales.reshape(-1, COLUMNS, scales.shape[1]).swapaxes(1, 2)
+    outputs, groups = scales.shape
+    return _panels(values), scales.reshape(outputs // COLUMNS, COLUMNS, groups).swapaxes(1, 2)
 
 
 def unpacked(weight: PackedWeight) -> Array:
@@ -81,7 +82,7 @@ def unpacked(weight: PackedWeight) -> Array:
     values, scales = _rows(weight.values), weight.scales
     if scales is not None:
         values = dequantized(values, scales.swapaxes(1, 2).reshape(len(values), -1))
-    return values[: weight.shape[1], : weight.shape[0]].T.astype(weight.dtype)
+    return values.astype(weight.dtype)[: weight.shape[1], : weight.shape[0]].T
 
 
 def unpacked_for(x: Array, weight: PackedWeight) -> tuple[Array, Array]:

@@ -37,10 +37,10 @@ def quantized(weight: Array) -> tuple[Array, Array]:
     """
     out, inputs = weight.shape
     padded = jnp.pad(weight, ((0, 0), (0, -inputs % GROUP))).astype(jnp.float32)
-    grouped = padded.reshape(out, -1, GROUP)
+    grouped = padded.reshape(out, padded.shape[1] // GROUP, GROUP)
     scales = _rounded_up(jnp.abs(grouped).max(axis=2) / 127)
     divisors = jnp.where(scales == 0, 1, scales).astype(jnp.float32)[..., None]
-    return jnp.rint(grouped / divisors).astype(jnp.int8).reshape(out, -1), scales
+    return jnp.rint(grouped / divisors).astype(jnp.int8).reshape(padded.shape), scales
 
 
 def dequantized(values: Array, scales: Array) -> Array:

@@ -26,7 +26,8 @@ class Weight:
     """One tensor: its Hugging Face name and its logical axes in the checkpoint's order.
 
     Projections are `[out, in]` in a checkpoint and are kept `[in, out]` on the devices
-    (`transposed`): XLA's CPU back end multiplies 8 float32 rows 1.4 times faster that way.
+    (`transposed`): XLA's CPU back end multiplies 8 float32 rows 1.4 times faster that way. Kernels
+    read them from panels (`meshwen.packing`).
 
     Attributes:
         name: in the checkpoint.

@@ -130,7 +130,7 @@ def product(a: Array, b: PackedWeight, alone: bool = False) -> Array:
             slower where they have devices of their own to serve.
 
     Raises:
-        TypeError: their K differ.
+        TypeError: their K differ, or b is of another dtype.
         RuntimeError: this process has no kernels.
     """
     if a.shape[1] != b.shape[0]:
@@ -144,7 +144,9 @@ def product(a: Array, b: PackedWeight, alone: bool = False) -> Array:
     a = jnp.pad(a, ((0, 0), (0, steps * numbers - a.shape[1])))
     if b.scales is not None:
         return _call(found, _function("product", "int8", alone), shape, a, b.values, b.scales)
-    kind = found.products[str(b.values.dtype)]
+    kind = found.products.get(str(b.values.dtype))
+    if not kind:
+        raise TypeError(f"weights of float32, bfloat16 or int8 are multiplied here, not {b.dtype}")
     if kind is kinds.PAIRS:
         a = _widened(a)
     return _call(found, _function("product", kind.name, alone), shape, a, b.values)

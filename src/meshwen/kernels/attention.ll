@@ -41,7 +41,7 @@ declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare i64 @llvm.smax.i64(i64, i64)
 
 ; Copies rows of 128 bytes, one behind the other.
-define internal void @pack(ptr %to, ptr %from, i64 %stride, i64 %rows) {
+define internal void @copy_rows(ptr %to, ptr %from, i64 %stride, i64 %rows) {
 entry:
   br label %row
 row:
@@ -346,7 +346,7 @@ panel:
   %j = phi i64 [ %begin, %entry ], [ %j.next, %panel ]
   %target = phi ptr [ %to, %entry ], [ %target.next, %panel ]
   %source = getelementptr float, ptr %keys, i64 %j
-  call void @pack(ptr %target, ptr %source, i64 %S.bytes, i64 %H)
+  call void @copy_rows(ptr %target, ptr %source, i64 %S.bytes, i64 %H)
   %target.next = getelementptr i8, ptr %target, i64 %panel.bytes
   %j.next = add i64 %j, 32
   %more = icmp ult i64 %j.next, %end

@@ -181,8 +181,7 @@ end:
 
 ; Does a job that `malloc` made, whose %parts rows or panels are shared among threads.
 define internal ptr @int8_shared(ptr %frame, %Int8 %described, i64 %parts, i64 %threads, ptr %work) {
-  %pieces = mul i64 %threads, 4
-  %unit.parts = call i64 @quotient_up(i64 %parts, i64 %pieces)
+  %unit.parts = call i64 @unit(i64 %parts, i64 %threads)
   %units = call i64 @quotient_up(i64 %parts, i64 %unit.parts)
   %j.11 = insertvalue %Int8 %described, i64 %parts, 11
   %j.12 = insertvalue %Int8 %j.11, i64 %unit.parts, 12

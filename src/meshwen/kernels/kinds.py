@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MOST_ROWS = 12  # of a tile
+MOST_ROWS = 12  # that attention takes at once
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ BFLOAT16 = Kind("bfloat16", bytes=4, factors=1, run=128)
 PAIRS = Kind("pairs", bytes=4, factors=2, run=64, unpack="@unpack")
 # The same of single ones, as the KV cache has them.
 MIXED = Kind("mixed", bytes=2, factors=1, run=128)
+CACHED = (FLOAT32, MIXED)  # what attention multiplies
 
 
 def declarations(registers: Registers) -> str:

@@ -20,17 +20,10 @@
   i64, i64           ; 8 panels, 9 panels a unit
 }
 
-@nothing = internal constant [512 x i8] zeroinitializer, align 64
+@nothing = internal constant [256 x i8] zeroinitializer, align 64
 
 declare ptr @aligned_alloc(i64, i64)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
-
-define internal i64 @quotient_up(i64 %a, i64 %b) {
-  %a.less = sub i64 %a, 1
-  %sum = add i64 %a.less, %b
-  %quotient = udiv i64 %sum, %b
-  ret i64 %quotient
-}
 
 ; Pairs of bfloat16 of a panel, as float32: two rows of 128 bytes a step.
 define internal void @unpack(ptr %to, ptr %from, i64 %steps) {
@@ -88,16 +81,18 @@ entry:
   %sums = getelementptr i8, ptr %space, i64 16384
   %tile.rows = load i64, ptr @tile.rows
   %blocks = call i64 @quotient_up(i64 %M, i64 %tile.rows)
+  %is.near = icmp ule i64 %M, %tile.rows
   %many = icmp ugt i64 %M, 12
   %can.unpack = icmp ne ptr %unpack, null
   %unpacks = and i1 %many, %can.unpack
+  %unpacked.rows = select i1 %unpacks, i64 2, i64 1
   %single.used = select i1 %unpacks, ptr @tiles_float32, ptr %single
   %tiles = select i1 %two, ptr %paired, ptr %single.used
   ; Rows that are one tile go through memory so fast that what they need themselves is fetched; more
   ; have the next chunk fetched, the first blocks its shares.
-  %is.near = icmp ule i64 %M, %tile.rows
   %fetches = call i64 @llvm.umin.i64(i64 %blocks, i64 4)
-  %fetch.stride = udiv i64 128, %fetches
+  %fetch.tiles = mul i64 %fetches, %unpacked.rows
+  %fetch.stride = udiv i64 128, %fetch.tiles
   br label %chunk
 chunk:
   %k = phi i64 [ 0, %entry ], [ %k.next, %chunk.end ]
@@ -112,15 +107,14 @@ chunk:
   %chunk.bytes = mul i64 %chunk.steps, 128
   %distance = select i1 %is.near, i64 1024, i64 %chunk.bytes
   %ahead.chunk = getelementptr i8, ptr %b.chunk, i64 %distance
-  %share.bytes = mul i64 %chunk.steps, %fetch.stride
+  %tile.steps = mul i64 %chunk.steps, %unpacked.rows
+  %share.bytes = mul i64 %tile.steps, %fetch.stride
   br i1 %unpacks, label %copy, label %ready
 copy:
   call void %unpack(ptr %space, ptr %b.chunk, i64 %chunk.steps)
-  %rows.unpacked = mul i64 %chunk.steps, 2
   br label %ready
 ready:
   %b.tile = phi ptr [ %b.chunk, %chunk ], [ %space, %copy ]
-  %tile.steps = phi i64 [ %chunk.steps, %chunk ], [ %rows.unpacked, %copy ]
   %a.offset.k = mul i64 %k, %a.bytes
   %a.chunk = getelementptr i8, ptr %a, i64 %a.offset.k
   br label %block
@@ -228,12 +222,7 @@ execute:
   %panels = call i64 @dim(ptr %b.buffer, i64 0)
   %steps = call i64 @dim(ptr %b.buffer, i64 1)
   %threads = call i64 @threads(ptr %frame, i64 %threads.most)
-  ; Neighbours, of which one is fetched while the other is summed, and even in number; but several
-  ; units a thread, so that one that comes late holds up nothing.
-  %parts = mul i64 %threads, 16
-  %pairs = call i64 @quotient_up(i64 %panels, i64 2)
-  %unit.pairs = call i64 @quotient_up(i64 %pairs, i64 %parts)
-  %unit.panels = mul i64 %unit.pairs, 2
+  %unit.panels = call i64 @unit(i64 %panels, i64 %threads)
   %units = call i64 @quotient_up(i64 %panels, i64 %unit.panels)
   %job = call ptr @malloc(i64 128)
   %j.1 = insertvalue %Product zeroinitializer, ptr %a, 1

@@ -102,6 +102,23 @@ define internal i64 @threads(ptr %frame, i64 %most) {
   ret i64 %threads
 }
 
+define internal i64 @quotient_up(i64 %a, i64 %b) {
+  %a.less = sub i64 %a, 1
+  %sum = add i64 %a.less, %b
+  %quotient = udiv i64 %sum, %b
+  ret i64 %quotient
+}
+
+; How many of a job's parts are a unit: neighbours, an even number, as two may be read at once; but so
+; few that a thread that comes late holds up nothing.
+define internal i64 @unit(i64 %parts, i64 %threads) {
+  %pairs = call i64 @quotient_up(i64 %parts, i64 2)
+  %units = mul i64 %threads, 16
+  %unit.pairs = call i64 @quotient_up(i64 %pairs, i64 %units)
+  %unit = mul i64 %unit.pairs, 2
+  ret i64 %unit
+}
+
 ; Takes units until none is left.
 define internal void @take(ptr %job) {
 entry:

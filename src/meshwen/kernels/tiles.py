@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 from meshwen.kernels.kinds import (
+    CACHED,
     MIXED,
     MOST_ROWS,
     Kind,
@@ -30,7 +31,8 @@ from meshwen.packing import COLUMNS
 
 def all_tiles(kind: Kind, registers: Registers) -> str:
     """Functions for each number of rows, and what `product.ll` has to know of them."""
-    single = {rows: f"tile_{kind.name}_{rows}" for rows in range(1, MOST_ROWS + 1)}
+    most = MOST_ROWS if kind in CACHED else registers.rows
+    single = {rows: f"tile_{kind.name}_{rows}" for rows in range(1, most + 1)}
     most = 0 if kind is MIXED else registers.paired_rows  # Only weights lie in panels.
     paired = {rows: f"tile_{kind.name}_{rows}_paired" for rows in range(1, most + 1)}
     functions = []

@@ -141,15 +141,20 @@ def _reversed(weight: Any) -> Any:
 
 
 def _with_changed_part(weight: AnyWeight, change: Callable[[np.ndarray], np.ndarray]) -> AnyWeight:
-    array: Array = weight.values if isinstance(weight, PackedWeight) else weight
+    if not isinstance(weight, PackedWeight):
+        return _with_changed_array(weight, lambda part: jnp.asarray(change(np.array(part))))
+
+    def repacked(values: Array) -> Array:
+        part = np.array(unpacked(replace(weight, values=values)))
+        return PackedWeight.of(jnp.asarray(change(part).T), weight.dtype).values
+
+    return replace(weight, values=_with_changed_array(weight.values, repacked))
+
+
+def _with_changed_array(array: Array, change: Callable[[Array], Array]) -> Array:
+    """The array with another first part that does not hold zeros alone."""
     shards = array.addressable_shards
     parts = [shard.data for shard in shards]
     index = next(i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
-    if isinstance(weight, PackedWeight):
-        part = np.array(unpacked(replace(weight, values=parts[index])))
-        changed = PackedWeight.of(jnp.asarray(change(part).T), weight.dtype).values
-    else:
-        changed = jnp.asarray(change(np.array(parts[index])))
-    parts[index] = jax.device_put(changed, shards[index].device)
-    whole = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
-    return replace(weight, values=whole) if isinstance(weight, PackedWeight) else whole
+    parts[index] = jax.device_put(change(parts[index]), shards[index].device)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
