@@ -103,7 +103,8 @@ def test_the_real_model_answers_alike_on_every_mesh_and_as_transformers(
     settings = {"temperature": 0, "max_new_tokens": 16}
     seeded = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "max_new_tokens": 8}
     expected = None
-    for mesh in ("1", "1x8", "8x4"):
+    # Minutes each on a slow CPU: the mesh between in one dtype.
+    for mesh in ("1", "1x8", "8x4") if dtype == "bfloat16" else ("1", "8x4"):
         model = load(real_model_dir, mesh, dtype, 4)
         found = answers(model, prompts, settings), answers(model, prompts[:1], seeded)
         expected = expected or found
