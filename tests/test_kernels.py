@@ -236,6 +236,14 @@ def test_attention_hides_no_number_that_is_not_finite(where, bad, attention):
     assert np.isfinite(found[1]).all()
 
 
+def test_attention_hides_no_nan_whose_lowest_bits_are_set(attention):
+    # Added to an exponent, they would make a number of it; a single slot is divided by itself.
+    nan = np.full((1, 1, 1, 32), 0x7FC001FF, np.uint32).view(np.float32)
+    keys = values = jnp.ones((1, 1, 32, 32))
+    first = jnp.zeros(1, jnp.int32)
+    assert np.isnan(np.asarray(attention(nan, keys, values, first, first, 32))).all()
+
+
 @pytest.mark.parametrize("start", [-5, 10**6])
 def test_slots_outside_of_the_cache_are_clipped(start, attention):
     q, keys = jnp.ones((1, 1, 1, 32)), jnp.ones((1, 1, 32, 32))

@@ -36,8 +36,6 @@
 declare float @llvm.maximum.f32(float, float)
 declare float @llvm.vector.reduce.fmaximum.v16f32(<16 x float>)
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
-declare <16 x float> @llvm.rint.v16f32(<16 x float>)
-declare <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float>)
 declare i64 @llvm.smax.i64(i64, i64)
 
 ; Copies rows of 128 bytes, one behind the other.
@@ -59,7 +57,7 @@ end:
   ret void
 }
 
-define internal <16 x float> @all(float %x) {
+define internal <16 x float> @all(float %x) alwaysinline {
   %one = insertelement <16 x float> poison, float %x, i32 0
   %all = shufflevector <16 x float> %one, <16 x float> poison, <16 x i32> zeroinitializer
   ret <16 x float> %all
@@ -67,11 +65,13 @@ define internal <16 x float> @all(float %x) {
 
 ; e^x for x up to 0, and NaN for NaN. Below e^-87 a float32 would be subnormal. Cephes' `expf`:
 ; n = x log2(e), rounded; r = x - n ln(2), in two steps; e^r = 1 + r + r^2 (c0 r^5 + ... + c5).
-define internal <16 x float> @exponential(<16 x float> %x.any) {
+; 1.5 * 2^23 added to x log2(e) rounds it, and leaves n in the lowest bits of the sum.
+define internal <16 x float> @exponential(<16 x float> %x.any) alwaysinline {
   %small = fcmp olt <16 x float> %x.any, splat (float -87.0)
   %x = select <16 x i1> %small, <16 x float> splat (float -87.0), <16 x float> %x.any
   %scaled = fmul <16 x float> %x, splat (float 0x3FF7154760000000)
-  %n = call <16 x float> @llvm.rint.v16f32(<16 x float> %scaled)
+  %n.above = fadd <16 x float> %scaled, splat (float 0x4168000000000000)
+  %n = fsub <16 x float> %n.above, splat (float 0x4168000000000000)
   %r.0 = call <16 x float> @llvm.fma.v16f32(<16 x float> %n,
     <16 x float> splat (float 0xBFE6300000000000), <16 x float> %x)
   %r = call <16 x float> @llvm.fma.v16f32(<16 x float> %n,
@@ -89,16 +89,18 @@ define internal <16 x float> @exponential(<16 x float> %x.any) {
   %square = fmul <16 x float> %r, %r
   %near = call <16 x float> @llvm.fma.v16f32(<16 x float> %p.5, <16 x float> %square, <16 x float> %r)
   %e.r = fadd <16 x float> %near, splat (float 1.0)
-  %n.int = call <16 x i32> @llvm.fptosi.sat.v16i32.v16f32(<16 x float> %n)
-  %exponent = shl <16 x i32> %n.int, splat (i32 23)
+  %n.bits = bitcast <16 x float> %n.above to <16 x i32>
+  %exponent = shl <16 x i32> %n.bits, splat (i32 23)
   %e.bits = bitcast <16 x float> %e.r to <16 x i32>
   %y.bits = add <16 x i32> %e.bits, %exponent
-  %y = bitcast <16 x i32> %y.bits to <16 x float>
+  %y.number = bitcast <16 x i32> %y.bits to <16 x float>
+  %is.nan = fcmp uno <16 x float> %x, %x
+  %y = select <16 x i1> %is.nan, <16 x float> %x, <16 x float> %y.number
   ret <16 x float> %y
 }
 
 ; Which of the 16 slots from `%slot` on are seen.
-define internal <16 x i1> @seen(i64 %slot, i64 %first, i64 %last) {
+define internal <16 x i1> @seen(i64 %slot, i64 %first, i64 %last) alwaysinline {
   %from = sub i64 %first, %slot
   %to = sub i64 %last, %slot
   %from.32 = trunc i64 %from to i32
