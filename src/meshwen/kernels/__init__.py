@@ -259,8 +259,8 @@ def _fastest() -> InstructionSet | None:
         if found:
             compiled(found)
         return found
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         logger.warning(
             "llvmlite is installed, but cannot compile the kernels (%s): XLA multiplies; "
             "pip install 'meshwen[cpu]' for a version that can",
@@ -296,7 +296,7 @@ def compiled(of: InstructionSet) -> Any:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
-    # Code generation alone inlines nothing; functions that say so are worth it.
+    # Code generation inlines nothing by itself: this does, what is marked `alwaysinline`.
     passes = llvm.create_new_module_pass_manager()
     passes.add_always_inliner_pass()
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))

@@ -65,7 +65,9 @@ define internal <16 x float> @all(float %x) alwaysinline {
 
 ; e^x for x up to 0, and NaN for NaN. Below e^-87 a float32 would be subnormal. Cephes' `expf`:
 ; n = x log2(e), rounded; r = x - n ln(2), in two steps; e^r = 1 + r + r^2 (c0 r^5 + ... + c5).
-; 1.5 * 2^23 added to x log2(e) rounds it, and leaves n in the lowest bits of the sum.
+; 1.5 * 2^23 added to x log2(e) rounds it, and leaves n in the lowest bits of the sum. Those of a NaN,
+; added to an exponent, could make a number of it. Above 0, where slots are not seen, the result means
+; nothing.
 define internal <16 x float> @exponential(<16 x float> %x.any) alwaysinline {
   %small = fcmp olt <16 x float> %x.any, splat (float -87.0)
   %x = select <16 x i1> %small, <16 x float> splat (float -87.0), <16 x float> %x.any
