@@ -1,11 +1,14 @@
-# Two commands: `make demo` and `make test`. Everything is installed into .venv.
+# Two commands: `make demo` and `make test`. Everything is installed into .venv. CONTRIBUTING.md says
+# more of `make check`, before each commit, and of what a test may cost.
 
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Which tests, besides those of the real checkpoint, e.g. TESTS='not real and not slow'.
-TESTS ?= not real
-# More flags for the tests, e.g. PYTEST_FLAGS=-x.
+# Files or tests, e.g. TESTS='tests/test_model.py -k yarn'; all without.
+TESTS ?=
+# Which of them, besides those of the real checkpoint, e.g. MARKS='not real and not slow'.
+MARKS ?= not real
+# More flags for the tests, e.g. PYTEST_FLAGS='-x --durations=10'.
 PYTEST_FLAGS ?=
 # What is installed beside the package: without `cpu`, XLA multiplies bfloat16 by itself.
 EXTRAS ?= dev,cpu
@@ -14,18 +17,19 @@ JAX ?= jax
 # Where this would install a CUDA build, point pip to the CPU builds or name another.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-hermetic test-real test-torch test-harness lint format wheel clean
+.PHONY: demo test test-hermetic test-real test-torch test-harness check lint format wheel clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
 	  'Maya buys 4 books at $$7 each and pays with $$50. How much change does she get?'
 
-test: test-hermetic test-real
+test: test-hermetic $(if $(TESTS),,test-real)
 
-# Two processes for two cores: most of the time goes by in compiling, on one thread.
+# Two processes for two cores: most of the time goes by in compiling, on one thread. A file stays in
+# one process, whose tests share what they compiled.
 test-hermetic: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
-	  --no-loadscope-reorder -m '$(TESTS)' $(PYTEST_FLAGS)
+	  --no-loadscope-reorder -m '$(MARKS)' $(PYTEST_FLAGS) $(TESTS)
 
 # The real checkpoint's tests, where it is at hand: each takes all cores and up to 10 GB.
 test-real: $(VENV)/.installed-dev
@@ -34,12 +38,16 @@ test-real: $(VENV)/.installed-dev
 # What PyTorch and transformers compute, in an environment of its own: the package needs neither.
 test-torch: $(VENV)-torch/.installed
 	$(VENV)-torch/bin/python -c 'import torch, transformers'  # Without them all tests would skip.
-	$(VENV)-torch/bin/python -m pytest -m torch
+	$(VENV)-torch/bin/python -m pytest -m torch $(PYTEST_FLAGS)
 
 # lm-evaluation-harness, driving the demo model on local data.
 test-harness: $(VENV)-harness/.installed
 	$(VENV)-harness/bin/python -c 'import lm_eval'
-	$(VENV)-harness/bin/python -m pytest tests/test_evals_harness.py
+	$(VENV)-harness/bin/python -m pytest tests/test_evals_harness.py $(PYTEST_FLAGS)
+
+# Format, lint, types, and the tests near what has changed since the last commit, in a minute.
+check: $(VENV)/.installed-dev
+	$(BIN)/python scripts/check.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
+from meshwen.config import Qwen2Config
+
 # A property is about values, not about how busy the machine is.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -66,6 +68,14 @@ def write_folder(folder: Path, weights: dict[str, np.ndarray] | None = None) -> 
     write_json(folder / "config.json", CONFIG)
     if weights is not None:
         save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def write_model(folder: Path, config: Qwen2Config, weights: dict[str, np.ndarray]) -> Path:
+    """A Hugging Face folder of any config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.to_dict())
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files need: simulated devices, the real checkpoint, the reference outputs."""
+"""What tests share: simulated devices, compiled programs, real checkpoint, reference outputs."""
 
 import ctypes
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import jax
 import pytest
+
+import costs
+from meshwen.compilation_cache import enable_compilation_cache
 
 # The largest mesh that is tested. JAX makes its devices when the first array is made, once.
 jax.config.update("jax_num_cpu_devices", 32)
@@ -18,6 +24,61 @@ jax.config.update("jax_num_cpu_devices", 32)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FETCH = SHARED / "real-model" / "fetch"
 REAL_MODEL = "qwen2.5-coder-0.5b-instruct"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("meshwen")
+    group.addoption("--costs", metavar="FILE", help="write what each test costs, as JSON lines")
+    group.addoption(
+        "--seconds", type=float, help="skip the tests that have not begun after so many seconds"
+    )
+
+
+def pytest_configure(config):
+    costs.register(config)
+    _keep_programs(config)
+    if seconds := config.getoption("seconds"):
+        config.pluginmanager.register(_Deadline(seconds))
+
+
+def _keep_programs(config):
+    """Compiled programs in pytest's cache folder: of all processes, those of tests too, and runs.
+
+    Also keeps tests out of the user's own cache.
+    """
+    if not hasattr(config, "workerinput"):  # Workers have the environment of the first process.
+        if cache := getattr(config, "cache", None):
+            folder = cache.mkdir("programs")
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="meshwen-programs-"))
+            config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["XDG_CACHE_HOME"] = str(folder)
+    enable_compilation_cache()
+    # For programs that do not call this: JAX reads each of its settings from the environment.
+    for name in (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    ):
+        os.environ[name.upper()] = str(getattr(jax.config, name))
+
+
+class _Deadline:
+    """Skips what has not begun in time; pytest lists it."""
+
+    def __init__(self, seconds):
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    def pytest_runtest_setup(self):
+        if time.monotonic() > self._end:
+            pytest.skip(f"not begun within {self._seconds:g} s")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """A failure names itself at once: with several processes, pytest tells of it at the end."""
+    if report.failed and hasattr(report, "node"):  # Of a worker, in the process that prints.
+        print(f"\nFAILED {report.nodeid}", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,10 +91,22 @@ def _give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first: several processes share the files in this order."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+def pytest_collection_modifyitems(config, items):
+    """Files with slow tests first where several processes share the files in this order."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """Programs that XLA does not optimise, in two thirds of the time.
+
+    For files whose subject is not the numbers of a program: `pytest.mark.usefixtures`.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from pathlib import Path
 from meshwen import Qwen2ForCausalLM
 from meshwen.checkpoints.base import MappedTensor
 
-IDS = [[5, 11, 3, 70, 8, 8, 200], [9, 1, 2, 3, 4, 500, 6]]
+IDS = [[5, 11, 3, 70, 8, 8, 200], [9, 1, 2, 3, 4, 250, 6]]
 
 
-def observe(mesh: str, numerics: str) -> dict:
-    """What the demo model gives on a mesh, and how many bytes of weights were read for it."""
+def observe(model: str, mesh: str, numerics: str) -> dict:
+    """What a model gives on a mesh, and how many bytes of weights were read for it."""
     read, bytes_read = MappedTensor.read, []
 
     def counting(self, index=()):
@@ -22,13 +22,13 @@ def observe(mesh: str, numerics: str) -> dict:
 
     MappedTensor.read = counting
     try:
-        model = Qwen2ForCausalLM.from_pretrained(
-            "demo", mesh=mesh, dtype="float32", numerics=numerics
+        loaded = Qwen2ForCausalLM.from_pretrained(
+            model, mesh=mesh, dtype="float32", numerics=numerics
         )
     finally:
         MappedTensor.read = read
-    answers = model.generate(IDS, max_new_tokens=4, logprobs=True)
-    logits = model(IDS)
+    answers = loaded.generate(IDS, max_new_tokens=4, logprobs=True)
+    logits = loaded(IDS)
     return {
         "bytes": sum(bytes_read),
         "tokens": [list(answer.tokens) for answer in answers],
@@ -40,7 +40,7 @@ def observe(mesh: str, numerics: str) -> dict:
 if __name__ == "__main__":
     from meshwen.distributed import start
 
-    address, index, output, *runs = sys.argv[1:]
+    address, index, output, model, *runs = sys.argv[1:]
     start(address, 2, int(index))
-    found = {run: observe(*run.split()) for run in runs}
+    found = {run: observe(model, *run.split()) for run in runs}
     Path(output).write_text(json.dumps(found), encoding="utf-8")

@@ -84,7 +84,7 @@ def write_speller(folder: Path) -> Path:
     }
     _write_json(folder / "config.json", config)
     save_file(_weights(config["vocab_size"]), folder / "model.safetensors")
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
@@ -137,7 +137,8 @@ def _weights(vocab: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer's files: a token for each byte, and a chat template."""
     backend = Tokenizer(BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

@@ -17,6 +17,7 @@ from meshwen.parallel.plan import ParallelPlan
 from meshwen.presets import preset
 from meshwen.weights import declared_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 
@@ -94,13 +95,11 @@ def small_probes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("meshwen.bench.probes._READ_BYTES", 1 << 20)
         patch.setattr("meshwen.bench.probes._MATRIX", 64)
-        patch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
         yield
 
 
-@pytest.mark.parametrize("mesh", ["1", "data=2,model=2"])
-def test_every_length_and_batch_is_measured(mesh, small_probes, tmp_path, capsys):
-    page = tmp_path / "bench.html"
+def test_every_length_and_batch_is_measured(small_probes, tmp_path, capsys):
+    page, mesh = tmp_path / "bench.html", "data=2,model=2"
     sizes = ("--batch", "2,4", "--prompt-len", "5,20", "--gen-len", "2", "--runs", "1")
     assert main(["bench", "--mesh", mesh, *sizes, "--json", "--html", str(page)]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -23,6 +23,7 @@ from meshwen.parallel.mesh import make_mesh
 from speller import ANSWER, CONTEXT, answer_ids, token_ids, write_speller
 from tiny_model import TINY, greedy, weights
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 SPLIT = "data=2,model=4"
 every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
 

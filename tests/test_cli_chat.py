@@ -14,12 +14,12 @@ from meshwen.cli import chat as chat_module
 from meshwen.cli import main
 from speller import ANSWER, CONTEXT, load_once, write_speller
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 load_model = load_once()
 
 
 @pytest.fixture(autouse=True)
-def _one_model_and_no_lasting_cache(monkeypatch):
-    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+def _models_are_loaded_once(monkeypatch):
     monkeypatch.setattr("meshwen.cli.chat.load_model", load_model)
 
 

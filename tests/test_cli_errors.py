@@ -16,11 +16,6 @@ from meshwen.errors import MeshwenError
 from speller import write_speller
 
 
-@pytest.fixture(autouse=True)
-def _users_cache_stays_alone(monkeypatch):
-    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory):
     return str(write_speller(tmp_path_factory.mktemp("models") / "speller"))

@@ -23,12 +23,12 @@ from speller import (
     write_speller,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 load_model = load_once()
 
 
 @pytest.fixture(autouse=True)
-def _one_model_and_no_lasting_cache(monkeypatch):
-    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
+def _models_are_loaded_once(monkeypatch):
     monkeypatch.setattr("meshwen.cli.generate.load_model", load_model)
 
 

@@ -17,12 +17,8 @@ from meshwen.verify import parity
 from meshwen.verify.faults import negated, with_changed_weight
 from meshwen.verify.localise import Parting
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 SHORT = ("--meshes", "1,2", "--numerics", "fast", "--max-new-tokens", "3")
-
-
-@pytest.fixture(autouse=True)
-def _no_lasting_cache(monkeypatch):
-    monkeypatch.setattr("meshwen.compilation_cache.enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-@pytest.mark.parametrize("mesh", ["1", "1x8"])
+@pytest.mark.parametrize("mesh", ["1x8"])
 def test_the_demo_gives_the_stored_answers(mesh, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = importlib.import_module("demo_tokens")

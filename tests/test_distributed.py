@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import numpy as np
 import pytest
 
 import process_worker
-from meshwen import demo
+import reference
+from checkpoint_writers import write_model
 from meshwen.checkpoints import open_checkpoint
 from meshwen.cli import main
 from meshwen.distributed import start
 from meshwen.errors import MeshwenError
+from speller import write_tokenizer
+from tiny_model import ONE_LAYER
 
-FAST = ("1x8 fast", "2x4 fast", "data=2,model=4 fast")
+pytestmark = pytest.mark.usefixtures("unoptimised")
+FAST = ("1x8 fast", "data=2,model=4 fast")
 EXACT = "2x4 exact"
 QUESTION = "Maya buys 4 books at $7 each and pays with $50. How much change does she get?"
 ANSWER = "4*7=28 dollars\n50-28=22 dollars back\n#### 22\n"
@@ -49,7 +54,11 @@ def spawn(*arguments) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=tests,
-        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # As in this process: `unoptimised`.
+        },
     )
 
 
@@ -63,12 +72,22 @@ def generate(port, index, *arguments) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def tiny(tmp_path_factory):
+    """A model that writes little and compiles fast, with a tokenizer."""
+    # Two processes read equally much of it.
+    config = replace(ONE_LAYER, vocab_size=264)
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tokenizer(folder)
+    return write_model(folder, config, reference.random_weights(config))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, tiny):
     """What each of two processes sees, by run."""
     folder, address = tmp_path_factory.mktemp("processes"), f"127.0.0.1:{free_port()}"
     outputs = [folder / str(index) for index in range(2)]
     started = [
-        spawn("process_worker.py", address, index, output, *FAST, EXACT)
+        spawn("process_worker.py", address, index, output, tiny, *FAST, EXACT)
         for index, output in enumerate(outputs)
     ]
     for process in started:
@@ -77,14 +96,15 @@ def found(tmp_path_factory):
     return [json.loads(output.read_bytes()) for output in outputs]
 
 
-@cache
-def one_process(run):
-    return process_worker.observe(*run.split())
+@pytest.fixture(scope="module")
+def one_process(tiny):
+    """What one process sees in a run."""
+    return cache(lambda run: process_worker.observe(str(tiny), *run.split()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", FAST)
-def test_two_processes_give_what_one_gives(found, run):
+def test_two_processes_give_what_one_gives(found, one_process, run):
     expected = one_process(run)
     for process in found:
         assert process[run]["tokens"] == expected["tokens"]
@@ -95,7 +115,7 @@ def test_two_processes_give_what_one_gives(found, run):
 
 
 @pytest.mark.slow
-def test_exact_numerics_give_the_bits_of_one_device(found):
+def test_exact_numerics_give_the_bits_of_one_device(found, one_process):
     expected = one_process("1 exact")
     for process in found:
         assert process[EXACT]["logits"] == expected["logits"]
@@ -103,14 +123,15 @@ def test_exact_numerics_give_the_bits_of_one_device(found):
 
 
 @pytest.mark.slow
-def test_each_process_reads_the_bytes_of_its_own_devices(found):
+def test_each_process_reads_the_bytes_of_its_own_devices(found, one_process, tiny):
     everything = one_process("1x8 fast")["bytes"]
     ours, theirs = (process["1x8 fast"]["bytes"] for process in found)
-    with open_checkpoint("demo") as checkpoint:
+    with open_checkpoint(str(tiny)) as checkpoint:
         stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     assert ours + theirs == everything
     assert ours == theirs
-    assert ours < 0.55 * stored  # Half, and what every device holds a copy of.
+    # Half, and what several devices hold copies of: norms, and each key/value head on four.
+    assert ours < 0.65 * stored
 
 
 @pytest.mark.slow
@@ -128,11 +149,11 @@ def test_process_0_alone_prints_and_alone_reads_the_prompt(port):
 
 
 @pytest.mark.slow
-def test_verify_over_processes_has_the_outcome_of_one(port, tmp_path):
+def test_verify_over_processes_has_the_outcome_of_one(port, tiny, tmp_path, capsys):
     files = [tmp_path / name for name in ("prompts", "certificate.json")]
-    files[0].write_text("Name three colours.\n2+3\n", encoding="utf-8")
-    asked = ("--model", "demo", "--numerics", "exact")
-    meshes = ("--meshes", "1x8,2x4", "--max-new-tokens", 3)
+    files[0].write_text('{"prompt_tokens": [1, 2, 3]}\n{"prompt_tokens": [4]}\n', encoding="utf-8")
+    asked = ("--model", tiny, "--numerics", "exact")
+    meshes = ("--meshes", "2x4", "--max-new-tokens", 3)
     together = (*asked, *meshes, "--prompts", files[0], "--json", files[1])
     started = [
         # The other process needs no file: process 0 reads and writes for both.
@@ -143,60 +164,65 @@ def test_verify_over_processes_has_the_outcome_of_one(port, tmp_path):
     assert [process.returncode for process in started] == [0, 0], results
     assert "every promise was kept" in results[0][0]
     assert results[1] == ("", "")
-    one = spawn("-m", "meshwen", "verify", *asked, "--meshes", 1, "--against", files[1])
-    out, errors = one.communicate(timeout=300)
-    assert one.returncode == 0, out + errors
-    assert "the outcome is the certificate's, to the bit" in out
+    one = ("verify", *asked, "--meshes", 1, "--against", files[1])
+    assert main([*map(str, one)]) == 0
+    assert "the outcome is the certificate's, to the bit" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_eval_over_processes_goes_on_and_writes_in_process_0_alone(tmp_path):
+def test_eval_over_processes_goes_on_and_writes_in_process_0_alone(tiny, tmp_path):
     data, run, folder = (tmp_path / name for name in ("data.jsonl", "run.jsonl", "runs"))
-    data.write_bytes(b"".join((demo.path() / "heldout.jsonl").open("rb").readlines()[:6]))
-    asked = ("--data", data, "--prompt-style", "demo", "--numerics", "exact")
+    problems = [{"question": f"{n} + 1 = ?", "answer": f"#### {n + 1}"} for n in range(3)]
+    data.write_text("\n".join(map(json.dumps, problems)), encoding="utf-8")
+    asked = ("--model", tiny, "--data", data, "--prompt-style", "demo", "--numerics", "exact")
+    asked += ("--max-new-tokens", 8)
 
     def evaluate(*arguments) -> str:
         """What process 0 prints; the other has no data."""
         port = free_port()
         started = [
             command("eval", port, 0, *arguments, *asked),
-            command("eval", port, 1, *arguments, "--data", tmp_path / "nothing", *asked[2:]),
+            command("eval", port, 1, *arguments, *asked, "--data", tmp_path / "nothing"),
         ]
         results = [process.communicate(timeout=300) for process in started]
         assert [process.returncode for process in started] == [0, 0], results
         assert results[1] == ("", "")
         return results[0][0]
 
-    whole = ("gsm8k", "--mesh", "1x8", "--out", run, "--resume", "--json")
-    assert json.loads(evaluate(*whole, "--limit", 2))["answers"] == 2
+    whole = ("gsm8k", "--mesh", "2x4", "--out", run, "--resume", "--json")
+    assert json.loads(evaluate(*whole, "--limit", 1))["answers"] == 1
     found = json.loads(evaluate(*whole))
-    assert (found["answers"], found["answers_from_before"]) == (6, 2)
+    assert (found["answers"], found["answers_from_before"]) == (3, 1)
     report = folder.with_suffix(".html")
-    out = evaluate("meshes", "--meshes", "1x8,2x4", "--out", folder, "--html", report)
+    out = evaluate("meshes", "--meshes", "2x4", "--out", folder, "--html", report)
     assert "2x4" in out
     assert "</html>" in report.read_text(encoding="utf-8")
     alone = tmp_path / "alone.jsonl"
     assert main(["eval", "gsm8k", "--out", str(alone), *map(str, asked)]) == 0
-    for other in (run, folder / "1x8.jsonl", folder / "2x4.jsonl"):
+    for other in (run, folder / "2x4.jsonl"):
         assert main(["eval", "compare", str(alone), str(other), "--require", "identical"]) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_stop_when_a_process_dies(port, tmp_path, victim):
+def test_the_others_stop_when_a_process_dies(tmp_path):
     prompts = tmp_path / "prompts"
     prompts.write_text(f"{QUESTION}\n" * 1000, encoding="utf-8")
     arguments = ("--prompts-file", prompts, "--batch-size", 1, "--mesh", "1x8")
-    started = [generate(port, index, *arguments) for index in range(2)]
-    assert started[0].stdout.readline().startswith("[1/1000]")
-    started[victim].kill()
+    # Both at the same time: most of it is waiting.
+    pairs = []
+    for victim in (0, 1):
+        port = free_port()
+        started = [generate(port, index, *arguments) for index in range(2)]
+        pairs.append((started[victim], started[1 - victim]))
+        assert started[0].stdout.readline().startswith("[1/1000]")
+        started[victim].kill()
     killed = time.monotonic()
-    survivor = started[1 - victim]
-    _, errors = survivor.communicate(timeout=LIMIT)
-    assert time.monotonic() - killed < LIMIT
-    assert survivor.returncode != 0
-    assert "if another has ended, look there" in errors or "another task died" in errors
-    started[victim].communicate()
+    for victim, survivor in pairs:
+        _, errors = survivor.communicate(timeout=LIMIT)
+        assert time.monotonic() - killed < LIMIT
+        assert survivor.returncode != 0
+        assert "if another has ended, look there" in errors or "another task died" in errors
+        victim.communicate()
 
 
 @pytest.mark.slow

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuous batching: slots, the queue, cancellation, a cache that grows, and memory."""
 
-import random
 from itertools import pairwise
 
 import pytest
 
 import meshwen.capacity as capacity_module
-from mesh_model import MeshModel, random_tokens
+from mesh_model import random_tokens
 from meshwen.capacity import Capacity
 from meshwen.engine import Engine, QueueFullError
 from meshwen.errors import MeshwenError
 from meshwen.request import Event, Request
 from meshwen.sampling import SamplingParams
-from test_engine import PROMPTS, SAMPLED, SPLIT, completions, engine, engine_of, model, request
+from test_engine import PROMPTS, SPLIT, completions, engine, model, request
 from tiny_model import STEPS, TINY, greedy
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
 
 
@@ -66,35 +66,6 @@ def test_two_runs_on_one_engine_each_get_their_own():
     assert [next(run, None) for run in runs] == [None, None]
     found = [c.tokens for seen in events for c in completions(seen)]
     assert found == [greedy(tuple(p))[0] for p in PROMPTS]
-
-
-# --- Load changes nothing
-
-
-@pytest.mark.parametrize(
-    ("mesh", "dtype"),
-    [
-        ("1", "float32"),
-        ("1", "bfloat16"),
-        pytest.param("1x4", "bfloat16", marks=pytest.mark.slow),
-        pytest.param(SPLIT, "float32", marks=pytest.mark.slow),
-    ],
-)
-def test_in_exact_numerics_an_answer_does_not_depend_on_load(mesh, dtype):
-    runner = MeshModel(TINY, mesh, dtype=dtype, numerics="exact").runner
-    prompts = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (3, 17, 9, 5, 19, 2, 13)]
-    kinds = [{}, *SAMPLED]
-    requests = [
-        request(p, **kinds[n % len(kinds)], max_new_tokens=2 + n % 5, logprobs=True)
-        for n, p in enumerate(prompts)
-    ]
-    alone = [completions(engine_of(runner, max_num_seqs=1).run([r]))[0] for r in requests]
-    order = list(range(len(requests)))
-    random.Random(7).shuffle(order)
-    loaded = completions(engine_of(runner, max_num_seqs=3).run([requests[n] for n in order]))
-    for number, completion in zip(order, loaded, strict=True):
-        assert completion.tokens == alone[number].tokens
-        assert completion.logprobs == alone[number].logprobs  # To the bit.
 
 
 # --- The queue

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesh_model import SMALL_7B, shared_model
+from mesh_model import shared_model
 from meshwen.capacity import Capacity
 from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
@@ -16,11 +16,12 @@ from meshwen.request import Completion, Request
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplingParams
 from meshwen.sequence import SequenceState
+from tiny_model import ONE_LAYER
 
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
 SAMPLED = SamplingParams(max_new_tokens=40, temperature=0.7, top_p=0.9, seed=3, logprobs=True)
 WHOLE = SamplingParams(max_new_tokens=30, temperature=0.4, seed=5, logprobs=True)
-CONTEXT = 150
+CONTEXT = 70
 PENALIZED = SamplingParams(max_new_tokens=20, temperature=0, repetition_penalty=1.2)
 
 
@@ -80,22 +81,27 @@ class CountingRunner:
         return self._runner.decode(cache, tokens, *rest)
 
 
-def run(prompts, sampling, guessed, mesh="1", rows=2, dtype=np.float32, config=SMALL_7B):
-    """Completions by request in exact numerics, and the tokens of each step."""
+def run(prompts, sampling, guessed, mesh="1", rows=2, dtype=np.float32, config=ONE_LAYER, eos=()):
+    """Completions by request in exact numerics, and the tokens of each step.
+
+    `sampling` is that of all prompts, or a list of each one's.
+    """
     runner = CountingRunner(shared_model(config, mesh, dtype, "exact").runner)
     capacity = Capacity.of(runner.plan, runner.dtype, rows, CONTEXT)
-    engine = Engine(runner, None, [], capacity, prompt_lookup_num_tokens=guessed)
-    requests = [Request(tuple(prompt), sampling) for prompt in prompts]
+    engine = Engine(runner, None, eos, capacity, prompt_lookup_num_tokens=guessed)
+    each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    requests = [Request(tuple(p), one) for p, one in zip(prompts, each, strict=True)]
     done = {e.request: e.completion for e in engine.run(requests) if e.completion}
     return [done[i] for i in range(len(prompts))], runner.steps
 
 
 def repeating(length: int, seed: int) -> list[int]:
-    part = np.random.default_rng(seed).integers(0, SMALL_7B.vocab_size, 7).tolist()
+    part = np.random.default_rng(seed).integers(0, ONE_LAYER.vocab_size, 7).tolist()
     return (part * 20)[:length]
 
 
-PROMPTS = [repeating(25, 0), [7, 8, 9], repeating(40, 1), repeating(18, 2), [3] * 30]
+# Of few lengths: all tests share two rows of one cache, and what is compiled for it.
+PROMPTS = [repeating(25, 0), [7, 8, 9], repeating(32, 1), repeating(28, 2), [3] * 30]
 
 
 def guess_from(answers: list[Completion], wrong: int):
@@ -105,7 +111,7 @@ def guess_from(answers: list[Completion], wrong: int):
         answer = answers[sequence.number].tokens
         at = len(sequence.tokens)
         found = [
-            (token + (i % wrong == 0)) % SMALL_7B.vocab_size
+            (token + (i % wrong == 0)) % ONE_LAYER.vocab_size
             for i, token in enumerate([*answer, *[0] * count])
         ]
         return found[at : at + count]
@@ -113,22 +119,18 @@ def guess_from(answers: list[Completion], wrong: int):
     return guesses
 
 
-WIDE = replace(
-    SMALL_7B,
-    head_dim=32,
-    sliding_window=12,
-    layer_types=("full_attention", "sliding_attention"),
-)
+# Another kind of layer, and heads that kernels need not pad.
+WIDE = replace(ONE_LAYER, head_dim=32, layer_types=("full_attention",))
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, WHOLE], ids=["greedy", "top-p", "whole"])
 @pytest.mark.parametrize(
-    ("mesh", "dtype", "config"),
+    ("mesh", "dtype", "config", "sampling"),
     [
-        ("1", np.float32, WIDE),
-        ("2x2", np.float32, SMALL_7B),
-        ("data=2,model=2", jnp.bfloat16, WIDE),
+        ("1", np.float32, ONE_LAYER, GREEDY),
+        ("1", np.float32, ONE_LAYER, SAMPLED),
+        ("data=2,model=2", jnp.bfloat16, WIDE, WHOLE),
     ],
+    ids=["greedy", "top-p", "whole, on a mesh"],
 )
 def test_exact_answers_are_the_same_to_the_bit_and_take_fewer_steps(
     mesh, dtype, config, sampling, monkeypatch
@@ -155,32 +157,24 @@ def test_guesses_that_are_looked_up_change_no_exact_answer():
 
 
 def test_a_stop_or_a_limit_amid_guesses_ends_an_answer_there():
-    (plain, *_), _ = run([[3] * 30], GREEDY, 0)
-    for limit in range(1, 9):
-        sampling = SamplingParams(max_new_tokens=limit, temperature=0)
-        (found, *_), _ = run([[3] * 30], sampling, 7)
-        assert found.tokens == plain.tokens[:limit]
-        assert found.finish_reason == "length"
-    capacity = Capacity.of(shared_model(SMALL_7B, "1", np.float32, "exact").plan, jnp.float32, 1)
+    (plain, *_), _ = run([[3] * 30] * 2, GREEDY, 0)
+    limits = [replace(GREEDY, max_new_tokens=limit) for limit in range(1, 9)]
+    found, _ = run([[3] * 30] * 9, [GREEDY, *limits], 5)
+    for one, sampling in zip(found[1:], limits, strict=True):
+        assert one.tokens == plain.tokens[: sampling.max_new_tokens]
+        assert one.finish_reason == "length"
     end = plain.tokens[20]
-    engine = Engine(
-        shared_model(SMALL_7B, "1", np.float32, "exact").runner,
-        None,
-        [end],
-        capacity,
-        prompt_lookup_num_tokens=7,
-    )
-    (found,) = [e.completion for e in engine.run([Request((3,) * 30, GREEDY)]) if e.completion]
-    assert found.tokens == plain.tokens[: plain.tokens.index(end) + 1]
-    assert found.finish_reason == "stop"
+    found, _ = run([[3] * 30] * 2, GREEDY, 5, eos=[end])
+    for one in found:
+        assert one.tokens == plain.tokens[: plain.tokens.index(end) + 1]
+        assert one.finish_reason == "stop"
 
 
 def test_an_answer_may_reach_the_end_of_the_context_with_guesses():
-    prompt = repeating(100, 4)
-    sampling = SamplingParams(max_new_tokens=200, temperature=0)
-    (plain, *_), _ = run([prompt], sampling, 0)
-    (guessed, *_), _ = run([prompt], sampling, 15)
-    assert len(plain.tokens) == CONTEXT - 100
+    prompts = [repeating(32, 4)] * 2
+    (plain, *_), _ = run(prompts, replace(GREEDY, max_new_tokens=200), 0)
+    (guessed, *_), _ = run(prompts, replace(GREEDY, max_new_tokens=200), 5)
+    assert len(plain.tokens) == CONTEXT - 32
     assert guessed.tokens == plain.tokens
 
 
@@ -189,7 +183,7 @@ def test_nothing_is_guessed_with_a_repetition_penalty_or_for_many_answers():
     found, steps = run(PROMPTS, PENALIZED, 5)
     assert [c.tokens for c in found] == [c.tokens for c in plain]
     assert set(steps) == {1}
-    _, steps = run([repeating(20, i) for i in range(8)], GREEDY, 7, rows=8)
+    _, steps = run([repeating(20, i) for i in range(8)], GREEDY, 5, rows=8)
     assert set(steps) == {1}
 
 

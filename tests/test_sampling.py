@@ -16,7 +16,8 @@ from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.mesh import make_mesh, model_axes
 from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams, mark_seen, sample
 
-MESHES = ("1", "2", "3", "1x8", "2x4")
+pytestmark = pytest.mark.usefixtures("unoptimised")
+MESHES = ("1", "3", "2x4")  # One device; a vocabulary that does not divide; two axes.
 every_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 # Written out: what Qwen2.5's Instruct checkpoints ship, its parts for other programs included.
@@ -398,7 +399,7 @@ def mixed_on_one_device():
     return draw(logits, params, positions=positions, seen=seen)[0]
 
 
-@pytest.mark.parametrize("mesh", [*MESHES, "data=2,model=4"])
+@pytest.mark.parametrize("mesh", ["3", "1x8", "2x4", "data=2,model=4"])
 def test_seeded_draws_are_the_same_on_every_mesh(mesh):
     logits, params, positions, seen = mixed_batch()
     found, _ = draw(logits, params, mesh=mesh, positions=positions, seen=seen)
@@ -441,9 +442,7 @@ def test_the_number_of_candidates_does_not_matter(candidates):
 # --- Greedy
 
 
-@pytest.mark.parametrize(
-    ("mesh", "others"), [*((mesh, []) for mesh in MESHES), ("1", [SAMPLED]), ("3", [SAMPLED])]
-)
+@pytest.mark.parametrize(("mesh", "others"), [*((mesh, []) for mesh in MESHES), ("3", [SAMPLED])])
 def test_equally_likely_tokens_give_the_lowest_id(mesh, others):
     logits = np.full((12, 37), -1.0)
     rng = np.random.default_rng(4)
@@ -477,8 +476,11 @@ def test_top_k_keeps_the_lowest_ids_of_equally_likely_tokens(mesh):
     assert set(found) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("mesh", ["3", "2x4"])
-@pytest.mark.parametrize("params", [params_of(), SAMPLED, replace(SAMPLED, top_p=0.99)])
+@pytest.mark.parametrize(
+    ("mesh", "params"),
+    [("3", params_of()), ("2x4", SAMPLED), ("3", replace(SAMPLED, top_p=0.99))],
+    ids=["greedy", "whole", "top-p"],
+)
 def test_padding_of_the_vocabulary_is_never_drawn(mesh, params):
     batch = [replace(params, seed=seed, logprobs=True) for seed in range(200)]
     found, logprobs = draw(np.full((200, 37), -50.0), batch, mesh=mesh)

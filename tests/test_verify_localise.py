@@ -20,23 +20,25 @@ from meshwen.verify.localise import Parting, Prober, divergence, operation_names
 from tiny_model import TINY
 from verify_model import PROMPTS, mesh_run, observed, prober, trace
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 EVERYWHERE = [Parting(layer, name) for layer in range(2) for name in (ATTENTION, MLP)]
-every_numerics = pytest.mark.parametrize("numerics", ["fast", "exact"])
+every_run = pytest.mark.parametrize(
+    ("mesh", "numerics"), [("4", "fast"), ("data=2,model=2", "exact")]
+)
 every_place = pytest.mark.parametrize("place", EVERYWHERE, ids=str)
 
 
-@every_numerics
-@pytest.mark.parametrize("mesh", ["1", "4", "data=2,model=2"])
+@every_run
 def test_checksums_change_no_logit_and_copies_agree(mesh, numerics):
     found = trace(mesh, numerics)
     assert found.neutral
     assert found.devices_agree
 
 
-@pytest.mark.parametrize("mesh", ["4", "data=2,model=2"])
-def test_checksums_of_equal_bits_are_equal_on_every_mesh(mesh):
-    assert parting(trace("1", "exact"), trace(mesh, "exact")) is None
-    assert divergence(trace("1", "exact"), trace(mesh, "exact")) == [0.0] * 6
+def test_checksums_of_equal_bits_are_equal_on_every_mesh():
+    expected, found = (trace(mesh, "exact") for mesh in ("1", "data=2,model=2"))
+    assert parting(expected, found) is None
+    assert divergence(expected, found) == [0.0] * 6
 
 
 def test_fast_meshes_part_at_the_first_sum_over_devices():
@@ -60,12 +62,12 @@ def test_a_sum_in_another_order_is_found_where_it_is(place):
     assert max(divergence(trace("4"), found)) < 1e-5
 
 
-@every_numerics
-def test_the_self_test_finds_every_fault(numerics):
-    run = mesh_run("4", numerics)
-    expected = trace("1" if numerics == "exact" else "4", numerics)
-    sound, first = observed("4", numerics).whole, observed("1", numerics).whole
-    found = self_test(run, prober("4", numerics), expected, sound, first)
+@every_run
+def test_the_self_test_finds_every_fault(mesh, numerics):
+    run = mesh_run(mesh, numerics)
+    expected = trace("1" if numerics == "exact" else mesh, numerics)
+    sound, first = observed(mesh, numerics).whole, observed("1", numerics).whole
+    found = self_test(run, prober(mesh, numerics), expected, sound, first)
     assert [fault.caught for fault in found] == [True] * 3
     if numerics == "exact":
         assert all(fault.breaks == ("logits: not the same bits",) for fault in found)

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that the tests must find: see `mutants.py`. Each is one that a change could bring in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A piece of a file and what takes its place.
+
+    Attributes:
+        name: of the part of the package, and what is wrong.
+        path: of the file, from the repository's root.
+        old: text that is there once.
+        new: the text with the fault.
+        tests: names of the test files that should find it, `model` for `tests/test_model.py`.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+_PACKAGE = "src/meshwen/"
+
+
+def _fault(name: str, path: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, _PACKAGE + path, old, new, tests)
+
+
+FAULTS = (
+    # --- Numerics
+    _fault(
+        "exact: tree adds other neighbours",
+        "parallel/exact.py",
+        "pairs = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)]",
+        "pairs = [sums[i] + sums[-1 - i] for i in range(len(sums) // 2)]\n"
+        "        if len(sums) % 2:\n"
+        "            pairs.append(sums[len(sums) // 2])\n"
+        "            sums = []",
+        "exact",
+    ),
+    _fault(
+        "exact: functions in rows of any width",
+        "parallel/exact.py",
+        "rows = _pad(x.reshape(-1), 0, -x.size % _VECTORS).reshape(-1, _VECTORS)\n"
+        "        (rows,) = lax.optimization_barrier((rows,))\n"
+        "        (y,) = lax.optimization_barrier((function(rows),))\n"
+        "        return y.reshape(-1)[: x.size].reshape(x.shape)",
+        "return function(x)",
+        "exact",
+    ),
+    _fault(
+        "exact: negative zeros stay",
+        "parallel/exact.py",
+        "return jnp.where(x == 0, 0.0, x)",
+        "return x",
+        "exact",
+    ),
+    _fault(
+        "exact: one row keeps its own order",
+        "parallel/exact.py",
+        "_MIN_ROWS = 8 ",
+        "_MIN_ROWS = 1 ",
+        "exact",
+    ),
+    _fault(
+        "exact: all-reduce of floats",
+        "parallel/exact.py",
+        "        n = self.devices\n        padded",
+        "        return _positive_zeros(lax.psum(x, self.axes))\n"
+        "        n = self.devices\n        padded",
+        "exact",
+    ),
+    _fault(
+        "numerics: partial sums in bfloat16",
+        "parallel/contractions.py",
+        "return self.all_reduce(self._product(x, weight, contract=0))",
+        "y = self._product(x, weight, contract=0)\n"
+        "        return self.all_reduce(y.astype(jnp.bfloat16).astype(jnp.float32))",
+        "mesh_parity",
+    ),
+    _fault(
+        "numerics: float32 products in lower precision",
+        "parallel/contractions.py",
+        "precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT",
+        "precision = lax.Precision.DEFAULT",
+        "model",
+    ),
+    _fault(
+        "numerics: keys in the dtype of values",
+        "kv_cache.py",
+        "jnp.zeros((batch, heads, head_dim, slots), jnp.float32),",
+        "jnp.zeros((batch, heads, head_dim, slots), dtype),",
+        "model",
+        "kv_cache",
+    ),
+    # --- The model
+    _fault(
+        "model: window of one token more",
+        "model.py",
+        "(query - key < window)",
+        "(query - key <= window)",
+        "model",
+    ),
+    _fault(
+        "model: YaRN without its attention factor",
+        "model.py",
+        "(cos * attention_factor, sin * attention_factor)",
+        "(cos, sin)",
+        "model",
+    ),
+    _fault(
+        "model: RMSNorm without eps",
+        "model.py",
+        "tp.mean_square(x) + eps)",
+        "tp.mean_square(x))",
+        "model",
+    ),
+    _fault(
+        "model: last chunk's wanted token off by one",
+        "runner.py",
+        "last = lengths - 1 - start",
+        "last = lengths - 2 - start",
+        "engine",
+    ),
+    _fault(
+        "rope: YaRN blends whole pairs upwards",
+        "rope.py",
+        "low, high = math.floor(low), math.ceil(high)",
+        "low, high = math.ceil(low), math.ceil(high)",
+        "rope",
+    ),
+    # --- Sharding
+    _fault(
+        "sharding: a slot more than a group has",
+        "parallel/heads.py",
+        "head[(within >= group) |",
+        "head[(within > group) |",
+        "heads",
+    ),
+    _fault(
+        "sharding: padding repeats the last row",
+        "parallel/plan.py",
+        "source[size:] = PADDING",
+        "source[size:] = size - 1",
+        "loading",
+        "plan",
+    ),
+    _fault(
+        "sharding: lookup beyond a device's rows",
+        "parallel/contractions.py",
+        "here = (row >= 0) & (row < count)",
+        "here = (row >= 0) & (row <= count)",
+        "mesh_parity",
+    ),
+    _fault(
+        "sharding: the sampler gathers all logits",
+        "sampling.py",
+        "    values, local = _largest(logits, count)\n    choices = ids[local]\n    if tp.axes:",
+        "    if tp.axes:\n"
+        "        logits = lax.all_gather(logits, tp.axes, axis=1, tiled=True)\n"
+        "        ids = lax.all_gather(ids, tp.axes, axis=0, tiled=True)\n"
+        "    values, local = _largest(logits, count)\n    choices = ids[local]\n    if False:",
+        "engine",
+        "mesh_parity",
+    ),
+    _fault(
+        "sharding: devices in another order",
+        "parallel/mesh.py",
+        "Mesh(np.asarray(devices).reshape(shape), names)",
+        "Mesh(np.asarray(devices[::-1]).reshape(shape), names)",
+        "mesh",
+    ),
+    # --- Kernels
+    _fault(
+        "kernels: a window of one slot more",
+        "kernels/attention.ll",
+        "  %first.any = sub i64 %behind, %window\n",
+        "  %first.any = sub i64 %slot, %window\n",
+        "kernels",
+    ),
+    _fault(
+        "kernels: earlier passes are not scaled",
+        "kernels/attention.ll",
+        "br i1 %is.first, label %row.end, label %row.scale",
+        "br label %row.end",
+        "kernels",
+    ),
+    _fault(
+        "kernels: a part of a panel has a column less",
+        "kernels/product.ll",
+        "  %bytes = mul i64 %columns, 4\n  br label %row",
+        "  %columns.less = sub i64 %columns, 1\n"
+        "  %bytes = mul i64 %columns.less, 4\n"
+        "  br label %row",
+        "kernels",
+    ),
+    _fault(
+        "kernels: runs of sums by the number of rows",
+        "kernels/product.ll",
+        "%chunk.steps = call i64 @llvm.umin.i64(i64 %run, i64 %steps.left)",
+        "%run.some = lshr i64 %run, 1\n"
+        "  %run.chosen = select i1 %unpacks, i64 %run.some, i64 %run\n"
+        "  %chunk.steps = call i64 @llvm.umin.i64(i64 %run.chosen, i64 %steps.left)",
+        "kernels",
+    ),
+    _fault(
+        "kernels: int8 corrections with the other sign",
+        "kernels/int8.ll",
+        "mul i32 %sum, -128",
+        "mul i32 %sum, 128",
+        "quantization",
+    ),
+    _fault(
+        "kernels: starts are not clipped",
+        "kernels/__init__.py",
+        "starts = jnp.clip(starts, 0, S - T).astype(jnp.int32)",
+        "starts = jnp.maximum(starts, 0).astype(jnp.int32)",
+        "kernels",
+    ),
+    _fault(
+        "quantization: scales rounded to nearest",
+        "quantization.py",
+        "jnp.minimum(bits, 0x7FC00000) + 0xFFFF",
+        "jnp.minimum(bits, 0x7FC00000) + 0x7FFF",
+        "quantization",
+    ),
+    # --- Engine and sampling
+    _fault(
+        "engine: a decode step writes into a row that is read",
+        "engine.py",
+        "            positions[:] = self._reading.start",
+        "            pass",
+        "engine_batching",
+        "engine",
+    ),
+    _fault(
+        "engine: many prompts before the next token",
+        "engine.py",
+        "or self._reads >= _MOST_READS)",
+        "or not self._reads)",
+        "engine_batching",
+    ),
+    _fault(
+        "engine: the sampler forgets a new request",
+        "engine.py",
+        "            self._reading = self._sampler = None\n            sampled",
+        "            self._reading = None\n            sampled",
+        "engine_batching",
+        "engine",
+    ),
+    _fault(
+        "engine: wrong drafts are taken",
+        "engine.py",
+        "for i in range(1 + right):",
+        "for i in range(1 + len(guessed)):",
+        "lookup",
+    ),
+    _fault(
+        "engine: a cancelled prompt is read on",
+        "engine.py",
+        "            self._reading = self._reading.without(number)",
+        "            pass",
+        "engine_batching",
+    ),
+    _fault(
+        "engine: a grown cache mixes up the parts",
+        "kv_cache.py",
+        "split = array.reshape(parts, old[0] // parts, *old[1:])",
+        "split = array.reshape(old[0] // parts, parts, *old[1:]).swapaxes(0, 1)",
+        "kv_cache",
+        "engine_batching",
+    ),
+    _fault(
+        "engine: half of a stop string is shown",
+        "sequence.py",
+        "max((len(s) - 1 for s in self._stop), default=0)",
+        "max((len(s) - 2 for s in self._stop), default=0)",
+        "engine",
+    ),
+    _fault(
+        "engine: a generation config's list of ends is cut",
+        "causal_lm.py",
+        "return tuple(given or config.eos_token_id",
+        "return tuple((given or ())[:1] or config.eos_token_id",
+        "causal_lm",
+    ),
+    _fault(
+        "sampling: top-p leaves out the token that reaches it",
+        "sampling.py",
+        "before = (lax.associative_scan(jnp.add, weights, axis=1) - weights) / total",
+        "before = lax.associative_scan(jnp.add, weights, axis=1) / total",
+        "sampling",
+    ),
+    _fault(
+        "sampling: a penalty lifts negative logits",
+        "sampling.py",
+        "penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)",
+        "penalized = logits / penalty",
+        "sampling",
+    ),
+    _fault(
+        "sampling: noise by the row's place",
+        "sampling.py",
+        "uniform = jax.vmap(row)(seed, positions, ids)",
+        "uniform = jax.vmap(row)(seed, positions + jnp.arange(len(seed)), ids)",
+        "sampling",
+    ),
+    _fault(
+        "sampling: log-probabilities after the penalty",
+        "sampling.py",
+        "_logprobs(raw, ids, tokens, tp)",
+        "_logprobs(logits, ids, tokens, tp)",
+        "sampling",
+    ),
+    # --- Loaders
+    _fault(
+        "loading: float32 is cut off, not rounded",
+        "packing.py",
+        "return _panels(weight.astype(dtype)), None",
+        "import jax.numpy as np_\n\n"
+        "        if dtype == np_.bfloat16 and weight.dtype == np_.float32:\n"
+        "            cut = jax.lax.bitcast_convert_type(weight, np_.uint32) >> 16\n"
+        "            weight = jax.lax.bitcast_convert_type(cut.astype(np_.uint16), np_.bfloat16)\n"
+        "        return _panels(weight.astype(dtype)), None",
+        "loading",
+    ),
+    _fault(
+        "loading: a differing tied head is taken",
+        "loading.py",
+        "    if not same:\n",
+        "    if False:\n",
+        "loading",
+    ),
+    _fault(
+        "loading: unexpected tensors are passed over",
+        "loading.py",
+        "if name not in expected and not tied_copy and",
+        "if False and name not in expected and not tied_copy and",
+        "loading",
+    ),
+    _fault(
+        "safetensors: a tensor in two shards",
+        "checkpoints/base.py",
+        "            if name in tensors:",
+        "            if False:",
+        "checkpoints_safetensors",
+    ),
+    _fault(
+        "gguf: blocks of a slice from the first column",
+        "checkpoints/gguf.py",
+        "columns = np.arange(wanted.start, wanted.stop, wanted.step) - first * self.block_elements",
+        "columns = np.arange(wanted.start, wanted.stop, wanted.step) % covered",
+        "checkpoints_gguf",
+    ),
+    _fault(
+        "gguf: truncation is not noticed",
+        "checkpoints/gguf.py",
+        'if place["offset"] + place["nbytes"] > len(file):',
+        "if False:",
+        "checkpoints_gguf",
+    ),
+    _fault(
+        "config: unknown RoPE scaling is taken for none",
+        "config.py",
+        "    if rope_type not in ROPE_TYPES:\n        raise MeshwenError(",
+        "    if rope_type not in ROPE_TYPES:\n"
+        "        return theta, None\n"
+        "        raise MeshwenError(",
+        "config",
+    ),
+    _fault(
+        "tokenizer: split bytes vanish",
+        "tokenizer.py",
+        '(errors="replace")',
+        '(errors="ignore")',
+        "tokenizer",
+    ),
+    _fault(
+        "tokenizer: a chat gets a second beginning",
+        "tokenizer.py",
+        "return self.encode(text, add_special_tokens=False)",
+        "return self.encode(text)",
+        "tokenizer",
+    ),
+    _fault(
+        "chat template: no sandbox",
+        "chat_template_worker.py",
+        "environment = ImmutableSandboxedEnvironment(",
+        "environment = jinja2.Environment(",
+        "chat_template",
+    ),
+    # --- Command line
+    _fault(
+        "cli: what a user must change is a defect",
+        "cli/app.py",
+        "USER_MUST_CHANGE, DEFECT = 2, 3",
+        "USER_MUST_CHANGE, DEFECT = 3, 3",
+        "cli_errors",
+    ),
+    _fault(
+        "cli: answers come as they end",
+        "cli/generate.py",
+        "        while following in waiting:\n"
+        "            yield following, waiting.pop(following)\n"
+        "            following += 1",
+        "        while waiting:\n            yield waiting.popitem()",
+        "cli_generate",
+    ),
+    _fault(
+        "cli: processes may have other options",
+        "cli/processes.py",
+        "            if other.get(name) != first[name]:",
+        "            if False:",
+        "distributed",
+    ),
+    _fault(
+        "inspect: bytes of a device without padding",
+        "cli/inspect_report.py",
+        "shape = weight.shard_shape(plan)[:: -1 if weight.transposed else 1]",
+        "shape = tuple(n // plan.model_devices for n in weight.shape(plan)[:1])"
+        " + weight.shape(plan)[1:]",
+        "cli_inspect",
+    ),
+    # --- Verification, evaluation, reports
+    _fault(
+        "verify: asynchronous collectives are not seen",
+        "verify/hlo.py",
+        "reduce-scatter)(?P<start>-start)?",
+        "reduce-scatter)(?P<start>-begun)?",
+        "hlo",
+    ),
+    _fault(
+        "verify: a checksum that signs leave alone",
+        "verify/localise.py",
+        "_mixed(bits ^ _mixed(place))",
+        "(bits * (2 * place + 1))",
+        "verify_localise",
+    ),
+    _fault(
+        "verify: NaN keeps a promise",
+        "verify/promises.py",
+        "if not math.isfinite(difference.max_abs):",
+        "if difference.max_abs == math.inf:",
+        "verify_metrics",
+        "verify",
+    ),
+    _fault(
+        "certificate: other weights are not told",
+        "verify/certificate.py",
+        'if before["weights_sha256"] != after["weights_sha256"]:',
+        "if False:",
+        "verify",
+    ),
+    _fault(
+        "eval: a torn line is read on",
+        "evals/run_file.py",
+        "file.truncate(sum(len(line) + 1 for line in lines))",
+        "pass",
+        "evals_run_file",
+    ),
+    _fault(
+        "eval: a box ends at the first brace",
+        "evals/answers.py",
+        'depth += {"{": 1, "}": -1}.get(text[at], 0)',
+        'depth += {"}": -1}.get(text[at], 0)',
+        "evals_answers",
+    ),
+    _fault(
+        "eval: flips are told the wrong way round",
+        "evals/compare.py",
+        "only_first = tuple(key for key, flip in flips.items() if flip > 0)",
+        "only_first = tuple(key for key, flip in flips.items() if flip < 0)",
+        "cli_eval",
+        "evals_run_file",
+        "evals_statistics",
+    ),
+    _fault(
+        "eval: samples of a problem share a seed",
+        "evals/gsm8k.py",
+        "entropy = [base, self.problem.number, self.sample]",
+        "entropy = [base, self.problem.number]",
+        "cli_eval",
+    ),
+    _fault(
+        "eval: control characters reach the terminal",
+        "cli/eval_tables.py",
+        r'_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")',
+        r'_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")',
+        "cli_eval",
+    ),
+    _fault(
+        "bench: the table that is looked up counts as read",
+        "bench/costs.py",
+        "if w.name not in {EMBEDDING.name, LM_HEAD.name}]",
+        "if w.name != LM_HEAD.name]",
+        "bench",
+    ),
+    _fault(
+        "report: names are not escaped",
+        "pages/__init__.py",
+        "autoescape=True",
+        "autoescape=False",
+        "verify",
+        "bench",
+    ),
+)
