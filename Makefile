@@ -4,11 +4,12 @@
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Files or tests, e.g. TESTS='tests/test_model.py -k yarn'; all without.
+# Files or tests, e.g. TESTS='tests/test_model.py -k yarn'; all without. Those of the real checkpoint
+# are `make test-real`'s.
 TESTS ?=
-# Which of them, besides those of the real checkpoint, e.g. MARKS='not real and not slow'.
-MARKS ?= not real
-# More flags for the tests, e.g. PYTEST_FLAGS='-x --durations=10'.
+# Which of them, e.g. MARKS='not slow'.
+MARKS ?=
+# More flags for each run of pytest, e.g. PYTEST_FLAGS='-x --durations=10'.
 PYTEST_FLAGS ?=
 # What is installed beside the package: without `cpu`, XLA multiplies bfloat16 by itself.
 EXTRAS ?= dev,cpu
@@ -29,7 +30,7 @@ test: test-hermetic $(if $(TESTS),,test-real)
 # one process, whose tests share what they compiled.
 test-hermetic: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
-	  --no-loadscope-reorder -m '$(MARKS)' $(PYTEST_FLAGS) $(TESTS)
+	  --no-loadscope-reorder -m 'not real$(if $(MARKS), and ($(MARKS)))' $(PYTEST_FLAGS) $(TESTS)
 
 # The real checkpoint's tests, where it is at hand: each takes all cores and up to 10 GB.
 test-real: $(VENV)/.installed-dev

@@ -3,62 +3,77 @@
 tests near the change. `make check` runs it.
 
 Near are, in this order: test files that changed, those named after a module that changed, those
-that import it, and those whose helpers do. They run until a test fails or the time is over; what
-was left is counted.
+that import it, and those that import what imports it. They run until a test fails or the time is
+over; what had not begun by then is counted. Slow tests are left to `make test`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 PACKAGE = ROOT / "src" / "meshwen"
+_NOTHING_RAN = 5  # pytest's exit status
+_LEFT = re.compile(r"^SKIPPED \[(\d+)\] .*not begun within", re.MULTILINE)
+# What no test imports, and the test files that show whether it works at all.
+_SMOKE = {
+    "scripts": "test_scripts.py",
+    "tests/conftest.py": "test_heads.py",
+    "tests/costs.py": "test_heads.py",
+    "pyproject.toml": "test_heads.py",
+}
 
 
 def changed_files(since: str | None) -> list[Path]:
     """Files that differ from a commit; without one from the last, else those that it changed."""
-    untracked = _git("ls-files", "--others", "--exclude-standard")
-    found = _git("diff", "--name-only", since or "HEAD") + untracked
+    if since is not None:
+        since = _git("rev-parse", "--verify", "--end-of-options", f"{since}^{{commit}}")[0].strip()
+    untracked = _git("ls-files", "-z", "--others", "--exclude-standard")
+    found = _git("diff", "-z", *_NAMES, since or "HEAD") + untracked
     if not found and since is None:
-        found = _git("diff", "--name-only", "HEAD~1", "HEAD")
+        found = _git("show", "-z", "--format=", *_NAMES, "HEAD")
     return [ROOT / name for name in found]
 
 
+_NAMES = ("--name-only", "--no-renames", "--relative")
+
+
 def _git(*arguments: str) -> list[str]:
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
-        sys.exit(f"check: git {arguments[0]} failed: {done.stderr.strip()}")
-    return done.stdout.split("\n")[:-1]
+        reason = os.fsdecode(done.stderr).strip().splitlines() or ["no reason given"]
+        sys.exit(f"check: git {arguments[0]} failed: {reason[0]}")
+    return [name for name in os.fsdecode(done.stdout).split("\0") if name]
 
 
 def near_tests(changed: Iterable[Path]) -> list[Path]:
     """Test files near some files, the nearest first."""
-    changed = list(changed)
-    modules = {name for path in changed if (name := module_of(path))}
-    helpers = {path.stem for path in TESTS.glob("*.py")} - {"conftest"}
+    changed = {path.relative_to(ROOT).as_posix() for path in changed}
+    modules = {name for path in changed if (name := module_of(ROOT / path))}
+    helpers = {path.stem: imports(path) for path in TESTS.glob("*.py")}
+    altered = {Path(path).stem for path in changed if Path(path).parent == Path("tests")}
+    users = _importers(modules)
+    smoke = {test for prefix, test in _SMOKE.items() if any(p.startswith(prefix) for p in changed)}
     ranked = []
     for test in sorted(TESTS.glob("test_*.py")):
-        imported = imports(test)
-        through = {
-            name for helper in imported & helpers for name in imports(TESTS / f"{helper}.py")
-        }
-        changed_helper = any(path.parent == TESTS and path.stem in imported for path in changed)
-        named = {part for name in modules if (part := name.rpartition(".")[2])}
+        own = helpers[test.stem]
+        all_ = own.union(*(helpers[name] for name in own & helpers.keys()))
         ranks = (
-            test in changed,
-            changed_helper or any(_is_named_after(test, part) for part in named),
-            bool(modules & imported),
-            bool(modules & through),
+            test.stem in altered,
+            bool(altered & own) or any(_is_named_after(test, name) for name in modules),
+            bool(modules & own) or test.name in smoke,
+            bool(users & all_),
         )
         if any(ranks):
             ranked.append((ranks.index(True), test))
@@ -77,8 +92,12 @@ def module_of(path: Path) -> str | None:
 
 def imports(path: Path) -> set[str]:
     """Modules that a file names in its imports, and names that may be modules."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return set()  # The linter names it.
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -86,12 +105,31 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def _is_named_after(test: Path, name: str) -> bool:
-    return f"_{name}_" in f"{test.stem}_"
+def _importers(modules: set[str]) -> set[str]:
+    """Some modules of the package, and all that import them, however far."""
+    graph = {str(module_of(path)): imports(path) for path in PACKAGE.rglob("*.py")}
+    found, new = set(modules), set(modules)
+    while new:
+        new = {name for name, imported in graph.items() if imported & new} - found
+        found |= new
+    return found
 
 
-def run(name: str, *command: str | Path) -> tuple[str, bool, str, float]:
-    """A command's name, whether it succeeded, what it printed, and seconds."""
+def _is_named_after(test: Path, module: str) -> bool:
+    return f"_{module.rpartition('.')[2]}_" in f"{test.stem}_"
+
+
+class Step(NamedTuple):
+    """What a command came to."""
+
+    name: str
+    status: int
+    output: str
+    seconds: float
+
+
+def run(name: str, *command: str | Path) -> Step:
+    """Runs a module of this Python."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
@@ -99,9 +137,10 @@ def run(name: str, *command: str | Path) -> tuple[str, bool, str, float]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         check=False,
     )
-    return name, done.returncode == 0, done.stdout, time.monotonic() - began
+    return Step(name, done.returncode, done.stdout, time.monotonic() - began)
 
 
 def main() -> int:
@@ -111,13 +150,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=40, help="for tests; default: 40")
     options = parser.parse_args()
     near = near_tests(changed_files(options.since))
-    arguments = [
-        "-x",
-        "-q",
-        "-m",
-        "not slow and not real and not torch",
-        f"--seconds={options.seconds}",
-    ]
+    marks = "not slow and not real and not torch"
+    tests = ("pytest", "-x", "-q", "-m", marks, f"--seconds={options.seconds}", *near)
     with ThreadPoolExecutor() as pool:
         steps = [
             pool.submit(run, "format", "ruff", "format", "--check", "."),
@@ -125,19 +159,29 @@ def main() -> int:
             pool.submit(run, "types", "mypy"),
         ]
         if near:
-            title = f"tests: {', '.join(test.stem.removeprefix('test_') for test in near)}"
-            steps.append(pool.submit(run, title, "pytest", *arguments, *near))
+            names = ", ".join(test.stem.removeprefix("test_") for test in near)
+            steps.append(pool.submit(run, f"tests: {names}", *tests))
         results = [step.result() for step in steps]
-    for _, succeeded, output, _ in results:
-        if not succeeded:
-            print(output)
     if near:
-        print(results[-1][2].strip().splitlines()[-1])
-    for name, succeeded, _, seconds in results:
-        print(f"{'passed' if succeeded else 'FAILED'}  {seconds:5.1f} s  {name}")
+        results[-1] = _judged(results[-1])
+    for step in results:
+        if step.status:
+            print(step.output)
+    for step in results:
+        print(f"{'FAILED' if step.status else 'passed'}  {step.seconds:5.1f} s  {step.name}")
     if not near:
         print("no tests are near what has changed")
-    return 0 if all(succeeded for _, succeeded, _, _ in results) else 1
+    return 1 if any(step.status for step in results) else 0
+
+
+def _judged(tests: Step) -> Step:
+    """The tests' step; its name says what did not run."""
+    left = sum(int(count) for count in _LEFT.findall(tests.output))
+    if left:
+        tests = tests._replace(name=f"{tests.name} ({left} tests had not begun: make test)")
+    if tests.status == _NOTHING_RAN:
+        tests = tests._replace(status=0, name=f"{tests.name} (only slow ones: make test)")
+    return tests
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts faults into a copy of the package, one at a time, and says whether the tests find them.
+"""Puts faults into copies of the package, one at a time, and says whether the tests find them.
 
     python scripts/mutants.py                  each fault against the test files named beside it
-    python scripts/mutants.py --only causal    the faults whose names contain a text
-    python scripts/mutants.py --whole          each fault against the whole suite (an hour or more)
+    python scripts/mutants.py --only engine    the faults whose names contain a text
+    python scripts/mutants.py --whole          against all test files, those named first
     python scripts/mutants.py --tests DIR      the tests of another checkout, on this package
 
-A fault is found when a test fails that passes without it. The exit status is 1 where one is not.
-`mutants_list.py` holds the faults.
+`mutants_list.py` holds the faults. First the test files run without a fault: all must pass. A fault
+is found when a test fails, hangs or crashes with it. The exit status is 1 where one is not found.
 """
 
 from __future__ import annotations
@@ -20,25 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from mutants_list import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 _FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(\S+)", re.MULTILINE)
-_PARTS = ("src", "scripts", "benchmarks", "examples", "docs", "pyproject.toml", "README.md")
-_TIMEOUT = 1800  # seconds for the test files of one fault; a hang counts as found
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the tests say of a fault."""
-
-    fault: Fault
-    test: str | None  # the first that failed; None where all passed
-    seconds: float
+# Not the scripts: their tests hold the list of faults against the package without one.
+_PARTS = ("src", "benchmarks", "examples", "docs", "pyproject.toml", "README.md")
+_TIMEOUT = 400  # seconds for the test files of one fault
+_NOTHING_RAN = 5  # pytest's exit status
 
 
 def mutated(fault: Fault, source: str) -> str:
@@ -53,24 +46,36 @@ def mutated(fault: Fault, source: str) -> str:
     return source.replace(fault.old, fault.new)
 
 
-def verdict(fault: Fault, tests: Path, files: list[str]) -> Verdict:
-    """Runs test files on a copy that has the fault, up to the first failure."""
+def first_failure(
+    tests: Path, names: Sequence[str], fault: Fault | None, timeout: float | None = _TIMEOUT
+) -> str | None:
+    """Runs test files on a copy of the package, up to the first that fails.
+
+    Args:
+        tests: the folder of tests.
+        names: of test files, without `test_`.
+        fault: to be put in; None: none.
+        timeout: in seconds; None: none.
+
+    Returns:
+        The test that failed, or in brackets what happened else; None where all passed.
+    """
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = Path(folder) / "repository"
-        copy.mkdir()
+        copy = Path(folder)
         for part in _PARTS:
             place = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             place(ROOT / part, copy / part)
         shutil.copytree(tests, copy / "tests")
-        path = copy / fault.path
-        path.write_text(mutated(fault, path.read_text(encoding="utf-8")), encoding="utf-8")
-        found = [f"tests/test_{name}.py" for name in files]
-        began = time.monotonic()
-        test = _first_failure(copy, [one for one in found if (copy / one).is_file()])
-        return Verdict(fault, test, time.monotonic() - began)
+        if fault is not None:
+            path = copy / fault.path
+            path.write_text(mutated(fault, path.read_text(encoding="utf-8")), encoding="utf-8")
+        files = [f"tests/test_{name}.py" for name in names]
+        return _run(copy, [one for one in files if (copy / one).is_file()], timeout)
 
 
-def _first_failure(copy: Path, files: list[str]) -> str | None:
+def _run(copy: Path, files: list[str], timeout: float | None) -> str | None:
+    if not files:
+        return None
     # What is compiled is kept for the next fault, apart from what `make test` keeps.
     cache = f"cache_dir={ROOT / '.pytest_cache' / 'mutants'}"
     arguments = ["-x", "-q", "-m", "not real and not torch", "-o", cache, *files]
@@ -79,19 +84,20 @@ def _first_failure(copy: Path, files: list[str]) -> str | None:
             [sys.executable, "-m", "pytest", *arguments],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": str(copy / "src")},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=_TIMEOUT,
+            errors="replace",
+            timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "(a test that hangs)"
-    if done.returncode == 0:
+        return "(hangs)"
+    if done.returncode in (0, _NOTHING_RAN):
         return None
-    failed = _FAILED.search(done.stdout)
-    if not failed:
-        raise RuntimeError(f"pytest ended with status {done.returncode}:\n{done.stdout[-3000:]}")
-    return failed[1]
+    if failed := _FAILED.search(done.stdout):
+        return failed[1]
+    return f"(pytest ends with status {done.returncode})"
 
 
 def main() -> int:
@@ -104,18 +110,24 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [fault for fault in FAULTS if options.only in fault.name]
     every = sorted(p.stem.removeprefix("test_") for p in options.tests.glob("test_*.py"))
+    if not chosen or not every:
+        parser.error("there is no such fault" if every else f"{options.tests} has no tests")
+    named = sorted({name for fault in chosen for name in fault.tests})
+    if failed := first_failure(options.tests, every if options.whole else named, None, None):
+        parser.exit(2, f"without a fault, this fails: {failed}\n")
 
-    def judged(fault: Fault) -> Verdict:
+    def judged(fault: Fault) -> tuple[str, str | None, float]:
         rest = [name for name in every if options.whole and name not in fault.tests]
-        return verdict(fault, options.tests, [*fault.tests, *rest])
+        began = time.monotonic()
+        test = first_failure(options.tests, [*fault.tests, *rest], fault)
+        return fault.name, test, time.monotonic() - began
 
     missed = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for one in pool.map(judged, chosen):
-            print(
-                f"{one.fault.name:<34} {one.seconds:5.0f} s  {one.test or 'NOT FOUND'}", flush=True
-            )
-            missed += [one.fault.name] if one.test is None else []
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        for one in as_completed(pool.submit(judged, fault) for fault in chosen):
+            name, test, seconds = one.result()
+            print(f"{name:<50} {seconds:5.0f} s  {test or 'NOT FOUND'}", flush=True)
+            missed += [name] if test is None else []
     print(f"{len(chosen) - len(missed)} of {len(chosen)} faults found")
     return 1 if missed else 0
 

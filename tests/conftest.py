@@ -32,27 +32,28 @@ def pytest_addoption(parser):
     group.addoption(
         "--seconds", type=float, help="skip the tests that have not begun after so many seconds"
     )
+    group.addoption(
+        "--optimised", action="store_true", help="let XLA optimise the programs of all tests"
+    )
 
 
 def pytest_configure(config):
     costs.register(config)
     _keep_programs(config)
-    if seconds := config.getoption("seconds"):
+    if (seconds := config.getoption("seconds")) is not None:
+        if not seconds > 0:
+            raise pytest.UsageError(f"--seconds must be above 0, not {seconds}")
         config.pluginmanager.register(_Deadline(seconds))
 
 
 def _keep_programs(config):
-    """Compiled programs in pytest's cache folder: of all processes, those of tests too, and runs.
+    """Keeps compiled programs in pytest's cache folder, for the next run, and for all processes.
 
-    Also keeps tests out of the user's own cache.
+    Tests thus neither read nor write what the user's own programs keep.
     """
     if not hasattr(config, "workerinput"):  # Workers have the environment of the first process.
-        if cache := getattr(config, "cache", None):
-            folder = cache.mkdir("programs")
-        else:
-            folder = Path(tempfile.mkdtemp(prefix="meshwen-programs-"))
-            config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        os.environ["XDG_CACHE_HOME"] = str(folder)
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        os.environ["XDG_CACHE_HOME"] = str(_folder_of_programs(config))
     enable_compilation_cache()
     # For programs that do not call this: JAX reads each of its settings from the environment.
     for name in (
@@ -61,6 +62,15 @@ def _keep_programs(config):
         "jax_persistent_cache_min_entry_size_bytes",
     ):
         os.environ[name.upper()] = str(getattr(jax.config, name))
+
+
+def _folder_of_programs(config):
+    try:
+        return config.cache.mkdir("programs")
+    except (AttributeError, OSError):  # Without pytest's cache, or where it cannot be written.
+        folder = Path(tempfile.mkdtemp(prefix="meshwen-programs-"))
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        return folder
 
 
 class _Deadline:
@@ -99,14 +109,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="module")
-def unoptimised():
-    """Programs that XLA does not optimise, in two thirds of the time.
+def unoptimised(request):
+    """Has XLA make machine code with few optimisations, which takes two thirds of the time.
 
-    For files whose subject is not the numbers of a program: `pytest.mark.usefixtures`.
+    For files that are about what surrounds a program (engine, command line, reports), or that hold
+    two programs against each other. `--optimised` switches it off, as CI does.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", not request.config.getoption("optimised"))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each test costs: time, programs compiled, subprocesses. `pytest --costs=FILE` writes it.
 
-python tests/costs.py FILE...    prints the ten slowest tests, and the sum by file
+python tests/costs.py FILE...    prints the ten slowest tests, and the test files by time
 """
 
+import argparse
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from jax import monitoring
 
-# Both a program that is compiled and one that is read from the cache; the second is a hit.
+# Of a program that is compiled, and of one that is read from the cache; the second is also a hit.
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 TRACED = (
@@ -26,7 +27,18 @@ TRACED = (
 
 @dataclass(frozen=True)
 class Costs:
-    """Of this process and the children it waited for, since it started. Times in seconds."""
+    """Of a process and the children that it waited for. Times in seconds.
+
+    Attributes:
+        wall: elapsed.
+        cpu: of the process.
+        children_cpu: of its children.
+        compile: elapsed while programs were compiled, or read from the cache.
+        trace: elapsed while functions were traced and lowered.
+        programs: compiled, or read from the cache.
+        cache_hits: how many of them were read.
+        subprocesses: started.
+    """
 
     wall: float
     cpu: float
@@ -85,6 +97,9 @@ class Recorder:
         self._meter = Meter()
         self._last = self._meter.now()
 
+    def pytest_runtest_logstart(self):
+        self._last = self._meter.now()  # Not collecting, nor waiting for the next test.
+
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self):
         outcome = yield
@@ -96,59 +111,81 @@ class Recorder:
 class Writer:
     """In the process that prints: sums the phases of each test and writes the file."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._costs: dict[str, Costs] = {}
 
     def pytest_runtest_logreport(self, report):
+        if not hasattr(report, "costs"):  # Of a process that crashed.
+            return
         costs = Costs(**report.costs)
         so_far = self._costs.get(report.nodeid)
         self._costs[report.nodeid] = costs if so_far is None else so_far + costs
 
     def pytest_sessionfinish(self):
-        with open(self._path, "w", encoding="utf-8") as out:
+        with self._path.open("w", encoding="utf-8") as out:
             for test, costs in self._costs.items():
                 print(json.dumps({"test": test, **asdict(costs)}), file=out)
 
 
 def register(config) -> None:
     """Has costs recorded where `--costs` asks for it."""
-    path = config.getoption("costs")
-    if not path:
+    if not (path := config.getoption("costs")):
         return
     is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        try:
+            Path(path).write_text("", encoding="utf-8")
+        except OSError as error:
+            raise pytest.UsageError(f"cannot write --costs {path}: {error.strerror}") from None
+        config.pluginmanager.register(Writer(Path(path)))
     if is_worker or not config.getoption("numprocesses", None):
         config.pluginmanager.register(Recorder())
-    if not is_worker:
-        config.pluginmanager.register(Writer(path))
 
 
-def read(paths: list[str]) -> dict[str, Costs]:
-    """Costs by test, from files; of a test that several have, their sum."""
-    found: dict[str, Costs] = {}
-    for path in paths:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            fields = json.loads(line)
-            test, one = fields.pop("test"), Costs(**fields)
-            found[test] = found[test] + one if test in found else one
+def read(path: Path) -> dict[str, Costs]:
+    """Costs by test. A line that is none is told of on stderr and passed over."""
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            test = values.pop("test")
+            found[test] = Costs(**values)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            print(f"{path}, line {number}: not the costs of a test", file=sys.stderr)
     return found
 
 
 def summary(found: dict[str, Costs]) -> str:
-    """The ten slowest tests, and the files by time."""
+    """The ten slowest tests, and the test files by time."""
     files: dict[str, Costs] = {}
     for test, one in found.items():
         file = test.partition("::")[0]
         files[file] = files[file] + one if file in files else one
-    lines = ["   wall     cpu  compiled  cached  processes"]
+    lines = ["   wall     cpu  compiled  cached  subprocesses"]
     slowest = sorted(found.items(), key=lambda pair: -pair[1].wall)[:10]
     for name, one in [*slowest, *sorted(files.items(), key=lambda pair: -pair[1].wall)]:
         lines.append(
             f"{one.wall:7.1f} {one.cpu + one.children_cpu:7.1f} "
-            f"{one.programs - one.cache_hits:9d} {one.cache_hits:7d} {one.subprocesses:10d}  {name}"
+            f"{one.programs - one.cache_hits:9d} {one.cache_hits:7d} {one.subprocesses:13d}  {name}"
         )
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Prints the summary of some files; of several, each test with its file's name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    found: dict[str, Costs] = {}
+    paths = parser.parse_args().files
+    for path in paths:
+        where = f"{path.stem}: " if len(paths) > 1 else ""
+        try:
+            found |= {f"{where}{test}": costs for test, costs in read(path).items()}
+        except OSError as error:
+            parser.error(f"cannot read {path}: {error.strerror}")
+    print(summary(found))
+
+
 if __name__ == "__main__":
-    print(summary(read(sys.argv[1:])))
+    main()

@@ -111,7 +111,8 @@ class MeshModel:
 
     def compiled(self, batch: int, length: int, slots: int | None = None) -> jax.stages.Compiled:
         """The program for tokens [batch, length], with a cache of `slots` slots unless None."""
-        key = batch, length, slots
+        # A model may serve files with and without `unoptimised`.
+        key = batch, length, slots, jax.config.values["jax_disable_most_optimizations"]
         if key not in self._compiled:
             tokens = np.zeros((batch, length), np.int32)
             if slots is None:

@@ -38,8 +38,10 @@ def observe(model: str, mesh: str, numerics: str) -> dict:
 
 
 if __name__ == "__main__":
+    from meshwen.compilation_cache import enable_compilation_cache
     from meshwen.distributed import start
 
+    enable_compilation_cache()
     address, index, output, model, *runs = sys.argv[1:]
     start(address, 2, int(index))
     found = {run: observe(model, *run.split()) for run in runs}

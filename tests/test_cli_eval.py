@@ -101,7 +101,11 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, monkeypa
 def test_a_run_that_is_killed_repeats_and_loses_nothing(tmp_path, capsys):
     out = tmp_path / "run.jsonl"
     command = [sys.executable, "-m", "meshwen", "eval", "gsm8k", "--out", out, "--batch-size", "2"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Not to leave half of a compiled program to other tests.
+    apart = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | apart
+    )
     deadline = time.monotonic() + 120
     while not out.exists() or out.read_bytes().count(b"\n") < 4:
         assert time.monotonic() < deadline

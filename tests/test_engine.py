@@ -71,7 +71,7 @@ def test_a_batch_of_mixed_lengths_gives_each_prompts_own_tokens(mesh, count):
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=0, atol=1e-4)
 
 
-# By noise alone, and by all of the sampler; `test_sampling.py` has what is between.
+# By noise alone, and from candidates; `test_sampling.py` has all of the sampler.
 SAMPLED = [
     {"temperature": 1.0, "seed": 1},
     {"temperature": 0.7, "top_k": 20, "seed": 2, "repetition_penalty": 1.3},

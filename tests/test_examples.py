@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs, as a user would run it."""
+"""Every example runs in a process of its own, as a user runs it."""
 
 import os
 import subprocess
@@ -13,10 +13,11 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_the_example_runs(example):
+def test_the_example_runs(example, request):
+    optimised = request.config.getoption("optimised")
     done = subprocess.run(
         [sys.executable, example],
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # Half the time.
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimised))},
         capture_output=True,
         text=True,
         check=False,

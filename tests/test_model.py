@@ -19,6 +19,7 @@ from mesh_model import (
     relative_error,
     shared_model,
 )
+from meshwen import kernels
 from meshwen.config import Qwen2Config, RopeScaling
 from meshwen.model import hidden_states, logits, rms_norm, rotate
 from meshwen.parallel.contractions import TensorParallel, product
@@ -70,6 +71,19 @@ def test_logits_are_those_of_the_float64_reference(config):
     found = shared_model(config).logits(random_tokens(config, 3, LENGTH))
     assert found.dtype == np.float32
     assert relative_error(found, expected_logits(config)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sliding", "0.5b heads, tied"])
+def test_without_kernels_logits_and_steps_are_those_of_the_float64_reference(name, monkeypatch):
+    monkeypatch.setattr(kernels, "instruction_set", lambda: None)
+    config = CONFIGS[name]
+    model, token_ids = MeshModel(config), random_tokens(config, 3, LENGTH)
+    assert relative_error(model.logits(token_ids), expected_logits(config)) < TOLERANCE
+    cache, found = model.cache(3, SLOTS), []
+    for t in range(LENGTH):
+        out, cache = model.step(token_ids[:, t : t + 1], [t] * 3, cache)
+        found.append(out)
+    assert relative_error(np.concatenate(found, 1), expected_logits(config)) < TOLERANCE
 
 
 @pytest.mark.torch

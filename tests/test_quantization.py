@@ -210,7 +210,7 @@ def model_weights(config) -> tuple[dict, dict]:
     return weights, rounded
 
 
-@pytest.mark.parametrize("mesh", ["3", "data=2,model=4"])
+@pytest.mark.parametrize("mesh", ["1", "3", "data=2,model=4"])
 def test_without_kernels_logits_are_those_of_the_weights_that_int8_stands_for(mesh, monkeypatch):
     monkeypatch.setattr(kernels, "instruction_set", lambda: None)
     # Groups of whole devices are those of one device.
@@ -226,10 +226,11 @@ def test_without_kernels_logits_are_those_of_the_weights_that_int8_stands_for(me
         assert relative_error(found, expected) < 2e-5
 
 
-def test_without_kernels_one_weight_at_a_time_is_whole(monkeypatch):
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_without_kernels_one_weight_at_a_time_is_whole(numerics, monkeypatch):
     monkeypatch.setattr(kernels, "instruction_set", lambda: None)
     config = replace(SMALL_7B, num_hidden_layers=6, layer_types=())
-    model = MeshModel(config, quantization="int8")
+    model = MeshModel(config, numerics=numerics, quantization="int8")
     memory = model.compiled(1, 16).memory_analysis()
     layer = sum(x.nbytes for x in jax.tree.leaves(model.params["model"]["layers"][0]))
     assert memory.temp_size_in_bytes < 4 * 2 * layer  # float32, and attention beside it.

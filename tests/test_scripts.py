@@ -2,6 +2,8 @@
 """The scripts of our own loop: the faults that tests must find, and the tests near a change."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,29 @@ def test_every_fault_can_be_put_in_and_names_tests_that_are_there(script):
     assert len({fault.name for fault in faults}) == len(faults)
     for fault in faults:
         source = (ROOT / fault.path).read_text(encoding="utf-8")
-        assert mutants.mutated(fault, source) != source
+        found = mutants.mutated(fault, source)
+        assert found != source
+        if fault.path.endswith(".py"):
+            compile(found, fault.path, "exec")
         assert fault.tests
         for name in fault.tests:
             assert (ROOT / "tests" / f"test_{name}.py").is_file(), (fault.name, name)
+
+
+def test_costs_are_written_for_each_test_and_read_back(tmp_path, capsys):
+    costs = importlib.import_module("costs")
+    file = tmp_path / "costs.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", f"--costs={file}"]
+    command += ["tests/test_heads.py", "-k", "7b_lies"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = costs.read(file)
+    assert len(found) == 5
+    assert all(one.wall > 0 for one in found.values())
+    with file.open("a", encoding="utf-8") as more:
+        more.write("{}\n")
+    assert costs.read(file) == found
+    assert f"{file}, line 6: not the costs of a test" in capsys.readouterr().err
+    assert costs.summary(found).splitlines()[-1].endswith("  tests/test_heads.py")
 
 
 def test_a_fault_whose_place_has_gone_is_named(script):
@@ -44,6 +65,10 @@ def test_a_fault_whose_place_has_gone_is_named(script):
         ("src/meshwen/engine.py", ["test_engine", "test_engine_batching"], ["test_lookup"]),
         ("src/meshwen/cli/chat.py", ["test_chat_template", "test_cli_chat"], []),
         ("src/meshwen/kernels/attention.ll", ["test_kernels"], ["test_quantization"]),
+        ("src/meshwen/parallel/exact.py", ["test_exact", "test_exact_models"], ["test_lookup"]),
+        ("src/meshwen/gone.py", [], []),
+        ("scripts/check.py", ["test_scripts"], []),
+        ("tests/conftest.py", ["test_heads"], []),
         ("docs/design.md", [], []),
     ],
 )
@@ -52,3 +77,12 @@ def test_the_tests_near_a_change_come_the_nearest_first(script, changed, first, 
     assert near[: len(first)] == first
     assert set(others) <= set(near[len(first) :])
     assert bool(near) == bool(first)
+
+
+def test_what_the_deadline_left_is_counted_and_no_test_to_run_is_no_failure(script):
+    check = script("check")
+    output = "SKIPPED [7] tests/conftest.py:90: not begun within 40 s\nSKIPPED [2] tests/a.py: gone"
+    left = check._judged(check.Step("tests", 0, output, 1.0))
+    assert (left.status, left.name) == (0, "tests (7 tests had not begun: make test)")
+    assert check._judged(check.Step("tests", 5, "9 deselected", 1.0)).status == 0
+    assert check._judged(check.Step("tests", 1, "", 1.0)).status == 1

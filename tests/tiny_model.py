@@ -24,8 +24,7 @@ TINY = Qwen2Config(
     layer_types=("full_attention", "sliding_attention"),
     sliding_window=6,
 )
-# What is enough where a model must have no second kind of layer: in exact numerics a layer compiles
-# for half a second.
+# Where one kind of layer is enough: a second layer doubles what a program takes to compile.
 ONE_LAYER = replace(TINY, num_hidden_layers=1, layer_types=("sliding_attention",))
 STEPS = 6
 
