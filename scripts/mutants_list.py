@@ -214,10 +214,10 @@ FAULTS = (
         "quantization",
     ),
     _fault(
-        "kernels: starts are not clipped",
+        "kernels: padded rows are all the first",
         "kernels/__init__.py",
-        "starts = jnp.clip(starts, 0, S - T).astype(jnp.int32)",
-        "starts = jnp.maximum(starts, 0).astype(jnp.int32)",
+        "rows = jnp.arange(len(q), dtype=jnp.int32)",
+        "rows = jnp.zeros(len(q), dtype=jnp.int32)",
         "kernels",
     ),
     _fault(

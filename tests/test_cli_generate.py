@@ -104,6 +104,15 @@ def test_prompts_of_a_file_keep_their_order_and_fields(speller, capsys, tmp_path
     assert "cut off after 3 tokens, see --max-new-tokens: 3 of 3 answers\n" in output.err
 
 
+def test_a_short_answer_waits_for_the_longer_one_before_it(speller, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt_tokens": token_ids(text)}) for text in ("\n", "!")]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    found = answers(capsys, "--prompts-file", str(path), "--model", speller)
+    assert [answer["text"] for answer in found] == [ANSWER, ""]
+    assert [answer["prompt_tokens"] for answer in found] == [token_ids("\n"), token_ids("!")]
+
+
 @pytest.mark.parametrize(("limit", "arguments"), [(CONTEXT, []), (60, ["--max-model-len", "60"])])
 def test_an_answer_that_the_context_cuts_off_is_announced(limit, arguments, speller, capsys):
     # The template takes 19 tokens around a user's message; this leaves room for 3 more.
