@@ -1,5 +1,5 @@
-# Two commands: `make demo` and `make test`. Everything is installed into .venv. CONTRIBUTING.md says
-# more of `make check`, before each commit, and of what a test may cost.
+# For users: `make demo` and `make test`. For contributors also `make check`: see CONTRIBUTING.md.
+# Everything is installed into .venv.
 
 PYTHON ?= $(shell sh scripts/find_python.sh)
 VENV ?= .venv
@@ -26,8 +26,8 @@ demo: $(VENV)/.installed
 
 test: test-hermetic $(if $(TESTS),,test-real)
 
-# Two processes for two cores: most of the time goes by in compiling, on one thread. A file stays in
-# one process, whose tests share what they compiled.
+# A process for each core, four at most: most of the time goes by in compiling, on one thread. The
+# tests of a file stay in one process and share what they compiled.
 test-hermetic: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile \
 	  --no-loadscope-reorder -m 'not real$(if $(MARKS), and ($(MARKS)))' $(PYTEST_FLAGS) $(TESTS)
@@ -46,7 +46,7 @@ test-harness: $(VENV)-harness/.installed
 	$(VENV)-harness/bin/python -c 'import lm_eval'
 	$(VENV)-harness/bin/python -m pytest tests/test_evals_harness.py $(PYTEST_FLAGS)
 
-# Format, lint, types, and the tests near what has changed since the last commit, in a minute.
+# Format, lint, types, and the tests near what has changed since the last commit, in under a minute.
 check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check.py
 

@@ -2,9 +2,11 @@
 """What a change should pass before it is committed, in under a minute: format, lint, types, and the
 tests near the change. `make check` runs it.
 
-Near are, in this order: test files that changed, those named after a module that changed, those
-that import it, and those that import what imports it. They run until a test fails or the time is
-over; what had not begun by then is counted. Slow tests are left to `make test`.
+The change is what differs from the last commit; where nothing does, the last commit. Near are, in
+this order: test files that changed; those named after a module that changed, or with a helper that
+changed; those that import the module; those that import what imports it. They run until a test
+fails or the time is over. Tests that had not begun by then are counted. Slow tests are left to
+`make test`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ TESTS = ROOT / "tests"
 PACKAGE = ROOT / "src" / "meshwen"
 _NOTHING_RAN = 5  # pytest's exit status
 _LEFT = re.compile(r"^SKIPPED \[(\d+)\] .*not begun within", re.MULTILINE)
-# What no test imports, and the test files that show whether it works at all.
+# Other files, and the test files that show whether they work at all.
 _SMOKE = {
     "scripts": "test_scripts.py",
     "tests/conftest.py": "test_heads.py",
@@ -146,8 +148,10 @@ def run(name: str, *command: str | Path) -> Step:
 def main() -> int:
     """Prints what failed, and a line for each step; 1 where one failed."""
     parser = argparse.ArgumentParser(description="Format, lint, types, and tests near a change.")
-    parser.add_argument("--since", metavar="COMMIT", help="what differs from it has changed")
-    parser.add_argument("--seconds", type=float, default=40, help="for tests; default: 40")
+    parser.add_argument("--since", metavar="COMMIT", help="what differs from it is the change")
+    parser.add_argument(
+        "--seconds", type=float, default=40, help="no test begins after so many; default: 40"
+    )
     options = parser.parse_args()
     near = near_tests(changed_files(options.since))
     marks = "not slow and not real and not torch"

@@ -11,7 +11,7 @@ class Fault:
     """A piece of a file and what takes its place.
 
     Attributes:
-        name: of the part of the package, and what is wrong.
+        name: "part: what is wrong".
         path: of the file, from the repository's root.
         old: text that is there once.
         new: the text with the fault.
@@ -182,7 +182,7 @@ FAULTS = (
         "kernels",
     ),
     _fault(
-        "kernels: earlier passes are not scaled",
+        "kernels: earlier passes are not rescaled",
         "kernels/attention.ll",
         "br i1 %is.first, label %row.end, label %row.scale",
         "br label %row.end",
@@ -229,7 +229,7 @@ FAULTS = (
     ),
     # --- Engine and sampling
     _fault(
-        "engine: a decode step writes into a row that is read",
+        "engine: decode writes into a row that is being prefilled",
         "engine.py",
         "            positions[:] = self._reading.start",
         "            pass",
@@ -237,7 +237,7 @@ FAULTS = (
         "engine",
     ),
     _fault(
-        "engine: many prompts before the next token",
+        "engine: prefill starves decode",
         "engine.py",
         "or self._reads >= _MOST_READS)",
         "or not self._reads)",
@@ -252,14 +252,14 @@ FAULTS = (
         "engine",
     ),
     _fault(
-        "engine: wrong drafts are taken",
+        "engine: rejected drafts are accepted",
         "engine.py",
         "for i in range(1 + right):",
         "for i in range(1 + len(guessed)):",
         "lookup",
     ),
     _fault(
-        "engine: a cancelled prompt is read on",
+        "engine: prefill goes on after a cancellation",
         "engine.py",
         "            self._reading = self._reading.without(number)",
         "            pass",
@@ -281,7 +281,7 @@ FAULTS = (
         "engine",
     ),
     _fault(
-        "engine: a generation config's list of ends is cut",
+        "engine: only the first end-of-text token counts",
         "causal_lm.py",
         "return tuple(given or config.eos_token_id",
         "return tuple((given or ())[:1] or config.eos_token_id",

@@ -110,10 +110,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module")
 def unoptimised(request):
-    """Has XLA make machine code with few optimisations, which takes two thirds of the time.
+    """Compiles with few of XLA's optimisations, a third faster; `--optimised` switches it off.
 
-    For files that are about what surrounds a program (engine, command line, reports), or that hold
-    two programs against each other. `--optimised` switches it off, as CI does.
+    For files that are about what surrounds a program (engine, command line, reports), or that
+    compare two programs to a tolerance.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", not request.config.getoption("optimised"))

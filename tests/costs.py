@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from jax import monitoring
 
-# Of a program that is compiled, and of one that is read from the cache; the second is also a hit.
+# JAX reports the first for programs read from its cache too, and the second for these alone.
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 TRACED = (
@@ -129,7 +129,7 @@ class Writer:
 
 
 def register(config) -> None:
-    """Has costs recorded where `--costs` asks for it."""
+    """Records costs if `--costs` is given."""
     if not (path := config.getoption("costs")):
         return
     is_worker = hasattr(config, "workerinput")
@@ -144,7 +144,7 @@ def register(config) -> None:
 
 
 def read(path: Path) -> dict[str, Costs]:
-    """Costs by test. A line that is none is told of on stderr and passed over."""
+    """Costs by test. Skips lines that are not valid, with a warning on stderr."""
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

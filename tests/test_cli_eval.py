@@ -101,7 +101,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(tmp_path, monkeypa
 def test_a_run_that_is_killed_repeats_and_loses_nothing(tmp_path, capsys):
     out = tmp_path / "run.jsonl"
     command = [sys.executable, "-m", "meshwen", "eval", "gsm8k", "--out", out, "--batch-size", "2"]
-    # Not to leave half of a compiled program to other tests.
+    # A process that is killed may leave half of a cache entry.
     apart = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | apart
@@ -347,7 +347,7 @@ def test_a_problem_that_does_not_fit_is_counted_as_wrong_and_the_others_are_aske
     problems = HELD_OUT.read_text().splitlines()[:2]
     long = json.dumps({"question": "What is " + "1 + " * 90 + "1?", "answer": "#### 91"})
     data.write_text("\n".join([problems[0], long, problems[1]]))
-    monkeypatch.setattr("meshwen.cli.eval.load_model", load_model)  # Asks for the memory anew.
+    monkeypatch.setattr("meshwen.cli.eval.load_model", load_model)  # Looks at the free memory.
     monkeypatch.setattr(capacity, "_free_host_bytes", lambda: 375_000)  # 390 slots.
     options = ("--data", data, "--max-new-tokens", 20, "--json")
     assert gsm8k("--out", tmp_path / "r.jsonl", *options) == 0

@@ -206,7 +206,7 @@ def test_eval_over_processes_goes_on_and_writes_in_process_0_alone(tiny, tmp_pat
 
 @pytest.mark.slow
 def test_the_others_stop_when_a_process_dies(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # No half program for other tests.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # A kill may leave half an entry.
     prompts = tmp_path / "prompts"
     prompts.write_text(f"{QUESTION}\n" * 1000, encoding="utf-8")
     arguments = ("--prompts-file", prompts, "--batch-size", 1, "--mesh", "1x8")

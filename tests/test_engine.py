@@ -71,7 +71,7 @@ def test_a_batch_of_mixed_lengths_gives_each_prompts_own_tokens(mesh, count):
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=0, atol=1e-4)
 
 
-# By noise alone, and from candidates; `test_sampling.py` has all of the sampler.
+# Sampling from all tokens, and from the top k; `test_sampling.py` has the rest.
 SAMPLED = [
     {"temperature": 1.0, "seed": 1},
     {"temperature": 0.7, "top_k": 20, "seed": 2, "repetition_penalty": 1.3},

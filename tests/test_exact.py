@@ -32,7 +32,7 @@ HEADS_14 = replace(SMALL_HALF_B, num_hidden_layers=1, layer_types=())
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-# Each mesh once: heads and dtypes are dealt out over them.
+# Each mesh once, with one dtype and one head count.
 every_layout = pytest.mark.parametrize(
     ("config", "dtype", "mesh"),
     [

@@ -78,7 +78,7 @@ def test_the_demo_model_answers_alike_on_every_mesh_in_every_batch():
 
 @pytest.mark.parametrize(
     ("mesh", "dtype", "kind", "longest"),
-    # A prompt of one bucket, for which little is compiled; and one that is read in two chunks.
+    # Prompts of one bucket, for which little is compiled; and one whose prefill takes two chunks.
     [("data=2,model=2", "float32", "sliding", 10), ("1", "bfloat16", "full", 520)],
     ids=["on a mesh", "with a long prompt"],
 )

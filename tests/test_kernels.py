@@ -84,7 +84,7 @@ def attention(instructions):
 
 @pytest.fixture
 def products(instructions):
-    """Many products in one program: compiled one by one they take a hundred times as long."""
+    """Many matmuls in one program: compiled one by one they take 20 times as long."""
     return jax.jit(lambda pairs: [multiply(a, b) for a, b in pairs])
 
 
@@ -375,7 +375,7 @@ SLIDING = replace(
     ("native", "numerics", "dtype", "mesh"),
     [
         *((one, "fast", "bfloat16", "data=2,model=2") for one in NATIVE),
-        # The slower ones in one way: their model is the same.
+        # Slower instruction sets in one way only: their model is the same.
         *((one, "fast", "float32", "1") for one in NATIVE[:1]),
         *((one, "exact", "float32", "data=2,model=2") for one in NATIVE[:1]),
         *((one, "exact", "bfloat16", "1x8") for one in dict.fromkeys((*NATIVE[:1], *NATIVE[-1:]))),
@@ -410,7 +410,7 @@ def test_the_engine_draws_what_is_likeliest_where_all_is_read_at_once():
     weights = reference.random_weights(SLIDING)
     rows = zip(random_tokens(SLIDING, 4, 20), (3, 20, 9, 14), strict=True)
     prompts = [row[:length].tolist() for row, length in rows]
-    sampling = SamplingParams(max_new_tokens=12, temperature=0)  # 32 tokens at most.
+    sampling = SamplingParams(max_new_tokens=12, temperature=0)  # With a prompt, 32 at most.
     requests = [Request(tuple(prompt), sampling) for prompt in prompts]
     model = MeshModel(SLIDING, "1", jnp.bfloat16, weights)
     runner = model.runner

@@ -30,7 +30,7 @@ BATCH, LENGTH, CHUNK, SLOTS = 4, 12, 4, 16
 CONFIGS = {"28 over 4 heads": SMALL_7B, "14 over 2 heads, tied": SMALL_HALF_B}
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-# Most meshes once: the heads are dealt out over them.
+# Most meshes once, with one of the head counts.
 every_layout = pytest.mark.parametrize(
     ("config", "mesh"),
     [
