@@ -30,7 +30,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("meshwen")
     group.addoption("--costs", metavar="FILE", help="write what each test costs, as JSON lines")
     group.addoption(
-        "--seconds", type=float, help="skip the tests that have not begun after so many seconds"
+        "--seconds", type=float, help="end the run, as interrupted, after so many seconds"
     )
     group.addoption(
         "--optimised", action="store_true", help="let XLA optimise the programs of all tests"
@@ -43,6 +43,8 @@ def pytest_configure(config):
     if (seconds := config.getoption("seconds")) is not None:
         if not seconds > 0:
             raise pytest.UsageError(f"--seconds must be above 0, not {seconds}")
+        if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+            raise pytest.UsageError("--seconds is for a run in one process: leave out -n")
         config.pluginmanager.register(_Deadline(seconds))
 
 
@@ -74,14 +76,19 @@ def _folder_of_programs(config):
 
 
 class _Deadline:
-    """Skips what has not begun in time; pytest lists it."""
+    """Ends the run after the test in which the time is over: exit status 2, unless none is left."""
 
     def __init__(self, seconds):
         self._seconds, self._end = seconds, time.monotonic() + seconds
+        self._done = 0
 
-    def pytest_runtest_setup(self):
-        if time.monotonic() > self._end:
-            pytest.skip(f"not begun within {self._seconds:g} s")
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        yield
+        self._done += 1
+        left = len(item.session.items) - self._done
+        if left and time.monotonic() > self._end:
+            item.session.shouldstop = f"{left} tests not begun within {self._seconds:g} s"
 
 
 @pytest.hookimpl(trylast=True)

@@ -159,7 +159,8 @@ def test_guesses_that_are_looked_up_change_no_exact_answer():
 def test_a_stop_or_a_limit_amid_guesses_ends_an_answer_there():
     (plain, *_), _ = run([[3] * 30] * 2, GREEDY, 0)
     limits = [replace(GREEDY, max_new_tokens=limit) for limit in range(1, 9)]
-    found, _ = run([[3] * 30] * 9, [GREEDY, *limits], 5)
+    found, steps = run([[3] * 30] * 9, [GREEDY, *limits], 5)
+    assert 6 in steps
     for one, sampling in zip(found[1:], limits, strict=True):
         assert one.tokens == plain.tokens[: sampling.max_new_tokens]
         assert one.finish_reason == "length"
