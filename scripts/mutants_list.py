@@ -506,4 +506,12 @@ FAULTS = (
         "verify",
         "bench",
     ),
+    # --- Processes, and how they end
+    _fault(
+        "processes: JAX's preemption service takes SIGTERM",
+        "distributed.py",
+        'jax.config.update("jax_enable_preemption_service", False)',
+        'jax.config.update("jax_enable_preemption_service", True)',
+        "distributed",
+    ),
 )

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -267,6 +268,24 @@ def test_process_0_does_not_wait_for_others_forever(port):
     _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 2, errors
     assert "not all of the 3 processes came within 1 s" in errors
+
+
+def test_sigterm_ends_a_process_at_once(port):
+    program = (
+        "import time\n"
+        "from meshwen.distributed import start\n"
+        f"start('127.0.0.1:{port}', 1, 0)\n"
+        "print('joined', flush=True)\n"
+        "time.sleep(60)\n"  # JAX's own service would let it end here, with status 0.
+    )
+    process = spawn("-c", program)
+    try:
+        assert process.stdout.readline() == "joined\n"
+        process.terminate()
+        assert process.wait(LIMIT) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_coordinator_that_never_comes_is_an_error(port):

@@ -235,6 +235,8 @@ def _wait_for(coordinator: str, host: str, port: int, timeout: float) -> None:
 def _initialize(options: dict[str, Any], too_late: str, timeout: float) -> None:
     """`jax.distributed.initialize`, in a thread: at its own timeout it ends the process."""
     failures: list[Exception] = []
+    # That service takes SIGTERM, and only says that it came to who asks: the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
 
     def connect() -> None:
         try:
