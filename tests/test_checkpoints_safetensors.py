@@ -184,11 +184,11 @@ def test_tensor_in_two_shards_is_an_error(tmp_path):
     ("index", "expected"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "index.json: found []; expected an object: download"),
         ("{}", "weight_map"),
         ('{"weight_map": {}}', "weight_map"),
         ('{"weight_map": {"x": "../outside.safetensors"}}', "same folder"),
-        ('{"weight_map": {"x": 3}}', "same folder"),
+        ('{"weight_map": {"x": 3}}', "weight_map.x is 3; expected text"),
     ],
 )
 def test_malformed_index_is_an_error(tmp_path, index, expected):

@@ -192,7 +192,7 @@ def test_a_problem_that_cannot_be_asked_is_wrong_and_listed(tmp_path, capsys):
             '{"question": "a \\ud83d b", "answer": "#### 1"}',
             "line 1: 'question' has half of a char",
         ),
-        ('{"question": "?", "answer": "#### 1"}\n{', "line 2 is not JSON"),
+        ('{"question": "?", "answer": "#### 1"}\n{', "line 2: not valid JSON"),
         ('{"question": "?", "answer": "#### 1"}\n[1]', "line 2: expected an object"),
         ('{"question": "?"}', "line 1: 'answer' is missing"),
         ('{"question": " ", "answer": "#### 1"}', "line 1: 'question' is missing, empty"),

@@ -65,7 +65,7 @@ def test_prompts_file_may_be_stdin(stdin):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ok\n{broken", "line 2 begins with { but is not a JSON object"),
+        ("ok\n{broken", "line 2, which begins with {: not valid JSON"),
         ('{"question": "q", "answer": "a"}', "line 1 must have one of .*; found question, answer"),
         ('{"prompt": "p", "messages": []}', "found prompt and messages"),
         ('{"prompt": " "}', "prompt must be text that is not empty"),

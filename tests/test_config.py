@@ -413,9 +413,9 @@ def test_from_json_reads_a_folder_or_a_file_and_takes_the_folder_name(tmp_path):
     ("contents", "said"),
     [
         (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "must be a JSON object"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"[" * 100_000, "nested deeper than 100 levels"),
+        (b"[]", "found []; expected an object"),
         (b"{}", "neither architectures nor model_type"),
     ],
 )

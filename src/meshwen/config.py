@@ -6,13 +6,14 @@ Field names and meanings are those of transformers' ``Qwen2Config``. The spellin
 read. What this package cannot run exactly is refused, never guessed.
 """
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from meshwen.errors import MeshwenError
+from meshwen.json_files import read_json, shown
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"
@@ -165,16 +166,11 @@ class Qwen2Config:
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.exists(file):
             if path.is_dir():
-                raise MeshwenError(f"{path}: the folder has no config.json") from None
-            raise MeshwenError(f"{path}: no such file or folder") from None
-        except OSError as error:
-            raise MeshwenError(f"{file}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise MeshwenError(f"{file}: not valid JSON: {error}") from None
+                raise MeshwenError(f"{path}: the folder has no config.json")
+            raise MeshwenError(f"{path}: no such file or folder")
+        data = read_json(file, dict[str, Any])
         try:
             return cls.from_dict(data, name=file.resolve().parent.name)
         except MeshwenError as error:
@@ -191,7 +187,7 @@ class Qwen2Config:
         quantised checkpoint, or a setting the model does not implement.
         """
         if not isinstance(data, Mapping):
-            raise MeshwenError(f"a config must be a JSON object, found {_describe(data)}")
+            raise MeshwenError(f"a config must be a JSON object, found {shown(data)}")
         _refuse_unsupported(data)
         layers = _int(data, "num_hidden_layers")
         heads = _int(data, "num_attention_heads")
@@ -254,7 +250,7 @@ def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     found = data.get("architectures") or []
     model_type = data.get("model_type")
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise MeshwenError(f"architectures must be a list of names, found {_describe(found)}")
+        raise MeshwenError(f"architectures must be a list of names, found {shown(found)}")
     if (found and ARCHITECTURE not in found) or model_type not in (None, MODEL_TYPE):
         raise MeshwenError(
             f"architecture {', '.join(found) or 'unnamed'} (model_type {model_type!r}) is not "
@@ -291,7 +287,7 @@ def _sliding_attention(data: Mapping[str, Any], layers: int) -> tuple[int | None
     given = data.get("layer_types")
     if given is not None:
         if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
-            raise MeshwenError(f"layer_types must be a list of names, found {_describe(given)}")
+            raise MeshwenError(f"layer_types must be a list of names, found {shown(given)}")
         if not given:
             raise MeshwenError("layer_types is empty; leave it out or give one entry per layer")
         return window, tuple(given)
@@ -319,7 +315,7 @@ def _rope(data: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScali
     key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     rope = data.get(key) or {}
     if not isinstance(rope, Mapping):
-        raise MeshwenError(f"{key} must be an object, found {_describe(rope)}")
+        raise MeshwenError(f"{key} must be an object, found {shown(rope)}")
     nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
     if nested:
         raise MeshwenError(f"{key}.{nested[0]}: RoPE settings per layer type are not supported")
@@ -371,7 +367,7 @@ def _dtype(data: Mapping[str, Any]) -> str:
     """Return the checkpoint's dtype; both keys present: ``dtype`` wins, as in transformers."""
     value = data.get("dtype") or data.get("torch_dtype") or "float32"
     if not isinstance(value, str):
-        raise MeshwenError(f"torch_dtype must be a name, found {_describe(value)}")
+        raise MeshwenError(f"torch_dtype must be a name, found {shown(value)}")
     return value.removeprefix("torch.")
 
 
@@ -379,7 +375,7 @@ def _token_ids(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = data.get(key)
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise MeshwenError(f"{key} must be an integer or a list of them, found {_describe(value)}")
+        raise MeshwenError(f"{key} must be an integer or a list of them, found {shown(value)}")
     return tuple(ids)
 
 
@@ -395,7 +391,7 @@ def _require(data: Mapping[str, Any], key: str) -> Any:
 def _int(data: Mapping[str, Any], key: str) -> int:
     value = _require(data, key)
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
-        raise MeshwenError(f"{key} must be a 32-bit integer, found {_describe(value)}")
+        raise MeshwenError(f"{key} must be a 32-bit integer, found {shown(value)}")
     return value
 
 
@@ -403,14 +399,14 @@ def _float(data: Mapping[str, Any], key: str) -> float:
     value = _require(data, key)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not -1e300 < value < 1e300:
-        raise MeshwenError(f"{key} must be a finite number, found {_describe(value)}")
+        raise MeshwenError(f"{key} must be a finite number, found {shown(value)}")
     return float(value)
 
 
 def _bool(data: Mapping[str, Any], key: str, *, default: bool) -> bool:
     value = data.get(key, default)
     if not isinstance(value, bool):
-        raise MeshwenError(f"{key} must be true or false, found {_describe(value)}")
+        raise MeshwenError(f"{key} must be true or false, found {shown(value)}")
     return value
 
 
@@ -422,9 +418,3 @@ def _nullable(read: _Reader, data: Mapping[str, Any], key: str, default: Any) ->
 def _optional(read: _Reader, data: Mapping[str, Any], key: str, default: Any = None) -> Any:
     """Return the value of a key, or the default where it is missing or null."""
     return default if data.get(key) is None else read(data, key)
-
-
-def _describe(value: Any) -> str:
-    """Return a value as one short piece of an error message."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meshwen import demo
-from meshwen.checkpoints.base import Checkpoint, TensorSource, read_json
+from meshwen.checkpoints.base import Checkpoint, TensorSource
 from meshwen.checkpoints.gguf import config_dict, generation_dict, read_gguf
 from meshwen.checkpoints.hub import download, looks_like_hub_id
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.json_files import read_json
 from meshwen.presets import PRESETS, preset
 
 __all__ = ["LOAD_FORMATS", "Checkpoint", "TensorSource", "name_kind", "open_checkpoint"]
@@ -184,4 +185,4 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    return read_json(path) if path.exists() else {}
+    return read_json(path, dict[str, Any]) if path.exists() else {}

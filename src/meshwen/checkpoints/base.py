@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every checkpoint format offers the loader: a config, and tensors read slice by slice."""
 
-import json
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.json_files import read_json
 
 Index = tuple[slice, ...]
 
@@ -145,17 +147,10 @@ class Checkpoint:
         self.close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises MeshwenError when it cannot be read or is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise MeshwenError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(content, dict):
-        raise MeshwenError(f"{path} holds no JSON object: download it again")
-    return content
+class ShardIndex(TypedDict):
+    """What `model.safetensors.index.json` and its like must hold: the file of each tensor."""
+
+    weight_map: Annotated[dict[str, str], MinLen(1)]
 
 
 def shard_files(index_path: Path) -> dict[Path, set[str]]:
@@ -163,12 +158,10 @@ def shard_files(index_path: Path) -> dict[Path, set[str]]:
 
     Raises MeshwenError when the index is malformed or a shard is not there.
     """
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MeshwenError(f'{index_path} has no "weight_map": download it again')
+    weight_map = read_json(index_path, ShardIndex)["weight_map"]
     shards: dict[Path, set[str]] = {}
     for tensor, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if Path(file_name).name != file_name:
             raise MeshwenError(
                 f"{index_path} puts {tensor} in {file_name!r}: a shard must be a file in the "
                 "same folder"

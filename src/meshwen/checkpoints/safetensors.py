@@ -5,7 +5,6 @@ The safetensors library validates a file (sizes, gaps, overlaps, known dtypes); 
 viewed in a mapping of our own, because the library copies every slice that it hands out.
 """
 
-import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from meshwen.checkpoints.base import (
     shard_files,
 )
 from meshwen.errors import MeshwenError
+from meshwen.json_files import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,7 +80,7 @@ def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
             f"{path} is not a whole safetensors file ({_one_line(error)}): download it again"
         ) from None
     header_bytes = int(file.bytes_at(0, 8).view("<u8")[0])
-    header = json.loads(file.bytes_at(8, header_bytes).tobytes())
+    header = parse_json(file.bytes_at(8, header_bytes).tobytes(), f"the header of {path}")
     header.pop("__metadata__", None)
     tensors: dict[str, TensorSource] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

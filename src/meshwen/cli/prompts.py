@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwen.errors import MeshwenError
+from meshwen.json_files import parse_json
 
 if TYPE_CHECKING:
     from meshwen.tokenizer import Tokenizer
@@ -141,10 +141,7 @@ def _parse_lines(path: str, text: str) -> list[Prompt]:
 def _parse(where: str, line: str) -> Prompt:
     if not line.lstrip().startswith("{"):
         return Prompt(where, line)
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MeshwenError(f"{where} begins with {{ but is not a JSON object: {error}") from None
+    fields = parse_json(line, f"{where}, which begins with {{")
     kinds = [kind for kind in _KINDS if kind in fields]
     if len(kinds) != 1:
         found = " and ".join(kinds) or ", ".join(fields) or "nothing"

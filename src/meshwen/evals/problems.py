@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,7 @@ from meshwen.checkpoints.hub import dataset_file
 from meshwen.errors import MeshwenError
 from meshwen.evals.answers import gold_answer, number
 from meshwen.evals.styles import Problem
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from meshwen.json_files import parse_json
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -63,11 +60,7 @@ def hub_problems(split: str) -> list[Problem]:
 
 
 def _problem(where: str, place: int, line: str) -> Problem:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MeshwenError(f"{where} is not JSON: {error}") from None
-    return _checked(where, place, content)
+    return _checked(where, place, parse_json(line, where))
 
 
 def _checked(where: str, place: int, content: Any) -> Problem:
@@ -76,8 +69,6 @@ def _checked(where: str, place: int, content: Any) -> Problem:
     for name in ("question", "answer"):
         if not isinstance(content.get(name), str) or not content[name].strip():
             raise MeshwenError(f"{where}: {name!r} is missing, empty or no text")
-        if _SURROGATE.search(content[name]):
-            raise MeshwenError(f"{where}: {name!r} has half of a character (a lone surrogate)")
     gold = gold_answer(content["answer"])
     if gold is None or number(gold) is None:
         raise MeshwenError(f"{where}: the answer does not end with '#### ' and a number")
