@@ -486,10 +486,24 @@ FAULTS = (
     ),
     _fault(
         "eval: control characters reach the terminal",
-        "cli/eval_tables.py",
+        "cli/console.py",
         r'_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")',
         r'_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")',
         "cli_eval",
+    ),
+    _fault(
+        "tables: the least width of numbers is that of their first words",
+        "cli/tables.py",
+        "whole = 0 if self._prose[column] else _widest(texts)",
+        "whole = 0",
+        "cli_tables",
+    ),
+    _fault(
+        "tables: texts of users are markup",
+        "cli/console.py",
+        "return Console(width=width, markup=False, emoji=False, highlight=False)",
+        "return Console(width=width, highlight=False)",
+        "cli_tables",
     ),
     _fault(
         "bench: the table that is looked up counts as read",

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import note, output_console, plain_table
+from meshwen.cli.console import note, output_console, say
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
+from meshwen.cli.tables import PlainTable
 from meshwen.errors import MeshwenError
 from meshwen.units import bytes_text
 
@@ -120,16 +121,16 @@ def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None
     from meshwen.runner import XLA
 
     console = output_console()
-    console.print(
+    say(
+        console,
         f"{found['model']}, {_weights(found)}, {found['numerics']}, mesh {found['mesh']}, "
         f"jax {found['jax']} on {found['device']}; peak memory {bytes_text(found['peak_bytes'])}\n"
         f"the machine: reads {bytes_text(machine.bandwidth)}/s, multiplies "
         f"{machine.rate / 1e9:.0f} GFLOP/s in "
         f"{found['dtype'] if found['products'] == XLA else _weights(found)}",
-        markup=False,
     )
     for phase, title in (("prefill", "time to the first token"), ("decode", "a decode step")):
-        table = plain_table(
+        table = PlainTable(
             title,
             *(">batch", ">tokens before", ">ms", ">least", ">most", ">tokens/s"),
             *(">read a second", ">GFLOP/s", ">of the limit"),
@@ -137,7 +138,7 @@ def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None
         for row in rows:
             if row.phase == phase:
                 table.add_row(*_cells(row))
-        console.print(table)
+        table.print(console)
 
 
 def _weights(found: dict[str, Any]) -> str:

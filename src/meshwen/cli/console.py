@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from meshwen.request import Completion, Event
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 100
 _SPEED_PERIOD = 600.0  # seconds over which progress is measured: an answer may take minutes
 _LINE_PERIOD = 60.0  # seconds
+# But newlines, and tabs, of which blanks are made: a terminal would obey them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def note(text: str) -> None:
@@ -34,9 +37,32 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def harmless(text: str) -> str:
+    """With control characters, but newlines and tabs, as Python writes them."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """A text for Rich as it is: no markup, no emoji codes, no control characters in it."""
+    return Text(harmless(text).expandtabs(), style=style)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Prints a text as it is, folded between words; a longer word is left to the terminal."""
+    folded = "\n".join(_folded(line, console.width) for line in harmless(text).split("\n"))
+    console.print(plain(folded, style), soft_wrap=True)
+
+
+def _folded(line: str, width: int) -> str:
+    return textwrap.fill(
+        line, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+
+
 def output_console() -> Console:
     """A console on stdout, as wide as the terminal, or 100 columns in a pipe."""
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+    width = None if sys.stdout.isatty() else _PIPED_WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
@@ -46,7 +72,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     A bar on a terminal; elsewhere, as in a log, a line every minute.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -121,20 +147,3 @@ class Meter:
             return text
         rate = (count - 2) / (last - self._times[1])
         return f"{text}; from the second on {rate:.1f} tokens/s"
-
-
-def plain_table(title: str, *columns: str) -> Table:
-    """A table whose columns are aligned to the right where their name begins with `>`."""
-    table = Table(
-        title=f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for column in columns:
-        justify: JustifyMethod = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
-    return table

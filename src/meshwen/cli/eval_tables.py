@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.text import Text
-
-from meshwen.cli.console import note, output_console, plain_table
+from meshwen.cli.console import harmless, note, output_console, say
+from meshwen.cli.tables import PlainTable
 
 if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
     from meshwen.evals.run_file import Key, Record, RunFile
 
 _LISTED = 10  # problems with other tokens, and reasons of failures; --json or run files have all
-# But newlines, and tabs, which Rich makes blanks of: a terminal would obey them.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
@@ -46,7 +41,7 @@ def print_meshes(
     """The runs of several meshes, each against the first."""
     settings = results[0][0].settings
     weights = settings["quantization"] or settings["dtype"]
-    table = plain_table(
+    table = PlainTable(
         f"{settings['model']}, {weights}, {settings['numerics']}: {compared[0].answers} answers",
         *("mesh", ">right", ">accuracy", ">95% interval", ">identical", ">flips", ">p", ">s"),
     )
@@ -62,7 +57,7 @@ def print_meshes(
             "" if against.p is None else f"{against.p:.3g}",
             str(found["seconds"]),
         )
-    output_console().print(table)
+    table.print(output_console())
     for run, _ in results:
         _print_failed(run, f"could not be asked on {run.settings['mesh']}, counted as wrong")
 
@@ -72,47 +67,41 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     from meshwen.evals.compare import settings_of
 
     console = output_console()
-    table = plain_table(f"{found.answers} answers", "run", ">right", ">accuracy", ">only right")
+    table = PlainTable(f"{found.answers} answers", "run", ">right", ">accuracy", ">only right")
     for run, right, alone in zip(
         runs, found.correct, (found.only_first, found.only_second), strict=True
     ):
         table.add_row(str(run.path), str(right), f"{right / found.answers:.1%}", str(len(alone)))
-    console.print(table)
+    table.print(console)
     for run in runs:
         _print_failed(run, f"could not be asked in {run.path}, counted as wrong")
     p = "" if found.p is None else f"McNemar's exact p: {found.p:.3g}; "
-    console.print(
-        f"{p}identical answers: {found.identical} of {found.answers}",
-        markup=False,
-    )
+    say(console, f"{p}identical answers: {found.identical} of {found.answers}")
     for name, (one, other) in settings_of(runs).items():
         if one != other:
-            console.print(f"{name}: {one} and {other}", markup=False)
+            say(console, f"{name}: {one} and {other}")
     if found.parted:
         problem, _, token = min(found.parted, key=lambda one: one[2])
         places = ", ".join(f"{one[0]} from {one[2]}" for one in found.parted[:_LISTED])
         more = ", ..." * (len(found.parted) > _LISTED)
-        console.print(
+        say(
+            console,
             f"other tokens in problem {places}{more}; the earliest from {token} on, in problem "
             f"{problem}",
-            markup=False,
         )
     parted = {(problem, sample): token for problem, sample, token in found.parted}
     for key in found.flips:
         sample = f", sample {key[1]}" if found.p is None else ""
         how = f"other tokens from {parted[key]} on" if key in parted else "graded otherwise"
-        side_by_side = plain_table(f"problem {key[0]}{sample}, {how}", *_verdicts(runs, key))
-        side_by_side.add_row(*(Text(_said(run.records[key])) for run in runs))
-        console.print(side_by_side)
+        side_by_side = PlainTable(f"problem {key[0]}{sample}, {how}", *_verdicts(runs, key))
+        side_by_side.add_row(*(_said(run.records[key]) for run in runs))
+        side_by_side.print(console)
 
 
 def _verdicts(runs: tuple[RunFile, RunFile], key: Key) -> list[str]:
     records = [run.records[key] for run in runs]
     return [
-        escape(
-            f"{run.path}: {'right' if one['correct'] else 'wrong'}, "
-            + _harmless(str(one["extracted"]))
-        )
+        f"~{run.path}: {'right' if one['correct'] else 'wrong'}, {one['extracted']}"
         for run, one in zip(runs, records, strict=True)
     ]
 
@@ -127,9 +116,9 @@ def _print_failed(run: RunFile, label: str) -> None:
             reasons.setdefault(reason, set()).add(problem)
     if not reasons:
         return
-    print(f"{label}: {_listed(set().union(*reasons.values()))}")
+    print(harmless(f"{label}: {_listed(set().union(*reasons.values()))}"))
     for reason, problems in list(reasons.items())[:_LISTED]:
-        print(f"  {_listed(problems)}: {reason}")
+        print(harmless(f"  {_listed(problems)}: {reason}"))
     if len(reasons) > _LISTED:
         print("  ...")
 
@@ -140,9 +129,4 @@ def _listed(problems: set[int]) -> str:
 
 def _said(one: Record) -> str:
     """An answer's text, or why there is none."""
-    return _harmless(one["error"] if one["finish_reason"] == "error" else one["text"].strip())
-
-
-def _harmless(text: str) -> str:
-    """With control characters as Python writes them."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return str(one["error"] if one["finish_reason"] == "error" else one["text"].strip())

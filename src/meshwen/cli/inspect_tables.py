@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `meshwen inspect` prints for people: tables that fit 100 columns."""
+"""What `meshwen inspect` prints for people: tables of tensors, heads and bytes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from meshwen.cli.console import plain_table
+from meshwen.cli.console import say
 from meshwen.cli.inspect_report import TensorRow
+from meshwen.cli.tables import PlainTable, print_pairs
 from meshwen.units import bytes_text, count_text
 
 _SHARED_FIELDS = ("architectures", "model_type", "hidden_act", "max_window_layers")
@@ -29,40 +28,33 @@ def print_inspection(
     kind = report["format"] or "config only, no weights"
     count = report["parameters"]
     size = f"{count:,} parameters ({count_text(count)})"
-    console.print(Text(f"{report['model']} ({kind}): {size}\n", style="bold"))
-    console.print(_config_table(report["config"]))
-    console.print(_tensor_table(rows, fold=fold))
+    say(console, f"{report['model']} ({kind}): {size}\n", "bold")
+    print_pairs(console, _config(report["config"]))
+    _tensor_table(rows, fold=fold).print(console)
     if any(row.stats is not None for row in rows):
-        console.print(_stats_table(rows))
+        _stats_table(rows).print(console)
     _print_heads(report, console)
     _print_bytes(report, console)
     if report["sums"] is not None:
         _print_sums(report["sums"], console)
 
 
-def _config_table(config: dict[str, Any]) -> Table:
-    """Every field but those that all Qwen2 models share, in two columns."""
+def _config(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every field but those that all Qwen2 models share."""
     kinds = [f"{len(list(run))} x {kind}" for kind, run in groupby(config["layer_types"])]
     fields = config | {"layer_types": ", ".join(kinds)}
-    cells = [(key, str(value)) for key, value in fields.items() if key not in _SHARED_FIELDS]
-    half = (len(cells) + 1) // 2
-    table = Table.grid(padding=(0, 2))
-    for left, right in zip_longest(cells[:half], cells[half:], fillvalue=("", "")):
-        table.add_row(*map(Text, (*left, *right)))
-    return table
+    return [(key, str(value)) for key, value in fields.items() if key not in _SHARED_FIELDS]
 
 
-def _tensor_table(rows: list[TensorRow], *, fold: bool) -> Table:
-    table = plain_table(
+def _tensor_table(rows: list[TensorRow], *, fold: bool) -> PlainTable:
+    table = PlainTable(
         "Tensors (axes: each logical axis, and the mesh axes that split it)",
-        *("name", ">shape", "file", "axes", ">per device"),
+        *("name", ">shape", "file", "~axes", ">per device"),
     )
     has_file = any(row.file_dtype is not None for row in rows)
     lines = _folded(rows, has_file) if fold else [_line(row, has_file) for row in rows]
-    # A heading, which stands alone on its line, is wrapped rather than widen the column.
-    table.columns[0].width = max(len(line[0]) for line in lines if len(line) > 1)
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*line)
     return table
 
 
@@ -114,8 +106,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "x".join(map(str, shape or ()))
 
 
-def _stats_table(rows: list[TensorRow]) -> Table:
-    table = plain_table(
+def _stats_table(rows: list[TensorRow]) -> PlainTable:
+    table = PlainTable(
         "Values (least, greatest and mean: of the finite ones)",
         *("name", ">min", ">max", ">mean", ">NaN", ">Inf"),
     )
@@ -132,25 +124,26 @@ def _stats_table(rows: list[TensorRow]) -> Table:
 def _print_heads(report: dict[str, Any], console: Console) -> None:
     heads = report["head_layout"]
     groups = heads["data_groups"]
-    table = plain_table(
+    table = PlainTable(
         f"Heads: {heads['query_heads']} query and {heads['key_value_heads']} key/value heads on "
         f"mesh {report['mesh']}"
         + (f", the same in all {groups} data groups" if groups > 1 else ""),
-        *(">device", ">kv head", "query heads (. is a padded slot)"),
+        *(">device", ">kv head", "~query heads (. is a padded slot)"),
     )
     for line in _head_lines(heads):
         table.add_row(*line)
-    console.print(table)
+    table.print(console)
     hidden = heads["devices"] - _MOST_DEVICES
     if hidden > 0:
-        console.print(f"  ... and {hidden} more devices (--json lists them all)")
+        say(console, f"  ... and {hidden} more devices (--json lists them all)")
     kv_slots = heads["devices"] * heads["key_value_heads_per_device"]
-    console.print(
+    say(
+        console,
         f"\nOn each device: {_plural(heads['key_value_heads_per_device'], 'kv head')}, each with "
         f"{_plural(heads['query_slots_per_key_value_head'], 'query slot')}. In all: "
         f"{heads['query_slots']} query slots for {heads['query_heads']} heads "
         f"({_cost(heads['query_cost_percent'])}), {kv_slots} kv slots for "
-        f"{heads['key_value_heads']} ({_cost(heads['key_value_cost_percent'])})."
+        f"{heads['key_value_heads']} ({_cost(heads['key_value_cost_percent'])}).",
     )
 
 
@@ -177,7 +170,7 @@ def _print_bytes(report: dict[str, Any], console: Console) -> None:
     weights, cache = report["weights"], report["kv_cache"]
     keys = "" if report["dtype"] == "float32" else "; keys of the KV cache in float32"
     matrices = ", of matrices in int8" if report["quantization"] else ""
-    table = plain_table(
+    table = PlainTable(
         f"Bytes in {report['dtype']}{matrices}{keys}",
         *("", ">model", ">per device", ">padding and copies"),
     )
@@ -195,27 +188,28 @@ def _print_bytes(report: dict[str, Any], console: Console) -> None:
         bytes_text(cache["per_device_per_token"]),
         _cost(cache["cost_percent"]),
     )
-    console.print(table)
+    table.print(console)
     context = cache["context_length"]
     full = bytes_text(cache["per_device_full_context"])
-    console.print(
+    say(
+        console,
         f"\nAll devices together: {bytes_text(weights['all_devices'])} of weights. "
-        f"KV cache of one sequence of {context} tokens: {full} per device."
+        f"KV cache of one sequence of {context} tokens: {full} per device.",
     )
 
 
 def _print_sums(sums: dict[str, Any], console: Console) -> None:
-    table = plain_table(
+    table = PlainTable(
         "Sums in exact numerics: leaves that no mesh changes, added in one tree",
-        *("sum", "a leaf", ">per device", "added on each device"),
+        *("sum", "~a leaf", ">per device", "~added on each device"),
     )
     for name in ("attention output", "MLP output"):
         sum_ = sums[name]
         leaves = str(sum_["leaves_per_device"])
         table.add_row(name, sum_["leaf"], leaves, sum_["device_tree"])
-    console.print(table)
+    table.print(console)
     if "+" in sums["across_devices"]:
-        console.print(f"\nThen the devices' sums: {sums['across_devices']}.")
+        say(console, f"\nThen the devices' sums: {sums['across_devices']}.")
 
 
 def _cost(percent: float) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import note, output_console
+from meshwen.cli.console import note, output_console, say
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.prompts import read_prompts
 from meshwen.errors import MeshwenError
@@ -287,10 +287,10 @@ def _print(found: dict[str, Any], before: dict[str, Any] | None) -> bool:
         return bool(found["ok"])
     changed = differences(before, found)
     for line in changed["environment"]:
-        console.print(f"environment: {line}", markup=False)
+        say(console, f"environment: {line}")
     for line in changed["outcome"]:
-        console.print(f"differs from the certificate: {line}", markup=False)
+        say(console, f"differs from the certificate: {line}")
     if not changed["outcome"]:
         other = " though the environment is another" if changed["environment"] else ""
-        console.print(f"the outcome is the certificate's, to the bit{other}")
+        say(console, f"the outcome is the certificate's, to the bit{other}")
     return bool(found["ok"]) and not changed["outcome"]

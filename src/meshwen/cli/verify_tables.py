@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from meshwen.cli.console import plain_table
+from meshwen.cli.console import say
+from meshwen.cli.tables import PlainTable
 from meshwen.units import bytes_text, difference_text
 from meshwen.verify.picture import bytes_range, collectives_by_mesh, greedy_text, strip, worst
 
@@ -22,16 +21,15 @@ _COLUMNS = (
 def print_certificate(found: dict[str, Any], console: Console) -> None:
     """Prints tables, pictures and the verdict."""
     prompts, steps = len(found["prompts"]), len(found["tokens"][0])
-    console.print(
-        Text(
-            f"{found['model']} in {found['dtype']}: {prompts} prompts, {steps} tokens after each, "
-            f"against {found['meshes'][0]}",
-            style="bold",
-        )
+    say(
+        console,
+        f"{found['model']} in {found['dtype']}: {prompts} prompts, {steps} tokens after each, "
+        f"against {found['meshes'][0]}",
+        "bold",
     )
     for numerics in found["numerics"]:
         rows = [row for row in found["rows"] if row["numerics"] == numerics]
-        console.print(_table(numerics, rows))
+        _table(numerics, rows).print(console)
         _print_parting(rows, console)
         _print_collectives(rows, found["layers"], console)
     _print_cache(found["rows"], console)
@@ -40,13 +38,11 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
     _print_verdict(found, console)
 
 
-def _table(numerics: str, rows: list[dict[str, Any]]) -> Table:
+def _table(numerics: str, rows: list[dict[str, Any]]) -> PlainTable:
     title = f"{numerics} (n devices; on each: weights, KV cache, bytes sent for a token)"
-    table = plain_table(title, *_COLUMNS)
-    for column in table.columns:
-        column.no_wrap = True
+    table = PlainTable(title, *_COLUMNS)
     for row in rows:
-        table.add_row(*_cells(row), style="red" if row["broken"] else None)
+        table.add_row(*_cells(row), style="red" if row["broken"] else "")
     return table
 
 
@@ -69,48 +65,49 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _print_parting(rows: list[dict[str, Any]], console: Console) -> None:
-    """A strip a mesh, cut to the console's width."""
-    console.print(
+    """A strip a mesh."""
+    say(
+        console,
         "\nembedding, attention and MLP of each layer, final norm "
-        "(· same bits, ▁ to █: 1e-8 to 1 apart)"
+        "(· same bits, ▁ to █: 1e-8 to 1 apart)",
     )
     width = max(len(row["mesh"]) for row in rows)
     for row in rows:
         where = row["parting"] or "nowhere"
-        line = Text(f"{row['mesh']:<{width}}  {strip(row)}  bits part: {where}")
+        line = f"{row['mesh']:<{width}}  {strip(row)}  bits part: {where}"
         if row["cached"]["first_divergence"] is not None:
-            line.append(f"; greedy tokens {greedy_text(row)}")
-        console.print(line)
+            line += f"; greedy tokens {greedy_text(row)}"
+        say(console, line)
 
 
 def _print_collectives(rows: list[dict[str, Any]], layers: int, console: Console) -> None:
-    console.print("\ncollectives of a decode step")
+    say(console, "\ncollectives of a decode step")
     for meshes, text in collectives_by_mesh(rows, layers).items():
-        console.print(Text(f"{meshes}: {text}"))
+        say(console, f"{meshes}: {text}")
 
 
 def _print_cache(rows: list[dict[str, Any]], console: Console) -> None:
     """How far logits through the cache are from those of whole sequences, on each mesh."""
-    console.print("\nlogits through the cache, against those of whole sequences on the same mesh")
+    say(console, "\nlogits through the cache, against those of whole sequences on the same mesh")
     for numerics in dict.fromkeys(row["numerics"] for row in rows):
         own = [row["cached_against_whole"] for row in rows if row["numerics"] == numerics]
         equal = all(difference["bits_equal"] for difference in own)
         largest = max(difference["max_relative"] for difference in own)
         text = "bits equal" if equal else f"at most {largest:.1e} of the largest logit apart"
-        console.print(f"{numerics}: {text} on {len(own)} meshes")
+        say(console, f"{numerics}: {text} on {len(own)} meshes")
 
 
 def _print_self_test(self_test: dict[str, list[dict[str, Any]]], console: Console) -> None:
     for key, faults in self_test.items():
-        console.print(Text(f"\nself-test on {key}", style="bold"))
+        say(console, f"\nself-test on {key}", "bold")
         for fault in faults:
             if fault["caught"]:
                 unseen = "" if fault["breaks"] else "; by its logits alone it would pass"
-                console.print(Text(f"found at {fault['put_at']}: {fault['fault']}{unseen}"))
+                say(console, f"found at {fault['put_at']}: {fault['fault']}{unseen}")
                 continue
             seen = fault["found_at"] or "nowhere"
             said = f"NOT FOUND at {fault['put_at']}, but {seen}: {fault['fault']}"
-            console.print(Text(said, style="red"))
+            say(console, said, "red")
 
 
 def _print_golden(comparisons: list[dict[str, Any]], console: Console) -> None:
@@ -120,15 +117,15 @@ def _print_golden(comparisons: list[dict[str, Any]], console: Console) -> None:
             f"\n{golden['numerics']} against {golden['source']}: {golden['equal']} of "
             f"{golden['prompts']} prompts equal, {golden['tokens']} tokens in all{binding}"
         )
-        console.print(Text(text))
+        say(console, text)
         for line in golden["differences"]:
-            console.print(Text(line))
+            say(console, line)
 
 
 def _print_verdict(found: dict[str, Any], console: Console) -> None:
     if found["ok"]:
-        console.print(Text("\nevery promise was kept", style="bold green"))
+        say(console, "\nevery promise was kept", "bold green")
         return
-    console.print(Text("\nbroken", style="bold red"))
+    say(console, "\nbroken", "bold red")
     for promise in found["broken"]:
-        console.print(Text(f"- {promise}", style="red"))
+        say(console, f"- {promise}", "red")
