@@ -57,6 +57,18 @@ def test_turns_are_remembered_saved_and_taken_up_again(chat, capsys, tmp_path):
     assert saved(path)[1] == said(("system", "S"), *first)
 
 
+def test_tools_of_a_loaded_conversation_stay(chat, capsys, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    tools = {"tools": [{"name": "t"}]}
+    path.write_text(json.dumps(said(("user", "one"), ("assistant", "1")) | tools | {"id": 1}))
+    assert chat(f"/save {path}b", "/system \udc80", arguments=("--load", str(path))) == 2
+    (found,) = saved(tmp_path / "chats.jsonlb")
+    assert found["tools"] == tools["tools"]
+    told = capsys.readouterr().err
+    assert "change nothing: 'id'" in told
+    assert r'the system message "\udc80" is not valid Unicode' in told
+
+
 def test_reset_keeps_the_system_message(chat, capsys, tmp_path):
     path = tmp_path / "chats.jsonl"
     lines = ("one", "/reset", "two", f"/save {path}", "/system", f"/save {path}")

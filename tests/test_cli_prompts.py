@@ -2,11 +2,12 @@
 """Prompts: from an argument, stdin or a file, and as text, messages or token ids."""
 
 import io
+import json
 import sys
 
 import pytest
 
-from meshwen.cli.prompts import read_prompts
+from meshwen.cli.prompts import read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
 from meshwen.tokenizer import Tokenizer
 from speller import chat_ids, token_ids, write_speller
@@ -73,11 +74,59 @@ def test_prompts_file_may_be_stdin(stdin):
         ('{"messages": ["hi"]}', "messages must be a list"),
         ('{"prompt_tokens": [1, true]}', "prompt_tokens must be a list of integers"),
         ("\n \n", "holds no prompt"),
+        ('[{"role": "user", "content": "a"}]', "line 1 is a JSON array; write one prompt a line"),
+        ("ok\n [1, 2]", "line 2 is a JSON array"),
+        ('[\n"a",\n"b"\n]', "is one JSON value over several lines; write one prompt a line"),
+        ('{\n"prompt": "a"\n}', "is one JSON value over several lines"),
+        ('{"prompt": "a", "prompt": "b"}', r'line 1.* .key "prompt" is given twice'),
+        ('{"prompt": "a", "tools": {"name": "t"}}', "line 1: tools must be a list of objects"),
     ],
 )
 def test_a_malformed_line_is_an_error_that_names_it(tmp_path, text, message):
     with pytest.raises(MeshwenError, match=message):
         read_file(tmp_path, text)
+
+
+@pytest.mark.parametrize("line", ["[1] Why?", "[ ]x", '"quoted"', "42", "[INST] hi"])
+def test_text_that_looks_like_json_stays_text(tmp_path, line):
+    (prompt,) = read_file(tmp_path, line)
+    assert prompt.content == line
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(stdin, tmp_path):
+    (prompt,) = read_file(tmp_path, '\ufeff{"prompt_tokens": [1]}')
+    assert prompt.content == [1]
+    stdin("\ufeffhi".encode())
+    (prompt,) = read_prompts("-", None)
+    assert prompt.content == "hi"
+
+
+def test_tools_and_documents_reach_the_template(tmp_path):
+    folder = write_speller(tmp_path / "speller")
+    template = "{{ tools }} {{ documents }} {{ messages[0].content }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = Tokenizer.from_folder(folder)
+    asked = {"tools": [{"name": "t"}], "documents": [{"text": "d"}]}
+    messages = {"messages": [{"role": "user", "content": "hi"}]}
+    lines = [{"prompt": "hi", **asked}, messages | asked, {"prompt": "hi", "tools": []}]
+    one, other, without = read_file(tmp_path, "\n".join(map(json.dumps, lines)))
+    expected = token_ids("[{'name': 't'}] [{'text': 'd'}] hi")
+    assert list(one.token_ids(tokenizer, raw=False, system=None)) == expected
+    assert list(other.token_ids(tokenizer, raw=False, system=None)) == expected
+    assert list(without.token_ids(tokenizer, raw=False, system=None)) == token_ids("None None hi")
+    with pytest.raises(MeshwenError, match="line 1: tools need the chat template, which --raw"):
+        one.token_ids(tokenizer, raw=True, system=None)
+
+
+def test_fields_that_change_nothing_are_named(tmp_path):
+    prompts = read_file(tmp_path, '{"prompt": "a", "tools": [], "id": 1, "temperature": 0.5}\nb')
+    told = unheeded_fields(prompts, returned=False)
+    assert told == "fields of the prompts that change nothing: 'id', 'temperature'"
+    told = unheeded_fields(prompts, returned=True)
+    assert "only come back, and set nothing: 'temperature';" in told
+    assert unheeded_fields(prompts[1:], returned=True) is None
+    many = read_file(tmp_path, json.dumps({"prompt": "a"} | {str(i): i for i in range(20)}))
+    assert unheeded_fields(many, returned=False).endswith(" '7', ...")
 
 
 def test_input_that_is_not_utf8_is_an_error(stdin):

@@ -14,6 +14,7 @@ from meshwen.checkpoints.torch_bin import find_torch, read_torch
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.json_files import read_json
+from meshwen.paths import exists, user_path
 from meshwen.presets import PRESETS, preset
 
 __all__ = ["LOAD_FORMATS", "Checkpoint", "TensorSource", "name_kind", "open_checkpoint"]
@@ -40,15 +41,24 @@ def open_checkpoint(
     """
     if load_format not in LOAD_FORMATS:
         raise MeshwenError(f"load_format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
+    try:
+        return _open(name, load_format, revision)
+    except OSError as error:  # Such as a folder that may not be entered.
+        raise MeshwenError(f"cannot read {error.filename or name}: {error.strerror}") from None
+
+
+def _open(name: str, load_format: str, revision: str | None) -> Checkpoint:
     kind = name_kind(name)
     if kind != "hub" and revision is not None:
         raise MeshwenError(f"{name} is a {kind}: a revision ({revision!r}) is for a hub id only")
+    if revision is not None and not revision.strip():
+        raise MeshwenError("the revision is empty: leave it out for the newest")
     if kind == "preset":
         return _open_preset(name, load_format)
     if kind == "hub":
         folder = download(name, load_format=load_format, revision=revision)
         return _open_folder(folder, name, load_format)
-    path = demo.path() if name == "demo" else Path(name).expanduser()
+    path = demo.path() if name == "demo" else user_path(name)
     if path.is_file():
         return _open_file(path, path.resolve().stem, load_format)
     return _open_folder(path, path.resolve().name, load_format)
@@ -59,7 +69,11 @@ def name_kind(name: str) -> Literal["path", "preset", "hub"]:
 
     "demo" always stands for the path of the demo model. Raises MeshwenError when it is none of all.
     """
-    if name == "demo" or Path(name).expanduser().exists():
+    if not name.strip():
+        raise MeshwenError(
+            "the model's name is empty: pass a model folder, a .gguf file, a hub id, or demo"
+        )
+    if name == "demo" or exists(user_path(name)):
         return "path"
     if name.lower() in PRESETS:
         return "preset"

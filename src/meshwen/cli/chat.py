@@ -14,9 +14,10 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, note
-from meshwen.cli.conversation import Conversation, load_messages
+from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, sampling_params
+from meshwen.cli.prompts import unheeded_fields
 from meshwen.errors import MeshwenError
 
 _HELP = """\
@@ -83,7 +84,9 @@ def chat(
     if sys.stdin is None:  # Closed, as `<&-` does.
         raise MeshwenError("there is nothing to answer: stdin is closed")
     devices = make_mesh(mesh)
-    messages = [] if load is None else load_messages(load)
+    before = None if load is None else load_conversation(load)
+    if before is not None and (told := unheeded_fields([before], returned=False)):
+        note(told)
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
         sampling = sampling_params(checkpoint, given)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -99,7 +102,7 @@ def chat(
             max_model_len=max_model_len,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
-    conversation = Conversation(loaded, tokenizer, sampling, messages)
+    conversation = Conversation(loaded, tokenizer, sampling, before)
     if system is not None:
         conversation.set_system(system)
     interactive = sys.stdin.isatty()

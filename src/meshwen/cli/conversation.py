@@ -8,8 +8,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshwen.cli.prompts import read_prompts
+from meshwen.cli.prompts import Prompt, read_prompts
 from meshwen.errors import MeshwenError
+from meshwen.json_files import shown
+from meshwen.paths import user_path
 
 if TYPE_CHECKING:
     from meshwen.causal_lm import Qwen2ForCausalLM
@@ -23,6 +25,7 @@ class Conversation:
 
     Attributes:
         messages: `{"role": ..., "content": ...}`, the system message first if there is one.
+        template_fields: what the chat template gets beside them, such as `tools`.
     """
 
     def __init__(
@@ -30,14 +33,21 @@ class Conversation:
         model: Qwen2ForCausalLM,
         tokenizer: Tokenizer,
         sampling: SamplingParams,
-        messages: list[dict[str, Any]],
+        before: Prompt | None = None,
     ):
-        """Takes what was said before, too."""
+        """Goes on with the conversation that was had before, if any."""
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
-        self.messages = messages
+        self.messages: list[Any] = [] if before is None else [*before.content]
+        self.template_fields = {} if before is None else before.template_fields
 
     def set_system(self, text: str) -> None:
-        """Replaces the system message; "" removes it."""
+        """Replaces the system message; "" removes it.
+
+        Raises:
+            MeshwenError: the text holds half of a character.
+        """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise MeshwenError(f"the system message {shown(text)} is not valid Unicode")
         said = [message for message in self.messages if message["role"] != "system"]
         self.messages = [_message("system", text), *said] if text else said
 
@@ -56,7 +66,7 @@ class Conversation:
         from meshwen.request import Request
 
         messages = [*self.messages, _message("user", text)]
-        token_ids = self._tokenizer.encode_chat(messages)
+        token_ids = self._tokenizer.encode_chat(messages, **self.template_fields)
         context = self._model.engine.max_model_len
         if len(token_ids) >= context:
             raise MeshwenError(
@@ -86,15 +96,16 @@ class Conversation:
         """
         if not self.messages:
             raise MeshwenError("nothing was said yet, so there is nothing to save")
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False)
+        saved = {"messages": self.messages} | self.template_fields
+        line = json.dumps(saved, ensure_ascii=False)
         try:
-            with path.expanduser().open("a", encoding="utf-8") as file:
+            with user_path(path).open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
         except OSError as error:
             raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
 
 
-def load_messages(path: Path) -> list[dict[str, Any]]:
+def load_conversation(path: Path) -> Prompt:
     """The last conversation that `Conversation.save` put in a file.
 
     Raises:
@@ -103,7 +114,7 @@ def load_messages(path: Path) -> list[dict[str, Any]]:
     last = read_prompts(None, str(path))[-1]
     if isinstance(last.content, str) or last.is_token_ids:
         raise MeshwenError(f"{last.where} holds no conversation, as /save writes it")
-    return last.content
+    return last
 
 
 def _message(role: str, content: str) -> dict[str, Any]:

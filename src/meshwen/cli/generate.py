@@ -13,7 +13,7 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import Meter, note
 from meshwen.cli.load import load_model, sampling_params
-from meshwen.cli.prompts import Prompt, read_prompts
+from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def generate(
             "--prompts-file",
             metavar="FILE",
             help='A prompt a line: plain text, or a JSON object with "prompt", "messages" or '
-            '"prompt_tokens" (its other fields come back with --json). -: stdin.',
+            '"prompt_tokens". The chat template gets its "tools" and "documents"; all of its other '
+            "fields come back with --json. -: stdin.",
             show_default=False,
         ),
     ] = None,
@@ -118,6 +119,8 @@ def generate(
     prompts = [Prompt(**fields) for fields in read]
     if as_json:
         _check_extra_fields(prompts)
+    if told := unheeded_fields(prompts, returned=as_json):
+        note(told)
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
         # Whatever can be refused is refused before any weight is read.
         sampling = sampling_params(checkpoint, given)

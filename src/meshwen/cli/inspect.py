@@ -82,7 +82,7 @@ def inspect(
             numerics.value,
             quantization.value if quantization else None,
         )
-        rows = tensor_rows(plan, checkpoint.tensors, pattern or "*")
+        rows = tensor_rows(plan, checkpoint.tensors, "*" if pattern is None else pattern)
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")
         if stats:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from meshwen.tokenizer import Tokenizer
 
 _KINDS = ("prompt", "messages", "prompt_tokens")
+# Fields that the chat template gets beside the messages.
+_TEMPLATE_FIELDS = ("tools", "documents")
+# Fields by which requests to servers set something that is an option here.
+_SETTINGS = {
+    *("model", "max_new_tokens", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
+    *("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
+    *("stop", "logprobs", "top_logprobs", "logit_bias", "n", "tool_choice", "response_format"),
+    *("functions", "function_call", "chat_template", "chat_template_kwargs", "system"),
+    *("add_generation_prompt", "continue_final_message", "enable_thinking"),
+}
+_MOST_NAMES = 8
+_JSON_LINES = (
+    'write one prompt a line: text, or an object such as {"prompt": ...} or {"messages": [...]}'
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class Prompt:
     Attributes:
         where: where it was given, for error messages.
         content: str, list of messages, or list of int.
-        extra: further fields of its JSON object.
+        extra: further fields of its JSON object. The chat template sees `tools` and `documents`.
     """
 
     where: str
@@ -62,6 +76,7 @@ class Prompt:
             MeshwenError: the prompt does not fit the options or the model; names its place.
         """
         if self.is_token_ids:
+            self._refuse_template_fields("prompt_tokens do without")
             return tuple(self.content)
         if tokenizer is None:
             raise MeshwenError(
@@ -70,12 +85,26 @@ class Prompt:
             )
         if raw and not isinstance(self.content, str):
             raise MeshwenError(f"{self.where}: messages need the chat template, so not --raw")
+        if raw:
+            self._refuse_template_fields("--raw leaves out")
         try:
             if raw:
                 return tuple(tokenizer.encode(str(self.content)))
-            return tuple(tokenizer.encode_chat(self._messages(system)))
+            return tuple(tokenizer.encode_chat(self._messages(system), **self.template_fields))
         except MeshwenError as error:
             raise MeshwenError(f"{self.where}: {error}") from error
+
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        """What the chat template gets beside the messages."""
+        return {name: self.extra[name] for name in _TEMPLATE_FIELDS if self.extra.get(name)}
+
+    def _refuse_template_fields(self, without: str) -> None:
+        if found := list(self.template_fields):
+            raise MeshwenError(
+                f"{self.where}: {found[0]} need the chat template, which {without}; "
+                f"leave out {found[0]}"
+            )
 
     def _messages(self, system: str | None) -> list[Any]:
         messages = self.content
@@ -116,30 +145,40 @@ def _read(path: str) -> str:
         raise MeshwenError("there is no prompt: stdin is closed; give one as an argument")
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode()
-    except OSError as error:
-        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        name = "stdin" if path == "-" else path
-        raise MeshwenError(f"{name} is not UTF-8 text: {error}") from None
+        return data.decode("utf-8-sig")  # Without the mark that some editors put first.
+    except (OSError, ValueError) as error:
+        name = "stdin" if path == "-" else path or "a file without a name"
+        if isinstance(error, UnicodeDecodeError):
+            raise MeshwenError(f"{name} is not UTF-8 text: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MeshwenError(f"cannot read {name}: {reason}") from None
 
 
 def _parse_lines(path: str, text: str) -> list[Prompt]:
     """One prompt a line; blank lines hold none."""
     name = "stdin" if path == "-" else path
-    lines = enumerate(text.split("\n"), start=1)
-    prompts = [
-        _parse(f"{name} line {number}", line.removesuffix("\r"))
-        for number, line in lines
-        if line.strip()
-    ]
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if sum(map(bool, map(str.strip, lines))) > 1 and _is_json(text):
+        raise MeshwenError(f"{name} is one JSON value over several lines; {_JSON_LINES}")
+    numbered = enumerate(lines, start=1)
+    prompts = [_parse(f"{name} line {n}", line) for n, line in numbered if line.strip()]
     if not prompts:
         raise MeshwenError(f"{name} holds no prompt")
     return prompts
 
 
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON array or object: a bracket alone also begins `[1] Why?`."""
+    try:
+        return text.lstrip()[:1] in ("[", "{") and isinstance(parse_json(text, ""), list | dict)
+    except MeshwenError:
+        return False
+
+
 def _parse(where: str, line: str) -> Prompt:
     if not line.lstrip().startswith("{"):
+        if _is_json(line):
+            raise MeshwenError(f"{where} is a JSON array; {_JSON_LINES}")
         return Prompt(where, line)
     fields = parse_json(line, f"{where}, which begins with {{")
     kinds = [kind for kind in _KINDS if kind in fields]
@@ -150,7 +189,28 @@ def _parse(where: str, line: str) -> Prompt:
     content = fields.pop(kind)
     if not _CHECKS[kind](content):
         raise MeshwenError(f"{where}: {kind} must be {_EXPECTED[kind]}")
+    for name in _TEMPLATE_FIELDS:
+        if not _is_objects(fields.get(name) or []):
+            raise MeshwenError(f"{where}: {name} must be a list of objects")
     return Prompt(where, content, fields)
+
+
+def unheeded_fields(prompts: Iterable[Prompt], returned: bool) -> str | None:
+    """A line that names the fields of prompts which change nothing, if there are any.
+
+    Args:
+        prompts: the prompts.
+        returned: whether fields come back with the answers: then only those are named that look
+            like settings, as a request to a server may have.
+    """
+    found = {name: None for prompt in prompts for name in prompt.extra}
+    names = [n for n in found if n not in _TEMPLATE_FIELDS and (not returned or n in _SETTINGS)]
+    if not names:
+        return None
+    shown = ", ".join(map(repr, names[:_MOST_NAMES])) + ", ..." * (len(names) > _MOST_NAMES)
+    if returned:
+        return f"fields of the prompts that only come back, and set nothing: {shown}; use options"
+    return f"fields of the prompts that change nothing: {shown}"
 
 
 def _is_messages(content: Any) -> bool:
@@ -161,6 +221,10 @@ def _is_messages(content: Any) -> bool:
 
 def _is_token_ids(content: Any) -> bool:
     return _is_list(content) and all(type(token) is int for token in content)
+
+
+def _is_objects(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(one, dict) for one in content)
 
 
 def _is_list(content: Any) -> bool:

@@ -125,7 +125,9 @@ def verify(
 
     _check_together(prompts, golden, reference, against, self_test, max_new_tokens)
     before, cases = _read_together(against, golden)
-    specs = options.parse_meshes(meshes or ";".join(before["meshes"] if before else [_MESHES]))
+    if meshes is None:
+        meshes = ";".join(before["meshes"] if before else [_MESHES])
+    specs = options.parse_meshes(meshes)
     if len(specs) == 1 and against is None:
         note("only one mesh: it is held against itself, whole sequences against the cache")
     kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
@@ -232,7 +234,7 @@ def _workload(
 
 
 def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequence[int]]:
-    from meshwen.cli.prompts import Prompt
+    from meshwen.cli.prompts import Prompt, unheeded_fields
     from meshwen.distributed import shared
     from meshwen.tokenizer import Tokenizer
     from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
@@ -243,6 +245,8 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
     )
     if read is not None:
         asked = [Prompt(**fields) for fields in read]
+        if told := unheeded_fields(asked, returned=False):
+            note(told)
         needed = not all(prompt.is_token_ids for prompt in asked)
         tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None
         return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in asked]
