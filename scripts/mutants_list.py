@@ -281,6 +281,20 @@ FAULTS = (
         "engine",
     ),
     _fault(
+        "engine: stop strings do not see special tokens",
+        "sequence.py",
+        "self._decoder.push(token), self._tokenizer.special_text(token)",
+        "self._decoder.push(token)",
+        "engine",
+    ),
+    _fault(
+        "evals: the harness's styles do not stop at the tokenizer's eos",
+        "evals/gsm8k.py",
+        "style.stop_strings(eos_token)",
+        "style.stop",
+        "evals_styles",
+    ),
+    _fault(
         "engine: only the first end-of-text token counts",
         "causal_lm.py",
         "return tuple(given or config.eos_token_id",

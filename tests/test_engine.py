@@ -2,6 +2,7 @@
 """Requests in, tokens out: against greedy decoding in float64, and against themselves alone."""
 
 import functools
+import itertools
 import logging
 import re
 from dataclasses import replace
@@ -393,6 +394,28 @@ def test_a_stop_string_ends_the_answer_at_the_token_that_completes_it(speller, s
     assert completion.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens", "reason"),
+    [
+        ((), ANSWER, 9, "length"),
+        (("<|im_end|>",), ANSWER, 9, "stop"),
+        (("|im_",), ANSWER, 9, "stop"),
+        ((f"{TREE}!<|im_end|>",), "Hi ", 9, "stop"),
+        (("<|im_end|>!",), ANSWER, 9, "length"),  # What is held comes out at the end.
+        (("<|im_end|>", f"{TREE}"), "Hi ", 7, "stop"),
+    ],
+)
+def test_stop_strings_see_special_tokens_and_texts_do_not(speller, stop, text, tokens, reason):
+    capacity = Capacity.of(speller.plan, speller.dtype, 8)
+    without_eos = Engine(speller.runner, speller.tokenizer, (), capacity)
+    prompt = speller.tokenizer.encode("\n")
+    events = list(without_eos.run([request(prompt, stop=stop, max_new_tokens=9)]))
+    completion = events[-1].completion
+    assert completion.tokens == tuple(answer_ids()[:tokens])
+    assert completion.text == text == "".join(event.text for event in events)
+    assert completion.finish_reason == reason
+
+
 def test_a_character_cut_by_the_limit_is_shown_as_such(speller):
     prompt = speller.tokenizer.encode("\n")
     (found,) = completions(speller.engine.run([request(prompt, max_new_tokens=5)]))
@@ -409,27 +432,30 @@ def cut(text: str, stop: list[str]) -> str | None:
 
 
 few_letters = st.text("ab", max_size=5)
+# A text, and what a special token behind it is written as.
+piece = st.tuples(few_letters, st.one_of(st.just(""), few_letters))
 
 
 @given(
-    st.lists(few_letters, max_size=12),
+    st.lists(piece, max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
 )
 def test_text_is_cut_at_the_first_stop_string_and_no_part_of_one_is_shown(pieces, stop):
-    text, shown, came = StopText(stop), "", ""
-    for piece in pieces:
-        came += piece
-        shown += text.push(piece)
-        answer = cut(came, stop)
-        assert text.stopped == (answer is not None)
-        if answer is not None:
-            assert shown == answer == text.shown
-            assert text.push("more") == text.finish() == ""
+    found, shown, written, is_text = StopText(stop), "", "", []
+    for text, special in pieces:
+        written += text + special
+        is_text += [True] * len(text) + [False] * len(special)
+        shown += found.push(text, special)
+        answer = cut(written, stop)
+        assert found.stopped == (answer is not None)
+        if answer is None:
+            # What is held back begins a stop string; what is shown was the most that could be.
+            ends = [n for n in range(len(written)) if any(s.startswith(written[n:]) for s in stop)]
+            answer = written[: min(ends, default=len(written))]
+        assert shown == "".join(itertools.compress(answer, is_text))
+        if found.stopped:
+            assert shown == found.shown
+            assert found.push("more", "special") == found.finish() == ""
             return
-        # What is held back begins a stop string; what is shown was the most that could be.
-        held = came.removeprefix(shown)
-        assert came == shown + held
-        ends = [n for n in range(len(came) + 1) if any(s.startswith(came[n:]) for s in stop)]
-        assert len(shown) == min(ends, default=len(came))
-    assert shown + text.finish() == came == text.shown
-    assert not text.stopped
+    assert shown + found.finish() == "".join(itertools.compress(written, is_text)) == found.shown
+    assert not found.stopped

@@ -141,6 +141,9 @@ def test_generation_arguments_are_the_harnesss():
     drawn = sampling_params({"until": ["a", "b"], "temperature": 0.7, "max_gen_toks": 9, "seed": 3})
     assert (drawn.temperature, drawn.stop, drawn.max_new_tokens) == (0.7, ("a", "b"), 9)
     assert drawn.seed == 3
+    ended = sampling_params({"until": ["a", "", "<|im_end|>"]}, "<|im_end|>")
+    assert ended.stop == ("a", "<|im_end|>")
+    assert sampling_params({}, "<|endoftext|>").stop == ("<|endoftext|>",)
     with pytest.raises(MeshwenError, match="'num_beams' is not supported"):
         sampling_params({"num_beams": 4})
 

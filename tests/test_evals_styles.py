@@ -4,7 +4,10 @@
 import pytest
 
 from meshwen.errors import MeshwenError
+from meshwen.evals.gsm8k import Question, answer_all
+from meshwen.evals.run_file import RunFile
 from meshwen.evals.styles import STYLES, Problem, prompt_style, shots
+from meshwen.sampling import SamplingParams
 
 PROBLEM = Problem(0, "How many?", "1+1=<<1+1=2>>2\n#### 2")
 TRAIN = [Problem(i, f"q{i}", f"a\n#### {i}") for i in range(20)]
@@ -93,3 +96,36 @@ def test_conversations_are_framed_by_the_chat_template():
 def test_an_unknown_style_names_the_known():
     with pytest.raises(MeshwenError, match="'gsm' is not one of qwen-boxed, lm-eval, "):
         prompt_style("gsm")
+
+
+@pytest.mark.parametrize(
+    ("style", "stop"),
+    [
+        ("qwen-boxed", ("</s>", "<|im_end|>", "<|endoftext|>")),
+        ("lm-eval", ("Question:", "</s>", "<|im_end|>", "<|endoftext|>")),
+        ("lm-eval-cot-zeroshot", ("Q:", "</s>", "<|im_end|>", "<|endoftext|>")),
+        ("demo", ()),
+    ],
+)
+def test_the_harnesss_styles_also_stop_at_the_tokenizers_own_eos(tmp_path, style, stop):
+    class Asked:
+        def check(self, request, name):
+            pass
+
+        def run(self, requests):
+            self.requests = requests
+            return []
+
+    problem, asked = Problem(0, "How many?", "#### 7"), Asked()
+    run = RunFile.begin(tmp_path / "run.jsonl", {}, resume=False)
+    answer_all(
+        asked,
+        [Question(problem, (1, 2))],
+        prompt_style(style),
+        SamplingParams(),
+        run,
+        "<|endoftext|>",
+    )
+    run.close()
+    (request,) = asked.requests
+    assert request.sampling.stop == stop

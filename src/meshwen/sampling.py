@@ -38,7 +38,8 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens that the
             prompt or the answer has already (arXiv 1909.05858); 1 changes nothing.
         seed: of the noise; 0 to 2**32 - 1.
-        stop: strings at which the answer ends; they are not part of its text.
+        stop: strings at which the answer ends; they are not part of its text. Special tokens, which
+            are not either, are found as they are written: "<|im_end|>".
         logprobs: whether to give each token's log-probability under the unmodified logits.
 
     Raises MeshwenError at construction when a value is impossible.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from meshwen.lookup import PromptLookup
@@ -34,6 +35,7 @@ class SequenceState:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._eos, self._on_event = eos, on_event
+        self._tokenizer = tokenizer
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
         self._text = StopText(request.sampling.stop)
         self._logprobs: list[float] = []
@@ -75,7 +77,9 @@ class SequenceState:
 
     def _shown(self, token: int) -> str:
         """The text that can be shown after the newest token; finds out whether it is the last."""
-        shown = self._text.push(self._decoder.push(token)) if self._decoder else ""
+        shown = ""
+        if self._tokenizer and self._decoder:
+            shown = self._text.push(self._decoder.push(token), self._tokenizer.special_text(token))
         if self._text.stopped or token in self._eos:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.limit:
@@ -106,6 +110,8 @@ class SequenceState:
 class StopText:
     """Text that ends at the first stop string, and never shows a part of one.
 
+    Special tokens are no part of the text, but stop strings are found in what is written with them.
+
     Attributes:
         shown: all text given out so far.
         stopped: a stop string has come; nothing after it is shown.
@@ -113,32 +119,42 @@ class StopText:
 
     def __init__(self, stop: Sequence[str]):
         self.shown, self.stopped = "", False
-        self._stop, self._held = tuple(stop), ""
+        self._stop = tuple(stop)
+        self._held: deque[tuple[str, bool]] = deque()  # Pieces, and whether each is to be shown.
 
-    def push(self, text: str) -> str:
-        """Adds text; returns what can be shown now."""
+    def push(self, text: str, special: str = "") -> str:
+        """Adds text, then a special token as it is written; returns what can be shown now."""
         if self.stopped:
             return ""
-        self._held += text
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        self._held += [piece for piece in ((text, True), (special, False)) if piece[0]]
+        written = "".join(piece for piece, _ in self._held)
+        found = [at for at in (written.find(s) for s in self._stop) if at >= 0]
         if found:
             self.stopped = True
             return self._show(min(found))
-        return self._show(len(self._held) - self._possible_stop())
+        return self._show(len(written) - self._possible_stop(written))
 
     def finish(self) -> str:
         """Returns what was held back because it might have begun a stop string."""
-        return "" if self.stopped else self._show(len(self._held))
+        return "" if self.stopped else self._show(sum(len(piece) for piece, _ in self._held))
 
     def _show(self, length: int) -> str:
-        text, self._held = self._held[:length], self._held[length:]
+        """Lets go of so many of the characters held; returns those of them that are text."""
+        text = ""
+        while length:
+            piece, is_text = self._held.popleft()
+            gone, rest = piece[:length], piece[length:]
+            if rest:
+                self._held.appendleft((rest, is_text))
+            text += gone if is_text else ""
+            length -= len(gone)
         self.shown += text
         return text
 
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = min(len(self._held), max((len(s) - 1 for s in self._stop), default=0))
+    def _possible_stop(self, written: str) -> int:
+        """Length of the longest end of what is written that begins a stop string."""
+        longest = min(len(written), max((len(s) - 1 for s in self._stop), default=0))
         for length in range(longest, 0, -1):
-            if any(s.startswith(self._held[-length:]) for s in self._stop):
+            if any(s.startswith(written[-length:]) for s in self._stop):
                 return length
         return 0

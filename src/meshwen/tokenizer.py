@@ -108,6 +108,11 @@ class Tokenizer:
         return self._eos_token_ids
 
     @property
+    def eos_token(self) -> str | None:
+        """The first of `eos_token_ids` as text: what lm-evaluation-harness ends answers at."""
+        return self.id_to_token(self._eos_token_ids[0]) if self._eos_token_ids else None
+
+    @property
     def pad_token_id(self) -> int | None:
         """The padding token's id, where the checkpoint names one."""
         return self._special_id("pad_token")
@@ -178,6 +183,11 @@ class Tokenizer:
             return bytes([BYTE_ALPHABET[character] for character in token])
         except KeyError:  # an added token outside the byte alphabet stands for itself
             return token.encode()
+
+    def special_text(self, token_id: int) -> str:
+        """Return a special token as it is written, which `decode` leaves out; "" for others."""
+        special = self._backend.id_to_token(token_id) if token_id in self._special_ids else None
+        return special or ""
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)

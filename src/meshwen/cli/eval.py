@@ -301,6 +301,7 @@ def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
                 asked.style,
                 asked.sampling,
                 run,
+                loaded.tokenizer.eos_token if loaded.tokenizer else None,
                 lambda done, right, tokens: bar(
                     done,
                     len(questions),

@@ -181,7 +181,7 @@ Stop = Annotated[
     typer.Option(
         "--stop",
         metavar="TEXT",
-        help="End the answer before this text; repeatable.",
+        help="End the answer before this text, or special token; repeatable.",
         show_default=False,
     ),
 ]

@@ -76,6 +76,7 @@ def answer_all(
     style: PromptStyle,
     sampling: SamplingParams,
     run: RunFile,
+    eos_token: str | None = None,
     progress: Callable[[int, int, int], None] = lambda done, right, tokens: None,
 ) -> None:
     """Answers every question that the run file has no answer to, and writes each as it is whole.
@@ -86,11 +87,12 @@ def answer_all(
         style: how answers are found and graded.
         sampling: how to continue prompts; each answer has a seed made from `sampling.seed`.
         run: gets the answers.
+        eos_token: the tokenizer's, for styles that stop at it.
         progress: told after each token how many answers there are, how many of them are right, and
             how many tokens this call has got.
     """
     began = time.perf_counter() - run.seconds
-    sampling = replace(sampling, stop=style.stop, logprobs=True)
+    sampling = replace(sampling, stop=style.stop_strings(eos_token), logprobs=True)
     open_ones = [q for q in questions if q.key not in run.records]
     asked, requests = [], []
     for one in open_ones:

@@ -115,7 +115,7 @@ class MeshwenLM(TemplateLM):
         return texts
 
     def _request(self, context: str, given: Mapping[str, Any]) -> Request:
-        sampling = sampling_params(given)
+        sampling = sampling_params(given, self._tokenizer.eos_token)
         tokens = self.tok_encode(context)
         most = self.max_length - sampling.max_new_tokens
         if most < 1:
@@ -162,17 +162,23 @@ class MeshwenLM(TemplateLM):
         return found
 
 
-def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(given: Mapping[str, Any], eos_token: str | None = None) -> SamplingParams:
     """The harness's generation arguments, which are transformers', as sampling parameters.
+
+    Args:
+        given: what a task says.
+        eos_token: the tokenizer's, at which an answer ends too, as in the harness's own models.
 
     Raises:
         MeshwenError: one is not known here, or has an impossible value.
     """
     given = dict(given)
     until = given.pop("until", ()) or ()
+    stop = (until,) if isinstance(until, str) else tuple(until)
     values = {
         "max_new_tokens": given.pop("max_gen_toks", _MAX_NEW_TOKENS),
-        "stop": (until,) if isinstance(until, str) else tuple(until),
+        # The harness passes over empty strings.
+        "stop": tuple(dict.fromkeys(s for s in (*stop, eos_token) if s)),
     }
     sample = given.pop("do_sample", bool(given.get("temperature")))
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"):

@@ -52,6 +52,7 @@ class PromptStyle:
         conversation: whether the chat template frames the question.
         shots: solved problems before the question.
         stop: strings that end an answer.
+        stops_at_eos: whether the tokenizer's `eos_token` does too, whatever the model's is.
         max_new_tokens: most tokens of an answer, unless another limit is asked for.
         extract: finds an answer in a text. The first is what counts; others are told beside it.
         equal: whether what was found is the reference answer.
@@ -66,6 +67,7 @@ class PromptStyle:
     conversation: bool = False
     shots: int = 0
     stop: tuple[str, ...] = ()
+    stops_at_eos: bool = False
     max_new_tokens: int = 512
     joined: Callable[[str, str], str] = field(default=lambda question, answer: question + answer)
 
@@ -73,6 +75,10 @@ class PromptStyle:
         """The prompt's text: solved examples, and the question."""
         solved = [self.joined(self.ask(one.question), one.solution) for one in examples]
         return "\n\n".join([*solved, self.ask(problem.question)])
+
+    def stop_strings(self, eos_token: str | None) -> tuple[str, ...]:
+        """Strings that end an answer, the tokenizer's `eos_token` included where it is to."""
+        return (*self.stop, eos_token) if self.stops_at_eos and eos_token else self.stop
 
 
 def shots(style: PromptStyle, train: Sequence[Problem], problems: int) -> list[list[Problem]]:
@@ -162,6 +168,7 @@ STYLES = {
             shots=5,
             joined=lambda question, answer: f"{question} {answer}",
             stop=("Question:", "</s>", "<|im_end|>"),
+            stops_at_eos=True,
             max_new_tokens=256,
             extract={
                 "strict-match": _first(r"#### (\-?[0-9\.\,]+)"),
@@ -174,6 +181,7 @@ STYLES = {
             source=f"{_HARNESS}/gsm8k-cot-zeroshot.yaml, version 3",
             ask=lambda question: f"Q: {question}\nA: Let's think step by step.",
             stop=("Q:", "</s>", "<|im_end|>"),
+            stops_at_eos=True,
             max_new_tokens=256,
             extract={
                 "flexible-extract": _FLEXIBLE,
