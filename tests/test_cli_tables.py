@@ -140,6 +140,7 @@ def test_inspect_shows_every_name_and_number(inspected, width, fold):
 
 def run_file(path, settings, *changes):
     asked = {"sample": 0, "question": "?", "tokens": [1], "finish_reason": "stop", "elapsed": 1.0}
+    settings = {"mesh": "1", "prompt_style": "qwen"} | settings
     lines = [{"format": "meshwen-eval-3", "settings": settings}]
     for number, change in enumerate(changes):
         one = {"id": number, "prompt_sha256": "p", "text": "7", "extracted": "7", "gold": "7"}

@@ -13,7 +13,7 @@ from meshwen.errors import MeshwenError
 from meshwen.evals.compare import compare
 from meshwen.evals.run_file import FORMAT, RunFile
 
-SETTINGS = {"model": "m", "seed": 0}
+SETTINGS = {"model": "m", "mesh": "1", "prompt_style": "qwen", "seed": 0}
 
 
 def answer(
@@ -155,10 +155,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 2: not a JSON object"),
-        ("[]", "line 2: not a JSON"),
-        ("{}", "not an answer"),
-        (json.dumps(answer(0) | {"tokens": None}), "line 2: not an answer"),
+        ("{", "line 2: not valid JSON"),
+        ("[]", r"line 2: found \[\]; expected an object: it was edited or damaged"),
+        ("{}", "line 2: id is missing"),
+        ("[" * 10_000, "line 2: nested deeper than 100 levels"),
+        (json.dumps(answer(0) | {"tokens": None}), "line 2: tokens is null; expected a list"),
+        (json.dumps(answer(0) | {"tokens": [1, -1]}), r"line 2: tokens\[1\] is -1"),
+        (json.dumps(answer(0) | {"elapsed": float("nan")}), "line 2: elapsed is NaN"),
+        (json.dumps(answer(0) | {"id": True}), "line 2: id is true; expected an integer"),
+        (json.dumps(answer(0) | {"id": 2**31}), "line 2: id is 2147483648"),
+        (json.dumps(answer(0) | {"finish_reason": "error"}), "line 2: error is missing"),
+        (json.dumps(answer(1)), "line 3: answers problem 1 again"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, said):
@@ -167,6 +174,14 @@ def test_a_damaged_line_is_named(tmp_path, line, said):
     path.write_text(f"{header}\n{line}\n{json.dumps(answer(1))}\n")
     with pytest.raises(MeshwenError, match=said):
         RunFile.read(path)
+    for settings, said in (
+        ({"format": FORMAT, "settings": []}, r"line 1: settings is \[\]"),
+        ({"format": FORMAT, "settings": SETTINGS | {"mesh": 8}}, "line 1: settings.mesh is 8"),
+        ({"format": FORMAT, "settings": {"mesh": "8"}}, "line 1: settings.model is missing"),
+    ):
+        path.write_text(json.dumps(settings) + "\n")
+        with pytest.raises(MeshwenError, match=said):
+            RunFile.read(path)
     path.write_text('{"question": "?"}\n')
     with pytest.raises(MeshwenError, match="no run file of this version"):
         RunFile.read(path)

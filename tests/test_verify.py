@@ -13,12 +13,11 @@ from meshwen.checkpoints.digest import weights_sha256
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import MeshSpec
 from meshwen.verify.certificate import (
-    as_json,
     certificate,
     differences,
     golden_comparison,
-    read_certificate,
 )
+from meshwen.verify.certificate_file import as_json, read_certificate
 from meshwen.verify.parity import verify
 from meshwen.verify.picture import height, strip
 from meshwen.verify.report_html import html_report
@@ -127,6 +126,12 @@ def test_a_certificate_tells_other_weights_tokens_and_logits(found, tmp_path):
     ]
 
 
+def test_a_certificate_without_the_tokens_of_some_numerics_confirms_none(found):
+    other = found | {"generated": {"exact": found["generated"]["exact"]}}
+    (line,) = differences(other, found)["outcome"]
+    assert line.startswith("tokens: the first mesh generates others in fast")
+
+
 def test_a_certificate_tells_another_environment(found):
     other = found | {"environment": found["environment"] | {"jax": "9.9"}}
     (line,) = differences(other, found)["environment"]
@@ -143,7 +148,7 @@ def test_weights_are_hashed_by_name_and_value():
 
 def test_a_certificate_is_read_back_or_refused(found, tmp_path):
     path = tmp_path / "certificate.json"
-    path.write_text(json.dumps(found))
+    path.write_text(as_json(found))
     assert read_certificate(path) == json.loads(json.dumps(found))
     for text in ("{", "[]", "{}", json.dumps({"format": found["format"]})):
         path.write_text(text)

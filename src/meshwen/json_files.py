@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -136,13 +136,25 @@ def check_shape(value: Any, shape: type[Shape], where: str, *, hint: str = "") -
     return cast(Shape, value)
 
 
-def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+def to_json(
+    value: Any,
+    *,
+    indent: int | None = None,
+    ensure_ascii: bool = True,
+    sort_keys: bool = False,
+) -> str:
     """Valid JSON for a value of dicts, lists, text and numbers; what is not finite becomes null."""
+    write = partial(
+        json.dumps,
+        allow_nan=False,
+        indent=indent,
+        ensure_ascii=ensure_ascii,
+        sort_keys=sort_keys,
+    )
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+        return write(value)
     except ValueError:
-        finite = _finite(value)
-    return json.dumps(finite, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+        return write(_finite(value))
 
 
 def shown(value: Any, limit: int = 60) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
 from meshwen.cli.tables import PlainTable
 from meshwen.errors import MeshwenError
+from meshwen.json_files import to_json
 from meshwen.units import bytes_text
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def bench(
     }
     found = as_dict(loaded, machine, rows, settings)
     if as_json:
-        print(json.dumps(found))
+        print(to_json(found))
     else:
         _print(found, machine, rows)
     if html is not None and process_index() == 0:

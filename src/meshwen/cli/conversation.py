@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli.prompts import Prompt, read_prompts
 from meshwen.errors import MeshwenError
-from meshwen.json_files import shown
+from meshwen.json_files import shown, to_json
 from meshwen.paths import user_path
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class Conversation:
         if not self.messages:
             raise MeshwenError("nothing was said yet, so there is nothing to save")
         saved = {"messages": self.messages} | self.template_fields
-        line = json.dumps(saved, ensure_ascii=False)
+        line = to_json(saved, ensure_ascii=False)
         try:
             with user_path(path).open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")

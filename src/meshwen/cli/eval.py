@@ -25,6 +25,7 @@ from meshwen.cli.load import load_model
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.processes import over_processes
 from meshwen.errors import MeshwenError
+from meshwen.json_files import to_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -87,7 +88,7 @@ def gsm8k(
     shared("run files", lambda: _check_file(out, resume))
     run, found = _answered(asked, _begun(asked, mesh, numerics, out, resume))
     if as_json:
-        print(json.dumps(found | {"settings": dict(run.settings)}))
+        print(to_json(found | {"settings": dict(run.settings)}))
     else:
         print_summary(found, run)
     if html is not None:
@@ -138,7 +139,7 @@ def meshes(
             {"mesh": run.settings["mesh"]} | found | {"against_first": asdict(against)}
             for (run, found), against in zip(results, compared, strict=True)
         ]
-        print(json.dumps(rows))
+        print(to_json(rows))
     else:
         print_meshes(results, compared)
     if html is not None:
@@ -196,7 +197,7 @@ def compare(
     found = compare_runs(*runs)
     if as_json:
         scores = [summary(run.records.values()) | {"path": str(run.path)} for run in runs]
-        print(json.dumps(asdict(found) | {"runs": scores, "settings": settings_of(runs)}))
+        print(to_json(asdict(found) | {"runs": scores, "settings": settings_of(runs)}))
     else:
         print_comparison(found, runs)
     if html is not None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from meshwen.cli.console import Meter, note
 from meshwen.cli.load import load_model, sampling_params
 from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
+from meshwen.json_files import to_json
 
 if TYPE_CHECKING:
     from meshwen.request import Completion, Event
@@ -176,7 +176,7 @@ def _write_json(
         answer = asdict(completion)
         if completion.logprobs is None:
             del answer["logprobs"]
-        print(json.dumps({**prompts[number].extra, **answer, **settings}), flush=True)
+        print(to_json({**prompts[number].extra, **answer, **settings}), flush=True)
 
 
 def _write_stream(events: Iterable[Event], tokenizer: Tokenizer | None) -> None:

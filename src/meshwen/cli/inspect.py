@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console, progress_bar
 from meshwen.errors import MeshwenError
+from meshwen.json_files import to_json
 from meshwen.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def inspect(
             rows = _with_stats(rows, model, checkpoint)
         report = inspection(plan, checkpoint, rows, dtype.value)
         if as_json:
-            print(json.dumps(report))
+            print(to_json(report))
         else:
             fold = pattern is None and not stats
             print_inspection(report, rows, output_console(), fold=fold)

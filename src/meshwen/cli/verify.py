@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -182,14 +181,15 @@ def _check_together(
 def _read_together(against: Path | None, golden: Path | None) -> tuple[Any, Any]:
     """A certificate and reference outputs, where asked for, as process 0 reads them."""
     from meshwen.distributed import shared
-    from meshwen.verify.certificate import read_certificate
+    from meshwen.verify.certificate_file import read_certificate
+    from meshwen.verify.reference import read_golden
 
     before = shared("certificate", lambda: None if against is None else read_certificate(against))
-    return before, shared("golden", lambda: None if golden is None else _read_golden(golden))
+    return before, shared("golden", lambda: None if golden is None else read_golden(golden))
 
 
 def _write(found: dict[str, Any], json_file: Path | None, html_file: Path | None) -> None:
-    from meshwen.verify.certificate import as_json
+    from meshwen.verify.certificate_file import as_json
     from meshwen.verify.report_html import html_report
 
     for file, text in ((json_file, as_json), (html_file, html_report)):
@@ -229,6 +229,8 @@ def _workload(
         ids, steps = _prompt_ids(checkpoint, prompts), steps or _STEPS
     for number, one in enumerate(ids):
         check_prompt(one, checkpoint.config, f"prompt {number}")
+    for number, one in enumerate(before["tokens"] if before else ()):
+        check_prompt(one, checkpoint.config, f"the certificate's answer {number}")
     check_length(ids, steps, checkpoint.config)
     return Workload(tuple(map(tuple, ids)), steps, continuations=tokens)
 
@@ -259,25 +261,6 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
         return made_up_prompts(checkpoint.config)
     built_in = [Prompt("a built-in prompt", text) for text in BUILT_IN_PROMPTS]
     return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in built_in]
-
-
-def _read_golden(path: Path) -> list[dict[str, Any]]:
-    try:
-        cases = json.loads(path.read_bytes())["cases"]
-        if cases and all(
-            len(case["input_ids"])
-            and len(case.get("margins", case["greedy"])) == len(case["greedy"]) > 0
-            for case in cases
-        ):
-            return list(cases)
-    except OSError as error:
-        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise MeshwenError(
-        f'{path} has no reference outputs: expected {{"cases": [{{"input_ids": [...], '
-        '"greedy": [...]}]}, with as many "margins" as tokens or none'
-    )
 
 
 def _print(found: dict[str, Any], before: dict[str, Any] | None) -> bool:

@@ -9,26 +9,59 @@ cut off when the run goes on.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import NoneType
-from typing import Any, Self
+from typing import Annotated, Any, NotRequired, Self
+
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 from meshwen.errors import MeshwenError
+from meshwen.json_files import Finite, Shape, TokenId, check_shape, parse_json, to_json
 
 FORMAT = "meshwen-eval-3"
 _BEGINNING = b'{"format": "meshwen-eval-'  # of run files of all versions
 
-# What every answer has.
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    **{"id": int, "sample": int, "question": str, "prompt_sha256": str, "tokens": list},
-    **{"text": str, "extracted": (str, NoneType), "gold": str, "correct": bool},
-    **{"finish_reason": str, "elapsed": float},
-}
+_HINT = "it was edited or damaged"
+_Number = TokenId  # Of a problem or sample: as small as a token id.
+
+
+class _Settings(TypedDict):
+    model: str
+    mesh: str
+    prompt_style: str
+    dtype: NotRequired[str]
+    numerics: NotRequired[str]
+    quantization: NotRequired[str | None]
+
+
+class _Header(TypedDict):
+    settings: _Settings
+
+
+class _Answer(TypedDict):
+    """What every answer has; `error` where it has no text."""
+
+    id: _Number
+    sample: _Number
+    question: str
+    prompt_sha256: str
+    tokens: list[TokenId]
+    text: str
+    extracted: str | None
+    gold: str
+    correct: bool
+    finish_reason: str
+    elapsed: Annotated[Finite, Ge(0)]
+    error: NotRequired[str]
+
+
+class _Failure(TypedDict):
+    error: str
+
 
 Record = dict[str, Any]
 Key = tuple[int, int]  # Of an answer: its problem's number, and which sample it is, from 0.
@@ -135,7 +168,7 @@ class RunFile:
         assert self._file is not None
         end = self._file.tell()
         try:
-            line = memoryview(json.dumps(content, ensure_ascii=False).encode() + b"\n")
+            line = memoryview(to_json(content, ensure_ascii=False).encode() + b"\n")
             while line:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
@@ -211,10 +244,10 @@ def _check_regular(path: Path) -> None:
 
 
 def _settings(path: Path, line: bytes) -> dict[str, Any]:
-    content = _parsed(path, 1, line)
-    if content.get("format") != FORMAT or not isinstance(content.get("settings"), dict):
+    content = _parsed(line, f"{path}, line 1", dict[str, Any])
+    if content.get("format") != FORMAT:
         raise MeshwenError(f"{path} is no run file of this version ({FORMAT})")
-    return dict(content["settings"])
+    return dict(check_shape(content, _Header, f"{path}, line 1", hint=_HINT)["settings"])
 
 
 def _key(record: Record) -> Key:
@@ -224,21 +257,18 @@ def _key(record: Record) -> Key:
 def _records(path: Path, lines: list[bytes]) -> dict[Key, Record]:
     records = {}
     for at, line in enumerate(lines, start=2):
-        record = _parsed(path, at, line)
-        if not all(isinstance(record.get(name), kind) for name, kind in _FIELDS.items()):
-            raise MeshwenError(f"{path}, line {at}: not an answer; it was edited or damaged")
+        where = f"{path}, line {at}"
+        record: Record = dict(_parsed(line, where, _Answer))
+        if record["finish_reason"] == "error":
+            check_shape(record, _Failure, where, hint=_HINT)
+        if _key(record) in records:
+            raise MeshwenError(f"{where}: answers problem {record['id']} again: {_HINT}")
         records[_key(record)] = record
     return records
 
 
-def _parsed(path: Path, at: int, line: bytes) -> Record:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise MeshwenError(f"{path}, line {at}: not a JSON object; it was edited or damaged")
-    return content
+def _parsed(line: bytes, where: str, shape: type[Shape]) -> Shape:
+    return check_shape(parse_json(line, where, hint=_HINT), shape, where, hint=_HINT)
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,20 +16,10 @@ import numpy as np
 import meshwen
 from meshwen import kernels
 from meshwen.checkpoints import Checkpoint
-from meshwen.errors import MeshwenError
+from meshwen.verify.certificate_file import FORMAT, Certificate, with_hash
 from meshwen.verify.faults import FaultFound
 from meshwen.verify.parity import Outcome, Row
 from meshwen.verify.promises import BOUNDS, REFERENCE_MARGIN
-
-FORMAT = "meshwen-certificate-1"
-# What a certificate must have to be run again and compared.
-_COMPARED = {
-    *("prompts", "tokens", "meshes", "numerics", "dtype", "rows"),
-    *("weights_sha256", "generated", "environment"),
-}
-_COMPARED_OF_ROWS = {"mesh", "numerics", "logits_sha256", "hlo_sha256"}
-
-Certificate = dict[str, Any]
 
 
 def certificate(
@@ -53,7 +40,7 @@ def certificate(
     """
     workload = outcome.workload
     assert workload.continuations is not None
-    return {
+    content = {
         "format": FORMAT,
         "ok": not broken_promises(outcome, golden),
         "broken": broken_promises(outcome, golden),
@@ -72,6 +59,7 @@ def certificate(
         "golden": list(golden),
         "environment": environment(),
     }
+    return with_hash(content)
 
 
 def broken_promises(outcome: Outcome, golden: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -107,44 +95,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def read_certificate(path: Path) -> Certificate:
-    """A certificate from a file.
-
-    Raises:
-        MeshwenError: it cannot be read, or is no certificate.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise MeshwenError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise MeshwenError(f"{path} is not JSON: give a file that verify --json wrote") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise MeshwenError(
-            f"{path} is no {FORMAT}: give a file that this version's verify --json wrote"
-        )
-    for name, value, keys in (
-        (path.name, content, _COMPARED),
-        *((f"a row of {path.name}", row, _COMPARED_OF_ROWS) for row in content.get("rows", [])),
-    ):
-        if missing := keys - set(value):
-            raise MeshwenError(f"{name} lacks {min(missing)}: it is cut short or was edited")
-    return content
-
-
-def as_json(found: Certificate) -> str:
-    """A certificate's text; what is no finite number becomes null."""
-    return json.dumps(_finite(found), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
 def differences(before: Certificate, after: Certificate) -> dict[str, list[str]]:
     """What differs between two runs of the same prompts and tokens, in words.
 
@@ -160,7 +110,7 @@ def differences(before: Certificate, after: Certificate) -> dict[str, list[str]]
     if before["dtype"] != after["dtype"]:
         outcome.append(f"dtype: {before['dtype']} before, {after['dtype']} now")
     for numerics, tokens in after["generated"].items():
-        if before["generated"].get(numerics, tokens) != tokens:
+        if before["generated"].get(numerics) != tokens:
             outcome.append(f"tokens: the first mesh generates others in {numerics} numerics")
     earlier = {(row["numerics"], row["mesh"]): row for row in before["rows"]}
     exact = next((row for row in before["rows"] if row["numerics"] == "exact"), None)

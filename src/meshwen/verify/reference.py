@@ -1,13 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers generates from the same files: PyTorch on the CPU, all of it in float32."""
+"""Reference outputs: from a file, or what transformers generates (PyTorch, CPU, float32)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Ge, MinLen
+from typing_extensions import TypedDict
 
 from meshwen.checkpoints import Checkpoint
 from meshwen.errors import MeshwenError
+from meshwen.json_files import Finite, TokenId, read_json
+
+_LIMIT_BYTES = 64 << 20
+
+
+class _Case(TypedDict):
+    input_ids: Annotated[list[TokenId], MinLen(1)]
+    greedy: Annotated[list[TokenId], MinLen(1)]
+    margins: NotRequired[list[Annotated[Finite, Ge(0)]]]
+
+
+class _Golden(TypedDict):
+    cases: Annotated[list[_Case], MinLen(1)]
+
+
+def read_golden(path: Path) -> list[dict[str, Any]]:
+    """The cases of a file of reference outputs, in the form that `transformers_cases` returns.
+
+    Raises:
+        MeshwenError: it cannot be read, or has another form; names the key.
+    """
+    expected = (
+        'expected {"cases": [{"input_ids": [...], "greedy": [...]}]}, with as many "margins" as '
+        "tokens or none"
+    )
+    content = read_json(path, _Golden, hint=expected, limit_bytes=_LIMIT_BYTES)
+    for at, case in enumerate(content["cases"]):
+        if "margins" in case and len(case["margins"]) != len(case["greedy"]):
+            raise MeshwenError(
+                f"{path}: cases[{at}].margins has {len(case['margins'])} numbers for "
+                f"{len(case['greedy'])} tokens: {expected}"
+            )
+    return [dict(case) for case in content["cases"]]
 
 
 def transformers_cases(
@@ -39,9 +76,13 @@ def transformers_cases(
         raise MeshwenError(
             f"--reference transformers needs {error.name}: pip install 'meshwen[transformers]'"
         ) from None
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, local_files_only=True
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=torch.float32, local_files_only=True
+        )
+    except Exception as error:  # The library raises whatever its parts raise.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise MeshwenError(f"transformers cannot read {checkpoint.path}: {reason}") from error
     # In the place of the checkpoint's own, with its penalties and end-of-text tokens.
     model.generation_config = GenerationConfig(
         do_sample=False,
