@@ -166,7 +166,7 @@ def test_a_step_that_breaks_off_leaves_the_engine_ready(monkeypatch):
     running.submit(request(PROMPTS[0]), events.append)
     running.step()
     with monkeypatch.context() as broken:
-        broken.setattr(running._runner, "decode", lambda *_: 1 / 0)
+        broken.setattr(running._scheduler._runner, "decode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             running.step()
     assert not running.busy
@@ -179,7 +179,7 @@ def test_a_run_whose_requests_another_run_lost_says_so(monkeypatch):
     first, second = (shared.run([request(p)]) for p in PROMPTS[:2])
     next(first)
     with monkeypatch.context() as broken:
-        broken.setattr(shared._runner, "prefill", lambda *_: 1 / 0)
+        broken.setattr(shared._scheduler._runner, "prefill", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(second)
     with pytest.raises(MeshwenError, match="requests were lost"):
@@ -190,7 +190,7 @@ def test_a_cache_that_could_not_be_made_is_made_the_next_time(monkeypatch):
     running = engine(max_num_seqs=2)
     list(running.run([request(PROMPTS[0])]))
     with monkeypatch.context() as broken:
-        broken.setattr(running._runner, "empty_cache", lambda *_: 1 / 0)
+        broken.setattr(running._scheduler._runner, "empty_cache", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(running.run([request(PROMPTS[3])]))
     found = completions(running.run([request(PROMPTS[0])]))
@@ -288,10 +288,10 @@ def test_memory_that_a_long_request_took_is_given_back():
     running, events = engine(), []
     running.submit(request([1] * 900, max_new_tokens=1), events.append)
     drain(running)
-    long = running._length
+    long = running._scheduler._length
     running.submit(SHORT, events.append)
     running.step()
-    assert running._length < long
+    assert running._scheduler._length < long
 
 
 def test_fewer_rows_than_were_asked_for_are_told(caplog):
@@ -340,4 +340,4 @@ def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old
         running.step()
     drain(running)
     assert len(tokens_of(events)) == 2
-    assert len(running._slots) == 1
+    assert len(running._scheduler._slots) == 1

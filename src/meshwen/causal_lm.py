@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from meshwen.quantization import QUANTIZATIONS, Quantization
 from meshwen.request import Completion, Event, Request
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplingParams
+from meshwen.stream import Stream
 from meshwen.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
@@ -35,7 +36,7 @@ Prompt = str | Sequence[int]
 
 
 class Qwen2ForCausalLM:
-    """A Qwen2 model on a mesh.
+    """A Qwen2 model on a mesh; any thread may call it at any time, and callers share one batch.
 
     Attributes:
         config: its hyperparameters.
@@ -54,14 +55,15 @@ class Qwen2ForCausalLM:
         self,
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
-        generation_config: dict[str, Any],
+        generation_config: Mapping[str, Any],
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         prompt_lookup_num_tokens: int = 0,
     ):
         self.plan, self.dtype = runner.plan, runner.dtype
         self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
-        self.tokenizer, self.generation_config = tokenizer, generation_config
+        self.tokenizer = tokenizer
+        self.generation_config = generation_config
         self.runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
         capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
@@ -210,10 +212,11 @@ class Qwen2ForCausalLM:
         # Padding behind what it pads: no token sees it there, and sequences begin at position 0.
         order = np.argsort(~mask, axis=1, kind="stable")
         ids = np.pad(np.take_along_axis(ids, order, axis=1), extra).astype(np.int32)
-        logits = self.runner.logits(ids)[:batch, :length, : self.config.vocab_size]
-        if (np.diff(order, axis=1) != 1).any():
-            logits = jnp.take_along_axis(logits, order.argsort(axis=1)[..., None], axis=1)
-        return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
+        with self.engine.exclusive():
+            logits = self.runner.logits(ids)[:batch, :length, : self.config.vocab_size]
+            if (np.diff(order, axis=1) != 1).any():
+                logits = jnp.take_along_axis(logits, order.argsort(axis=1)[..., None], axis=1)
+            return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
         """Continues prompts.
@@ -230,19 +233,20 @@ class Qwen2ForCausalLM:
             MeshwenError: a prompt is empty or too long, or a value is impossible.
         """
         several = _several(prompts)
-        events = self.engine.run([self.request(prompt, **sampling) for prompt in several])
-        done = {e.request: e.completion for e in events if e.completion is not None}
+        with self.engine.run([self.request(prompt, **sampling) for prompt in several]) as events:
+            done = {e.request: e.completion for e in events if e.completion is not None}
         return [done[number] for number in range(len(several))]
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **sampling: Any) -> Stream[str]:
         """Continues one prompt, and yields the text as it comes, whole characters at a time.
 
-        Takes and raises what `generate` does.
+        With `async for`, the event loop goes on while a step runs. Takes and raises what `generate`
+        does.
         """
-        request = self.request(prompt, **sampling)
-        return (event.text for event in self.engine.run([request]) if event.text)
+        events = self.events(prompt, **sampling)
+        return Stream(lambda: next((e.text for e in events if e.text), None), events.close)
 
-    def events(self, prompt: Prompt, **sampling: Any) -> Iterator[Event]:
+    def events(self, prompt: Prompt, **sampling: Any) -> Stream[Event]:
         """As `stream`, but yields every token with its text."""
         return self.engine.run([self.request(prompt, **sampling)])
 
@@ -277,7 +281,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _eos_token_ids(
-    config: Qwen2Config, tokenizer: Tokenizer | None, generation_config: dict[str, Any]
+    config: Qwen2Config, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """The tokens that end an answer: the first source that names any, as in transformers."""
     given = generation_config.get("eos_token_id")

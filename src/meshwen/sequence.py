@@ -20,6 +20,7 @@ class SequenceState:
         request: what was asked.
         tokens: the answer so far.
         finish_reason: why it has ended; None while it has not.
+        cancelled: nobody wants more of it; any thread may set this.
     """
 
     def __init__(
@@ -34,13 +35,25 @@ class SequenceState:
         self.number, self.request, self.limit = number, request, limit
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.cancelled = False
         self._eos, self._on_event = eos, on_event
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
         self._text = StopText(request.sampling.stop)
         self._logprobs: list[float] = []
         self._lookup: PromptLookup | None = None
-        self._submitted = self._began = self._first = time.perf_counter()
+        self._submitted = self._first = time.perf_counter()
+        self._began: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token of it is to come."""
+        return self.cancelled or self.finish_reason is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its prompt has not begun to be read."""
+        return self._began is None
 
     @property
     def position(self) -> int:
@@ -92,6 +105,7 @@ class SequenceState:
         return shown
 
     def _completion(self, finish_reason: FinishReason) -> Completion:
+        assert self._began is not None
         timings = Timings(
             queue_seconds=self._began - self._submitted,
             time_to_first_token=self._first - self._submitted,

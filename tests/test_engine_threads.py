@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model, many callers: threads, event loops, callbacks and generators in turns."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future
+from itertools import cycle, islice
+
+import numpy as np
+import pytest
+
+from mesh_model import random_tokens
+from meshwen import Qwen2ForCausalLM
+from meshwen.engine import Engine
+from meshwen.errors import MeshwenError
+from meshwen.turns import Turns
+from speller import write_speller
+from test_engine import SPLIT, completions, engine, model, request
+from tiny_model import STEPS, TINY, greedy
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+# All fit the shortest cache, so that few shapes are compiled.
+PROMPTS = [tuple(random_tokens(TINY, 1, n, seed=n)[0].tolist()) for n in (5, 1, 7, 3)]
+PATIENCE = 60  # seconds: what should end has hung
+
+
+def tiny(mesh="1") -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(model(mesh).runner, None, {}, max_num_seqs=4)
+
+
+def tokens(events) -> list[tuple[int, ...]]:
+    return [completion.tokens for completion in completions(events)]
+
+
+def start(function, *arguments) -> Future:
+    """Runs a function in a thread that does not outlive the test run."""
+    future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def results(futures) -> list:
+    """What functions returned or raised."""
+    return [future.exception(PATIENCE) or future.result() for future in futures]
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def in_line(shared: Engine, count: int) -> None:
+    """Waits until so many callers wait for their turn, or have it."""
+    wait_until(lambda: len(shared._turns._line) == count)
+
+
+# --- The right tokens
+
+
+def test_200_calls_from_4_threads_give_each_its_own_tokens():
+    shared = tiny()
+
+    def ask(first: int) -> list[bool]:
+        asked = islice(cycle(PROMPTS), first, first + 50)
+        return [
+            shared.generate(prompt, max_new_tokens=STEPS, temperature=0)[0].tokens
+            == greedy(prompt)[0]
+            for prompt in asked
+        ]
+
+    assert results([start(ask, n) for n in range(4)]) == [[True] * 50] * 4
+    assert not shared.engine.busy
+
+
+def test_callers_share_the_batch(monkeypatch):
+    shared, calls = engine(), []
+    runner = shared._scheduler._runner
+    decode = runner.decode
+    monkeypatch.setattr(runner, "decode", lambda *a: calls.append(1) or decode(*a))
+    with shared.exclusive():
+        asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
+        in_line(shared, 5)
+    assert [tokens(events) for events in results(asked)] == [[greedy(p)[0]] for p in PROMPTS]
+    assert len(calls) < 2 * (STEPS - 1)  # One after the other they take four times as many.
+
+
+@pytest.mark.parametrize("mesh", ["1", SPLIT])
+def test_logits_may_be_asked_for_while_answers_run(mesh):
+    shared, ids = tiny(mesh), np.array([PROMPTS[0]])
+    expected = np.asarray(shared(ids))
+
+    def logits() -> list[bool]:
+        return [np.array_equal(shared(ids), expected) for _ in range(20)]
+
+    def answers() -> list[bool]:
+        found = [shared.generate(p, max_new_tokens=STEPS) for p in PROMPTS]
+        return [one.tokens == greedy(p)[0] for p, (one,) in zip(PROMPTS, found, strict=True)]
+
+    found = results([start(logits), start(answers), start(logits), start(answers)])
+    assert found == [[True] * 20, [True] * 4] * 2
+
+
+def test_logits_wait_until_no_step_runs():
+    shared = tiny()
+    with shared.engine.exclusive():
+        asked = start(shared, np.array([PROMPTS[0]]))
+        in_line(shared.engine, 2)
+        assert not asked.done()
+    assert asked.result(PATIENCE).shape == (1, len(PROMPTS[0]), TINY.vocab_size)
+
+
+def test_streams_in_one_thread_advance_by_turns_and_unequally():
+    shared = tiny()
+    streams = [shared.events(p, max_new_tokens=STEPS, temperature=0) for p in PROMPTS[:2]]
+    begun = [next(streams[0]) for _ in range(3)]
+    others = list(streams[1])
+    assert tokens(others) == [greedy(PROMPTS[1])[0]]
+    assert tokens([*begun, *streams[0]]) == [greedy(PROMPTS[0])[0]]
+
+
+def test_one_stream_may_be_shared_by_threads():
+    shared = engine()
+    events = shared.run([request(p) for p in PROMPTS])
+    found = [event for some in results([start(list, events) for _ in range(3)]) for event in some]
+    assert sorted(tokens(found)) == sorted(greedy(p)[0] for p in PROMPTS)
+    assert len(found) == STEPS * len(PROMPTS)
+
+
+# --- Giving up
+
+
+@pytest.mark.parametrize("give_up", ["close", "drop", "with"])
+def test_who_gives_up_a_stream_frees_its_slot(give_up):
+    shared = tiny()
+    events = shared.events(PROMPTS[0], max_new_tokens=500)
+    next(events)
+    assert shared.engine.busy
+    if give_up == "close":
+        assert start(events.close).exception(PATIENCE) is None
+        assert list(events) == []
+    elif give_up == "with":
+        with events:
+            next(events)
+    del events
+    assert not shared.engine.busy
+    (found,) = shared.generate(PROMPTS[1], max_new_tokens=STEPS, temperature=0)
+    assert found.tokens == greedy(PROMPTS[1])[0]
+
+
+def test_closing_a_stream_wakes_who_waits_for_it():
+    shared = engine()
+    events = shared.run([request(PROMPTS[0])])
+    with shared.exclusive():  # So that no step can end its waiting.
+        waiting = start(list, events)
+        in_line(shared, 2)
+        events.close()
+        assert waiting.result(PATIENCE) == []
+
+
+def test_cancellations_from_a_thread_disturb_no_other():
+    shared, stop = engine(), threading.Event()
+
+    def disturb() -> int:
+        dropped = 0
+        while not stop.is_set():
+            number = shared.submit(request(PROMPTS[1]), lambda event: None)
+            shared.cancel(number)
+            events = shared.run([request(PROMPTS[2])])
+            next(events)
+            del events
+            dropped += 1
+        return dropped
+
+    disturbing = start(disturb)
+
+    def ask() -> list:
+        return [tokens(shared.run([request(p)])) for p in PROMPTS * 3]
+
+    found = results([start(ask) for _ in range(2)])
+    stop.set()
+    assert found == [[[greedy(p)[0]] for p in PROMPTS * 3]] * 2
+    assert disturbing.result(PATIENCE) > 0
+    assert not shared.busy
+
+
+# --- Errors reach those whom they concern
+
+
+def test_what_a_callback_raises_reaches_step_and_no_reader():
+    shared = engine()
+
+    def fails(event) -> None:
+        raise OSError("gone")
+
+    for _ in range(2):
+        shared.submit(request(PROMPTS[1]), fails)
+    assert tokens(shared.run([request(PROMPTS[0])])) == [greedy(PROMPTS[0])[0]]
+    assert shared.busy  # There is something to raise.
+    with pytest.raises(OSError, match="gone") as error:
+        shared.step()
+    assert error.value.__notes__ == ["another request failed too: OSError('gone')"]
+    assert not shared.busy
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_step_that_breaks_off_is_told_to_all_whose_requests_it_took(error, monkeypatch):
+    shared = engine()
+
+    def breaks(*_) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shared._scheduler._runner, "prefill", breaks)
+        with shared.exclusive():
+            asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
+            shared.submit(request(PROMPTS[0]), lambda event: None)
+            in_line(shared, 5)
+        found = results(asked)
+    lost = [one for one in found if isinstance(one, MeshwenError)]
+    assert [type(one) for one in found if one not in lost] == [error]
+    assert len({id(one) for one in lost}) == 3
+    assert all(isinstance(one.__cause__, error) for one in lost)
+    with pytest.raises(MeshwenError, match="requests were lost"):
+        shared.step()
+    assert tokens(shared.run([request(PROMPTS[0])])) == [greedy(PROMPTS[0])[0]]
+
+
+def test_a_request_that_comes_while_a_step_breaks_off_is_not_lost(monkeypatch):
+    shared = engine()
+    entered, leave = threading.Event(), threading.Event()
+
+    def breaks(*_) -> None:
+        entered.set()
+        assert leave.wait(PATIENCE)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shared._scheduler._runner, "prefill", breaks)
+        first = start(list, shared.run([request(PROMPTS[0])]))
+        assert entered.wait(PATIENCE)
+        second = start(list, shared.run([request(PROMPTS[1])]))
+        in_line(shared, 2)
+    leave.set()
+    assert isinstance(first.exception(PATIENCE), ZeroDivisionError)
+    assert tokens(second.result(PATIENCE)) == [greedy(PROMPTS[1])[0]]
+
+
+def test_a_callback_may_submit_and_is_told_that_it_cannot_step():
+    shared, found, refused = tiny(), [], []
+
+    def on_event(event) -> None:
+        if event.completion is None:
+            return
+        shared.engine.submit(request(PROMPTS[1]), found.append)
+        for call in (
+            shared.engine.step,
+            lambda: shared.generate(PROMPTS[0]),
+            lambda: shared([[1, 2]]),
+        ):
+            with pytest.raises(MeshwenError, match="from within one of its own steps") as error:
+                call()
+            refused.append(error)
+
+    shared.engine.submit(request(PROMPTS[0]), on_event)
+    for _ in range(5 * STEPS):
+        shared.engine.step()
+    assert len(refused) == 3
+    assert found[-1].completion.tokens == greedy(PROMPTS[1])[0]
+    assert not shared.engine.busy
+
+
+def test_turns_come_in_the_order_in_which_they_were_asked_for():
+    turns, order = Turns(), []
+
+    def take(name: int) -> None:
+        with turns.take() as mine:
+            order.append((name, mine))
+
+    with turns.take():
+        waiting = []
+        for name in range(5):
+            waiting.append(start(take, name))
+            wait_until(lambda: len(turns._line) == len(waiting) + 1)
+    results(waiting)
+    assert order == [(name, True) for name in range(5)]
+
+
+def test_a_mesh_of_several_processes_is_for_one_thread():
+    shared = engine()
+    shared._one_thread = True  # As where `plan.mesh.is_multi_process`.
+    events = shared.run([request(PROMPTS[0])])
+    first = next(events)
+    others = (
+        lambda: next(shared.run([request(PROMPTS[1])])),
+        lambda: shared.submit(request(PROMPTS[1]), print),
+        shared.step,
+        lambda: shared.cancel(0),
+        lambda: next(events),
+    )
+    for error in results([start(call) for call in others]):
+        assert str(error).startswith("the mesh spans several processes")
+        assert "\n" not in str(error)
+    assert tokens([first, *events]) == [greedy(PROMPTS[0])[0]]
+    ended = start(lambda: tokens(shared.run([request(PROMPTS[1])])))
+    assert ended.result(PATIENCE) == [greedy(PROMPTS[1])[0]]  # One after the other is well.
+
+
+# --- Event loops
+
+
+def test_async_for_gives_what_for_does_and_shares_the_batch():
+    shared = tiny()
+
+    async def one(prompt) -> tuple[int, ...]:
+        found = [e async for e in shared.events(prompt, max_new_tokens=STEPS, temperature=0)]
+        return found[-1].completion.tokens
+
+    async def all_of_them():
+        return await asyncio.wait_for(asyncio.gather(*map(one, PROMPTS * 5)), PATIENCE)
+
+    assert asyncio.run(all_of_them()) == [greedy(p)[0] for p in PROMPTS * 5]
+
+
+def test_a_cancelled_task_gives_up_its_request_and_no_other():
+    shared = tiny()
+
+    async def endless() -> None:
+        async for _ in shared.events(PROMPTS[0], max_new_tokens=1000):
+            pass
+
+    async def run():
+        task = asyncio.create_task(endless())
+        while not shared.engine.busy:
+            await asyncio.sleep(0.001)
+        asked = asyncio.to_thread(shared.generate, PROMPTS[1], max_new_tokens=STEPS, temperature=0)
+        (found,) = await asyncio.wait_for(asked, PATIENCE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return found.tokens
+
+    assert asyncio.run(run()) == greedy(PROMPTS[1])[0]
+    assert not shared.engine.busy
+
+
+# --- Text
+
+
+def test_text_is_made_right_in_any_thread(tmp_path):
+    tokenizer = Qwen2ForCausalLM.from_pretrained(
+        write_speller(tmp_path / "speller"), dtype="float32"
+    ).tokenizer
+
+    def texts(name: int) -> list[str]:
+        found = []
+        for n in range(50):
+            message = f"{name} \N{CHRISTMAS TREE} {n}" * (n % 5 + 1)
+            prompt = tokenizer.apply_chat_template([{"role": "user", "content": message}])
+            ids, decoder = tokenizer.encode(message), tokenizer.stream_decoder()
+            pieces = "".join(map(decoder.push, ids)) + decoder.finish()
+            found += [message in prompt, tokenizer.decode(ids) == message == pieces]
+        return found
+
+    assert results([start(texts, n) for n in range(4)]) == [[True] * 100] * 4
