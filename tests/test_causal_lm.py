@@ -206,6 +206,16 @@ def test_the_model_shows_what_it_is(speller):
     assert speller.tokenizer.decode(token_ids(ANSWER)) == ANSWER
 
 
+@pytest.mark.parametrize("name", ["params", "tokenizer", "generation_config", "engine"])
+def test_what_a_model_was_made_from_cannot_be_replaced(speller, name):
+    before = getattr(speller, name)
+    with pytest.raises(AttributeError, match=f"^{name} of a model cannot be replaced: .*load"):
+        setattr(speller, name, {})
+    assert getattr(speller, name) is before
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        speller.generation_config["eos_token_id"] = 7
+
+
 def test_a_mesh_is_a_string_or_a_mesh(folder):
     for mesh in ("2x2", make_mesh("2x2")):
         model = Qwen2ForCausalLM.from_pretrained(folder, mesh=mesh)

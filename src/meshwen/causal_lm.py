@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -38,13 +39,13 @@ Prompt = str | Sequence[int]
 class Qwen2ForCausalLM:
     """A Qwen2 model on a mesh; any thread may call it at any time, and callers share one batch.
 
-    Attributes:
+    Attributes (none can be replaced: what is compiled and running has been made from them):
         config: its hyperparameters.
         tokenizer: its tokenizer; None for a preset, which has none.
         mesh: the devices.
         plan: how the model lies on them.
         dtype: of weights, cached values, and the inputs of products with weights.
-        generation_config: the checkpoint's sampling defaults.
+        generation_config: the checkpoint's sampling defaults, read-only.
         params: the weights, a nested dict by Hugging Face name; those that kernels multiply with,
             or int8, as `meshwen.packing.PackedWeight`.
         runner: the compiled steps.
@@ -63,13 +64,22 @@ class Qwen2ForCausalLM:
         self.plan, self.dtype = runner.plan, runner.dtype
         self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
         self.tokenizer = tokenizer
-        self.generation_config = generation_config
+        self.generation_config = MappingProxyType(dict(generation_config))
         self.runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
         capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
         self.engine = Engine(
             runner, tokenizer, eos, capacity, prompt_lookup_num_tokens=prompt_lookup_num_tokens
         )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuses another value for what there is: it would change nothing, or only a part."""
+        if name in self.__dict__:
+            raise AttributeError(
+                f"{name} of a model cannot be replaced: its compiled steps and its engine were "
+                "made from it; load another model"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
