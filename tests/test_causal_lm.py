@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import logging
+import re
 import subprocess
 import sys
 import weakref
@@ -17,10 +18,16 @@ import pytest
 import meshwen
 import reference
 from mesh_model import MeshModel, random_tokens
-from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM, presets
+from meshwen import (
+    AutoModelForCausalLM,
+    Qwen2ForCausalLM,
+    Request,
+    SamplingParams,
+    presets,
+)
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import make_mesh
-from speller import ANSWER, CONTEXT, answer_ids, token_ids, write_speller
+from speller import ANSWER, CONTEXT, answer_ids, chat_ids, token_ids, write_speller
 from tiny_model import TINY, greedy, weights
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -122,7 +129,7 @@ def test_logits_of_another_length_in_the_bucket_compile_nothing(caplog):
 
 def test_a_prompt_is_text_or_ids_and_stands_alone_or_with_others(speller):
     text, ids = "A\n", token_ids("A\n")
-    for one in (text, [text], ids, [ids], np.array(ids), [np.array(ids)]):
+    for one in (text, [text], ids, np.array(ids), [jnp.array(ids)], iter([text])):
         (found,) = speller.generate(one, max_new_tokens=20)
         assert found.prompt_tokens == tuple(ids)
         assert found.tokens == tuple(answer_ids())
@@ -137,6 +144,14 @@ def test_several_prompts_are_answered_in_order(speller):
     ]
 
 
+def test_a_conversation_goes_through_the_chat_template(speller):
+    conversation = [{"role": "user", "content": "hi"}]
+    (found,) = speller.generate(conversation, max_new_tokens=20)
+    assert found.prompt_tokens == tuple(chat_ids(("user", "hi")))
+    assert found.text == ANSWER
+    assert speller.request([*conversation]).prompt_tokens == found.prompt_tokens
+
+
 def test_no_prompts_give_no_completions(speller):
     assert speller.generate([]) == []
 
@@ -149,10 +164,12 @@ def test_no_prompts_give_no_completions(speller):
         ([[1], 2], "must be text, or all lists of token ids"),
         ("A" * CONTEXT, f"prompt 1 has {CONTEXT} tokens"),
         ([[259]], "outside the vocabulary of 259"),
+        (b"A", "decode() the bytes"),
+        ([[1.5]], "must be text, token ids, or a conversation"),
     ],
 )
 def test_a_bad_prompt_is_one_clear_line(speller, prompts, words):
-    with pytest.raises(MeshwenError, match=words) as error:
+    with pytest.raises(MeshwenError, match=re.escape(words)) as error:
         speller.generate(prompts)
     assert "\n" not in str(error.value)
 
@@ -217,8 +234,8 @@ def test_what_a_model_was_made_from_cannot_be_replaced(speller, name):
 
 
 def test_a_mesh_is_a_string_or_a_mesh(folder):
-    for mesh in ("2x2", make_mesh("2x2")):
-        model = Qwen2ForCausalLM.from_pretrained(folder, mesh=mesh)
+    for mesh, dtype in (("2x2", "bfloat16"), (make_mesh("2x2"), jnp.bfloat16)):
+        model = Qwen2ForCausalLM.from_pretrained(folder, mesh=mesh, dtype=dtype)
         assert model.mesh == make_mesh("2x2")
         assert model.dtype == jnp.bfloat16
         assert model.generate("A\n", max_new_tokens=20)[0].text == ANSWER
@@ -242,11 +259,46 @@ def test_another_architecture_is_refused_in_one_line(tmp_path):
         ({"load_format": "zip"}, "load_format 'zip' is not one of auto, .*dummy"),
         ({"mesh": "2y4"}, "mesh '2y4' does not parse"),
         ({"mesh": "64"}, "needs 64 devices"),
+        ({"mesh": 64}, "needs 64 devices"),
+        ({"dtype": jnp.float16}, "dtype <class 'jax.numpy.float16'> is not one of"),
+        ({"dtype": None}, "dtype None is not one of"),
+        ({"quantization": 8}, "quantization 8 is not one of int8"),
+        ({"progress": 1}, "progress must be a function, not 1"),
+        ({"path_or_hub_id": None}, "the model must be a path or name, not None"),
     ],
 )
 def test_an_unknown_choice_is_named(folder, choices, words):
     with pytest.raises(MeshwenError, match=words):
-        Qwen2ForCausalLM.from_pretrained(folder, **choices)
+        Qwen2ForCausalLM.from_pretrained(**{"path_or_hub_id": folder} | choices)
+
+
+def test_sizes_that_are_no_numbers_are_named():
+    for name in ("max_num_seqs", "max_model_len", "prompt_lookup_num_tokens"):
+        for value in ("8", 1.5, True):
+            with pytest.raises(MeshwenError, match=f"{name} must be a whole number, not {value!r}"):
+                Qwen2ForCausalLM(MeshModel(TINY, "1").runner, None, {}, **{name: value})
+
+
+def test_requests_that_are_none_are_named():
+    engine = tiny().engine
+    for requests in (None, "hi", [1], Request((1,), SamplingParams())):
+        with pytest.raises(MeshwenError, match=r"must be a (list|Request), not"):
+            engine.run(requests)
+    with pytest.raises(MeshwenError, match="prompt_tokens must be whole numbers"):
+        Request((1.5,), SamplingParams())
+    assert Request(jnp.array([1, 2]), SamplingParams()).prompt_tokens == (1, 2)
+    one = Request((1, 2), SamplingParams(max_new_tokens=2))
+    assert len(list(engine.run(iter([one])))) == 2
+
+
+def test_logits_of_what_is_no_batch_are_refused():
+    for ids, mask, words in (
+        ([[5], [5, 6]], None, "input_ids must have rows of one length"),
+        ([5, 6], None, r"input_ids must be int \[batch, sequence\]"),
+        ([[5]], [["a"]], "attention_mask must be int or bool, not <U1"),
+    ):
+        with pytest.raises(MeshwenError, match=words):
+            tiny()(ids, mask)
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):

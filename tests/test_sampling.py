@@ -150,7 +150,7 @@ def test_one_stop_string_is_one_string():
 
 
 def test_an_unknown_parameter_is_refused():
-    with pytest.raises(TypeError, match="'heat'"):
+    with pytest.raises(MeshwenError, match="'heat'; there are max_new_tokens,"):
         SamplingParams.from_generation_config({}, heat=1)
 
 

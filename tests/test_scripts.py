@@ -59,7 +59,7 @@ def test_a_fault_whose_place_has_gone_is_named(script):
     ("changed", "first", "others"),
     [
         ("tests/test_rope.py", ["test_rope"], []),
-        ("tests/speller.py", ["test_causal_lm"], ["test_cli_chat", "test_cli_generate"]),
+        ("tests/speller.py", ["test_arguments"], ["test_cli_chat", "test_cli_generate"]),
         ("src/meshwen/engine.py", ["test_engine", "test_engine_batching"], ["test_lookup"]),
         ("src/meshwen/cli/chat.py", ["test_chat_template", "test_cli_chat"], []),
         ("src/meshwen/kernels/attention.ll", ["test_kernels"], ["test_quantization"]),

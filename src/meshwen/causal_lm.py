@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from os import PathLike, fsdecode
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
+from meshwen.arguments import Prompt, brief, one_prompt, several_prompts, whole_number
 from meshwen.buckets import bucket
 from meshwen.capacity import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
@@ -32,8 +34,6 @@ from meshwen.stream import Stream
 from meshwen.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
-
-Prompt = str | Sequence[int]
 
 
 class Qwen2ForCausalLM:
@@ -67,10 +67,12 @@ class Qwen2ForCausalLM:
         self.generation_config = MappingProxyType(dict(generation_config))
         self.runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
+        max_num_seqs = whole_number("max_num_seqs", max_num_seqs)
+        if max_model_len is not None:
+            max_model_len = whole_number("max_model_len", max_model_len)
+        guessed = whole_number("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
         capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
-        self.engine = Engine(
-            runner, tokenizer, eos, capacity, prompt_lookup_num_tokens=prompt_lookup_num_tokens
-        )
+        self.engine = Engine(runner, tokenizer, eos, capacity, prompt_lookup_num_tokens=guessed)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses another value for what there is: it would change nothing, or only a part."""
@@ -86,8 +88,8 @@ class Qwen2ForCausalLM:
         cls,
         path_or_hub_id: str | Path,
         *,
-        mesh: str | Mesh = "1",
-        dtype: str = "bfloat16",
+        mesh: str | int | Mesh = "1",
+        dtype: DTypeLike = "bfloat16",
         numerics: Numerics = "fast",
         quantization: Quantization | None = None,
         load_format: str = "auto",
@@ -95,17 +97,17 @@ class Qwen2ForCausalLM:
         max_num_seqs: int = 8,
         max_model_len: int | None = None,
         prompt_lookup_num_tokens: int = 0,
-        progress: Progress = lambda done, total: None,
+        progress: Progress | None = None,
     ) -> Self:
         """Loads a model onto a mesh.
 
         Args:
             path_or_hub_id: a checkpoint's folder or GGUF file, a hub id, "demo" for the embedded
                 demo model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
-            mesh: a mesh string such as "1x8", or a mesh of axes `data` and `model` (or `model0`,
-                `model1`, ...).
-            dtype: "bfloat16" or "float32", of weights, cached values, and the inputs of products
-                with weights.
+            mesh: a mesh string such as "1x8", a number of devices, or a mesh of axes `data` and
+                `model` (or `model0`, `model1`, ...).
+            dtype: "bfloat16" or "float32", by name or as `jnp.bfloat16`, of weights, cached
+                values, and the inputs of products with weights.
             numerics: "fast", or "exact" for the same bits on every mesh and in every batch: see
                 `meshwen.parallel.exact`.
             quantization: "int8" for weights in int8, with a scale for each 32 numbers, and with the
@@ -122,12 +124,16 @@ class Qwen2ForCausalLM:
             MeshwenError: there is no such model, it is not a whole Qwen2 checkpoint, or the mesh
                 does not exist.
         """
-        _check_choice("dtype", dtype, DTYPES)
+        dtype = _dtype_name(dtype)
         _check_choice("numerics", numerics, NUMERICS)
         if quantization is not None:
             _check_choice("quantization", quantization, QUANTIZATIONS)
+        if progress is not None and not callable(progress):
+            raise MeshwenError(f"progress must be a function, not {brief(progress)}")
+        if not isinstance(path_or_hub_id, str | PathLike):
+            raise MeshwenError(f"the model must be a path or name, not {brief(path_or_hub_id)}")
         mesh = make_mesh(mesh)
-        name = str(path_or_hub_id)
+        name = fsdecode(path_or_hub_id)
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
             return cls.from_checkpoint(
                 checkpoint,
@@ -139,7 +145,7 @@ class Qwen2ForCausalLM:
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-                progress=progress,
+                progress=progress or (lambda done, total: None),
             )
 
     @classmethod
@@ -197,14 +203,18 @@ class Qwen2ForCausalLM:
         Raises:
             MeshwenError: the ids are not a batch, or one is outside the vocabulary.
         """
-        ids = np.asarray(input_ids)
+        ids = _array("input_ids", input_ids)
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
             raise MeshwenError(
                 f"input_ids must be int [batch, sequence], not {ids.dtype} {ids.shape}"
             )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise MeshwenError(f"input_ids must be from 0 to {self.config.vocab_size - 1}")
-        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+        if attention_mask is None:
+            attention_mask = np.ones_like(ids)
+        mask = _array("attention_mask", attention_mask)
+        if mask.dtype.kind not in "biuf":
+            raise MeshwenError(f"attention_mask must be int or bool, not {mask.dtype}")
         if mask.shape != ids.shape:
             raise MeshwenError(
                 f"attention_mask {mask.shape} must have the shape {ids.shape} of input_ids"
@@ -228,12 +238,13 @@ class Qwen2ForCausalLM:
                 logits = jnp.take_along_axis(logits, order.argsort(axis=1)[..., None], axis=1)
             return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
+    def generate(self, prompts: Any, **sampling: Any) -> list[Completion]:
         """Continues prompts.
 
         Args:
-            prompts: one prompt or several, each text (taken as it is: see
-                `tokenizer.apply_chat_template` for conversations) or token ids.
+            prompts: one prompt or several, each text (taken as it is), token ids (a list or an
+                array), or a conversation, a list of `{"role": ..., "content": ...}`, which goes
+                through the chat template.
             sampling: fields of `SamplingParams`; what is not given is the checkpoint's default.
 
         Returns:
@@ -242,12 +253,12 @@ class Qwen2ForCausalLM:
         Raises:
             MeshwenError: a prompt is empty or too long, or a value is impossible.
         """
-        several = _several(prompts)
+        several = several_prompts(prompts)
         with self.engine.run([self.request(prompt, **sampling) for prompt in several]) as events:
             done = {e.request: e.completion for e in events if e.completion is not None}
         return [done[number] for number in range(len(several))]
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Stream[str]:
+    def stream(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Stream[str]:
         """Continues one prompt, and yields the text as it comes, whole characters at a time.
 
         With `async for`, the event loop goes on while a step runs. Takes and raises what `generate`
@@ -256,38 +267,50 @@ class Qwen2ForCausalLM:
         events = self.events(prompt, **sampling)
         return Stream(lambda: next((e.text for e in events if e.text), None), events.close)
 
-    def events(self, prompt: Prompt, **sampling: Any) -> Stream[Event]:
+    def events(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Stream[Event]:
         """As `stream`, but yields every token with its text."""
         return self.engine.run([self.request(prompt, **sampling)])
 
-    def request(self, prompt: Prompt, **sampling: Any) -> Request:
+    def request(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Request:
         """A request to the engine, with the checkpoint's sampling defaults."""
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise MeshwenError("this model has no tokenizer: give prompts as token ids")
-            prompt = self.tokenizer.encode(prompt)
-        return Request(tuple(int(token) for token in prompt), params)
+        given = one_prompt(prompt)
+        if isinstance(given, tuple):
+            return Request(given, params)
+        if self.tokenizer is None:
+            raise MeshwenError("this model has no tokenizer: give prompts as token ids")
+        if isinstance(given, str):
+            return Request(tuple(self.tokenizer.encode(given)), params)
+        return Request(tuple(self.tokenizer.encode_chat(given)), params)
 
 
 # The checkpoint readers refuse every architecture but Qwen2, under either name.
 AutoModelForCausalLM = Qwen2ForCausalLM
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str):
-        return [prompts]
-    one: list[int] = [p for p in prompts if isinstance(p, int | np.integer)]
-    many: list[Prompt] = [p for p in prompts if not isinstance(p, int | np.integer)]
-    if one and many:
-        raise MeshwenError("prompts must be text, or all lists of token ids, or one such list")
-    return [one] if one else many
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise MeshwenError(f"{name} must have rows of one length: {error}") from None
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    """A dtype's name: of JAX's, numpy's and torch's types too."""
+    name = dtype
+    if not isinstance(dtype, str):
+        try:
+            name = jnp.dtype(dtype).name
+        except TypeError:
+            name = str(dtype).removeprefix("torch.")
+    if dtype is None or name not in DTYPES:
+        raise MeshwenError(f"dtype {brief(dtype)} is not one of {', '.join(DTYPES)}")
+    return str(name)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise MeshwenError(f"{name} {value!r} is not one of {', '.join(choices)}")
+        raise MeshwenError(f"{name} {brief(value)} is not one of {', '.join(choices)}")
 
 
 def _eos_token_ids(

@@ -6,7 +6,6 @@ Field names and meanings are those of transformers' ``Qwen2Config``. The spellin
 read. What this package cannot run exactly is refused, never guessed.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 from meshwen.errors import MeshwenError
 from meshwen.json_files import read_json, shown
+from meshwen.paths import exists, user_path
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"
@@ -164,10 +164,11 @@ class Qwen2Config:
 
         Raises MeshwenError, which names the file, when it is missing, not JSON or not supported.
         """
-        path = Path(path)
-        file = path / "config.json" if path.is_dir() else path
-        if not os.path.exists(file):
-            if path.is_dir():
+        path = user_path(path)
+        folder = exists(path) and path.is_dir()
+        file = path / "config.json" if folder else path
+        if not exists(file):
+            if folder:
                 raise MeshwenError(f"{path}: the folder has no config.json")
             raise MeshwenError(f"{path}: no such file or folder")
         data = read_json(file, dict[str, Any])

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from meshwen.arguments import brief
 from meshwen.buckets import SMALLEST_BUCKET
 from meshwen.capacity import Capacity
 from meshwen.config import Qwen2Config
@@ -102,6 +103,8 @@ class Engine:
             MeshwenError: the prompt is empty, too long, or has a token outside the vocabulary, or
                 there is no memory for it and its answer.
         """
+        if not isinstance(request, Request):
+            raise MeshwenError(f"{name} must be a Request, not {brief(request)}")
         check_prompt(request.prompt_tokens, self.config, name, self._capacity.max_model_len)
         self._scheduler.check_memory(request)
 
@@ -165,6 +168,9 @@ class Engine:
             MeshwenError: `check` refuses one of them; none is run. From the stream: the requests
                 were lost when a step broke off; the thread that took it gets the error itself.
         """
+        if not isinstance(requests, Iterable):
+            raise MeshwenError(f"requests must be a list, not {brief(requests)}")
+        requests = list(requests)
         for number, request in enumerate(requests, start=1):
             self.check(request, f"prompt {number}")
         run = _Run(self, requests)

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
+from meshwen.arguments import brief
 from meshwen.errors import MeshwenError
 
 
-def user_path(name: str | Path) -> Path:
+def user_path(name: str | PathLike[str]) -> Path:
     """A path with `~` expanded.
 
     Raises:
         MeshwenError: the name is empty, holds a NUL, or begins with the home of nobody.
     """
+    if not isinstance(name, str | PathLike):
+        raise MeshwenError(f"a path must be text or a Path, not {brief(name)}")
     if not str(name).strip():
         raise MeshwenError(f"{str(name)!r} is no name of a file or folder")
     if "\0" in str(name):
-        raise MeshwenError(f"{str(name)!r} holds a NUL, which no path may")
+        raise MeshwenError(f"{brief(str(name))} holds a NUL, which no path may")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

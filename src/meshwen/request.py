@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from meshwen.arguments import token_ids
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.sampling import SamplingParams
@@ -20,6 +21,11 @@ class Request:
 
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
+
+    def __post_init__(self) -> None:
+        """Takes any sequence of whole numbers for token ids."""
+        ids = token_ids("prompt_tokens", self.prompt_tokens)
+        object.__setattr__(self, "prompt_tokens", ids)
 
 
 @dataclass(frozen=True)

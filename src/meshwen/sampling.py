@@ -10,15 +10,15 @@ batch and by every method, as long as the logits are the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from meshwen.arguments import brief, number, truth, whole_number
 from meshwen.errors import MeshwenError
 from meshwen.parallel.contractions import TensorParallel
 
@@ -57,14 +57,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for kind, noun, names in (
-            (Integral, "a whole number", ("max_new_tokens", "top_k", "seed")),
-            (Real, "a number", ("temperature", "top_p", "min_p", "repetition_penalty")),
+        for check, names in (
+            (whole_number, ("max_new_tokens", "top_k", "seed")),
+            (number, ("temperature", "top_p", "min_p", "repetition_penalty")),
+            (truth, ("logprobs",)),
         ):
             for name in names:
-                if not isinstance(getattr(self, name), kind):
-                    raise MeshwenError(f"{name} must be {noun}, not {getattr(self, name)!r}")
-        strings = not isinstance(self.stop, str) and all(isinstance(s, str) for s in self.stop)
+                object.__setattr__(self, name, check(name, getattr(self, name)))
+        strings = isinstance(self.stop, tuple | list) and all(isinstance(s, str) for s in self.stop)
+        if strings:
+            object.__setattr__(self, "stop", tuple(map(str, self.stop)))
         for name, ok, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
@@ -76,7 +78,7 @@ class SamplingParams:
             ("stop", strings and all(self.stop), "strings that are not empty"),
         ):
             if not ok:
-                raise MeshwenError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+                raise MeshwenError(f"{name} must be {expected}, not {brief(getattr(self, name))}")
 
     @classmethod
     def from_generation_config(cls, generation_config: Mapping[str, Any], **given: Any) -> Self:
@@ -105,9 +107,13 @@ class SamplingParams:
             values.pop("repetition_penalty", None)
         values.update(given)
         stop = values.get("stop", ())
-        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        if unknown := set(values) - {field.name for field in fields(cls)}:
-            raise TypeError(f"unknown sampling parameter {sorted(unknown)[0]!r}")
+        several = isinstance(stop, Iterable) and not isinstance(stop, str | bytes)
+        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if several else stop
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise MeshwenError(
+                f"unknown sampling parameter {unknown[0]!r}; there are {', '.join(known)}"
+            )
         return cls(**values)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from tokenizers.decoders import ByteLevel
 
+from meshwen.arguments import brief, token_ids, whole_number
 from meshwen.chat_template import ChatTemplate, Message
 from meshwen.checkpoints.base import Checkpoint
 from meshwen.errors import MeshwenError
+from meshwen.paths import user_path
 from meshwen.tokenizer_files import TokenizerParts, read_folder, read_gguf
 
 
@@ -25,6 +27,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 BYTE_ALPHABET = byte_alphabet()
+_MOST_IDS = 1 << 32  # What the library can look up; there are none beyond.
 
 
 class Tokenizer:
@@ -68,7 +71,11 @@ class Tokenizer:
         Raises:
             MeshwenError: there is no tokenizer in the folder, or one of its files is broken.
         """
-        return cls(read_folder(Path(folder)))
+        path = user_path(folder)
+        try:
+            return cls(read_folder(path))
+        except OSError as error:  # Such as a folder that may not be entered.
+            raise MeshwenError(f"cannot read {folder}: {error.strerror}") from None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -119,7 +126,8 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an id beyond the vocabulary."""
-        return self._backend.id_to_token(token_id)
+        token_id = whole_number("a token id", token_id)
+        return self._backend.id_to_token(token_id) if 0 <= token_id < _MOST_IDS else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return a text's token ids; special tokens spelled out in the text become their ids.
@@ -133,6 +141,8 @@ class Tokenizer:
         Raises:
             MeshwenError: the text holds a lone surrogate, which UTF-8 cannot express.
         """
+        if not isinstance(text, str):
+            raise MeshwenError(f"only text can be encoded, not {brief(text)}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -152,7 +162,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; invalid UTF-8 becomes U+FFFD, unknown ids nothing."""
-        whole = [int(token_id) for token_id in ids]
+        whole = [one for one in token_ids("the ids to decode", ids) if 0 <= one < _MOST_IDS]
         return self._backend.decode(whole, skip_special_tokens=skip_special_tokens)
 
     def stream_decoder(self) -> "StreamDecoder":
@@ -176,7 +186,8 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to a text: none for special and unknown ids."""
-        token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+        token_id = whole_number("a token id", token_id)
+        token = None if token_id in self._special_ids else self.id_to_token(token_id)
         if token is None:
             return b""
         try:
@@ -208,7 +219,7 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Return the characters that this token completes, often one word, sometimes none."""
-        return self._utf8.decode(self._token_bytes(int(token_id)))
+        return self._utf8.decode(self._token_bytes(token_id))
 
     def finish(self) -> str:
         """End the text: return U+FFFD for bytes that still wait for the rest of a character."""

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from meshwen.arguments import brief
 from meshwen.distributed import process_count
 from meshwen.errors import MeshwenError
 
@@ -41,12 +45,14 @@ class MeshSpec:
     axes: tuple[tuple[str, int], ...]
 
     @classmethod
-    def parse(cls, text: str) -> MeshSpec:
-        """Parses a mesh string.
+    def parse(cls, text: str | int | Sequence[int]) -> MeshSpec:
+        """Parses a mesh string; a number, or a tuple of numbers, stands for "8", or "2x4".
 
         Raises:
             MeshwenError: the string is not a mesh.
         """
+        if not isinstance(text, str):
+            text = _mesh_text(text)
         compact = text.strip().lower().replace(" ", "")
         if len(compact) > _MAX_LENGTH:
             raise MeshwenError(f"a mesh of {len(compact)} characters does not parse; {_EXPECTED}")
@@ -85,7 +91,7 @@ class MeshSpec:
         return "x".join(str(size) for _, size in self.axes)
 
 
-def make_mesh(spec: str | MeshSpec | Mesh = "1") -> Mesh:
+def make_mesh(spec: str | int | MeshSpec | Mesh = "1") -> Mesh:
     """The JAX mesh of a mesh string, on the default back end's devices in row-major order.
 
     A JAX mesh with axes `data` and `model` (or `model0`, `model1`, ...) is taken as it is.
@@ -115,6 +121,16 @@ def make_mesh(spec: str | MeshSpec | Mesh = "1") -> Mesh:
     shape = tuple(size for _, size in spec.axes)
     names = tuple(name for name, _ in spec.axes)
     return Mesh(np.asarray(devices).reshape(shape), names)
+
+
+def _mesh_text(given: Any) -> str:
+    sizes = given if isinstance(given, tuple | list) and given else [given]
+    if not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
+        raise MeshwenError(
+            f"mesh {brief(given)} is neither a mesh string, {_EXPECTED}, nor a number of devices, "
+            "nor a jax.sharding.Mesh"
+        )
+    return "x".join(str(int(size)) for size in sizes)
 
 
 def _first_of_each_process(devices: list[jax.Device], count: int) -> list[jax.Device]:
