@@ -539,6 +539,21 @@ FAULTS = (
         "evals_answers",
     ),
     _fault(
+        "eval: a letter of any script keeps a number from beginning",
+        "evals/numerals.py",
+        r'_BEGINS = rf"(?<![0-9{_LETTER}])',
+        r'_BEGINS = rf"(?<!\w)',
+        "evals_answers",
+        "evals_styles",
+    ),
+    _fault(
+        "eval: a decimal comma marks thousands",
+        "evals/numerals.py",
+        'return Fraction(digits.replace(".", "").replace(",", "."))',
+        'return Fraction(digits.replace(",", ""))',
+        "evals_answers",
+    ),
+    _fault(
         "eval: flips are told the wrong way round",
         "evals/compare.py",
         "only_first = tuple(key for key, flip in flips.items() if flip > 0)",

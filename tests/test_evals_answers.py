@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001  (Characters that look like others are what is read here.)
 """Answers are found where they stand, and read as the numbers that they are."""
 
 import json
+import re
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meshwen.evals.answers import boxed, gold_answer, last_number, number, same_number
+from meshwen.evals.answers import boxed, gold_answer, same_number
+from meshwen.evals.numerals import last_number, number
+from meshwen.evals.styles import STYLES
 
 
 @pytest.mark.parametrize(
@@ -157,11 +163,135 @@ def test_the_last_number_is_found_as_it_is_written(text, found):
     assert last_number(text) == found
 
 
-def test_an_answer_that_went_astray_is_read_at_once_and_has_no_number():
-    assert last_number("5" + " " * 100_000 + "?") == "5"  # Each blank looked at a few times.
-    assert last_number("5^" + " " * 100_000 + "?") == "5"
-    assert number("$ " * 100_000) is None
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("一共有18支笔", 18),
+        ("所以共有18支", 18),
+        ("_18_", 18),
+        ("__18__", 18),
+        ("USD18", 18),
+        ("-US$18", -18),
+        ("RM18", 18),
+        ("₩18", 18),
+        ("18。", 18),
+        ("共18元", 18),
+        (r"\text{共}18\text{元}", 18),
+        ("총18개", 18),
+        ("มี18บาท", 18),
+        ("18 рублей", 18),
+        ("１８", 18),
+        ("－１８．５", "-18.5"),
+        ("١٬٢٣٤٫٥", "1234.5"),
+        ("१८", 18),
+        ("๑๘", 18),
+        ("𝟏𝟖", 18),
+        ("1\ufe0f\u20e38\ufe0f\u20e3", 18),  # Keycaps.
+        ("18\u200b\u200e", 18),
+        ("1’234’567", 1_234_567),
+        ("1\u202f234\u00a0567", 1_234_567),
+        ("1 234 567", 1_234_567),
+        ("12,34,567", 1_234_567),
+        ("１，２３４", 1234),
+        ("1.234.567", 1_234_567),
+        ("1.234,56", "1234.56"),
+        ("1 234,5", "1234.5"),
+        ("3,5", "3.5"),
+        ("0,125", "0.125"),
+        ("1.234", "1.234"),
+        ("1,234", 1234),
+        ("负5", -5),
+        ("温度是-5度", -5),
+        ("5元-3元", None),
+        ("5小时-3小时", None),
+        ("½", "1/2"),
+        ("2½ kg", "5/2"),
+        ("3⁄4", "3/4"),
+        ("18 m²", 18),
+        ("18米^2", 18),
+        ("1.5e3", 1500),
+        ("2E-3", "0.002"),
+        (r"1.5\times10^{3}", 1500),
+        ("1.5×10³", 1500),
+        ("2 x 10^-3", "0.002"),
+        ("10^3", 1000),
+        ("210^3", None),
+        ("18万元", 180_000),
+        ("3亿", 300_000_000),
+        ("3千克", 3),
+        ("5만 원", 50_000),
+        (r"1.8 \text{ million}", 1_800_000),
+        ("total...18", 18),
+        ("sum.18", 18),
+        ("v1.18", None),
+        (r"\textcolor{red}{18}", 18),
+        (r"\num{1234}", 1234),
+        ("H2O", None),
+        ("x_1", None),
+        ("1e1000", None),
+    ],
+)
+def test_a_number_is_read_in_the_languages_of_the_model(text, value):
+    assert number(text) == (None if value is None else Fraction(value))
+
+
+def test_what_was_asked_for_in_millions_may_be_told_in_millions():
+    assert same_number("1.8 million", "1800000")
+    assert same_number("$2 million", "2")
+    assert same_number("18万", "180000")
+    assert not same_number("1800000", "1.8")
+
+
+_GROUPS = {"": r"\1", ",": r"\1,", "'": r"\1'", " ": r"\1 ", "thin": "\\1\u2009", "{,}": r"\1{,}"}
+_SCRIPTS = [0x30, 0x660, 0x6F0, 0x966, 0x9E6, 0xE50, 0xFF10, 0x1D7CE]  # The zeros of some.
+
+
+@given(
+    st.decimals(0, 10**12, allow_nan=False, places=2),
+    st.sampled_from(list(_GROUPS.values())),
+    st.sampled_from(_SCRIPTS),
+    st.sampled_from(["", "-", "\u2212", "－", "负"]),
+    st.sampled_from(["", "$", r"\$", "USD ", "Rs.", "€", "￥"]),
+    st.sampled_from(
+        ["", "元", "支笔", " dollars", r"\text{ kg}", "%", r"\%", "円", "개", " रुपये", "€"]
+    ),
+    st.sampled_from(["", ".", "。", "！", "।", "؟", ")", "**", "_", "」", r"\)"]),
+    st.sampled_from(
+        ["", "所以共有", "答案：", "So it is ", "**", "_", "合計は", "총", "มี", "x = ", r"\("]
+    ),
+)
+def test_a_number_comes_back_from_every_writing(
+    value, group, script, sign, currency, unit, end, before
+):
+    whole, _, part = str(value).partition(".")
+    grouped = re.sub(r"(\d)(?=(\d{3})+$)", group, whole) if group != r"\1" else whole
+    digits = grouped + ("." + part if int(part) else "")
+    digits = "".join(chr(script + int(c)) if c.isdigit() else c for c in digits)
+    text = before + sign + currency + digits + unit + end
+    expected = -Fraction(value) if sign else Fraction(value)
+    assert number(text) == expected
+    assert number(str(last_number("9 and then: " + text))) == expected
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("1", "1,", "111,", "1 ", "111 ", "1.", "111.", "1/", "1e", "-", "$ ", "10^", "10^{", " "),
+        *("5^ ", "\\frac{", "\\text{", "\\text{}", "\\hspace{", "^\\circ", "负", "½", "１，", "'"),
+        *("\\boxed", "\\boxed{", "答案是", "he answer is", "final answer is $", "_", "#### ", "万"),
+    ],
+)
+def test_a_text_that_went_astray_takes_time_in_proportion(piece):
+    """What is quadratic in a text's length would take minutes."""
+    text = "5 " + piece * 20_000 + "?"
+    for read in (number, last_number, boxed, gold_answer, STYLES["qwen-boxed"].extract["boxed"]):
+        read(text)
+
+
+def test_a_number_of_thousands_of_digits_is_none():
     assert number("9" * 5000) is None  # More digits than Python makes a number of.
+    assert number("1e999999999999") is None
+    assert number("1" + "e9" * 5000) is None
 
 
 def test_the_gold_answer_stands_behind_the_mark():

@@ -75,6 +75,18 @@ def test_the_harness_grades_zero_shot_reasoning(text, strict, flexible):
         ("So 9+9 makes 18 dollars.", True),
         ("18 or 19", False),
         ("", False),
+        ("The final answer is $18$. I hope it is correct. \\boxed{9}", True),  # As Minerva ends.
+        ("一共有18支笔。", True),
+        ("3+15=18\uff0c所以共有18支", True),
+        (r"\boxed{共18元}", True),
+        ("答案是18。", True),
+        ("答案是\uff1a18\n\n验算\uff1a9 + 9 = 19", True),  # The paragraph alone.
+        (
+            "答案是18。\n\n另一题的答案是19。",
+            True,
+        ),  # The first: a model may go on to other problems.
+        ("it is USD18", True),
+        ("it is _18_", True),
     ],
 )
 def test_qwens_style_takes_the_box_and_compares_values(text, right):

@@ -15,7 +15,7 @@ import numpy as np
 
 from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
-from meshwen.evals.answers import number
+from meshwen.evals.numerals import number
 from meshwen.evals.run_file import Key, Record, RunFile
 from meshwen.evals.statistics import clustered_interval, wilson_interval
 from meshwen.evals.styles import Problem, PromptStyle

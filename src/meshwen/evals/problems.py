@@ -8,7 +8,8 @@ from typing import Any
 
 from meshwen.checkpoints.hub import dataset_file
 from meshwen.errors import MeshwenError
-from meshwen.evals.answers import gold_answer, number
+from meshwen.evals.answers import gold_answer
+from meshwen.evals.numerals import number
 from meshwen.evals.styles import Problem
 from meshwen.json_files import parse_json
 

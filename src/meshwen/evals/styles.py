@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from meshwen.errors import MeshwenError
-from meshwen.evals.answers import boxed, gold_answer, last_number, matches, same_number
+from meshwen.evals.answers import boxed, gold_answer, matches, same_number
+from meshwen.evals.numerals import last_number
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,26 @@ def prompt_style(name: str) -> PromptStyle:
 
 
 _AFTER = ("he answer is", "final answer is")
+_IN_CHINESE = "答案是"
 
 
 def _qwen_answer(text: str) -> str | None:
-    """What Qwen2.5-Math's parser finds: a box, else after "the answer is", else the last number."""
+    """What Qwen2.5-Math's parser finds, in its order.
+
+    Minerva's last sentence, a box, what follows "the answer is", the paragraph after the first
+    "答案是", and else the last number.
+    """
+    before, hope, _ = text.partition("final answer is $")[2].partition("$. I hope")
+    if hope:
+        return before.strip()
     found = boxed(text)
     if found is not None:
         return found.strip()
     for phrase in _AFTER:
         if phrase in text:
-            return text.rpartition(phrase)[2].strip().lstrip(":").strip()
+            return text.rpartition(phrase)[2].strip().lstrip(":\uff1a").strip()
+    if _IN_CHINESE in text:
+        return text.split(_IN_CHINESE)[1].strip().partition("\n\n")[0].lstrip(":\uff1a").strip()
     return last_number(text)
 
 
