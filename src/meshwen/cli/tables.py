@@ -101,10 +101,11 @@ class PlainTable:
     def _print_lists(self, console: Console) -> None:
         for cells, style in self._rows:
             for number, (heading, text) in enumerate(zip(self._headings, cells, strict=False)):
-                label = f"{heading}:" if heading and len(cells) > 1 else ""
-                apart = "\n" if "\n" in text else " " * bool(label)
+                label = "  " * bool(number) + f"{heading}: " * bool(heading and len(cells) > 1)
+                if label.strip() and ("\n" in text or _widest([label + text]) > console.width):
+                    label = label.rstrip() + "\n"
                 if text:
-                    say(console, "  " * bool(number) + f"{label}{apart}{text}", style)
+                    say(console, label + text, style)
 
 
 def print_pairs(console: Console, pairs: Sequence[tuple[str, str]]) -> None:
