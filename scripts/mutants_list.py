@@ -173,6 +173,34 @@ FAULTS = (
         "Mesh(np.asarray(devices[::-1]).reshape(shape), names)",
         "mesh",
     ),
+    _fault(
+        "mesh: what splits the model splits the batch",
+        "parallel/mesh.py",
+        "own = [MODEL_AXIS if name in kinds[MODEL_AXIS] else DATA_AXIS for name in kept]",
+        "own = [MODEL_AXIS if name in kinds[DATA_AXIS] else DATA_AXIS for name in kept]",
+        "mesh",
+    ),
+    _fault(
+        "JAX's settings: the caller's 64-bit types are kept",
+        "jax_settings.py",
+        "            jax.enable_x64(False),\n",
+        "",
+        "jax_settings",
+    ),
+    _fault(
+        "JAX's settings: the caller's mesh stays set",
+        "jax_settings.py",
+        "if not jax.sharding.get_abstract_mesh().empty:",
+        "if False:",
+        "jax_settings",
+    ),
+    _fault(
+        "JAX's settings: the caller's offset of seeds counts",
+        "sampling.py",
+        'jax.random.wrap_key_data(words, impl="threefry2x32")',
+        'jax.random.key(seed, impl="threefry2x32")',
+        "jax_settings",
+    ),
     # --- Kernels
     _fault(
         "kernels: a window of one slot more",

@@ -176,6 +176,45 @@ def test_a_jax_mesh_is_taken_whatever_its_axis_types_are():
     assert set(make_mesh(explicit).axis_types) == {AxisType.Auto}
 
 
-def test_a_jax_mesh_with_an_axis_of_another_name_is_refused():
-    with pytest.raises(MeshwenError, match="axis 'dp'"):
-        make_mesh(jax.make_mesh((2, 4), ("dp", "model")))
+@pytest.mark.parametrize(
+    ("shape", "names", "given", "label"),
+    [
+        ((8,), ("X",), {"model_axes": "X"}, "8"),
+        ((8,), ("X",), {"data_axes": "X"}, "data=8,model=1"),
+        ((2, 4), ("dp", "tp"), {"model_axes": "tp", "data_axes": "dp"}, "data=2,model=4"),
+        ((2, 4), ("tp", "dp"), {"model_axes": ("tp",), "data_axes": ["dp"]}, "model=2,data=4"),
+        ((2, 4), ("a", "b"), {"model_axes": ("b", "a")}, "2x4"),
+        ((2, 2, 2), ("a", "b", "c"), {"model_axes": ("a", "c"), "data_axes": "b"}, None),
+        ((2, 1, 4), ("dp", "pp", "tp"), {"model_axes": "tp", "data_axes": "dp"}, "data=2,model=4"),
+        ((1, 1), ("dp", "tp"), {}, "1"),
+        # Names of ours that mean something else here.
+        ((2, 4), ("model", "data"), {"model_axes": "data", "data_axes": "model"}, "data=2,model=4"),
+    ],
+)
+def test_a_jax_mesh_may_have_other_axes(shape, names, given, label):
+    theirs = jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * len(shape))
+    mesh = make_mesh(theirs, **given)
+    label = label or "model0=2,data=2,model1=2"
+    assert mesh_label(mesh) == label
+    assert MeshSpec.parse(label).axes == tuple(mesh.shape.items())
+    assert list(mesh.devices.flat) == list(theirs.devices.flat)
+    assert make_mesh(mesh) == mesh
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "complaint"),
+    [
+        (("dp", "model"), {}, "axis 'dp' .* name it in model_axes or data_axes"),
+        (("dp", "tp"), {"model_axes": "tp"}, "axis 'dp' of the mesh splits neither"),
+        (("dp", "tp"), {"model_axes": "X"}, "no axis 'X'; its axes are dp, tp"),
+        (("dp", "tp"), {"model_axes": ("dp", "tp"), "data_axes": "dp"}, "named twice"),
+    ],
+)
+def test_a_jax_mesh_with_an_axis_that_splits_nothing_is_refused(names, given, complaint):
+    with pytest.raises(MeshwenError, match=complaint):
+        make_mesh(jax.make_mesh((2, 4), names), **given)
+
+
+def test_a_mesh_string_names_its_own_axes():
+    with pytest.raises(MeshwenError, match="'2x4' names its own"):
+        make_mesh("2x4", model_axes="tp")

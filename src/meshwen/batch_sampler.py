@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from meshwen.jax_settings import own_settings
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
 from meshwen.sequence import SequenceState
@@ -25,6 +26,7 @@ class BatchSampler:
     seen: Array | None  # bool [B, V padded], tokens of prompts and answers
 
     @classmethod
+    @own_settings()
     def of(cls, running: Mapping[int, SequenceState], size: int, plan: ParallelPlan) -> Self:
         """Of sequences by row, among `size` rows."""
         asked = {row: sequence.request.sampling for row, sequence in running.items()}

@@ -19,6 +19,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from meshwen.buckets import power_of_two
 from meshwen.errors import MeshwenError
+from meshwen.jax_settings import own_settings
 from meshwen.kv_cache import cache_bytes_per_token
 from meshwen.parallel.mesh import AnyMesh
 from meshwen.parallel.plan import ParallelPlan
@@ -110,6 +111,7 @@ class Capacity:
         return slots * self.token_bytes <= self.cache_bytes
 
 
+@own_settings()
 def _least_free_bytes(mesh: AnyMesh) -> int:
     """The least of several processes: what they decide from it has to be the same."""
     host = zlib.crc32(socket.gethostname().encode()) % (1 << 24)  # What float32 holds exactly.

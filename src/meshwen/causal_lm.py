@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fsdecode
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from meshwen.config import Qwen2Config
 from meshwen.distributed import to_host
 from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
+from meshwen.jax_settings import own_settings
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
@@ -89,6 +90,8 @@ class Qwen2ForCausalLM:
         path_or_hub_id: str | Path,
         *,
         mesh: str | int | Mesh = "1",
+        model_axes: str | Sequence[str] | None = None,
+        data_axes: str | Sequence[str] | None = None,
         dtype: DTypeLike = "bfloat16",
         numerics: Numerics = "fast",
         quantization: Quantization | None = None,
@@ -104,8 +107,11 @@ class Qwen2ForCausalLM:
         Args:
             path_or_hub_id: a checkpoint's folder or GGUF file, a hub id, "demo" for the embedded
                 demo model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
-            mesh: a mesh string such as "1x8", a number of devices, or a mesh of axes `data` and
+            mesh: a mesh string such as "1x8", a number of devices, or a JAX mesh, with axes of
+                either type.
+            model_axes: the axis, or axes, of a JAX mesh that split the model. None: those named
                 `model` (or `model0`, `model1`, ...).
+            data_axes: the axis, or axes, of a JAX mesh that split the batch. None: `data`.
             dtype: "bfloat16" or "float32", by name or as `jnp.bfloat16`, of weights, cached
                 values, and the inputs of products with weights.
             numerics: "fast", or "exact" for the same bits on every mesh and in every batch: see
@@ -132,7 +138,7 @@ class Qwen2ForCausalLM:
             raise MeshwenError(f"progress must be a function, not {brief(progress)}")
         if not isinstance(path_or_hub_id, str | PathLike):
             raise MeshwenError(f"the model must be a path or name, not {brief(path_or_hub_id)}")
-        mesh = make_mesh(mesh)
+        mesh = make_mesh(mesh, model_axes=model_axes, data_axes=data_axes)
         name = fsdecode(path_or_hub_id)
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
             return cls.from_checkpoint(
@@ -168,7 +174,7 @@ class Qwen2ForCausalLM:
         A checkpoint that was opened without weights gets made-up ones. It may be closed afterwards.
         """
         kind = jnp.dtype(dtype)
-        plan = ParallelPlan(checkpoint.config, mesh, numerics, quantization)
+        plan = ParallelPlan(checkpoint.config, make_mesh(mesh), numerics, quantization)
         if checkpoint.format is None:
             params = dummy_params(plan, kind, progress)
         else:
@@ -183,6 +189,7 @@ class Qwen2ForCausalLM:
             prompt_lookup_num_tokens,
         )
 
+    @own_settings()
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 
 from meshwen.errors import MeshwenError
+from meshwen.jax_settings import own_settings
 
 AUTO = "auto"
 START_TIMEOUT = 60.0  # seconds, for all processes to come
@@ -148,6 +149,7 @@ def gathered(name: str, value: Any) -> list[Any]:
     return [json.loads(one) for one in found]
 
 
+@own_settings()
 def to_host(array: Array) -> np.ndarray:
     """An array's values, wherever they lie; every process has to ask for them."""
     if array.is_fully_addressable or array.is_fully_replicated:

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from meshwen.config import Qwen2Config
+from meshwen.jax_settings import Program
 from meshwen.parallel.plan import ParallelPlan
 
 
@@ -153,7 +154,7 @@ def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) ->
     def layers() -> KVCache:
         return tuple(layer() for _ in range(plan.config.num_hidden_layers))
 
-    return jax.jit(layers, out_shardings=cache_sharding(plan))()
+    return Program(layers, out_shardings=cache_sharding(plan))()
 
 
 def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCache:
@@ -169,7 +170,7 @@ def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCac
         widths = [(0, new - now) for new, now in zip(shape, split.shape, strict=True)]
         return jnp.pad(split, widths).reshape(batch, *shape[2:])
 
-    return jax.jit(larger, out_shardings=cache_sharding(plan))(cache)
+    return Program(larger, out_shardings=cache_sharding(plan))(cache)
 
 
 def cache_bytes_per_token(config: Qwen2Config, heads: int, dtype: jnp.dtype) -> int:

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.errors import MeshwenError
+from meshwen.jax_settings import Program, own_settings
 from meshwen.model import Params
 from meshwen.packing import COLUMNS, AnyWeight, PackedWeight, packed
 from meshwen.parallel.heads import PADDING
@@ -142,6 +143,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
         )
 
 
+@own_settings()
 def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> AnyWeight:
     shape, positions = weight.device_shape(plan), weight.positions(plan)
     places = plan.sharding(*weight.device_axes).addressable_devices_indices_map(shape).items()
@@ -163,7 +165,7 @@ def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.
     return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), arrays)
 
 
-_packed = jax.jit(packed, static_argnums=(1, 2))
+_packed = Program(packed, static_argnums=(1, 2))
 
 
 def _packed_part(
@@ -248,6 +250,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
+@own_settings()
 def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> AnyWeight:
     positions = [
         jax.device_put(positions.astype(np.int32), plan.sharding(axis))
@@ -271,7 +274,7 @@ def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> A
 
 
 # A function of the module, so that the weights of all layers share what is compiled.
-@partial(jax.jit, static_argnames=("mean", "transposed", "dtype", "sharding"))
+@partial(Program, static_argnames=("mean", "transposed", "dtype", "sharding"))
 def _fill(
     positions: list[Array],
     name_seed: Array,

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from meshwen import kernels
 from meshwen.config import Qwen2Config
+from meshwen.jax_settings import Program
 from meshwen.kv_cache import KVCache, SequenceCache, empty_cache
 from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel
@@ -65,8 +66,8 @@ class ModelRunner:
             static="method",
             donate=(1, 5),
         )
-        self._empty_cache = jax.jit(partial(empty_cache, plan), static_argnums=(0, 1, 2))
-        self._empty_hidden = jax.jit(
+        self._empty_cache = Program(partial(empty_cache, plan), static_argnums=(0, 1, 2))
+        self._empty_hidden = Program(
             lambda batch: jnp.zeros((batch, plan.config.hidden_size), jnp.float32),
             static_argnums=0,
             out_shardings=plan.sharding("batch", "embed"),
@@ -176,7 +177,7 @@ class ModelRunner:
         out_axes: str | tuple[str, ...],
         static: str | None = None,
         donate: tuple[int, ...] = (),
-    ) -> Callable[..., Any]:
+    ) -> Program:
         """`step(params, ...)`, compiled to be run by each device on its part.
 
         Args:
@@ -204,7 +205,7 @@ class ModelRunner:
 
         program.__name__ = getattr(step, "func", step).__name__.strip("_")
         options = _compiler_options(plan)
-        return jax.jit(
+        return Program(
             program, static_argnames=static, donate_argnums=donate, compiler_options=options
         )
 

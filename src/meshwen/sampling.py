@@ -20,6 +20,7 @@ from jax import Array, lax
 
 from meshwen.arguments import brief, number, truth, whole_number
 from meshwen.errors import MeshwenError
+from meshwen.jax_settings import own_settings
 from meshwen.parallel.contractions import TensorParallel
 
 _LONGEST_BLOCK = 128  # of logits, in the search for the largest
@@ -165,6 +166,7 @@ class SamplerRows(NamedTuple):
     seed: Array
 
     @classmethod
+    @own_settings()
     def of(cls, batch: Sequence[SamplingParams]) -> SamplerRows:
         """The rows of a batch."""
         kinds: dict[str, Any] = dict.fromkeys(cls._fields, jnp.float32)
@@ -300,7 +302,9 @@ def _noise(seed: Array, positions: Array, ids: Array, tp: TensorParallel) -> Arr
     """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
 
     def row(seed: Array, position: Array, ids: Array) -> Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        # Not `jax.random.key`, which adds a number of the caller's settings to the seed.
+        words = jnp.stack([jnp.zeros_like(seed), seed])
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
         bits = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i))[0])(ids)
         # Small numbers, which make large noise, are the finest; none is 0, whose noise is infinite.
         return (bits.astype(jnp.float32) + 0.5) * 2.0**-32

@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwen import kernels
+from meshwen.jax_settings import own_settings
 from meshwen.packing import AnyWeight, PackedWeight
 from meshwen.parallel.mesh import AnyMesh
 from meshwen.quantization import Quantization
@@ -26,6 +27,7 @@ _MATRIX = 4096  # rows and columns
 _RUNS = 7
 
 
+@own_settings()
 def read_bandwidth(mesh: AnyMesh) -> float:
     """Bytes a second that all devices read together, at most.
 
@@ -39,6 +41,7 @@ def read_bandwidth(mesh: AnyMesh) -> float:
     return matrix.nbytes / seconds
 
 
+@own_settings()
 def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> float:
     """Operations a second of all devices together in a product of square matrices, at most.
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.errors import MeshwenError
+from meshwen.jax_settings import own_settings
 from meshwen.request import Request
 from meshwen.sampling import SamplingParams
 
@@ -146,6 +147,7 @@ class MeshwenLM(TemplateLM):
             found.append(total)
         return found
 
+    @own_settings()
     def _loglikelihood_tokens(
         self, requests: Sequence[_Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:

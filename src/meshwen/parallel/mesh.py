@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from meshwen import jax_settings
 from meshwen.arguments import brief
 from meshwen.distributed import process_count
 from meshwen.errors import MeshwenError
@@ -39,7 +40,8 @@ _MAX_LENGTH = 100  # Python refuses to read a number of thousands of digits.
 class MeshSpec:
     """A parsed mesh string: axis names and sizes, in order.
 
-    Tensor-parallel axes are named `model`, or `model0`, `model1`, ... when there are several.
+    Tensor-parallel axes are named `model`, or `model0`, `model1`, ... when there are several; those
+    that split the batch `data` likewise.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -58,27 +60,27 @@ class MeshSpec:
             raise MeshwenError(f"a mesh of {len(compact)} characters does not parse; {_EXPECTED}")
         if re.fullmatch(r"\d+(x\d+)*", compact):
             sizes = [int(size) for size in compact.split("x")]
-            names = [f"{MODEL_AXIS}{i}" for i in range(len(sizes))]
-            axes = list(zip(names if len(sizes) > 1 else [MODEL_AXIS], sizes, strict=True))
-        elif re.fullmatch(r"[a-z]+=\d+(,[a-z]+=\d+)*", compact):
-            axes = [(name, int(size)) for name, size in (a.split("=") for a in compact.split(","))]
-            names = [name for name, _ in axes]
-            if unknown := set(names) - {DATA_AXIS, MODEL_AXIS}:
+            kinds = [MODEL_AXIS] * len(sizes)
+        elif re.fullmatch(r"[a-z]+\d*=\d+(,[a-z]+\d*=\d+)*", compact):
+            names, values = zip(*(axis.split("=") for axis in compact.split(",")), strict=True)
+            sizes = [int(size) for size in values]
+            kinds = [name.rstrip("0123456789") for name in names]
+            if unknown := set(kinds) - {DATA_AXIS, MODEL_AXIS}:
                 raise MeshwenError(
                     f"mesh {text!r}: unknown axis {sorted(unknown)[0]!r}; "
                     "the axes are data and model"
                 )
             if len(set(names)) < len(names):
                 raise MeshwenError(f"mesh {text!r} names an axis twice")
-            if MODEL_AXIS not in names:
-                axes.append((MODEL_AXIS, 1))
+            if MODEL_AXIS not in kinds:
+                kinds, sizes = [*kinds, MODEL_AXIS], [*sizes, 1]
         else:
             raise MeshwenError(f"mesh {text!r} does not parse; {_EXPECTED}")
-        if any(size < 1 for _, size in axes) or prod(size for _, size in axes) > _MAX_DEVICES:
+        if min(sizes) < 1 or prod(sizes) > _MAX_DEVICES:
             raise MeshwenError(
                 f"mesh {text!r}: axis sizes must be at least 1, at most {_MAX_DEVICES} in all"
             )
-        return cls(tuple(axes))
+        return cls(tuple(zip(_own_names(kinds), sizes, strict=True)))
 
     @property
     def devices(self) -> int:
@@ -86,26 +88,46 @@ class MeshSpec:
         return prod(size for _, size in self.axes)
 
     def __str__(self) -> str:
-        if any(name == DATA_AXIS for name, _ in self.axes):
+        if any(name.startswith(DATA_AXIS) for name, _ in self.axes):
             return ",".join(f"{name}={size}" for name, size in self.axes)
         return "x".join(str(size) for _, size in self.axes)
 
 
-def make_mesh(spec: str | int | MeshSpec | Mesh = "1") -> Mesh:
+def make_mesh(
+    spec: str | int | MeshSpec | Mesh = "1",
+    *,
+    model_axes: str | Sequence[str] | None = None,
+    data_axes: str | Sequence[str] | None = None,
+) -> Mesh:
     """The JAX mesh of a mesh string, on the default back end's devices in row-major order.
 
-    A JAX mesh with axes `data` and `model` (or `model0`, `model1`, ...) is taken as it is.
+    Of a JAX mesh the devices are taken in their order, whatever the types of its axes are (Explicit
+    or Auto). Axes `model` and `data` (or `model0`, `model1`, ...) split the model and the batch;
+    where they have other names, `model_axes` and `data_axes` say which do, and those of the result
+    get these names.
 
     On the CPU, simulated devices are made when there are too few; that works until JAX has started
     its back end, which the first array or the first `jax.devices()` does. Where there are several
     processes, all of them make the mesh, and each puts in equally many devices.
 
+    Args:
+        spec: the mesh, or a string or specification of one.
+        model_axes: the axis, or axes, of a JAX mesh that split the model.
+        data_axes: the axis, or axes, of a JAX mesh that split the batch.
+
     Raises:
         MeshwenError: the string does not parse, there are too few devices, they cannot be shared
-            equally between the processes, or a JAX mesh has other axes.
+            equally between the processes, an axis of a JAX mesh splits nothing or has no such name,
+            or JAX cannot start its back end.
     """
     if isinstance(spec, Mesh):
-        return _checked(spec)
+        own = _with_own_names(spec, model_axes, data_axes)
+        jax_settings.check(own.devices.flat[0])
+        return own
+    if model_axes is not None or data_axes is not None:
+        raise MeshwenError(
+            f"model_axes and data_axes name the axes of a JAX mesh; {str(spec)!r} names its own"
+        )
     spec = spec if isinstance(spec, MeshSpec) else MeshSpec.parse(spec)
     processes = process_count()
     of_each, rest = divmod(spec.devices, processes)
@@ -115,7 +137,7 @@ def make_mesh(spec: str | int | MeshSpec | Mesh = "1") -> Mesh:
             f"equally between {processes} processes; use a mesh whose size they divide"
         )
     _ask_for_cpu_devices(of_each)
-    devices = _first_of_each_process(jax.devices(), of_each)
+    devices = _first_of_each_process(jax_settings.devices(), of_each)
     if len(devices) < spec.devices:
         raise MeshwenError(_too_few(spec, devices, processes))
     shape = tuple(size for _, size in spec.axes)
@@ -144,25 +166,57 @@ def _first_of_each_process(devices: list[jax.Device], count: int) -> list[jax.De
     return chosen
 
 
-def _checked(mesh: Mesh) -> Mesh:
-    """A JAX mesh as the package needs it: known axes, and none that JAX types explicitly."""
-    for name in mesh.axis_names:
-        if not re.fullmatch(rf"{DATA_AXIS}|{MODEL_AXIS}\d*", str(name)):
+def _with_own_names(
+    mesh: Mesh, model: str | Sequence[str] | None, data: str | Sequence[str] | None
+) -> Mesh:
+    """A JAX mesh as the package needs it: axes by its names, none that JAX types explicitly."""
+    if not mesh.size:
+        raise MeshwenError("the mesh has no devices")
+    sizes = {str(n): size for n, size in zip(mesh.axis_names, mesh.devices.shape, strict=True)}
+    names = list(sizes)
+    if model is None and data is None:
+        model = [name for name in names if re.fullmatch(rf"{MODEL_AXIS}\d*", name)]
+        data = [name for name in names if re.fullmatch(rf"{DATA_AXIS}\d*", name)]
+    kinds = {MODEL_AXIS: _names(model), DATA_AXIS: _names(data)}
+    given = [name for kind in kinds.values() for name in kind]
+    if absent := [name for name in given if name not in names]:
+        raise MeshwenError(f"the mesh has no axis {absent[0]!r}; its axes are {', '.join(names)}")
+    if len(set(given)) < len(given):
+        raise MeshwenError("an axis of the mesh is named twice among model_axes and data_axes")
+    for name in names:
+        if name not in given and sizes[name] > 1:
             raise MeshwenError(
-                f"the mesh has an axis {name!r}; name its axes {DATA_AXIS} and {MODEL_AXIS} "
-                f"(or {MODEL_AXIS}0, {MODEL_AXIS}1, ...)"
+                f"the axis {name!r} of the mesh splits neither the model nor the batch: name it in "
+                f"model_axes or data_axes, or name the mesh's axes {MODEL_AXIS} and {DATA_AXIS}"
             )
-    return Mesh(mesh.devices, mesh.axis_names)
+    kept = [name for name in names if name in given]
+    shape = [sizes[name] for name in kept]
+    own = [MODEL_AXIS if name in kinds[MODEL_AXIS] else DATA_AXIS for name in kept]
+    if MODEL_AXIS not in own:
+        shape, own = [*shape, 1], [*own, MODEL_AXIS]
+    return Mesh(mesh.devices.reshape(shape), _own_names(own))
+
+
+def _own_names(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Names of axes that split the model or the batch, numbered where several do."""
+    return tuple(
+        f"{kind}{kinds[:place].count(kind)}" if kinds.count(kind) > 1 else kind
+        for place, kind in enumerate(kinds)
+    )
+
+
+def _names(given: str | Sequence[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def data_axes(mesh: AnyMesh) -> tuple[str, ...]:
-    """The mesh axes that split the batch."""
-    return tuple(name for name in mesh.axis_names if name == DATA_AXIS)
+    """The mesh axes that split the batch, in row-major order."""
+    return tuple(name for name in mesh.axis_names if str(name).startswith(DATA_AXIS))
 
 
 def model_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The mesh axes that split the model, in row-major order."""
-    return tuple(name for name in mesh.axis_names if name != DATA_AXIS)
+    return tuple(name for name in mesh.axis_names if not str(name).startswith(DATA_AXIS))
 
 
 def on_cpu(mesh: AnyMesh) -> bool:

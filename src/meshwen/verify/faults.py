@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meshwen.jax_settings import own_settings
 from meshwen.model import Params
 from meshwen.packing import AnyWeight, PackedWeight, unpacked
 from meshwen.verify.localise import Parting, Prober, RowHook, Trace, parting
@@ -88,6 +89,7 @@ def self_test(
     ]
 
 
+@own_settings()
 def with_changed_weight(
     params: Params, place: Parting, change: Callable[[np.ndarray], np.ndarray]
 ) -> Params:

@@ -13,6 +13,7 @@ from jax import Array
 
 from meshwen.config import Qwen2Config
 from meshwen.distributed import gathered, to_host
+from meshwen.jax_settings import Program
 from meshwen.kv_cache import KVCache
 from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import TensorParallel
@@ -55,7 +56,7 @@ class MeshRun:
         self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
         self._decode = self._compiled_decode()
         self._head = self.runner.compiled(head_step, ("batch embed",), "batch vocab")
-        self._in_rows = jax.jit(
+        self._in_rows = Program(
             lambda found: jnp.stack(found, axis=1).reshape(workload.rows, -1),
             out_shardings=plan.sharding("batch", "embed"),
         )
