@@ -333,6 +333,20 @@ def test_a_control_groups_limit_is_kept(tmp_path):
     assert list(capacity_module._control_groups_leave(tmp_path / "none", root)) == []
 
 
+@pytest.mark.parametrize("path", ["/docker/a", "/seen/by/the/host/alone"])
+def test_a_limit_of_cgroup_v1_is_kept(tmp_path, path):
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    own.write_text(f"5:cpu,cpuacct:/\n4:hugetlb,memory:{path}\n1:name=systemd:/\n0::/none\n")
+    stat = "active_file 1\ninactive_file 2\ntotal_active_file 100\ntotal_inactive_file 50\n"
+    unlimited = 0x7FFFFFFFFFFFF000
+    for folder, limit in ((root / "memory", 1000), (root / "memory/docker/a", unlimited)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text("600\n")
+        (folder / "memory.stat").write_text(stat)
+    assert min(capacity_module._control_groups_leave(own, root)) == 550
+
+
 def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old_ones():
     running, events = engine_with_room_for(40), []  # Two rows of 16, not three.
     for _ in range(2):

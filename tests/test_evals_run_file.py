@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from meshwen.errors import MeshwenError
+from meshwen.evals import run_file
 from meshwen.evals.compare import compare
 from meshwen.evals.run_file import FORMAT, RunFile
 
@@ -268,3 +269,19 @@ def test_meshes_of_the_same_axes_are_the_same(tmp_path, before, now):
     for other in ("2", "4x2", "data=2,model=4"):
         with pytest.raises(MeshwenError, match="was made with mesh"):
             RunFile.begin(path, SETTINGS | {"mesh": other}, resume=True)
+
+
+@pytest.mark.parametrize("missing", ["of the system", "of the file's disk"])
+def test_a_run_goes_on_where_files_cannot_be_locked_and_says_so(
+    tmp_path, monkeypatch, caplog, missing
+):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing == "of the system":
+        monkeypatch.setattr(run_file, "fcntl", None)
+    else:
+        monkeypatch.setattr(run_file.fcntl, "flock", refuse)
+    run = RunFile.begin(tmp_path / "run.jsonl", SETTINGS, resume=False)
+    run.close()
+    assert "run.jsonl cannot be locked" in caplog.text

@@ -147,17 +147,36 @@ def _free_host_bytes() -> int:
 def _control_groups_leave(
     own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
-    """Bytes that each limit on this process leaves it, as a container has one (Linux cgroup v2)."""
+    """Bytes that each limit on this process leaves it, as a container has one (Linux cgroups)."""
     try:
-        (path,) = re.findall(r"^0::/?(.*)$", own.read_text(), re.MULTILINE)
+        groups = re.findall(r"^(\d+):([^:\n]*):/?(.*)$", own.read_text(), re.MULTILINE)
     except (OSError, ValueError):
         return
+    for number, controllers, path in groups:
+        if number == "0":
+            yield from _groups_leave(root, path, "max", "current", "")
+        elif "memory" in controllers.split(","):
+            yield from _groups_leave(
+                root / "memory", path, "limit_in_bytes", "usage_in_bytes", "total_"
+            )
+
+
+def _groups_leave(root: Path, path: str, most: str, now: str, files: str) -> Iterator[int]:
+    """What the limits of a group and of those above it leave.
+
+    Args:
+        root: where the hierarchy is mounted.
+        path: of the group; a container may see no more than its own, as the root.
+        most, now: how cgroup v1 or v2 calls a limit, and what is used.
+        files: what stands before the names of the cache of files, the groups' below included.
+    """
     folder = root / path
     for group in [folder, *folder.parents[: len(folder.parts) - len(root.parts)]]:
         try:
-            limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+            limit, used = (int((group / f"memory.{n}").read_text()) for n in (most, now))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # No such controller here, or its limit is "max".
+            cached = sum(int(stat[f"{files}{kind}_file"]) for kind in ("active", "inactive"))
+        except (OSError, ValueError, KeyError):  # No such controller here, or its limit is "max".
             continue
         # The cache of files is given up where memory is asked for.
-        yield max(0, limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))
+        yield max(0, limit - used + cached)

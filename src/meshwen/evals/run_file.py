@@ -8,7 +8,8 @@ cut off when the run goes on.
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,16 @@ from typing_extensions import TypedDict
 
 from meshwen.errors import MeshwenError
 from meshwen.json_files import Finite, Shape, TokenId, check_shape, parse_json, to_json
+
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+# What says that there are no locks: of network disks without them, and of a system without flock.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 FORMAT = "meshwen-eval-3"
 _BEGINNING = b'{"format": "meshwen-eval-'  # of run files of all versions
@@ -123,12 +134,7 @@ class RunFile:
     @classmethod
     def _go_on(cls, path: Path, settings: Mapping[str, Any], file: FileIO) -> Self:
         """The run of an open file, which nobody else may be writing."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MeshwenError(f"another run is writing {path}: wait for it, or end it") from None
-        except OSError as error:
-            raise MeshwenError(f"cannot lock {path}: {error.strerror}") from None
+        _lock(path, file)
         new = _without_answers(path)
         lines = [] if new else cls._whole_lines(path)
         run = cls(path, settings, {}, file)
@@ -221,6 +227,22 @@ class UnwrittenRun(RunFile):
     def write(self, record: Record) -> None:
         """Adds an answer."""
         self.records[_key(record)] = record
+
+
+def _lock(path: Path, file: FileIO) -> None:
+    """Keeps other runs from writing an open file, until it is closed."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no flock")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MeshwenError(f"another run is writing {path}: wait for it, or end it") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise MeshwenError(f"cannot lock {path}: {error.strerror}") from None
+        logger.warning(
+            "%s cannot be locked (%s): let no other run write it meanwhile", path, error.strerror
+        )
 
 
 def _without_answers(path: Path) -> bool:
