@@ -641,4 +641,18 @@ FAULTS = (
         'jax.config.update("jax_enable_preemption_service", True)',
         "distributed",
     ),
+    _fault(
+        "interrupt: a signal within a callback is lost",
+        "cli/interrupt.py",
+        "        again.start()\n",
+        "",
+        "cli_interrupt",
+    ),
+    _fault(
+        "interrupt: what a prompt took still ends the program",
+        "cli/interrupt.py",
+        "            del error  # This frame, which the exception refers to, would keep it alive.",
+        "            pass",
+        "cli_interrupt",
+    ),
 )

@@ -159,6 +159,12 @@ def to_host(array: Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def wait_for_others() -> None:
+    """Parts from the others once all have come so far. Returns at once where there are none."""
+    if _state().client is not None:
+        jax.distributed.shutdown()
+
+
 def leave(status: int) -> None:
     """Ends a process that failed while others run: at once, not when those are done.
 

@@ -1,6 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `meshwen generate`, `chat`, `inspect` and `verify`, one file a command."""
 
-from meshwen.cli.app import main
+from collections.abc import Sequence
+from typing import NoReturn
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status.
+
+    Args:
+        arguments: without the program's name; None takes the process's own.
+    """
+    from meshwen.cli.app import main
+
+    return main(arguments)
+
+
+def run() -> NoReturn:
+    """The `meshwen` program: runs the process's own command line and ends the process.
+
+    Signals are taken before the commands are imported, which takes its time.
+    """
+    from meshwen.cli.interrupt import run_to_the_end
+
+    run_to_the_end(main)

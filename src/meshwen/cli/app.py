@@ -2,7 +2,8 @@
 """The `meshwen` command: its sub-commands, and what it says and returns when something goes wrong.
 
 Exit status: 0 done; 1 a check failed, or nobody reads stdout any more; 2 the user must change
-something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C.
+something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C,
+143 with SIGTERM.
 """
 
 from __future__ import annotations
@@ -79,11 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_any_text()
     try:
         status = _run(arguments)
-    except SystemExit as stop:  # Nobody reads stdout any more.
-        _leave(stop.code if isinstance(stop.code, int) else DEFECT)
-        raise
-    if status:
-        _leave(status)
+    except SystemExit as stop:  # SIGTERM, or nobody reads stdout any more.
+        status = stop.code if isinstance(stop.code, int) else DEFECT
+    _leave(status)
     return status
 
 
@@ -101,11 +100,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _leave(status: int) -> None:
-    """Keeps a process that failed from waiting for others, where the command started any."""
+    """Parts from other processes, where the command joined any: at once where this one failed."""
     if "meshwen.distributed" in sys.modules:  # Importing it takes its time.
-        from meshwen.distributed import leave
+        from meshwen.distributed import leave, wait_for_others
 
-        leave(status)
+        if status:
+            leave(status)
+        wait_for_others()
 
 
 def _print_any_text() -> None:

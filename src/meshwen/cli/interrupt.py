@@ -1,31 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C while an answer is made: once to stop the answer, twice to end the program."""
+"""Signals, and how the program ends.
+
+Ctrl-C and SIGTERM raise an exception in the main thread, so that what is open is closed. A second
+one ends the program at once, as does a first that has not ended it within 5 s. While a chat
+answers, Ctrl-C only stops the answer.
+
+Python runs its signal handlers between two of its own instructions, so none runs while XLA compiles
+or computes. What the system calls writes to a socket at once, though, and a thread reads that.
+"""
+
+from __future__ import annotations
 
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
 
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT  # As a shell says it.
+_NOBODY_READS, _USER_MUST_CHANGE, _DEFECT = 1, 2, 3
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_GRACE = 5.0  # seconds that the main thread has to end
+_LAST_WORDS = 1.0  # seconds for what is still to be written, maybe to a pipe that nobody reads
+_RETRY = 0.05  # seconds
+_SHOW_CURSOR = "\x1b[?25h"  # A progress bar hides it.
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; unlike a KeyboardInterrupt it can be referred to weakly."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM, or the terminal is gone.
+
+    Attributes:
+        code: the exit status.
+    """
+
+    code: int
+
+
+def run_to_the_end(command: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the process with the status that it returns.
+
+    For the entry of a process alone: it takes the process's signals, except those that the process
+    was started to ignore.
+
+    The interpreter is not torn down: threads in which XLA still compiles would use what that
+    destroys, and end the process by a segmentation fault. What was written is flushed; functions
+    registered with `atexit` do not run.
+    """
+    ending = _Ending()
+    ending.take_signals()
+    try:
+        status = command()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else _DEFECT
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BaseException:  # A panic in a library's Rust is no Exception.
+        _say(traceback.format_exc(), end="")
+        status = _DEFECT
+    finally:
+        ending.close()
+    unwritten = _flush()
+    os._exit(status or unwritten)
+
+
+class _Ending:
+    """The signal that is about to end the program, if any.
+
+    It is under way from its coming until its exception is gone, which is alive as long as blocks
+    are left because of it. Code that catches it and goes on, as a prompt does, lets go of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # Handlers of two signals may run one within the other.
+        self._number = 0
+        self._deadline = 0.0
+        self._error: Callable[[], BaseException | None] | None = None  # None: not raised yet.
+        self._early = False  # The handler ran before the thread that watches.
+        self._closed = False
+
+    def take_signals(self) -> None:
+        """Installs the handlers, and the thread that watches."""
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._raise)
+        self._others_unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
+        self._sockets = reader, writer = _socket_pair()  # Kept: closed, they would end the thread.
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(reader, self._came, self._left), daemon=True).start()
+
+    def close(self) -> None:
+        """Lets any signal end the program at once: there is nothing left to close."""
+        self._closed = True
+
+    def _came(self, number: int) -> None:
+        with self._lock:
+            if self._early:
+                self._early = False
+            elif self._closed or self._left() is not None:
+                _end_at_once(128 + number)
+            else:
+                self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        self._number, self._error = number, None
+        self._deadline = time.monotonic() + _GRACE
+
+    def _left(self) -> float | None:
+        """Seconds until the program ends at once; None where no signal is under way."""
+        if not self._number or (self._error is not None and self._error() is None):
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            _end_at_once(128 + self._number)
+        return left
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal, in the main thread."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._left() is None:
+                self._begin(number)
+                self._early = True
+            error = Interrupted() if number == signal.SIGINT else Terminated(128 + number)
+            self._error = weakref.ref(error)
+        try:
+            raise error
+        finally:
+            del error  # This frame, which the exception refers to, would keep it alive.
+
+    def _raise_again(self, found: sys.UnraisableHookArgs) -> None:
+        """Raises once more, soon, what came in a callback that no exception can leave."""
+        error = found.exc_value
+        if not isinstance(error, Interrupted | Terminated):
+            self._others_unraisable(found)
+            return
+        number = error.code - 128 if isinstance(error, Terminated) else signal.SIGINT
+        again = threading.Timer(_RETRY, _signal_main_thread, (number,))
+        again.daemon = True
+        again.start()
 
 
 @contextmanager
 def ctrl_c() -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C sets; a second Ctrl-C ends the program at once.
-
-    Python runs its signal handlers between two of its own instructions, so none runs while XLA
-    compiles or computes. What the system calls writes to a socket at once, though, and a thread
-    reads that.
-    """
+    """Gives an event that Ctrl-C sets; a second Ctrl-C ends the program at once."""
     pressed = threading.Event()
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    watcher = threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True)
-    watcher.start()
+    presses = 0
+    reader, writer = _socket_pair()
+
+    def came(number: int) -> None:
+        nonlocal presses
+        if number != signal.SIGINT:  # It is for whoever watched before.
+            with suppress(OSError):
+                os.write(wakeup_before, bytes([number]))
+            return
+        presses += 1
+        if presses == 2:
+            _end_at_once(INTERRUPTED)
+
     before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
     wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reader, came, lambda: None), daemon=True)
+    watcher.start()
     try:
         yield pressed
     finally:
@@ -36,10 +184,67 @@ def ctrl_c() -> Iterator[threading.Event]:
         reader.close()
 
 
-def _end_at_the_second(reader: socket.socket) -> None:
-    """Reads the number of each signal that comes, until the other end is closed."""
-    presses = 0
-    while number := reader.recv(1):
-        presses += number[0] == signal.SIGINT
-        if presses == 2:
-            os._exit(INTERRUPTED)
+def _signal_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # On Windows this does not end a sleep.
+        signal.raise_signal(number)
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    """A reader, and a writer for `signal.set_wakeup_fd`."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    return reader, writer
+
+
+def _watch(
+    reader: socket.socket, came: Callable[[int], None], left: Callable[[], float | None]
+) -> None:
+    """Passes on the number of each signal that comes, until the other end is closed.
+
+    Args:
+        reader: what the numbers come from.
+        came: takes a number.
+        left: is asked whenever so many seconds have passed, and after each signal.
+    """
+    while True:
+        reader.settimeout(left())
+        try:
+            number = reader.recv(1)
+        except TimeoutError:
+            continue
+        if not number:
+            return
+        came(number[0])
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """Ends the process from any thread, whatever the others do."""
+    last_words = threading.Thread(target=_flush, daemon=True)
+    last_words.start()
+    last_words.join(_LAST_WORDS)
+    with suppress(OSError, ValueError):
+        if os.isatty(2):
+            os.write(2, _SHOW_CURSOR.encode())
+    os._exit(status)
+
+
+def _flush() -> int:
+    """Writes what Python has kept of stdout and stderr; an exit status, 0 where stdout took it."""
+    status = 0
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        status = _NOBODY_READS
+    except (OSError, ValueError) as error:
+        status = _USER_MUST_CHANGE
+        _say(f"meshwen: error: the output cannot be written: {error}")
+    _say("", end="")
+    return status
+
+
+def _say(text: str, end: str = "\n") -> None:
+    with suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
