@@ -294,6 +294,27 @@ FAULTS = (
         "engine_batching",
     ),
     _fault(
+        "engine: the cache is as long as a ceiling",
+        "scheduler.py",
+        "answer = min(sequence.limit - len(sequence.tokens), _AHEAD)",
+        "answer = sequence.limit - len(sequence.tokens)",
+        "engine_batching",
+    ),
+    _fault(
+        "engine: an answer is read again without its tokens",
+        "prefill.py",
+        "known = sequence.token_ids",
+        "known = sequence.request.prompt_tokens",
+        "engine_batching",
+    ),
+    _fault(
+        "engine: an answer without room goes on",
+        "scheduler.py",
+        "if s.position >= self._length]",
+        "if s.position > self._length]",
+        "engine_batching",
+    ),
+    _fault(
         "engine: a step that broke off is not told to others",
         "engine.py",
         "                    live.run.failure = failure",

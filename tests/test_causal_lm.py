@@ -213,6 +213,16 @@ def test_defaults_come_from_the_checkpoints_generation_config(folder, tmp_path):
     assert (found.text, found.finish_reason) == ("Hi", "stop")
 
 
+def test_a_checkpoints_ceiling_is_not_asked_for(tmp_path):
+    copy = write_speller(tmp_path / "speller")
+    (copy / "generation_config.json").write_text('{"max_new_tokens": 131072}')
+    model = Qwen2ForCausalLM.from_pretrained(copy, dtype="float32")
+    params = model.request("A").sampling
+    assert (params.max_new_tokens, params.max_new_tokens_asked) == (131072, False)
+    assert model.request("A", max_new_tokens=5).sampling.max_new_tokens_asked
+    assert model.generate("\n")[0].text == ANSWER
+
+
 # --- Loading
 
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continuous batching: slots, the queue, cancellation, a cache that grows, and memory."""
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 import meshwen.capacity as capacity_module
-from mesh_model import random_tokens
+from mesh_model import random_tokens, shared_model
+from meshwen.buckets import bucket
 from meshwen.capacity import Capacity
 from meshwen.engine import Engine, QueueFullError
 from meshwen.errors import MeshwenError
@@ -212,6 +215,55 @@ def test_the_cache_grows_under_running_requests(mesh):
     assert [found[n] for n in numbers] == [greedy(tuple(p))[0] for p in PROMPTS]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_ceiling_reserves_nothing(asked):
+    running, events = engine(), []
+    params = {"max_new_tokens": 1000, "max_new_tokens_asked": asked}
+    number = running.submit(request(PROMPTS[0], **params), events.append)
+    other = running.submit(request(PROMPTS[1]), events.append)
+    while other not in tokens_of(events):
+        running.step()
+    assert running._scheduler._length == bucket(len(PROMPTS[0]) + 256)
+    running.cancel(number)
+
+
+LONG = [request(p, max_new_tokens=24, logprobs=True) for p in PROMPTS[:2]]
+
+
+def growing(mesh: str, numerics: str, slots: int) -> Engine:
+    """An engine whose cache may have so many slots in all its rows of a part of the batch."""
+    config = replace(TINY, num_hidden_layers=1, layer_types=("full_attention",))
+    runner = shared_model(config, mesh, numerics=numerics).runner
+    token_bytes = Capacity.of(runner.plan, runner.dtype, 2).token_bytes
+    parts = runner.plan.data_devices
+    return Engine(runner, None, (), Capacity(2, 1100, parts, token_bytes, slots * token_bytes))
+
+
+# With memory it grows; without, answers wait, and are read again when others have ended.
+@pytest.mark.parametrize(
+    ("mesh", "numerics", "slots", "shapes"),
+    [
+        (SPLIT, "fast", 1000, [(2, 16), (2, 32)]),
+        ("1", "exact", 40, [(2, 16), (1, 24), (1, 32)]),
+    ],
+)
+def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
+    mesh, numerics, slots, shapes, monkeypatch
+):
+    expected = completions(growing(mesh, numerics, 1000).run(LONG))
+    monkeypatch.setattr("meshwen.scheduler._AHEAD", 4)
+    running = growing(mesh, numerics, slots)
+    seen, events = [], []
+    for event in running.run(LONG):
+        events.append(event)
+        seen.append((len(running._scheduler._slots), running._scheduler._length))
+    assert list(dict.fromkeys(seen)) == shapes
+    for found, other in zip(completions(events), expected, strict=True):
+        assert found.tokens == other.tokens
+        tolerance = 0 if numerics == "exact" else 1e-4
+        np.testing.assert_allclose(found.logprobs, other.logprobs, rtol=0, atol=tolerance)
+
+
 # --- Memory and limits
 
 
@@ -282,6 +334,20 @@ def test_a_request_that_there_is_no_memory_for_at_all_is_refused_by_itself():
     number = running.submit(SHORT, events.append)
     drain(running)
     assert list(tokens_of(events)) == [number]
+
+
+def test_a_ceiling_that_nobody_asked_for_ends_an_answer_where_memory_does(caplog):
+    running, params = engine_with_room_for(63), {"max_new_tokens": 1000}
+    with pytest.raises(MeshwenError, match="KV cache"):
+        running.run([request(PROMPTS[0], **params)])
+    asked = [request(p, **params, max_new_tokens_asked=False) for p in PROMPTS[:2]]
+    found = completions(running.run([*asked, SHORT]))
+    assert [len(c.prompt_tokens) + len(c.tokens) for c in found] == [48, 48, 5]
+    assert {c.finish_reason for c in found} == {"length"}
+    assert [c.tokens[:STEPS] for c in found[:2]] == [greedy(tuple(p))[0] for p in PROMPTS[:2]]
+    told = [r.getMessage() for r in caplog.records if "an answer ended" in r.getMessage()]
+    assert len(told) == 1
+    assert "ended at 48 tokens" in told[0]
 
 
 def test_memory_that_a_long_request_took_is_given_back():

@@ -36,6 +36,6 @@ class BatchSampler:
             return cls(method, rows, None)
         seen = np.zeros((size, len(plan.axis_source("vocab"))), bool)
         for row, sequence in running.items():
-            seen[row, [*sequence.request.prompt_tokens, *sequence.tokens]] = True
+            seen[row, sequence.token_ids] = True
         # Placed as a step returns it: the first step's program then serves all others.
         return cls(method, rows, jax.device_put(seen, plan.sharding("batch", "vocab")))

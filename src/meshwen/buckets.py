@@ -20,6 +20,14 @@ def bucket(length: int) -> int:
     return bucket
 
 
+def largest_bucket(length: int) -> int:
+    """The largest of those that is at most `length`; 0 where none is."""
+    if length < SMALLEST_BUCKET:
+        return 0
+    half = power_of_two(length + 1) // 2
+    return half * 3 // 2 if half * 3 // 2 <= length else half
+
+
 def chunks(length: int, heads: int) -> list[int]:
     """Chunks to read a prompt in: whole ones, then the smallest bucket for the rest.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from meshwen.buckets import power_of_two
+from meshwen.buckets import largest_bucket, power_of_two
 from meshwen.errors import MeshwenError
 from meshwen.jax_settings import own_settings
 from meshwen.kv_cache import cache_bytes_per_token
@@ -79,6 +79,11 @@ class Capacity:
         free = _least_free_bytes(plan.mesh) if several else _free_bytes(plan.mesh.local_devices)
         cache_bytes = int(_CACHE_SHARE * free)
         return cls(max_num_seqs, length, plan.data_devices, token_bytes, cache_bytes)
+
+    @property
+    def longest(self) -> int:
+        """The longest cache, a bucket, that has room for one sequence on each part; or 0."""
+        return largest_bucket(self.cache_bytes // self.token_bytes)
 
     def rows(self, count: int, length: int) -> int:
         """Rows of a cache for `count` sequences, fewer where memory is short.

@@ -160,8 +160,8 @@ def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) ->
 def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCache:
     """The cache with more sequences (on each part of the batch) and slots, the new ones empty."""
 
-    def larger(layers: KVCache) -> KVCache:
-        return tuple(LayerCache(pad(k, axis=3), pad(v, axis=2)) for k, v in layers)
+    def larger(layer: LayerCache) -> LayerCache:
+        return LayerCache(pad(layer.keys, axis=3), pad(layer.values, axis=2))
 
     def pad(array: Array, axis: int) -> Array:
         parts, old = plan.data_devices, array.shape
@@ -170,7 +170,8 @@ def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCac
         widths = [(0, new - now) for new, now in zip(shape, split.shape, strict=True)]
         return jnp.pad(split, widths).reshape(batch, *shape[2:])
 
-    return Program(larger, out_shardings=cache_sharding(plan))(cache)
+    one = Program(larger, out_shardings=cache_sharding(plan))  # A layer compiles sooner than all.
+    return tuple(one(layer) for layer in cache)
 
 
 def cache_bytes_per_token(config: Qwen2Config, heads: int, dtype: jnp.dtype) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts on their way into the KV cache, chunk by chunk."""
+"""Prompts on their way into the KV cache, chunk by chunk; answers too, when read again."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Prefill:
         rows, lengths = (np.zeros(parts, np.int32) for _ in range(2))
         sequences = {part: sequence for part, (_, sequence) in taken.items()}
         for part, (row, sequence) in taken.items():
-            prompt = sequence.request.prompt_tokens
-            token_ids[part, : len(prompt)] = prompt
-            rows[part], lengths[part] = row, len(prompt)
+            known = sequence.token_ids
+            token_ids[part, : len(known)] = known
+            rows[part], lengths[part] = row, len(known)
         return cls(sequences, token_ids, rows, lengths, list(chunks), runner.empty_hidden(parts))
 
     def without(self, numbers: Collection[int]) -> Prefill | None:
@@ -68,6 +68,6 @@ class Prefill:
         return cache
 
     def first(self, runner: ModelRunner, plan: ParallelPlan) -> Sampled:
-        """The first token of each answer."""
+        """The next token of each answer."""
         sampler = BatchSampler.of(self.sequences, len(self.lengths), plan)
         return runner.first(self.hidden, self.lengths, sampler.rows, sampler.seen, sampler.method)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -32,6 +32,8 @@ class SamplingParams:
 
     Attributes:
         max_new_tokens: at most so many tokens.
+        max_new_tokens_asked: someone asked for that many: a request that memory has no room for is
+            refused. Else, as for a checkpoint's default, an answer may end where memory does.
         temperature: 0 takes the likeliest token (greedy).
         top_p: keep the likeliest tokens that together reach this probability (arXiv 1904.09751).
         top_k: keep this many of the likeliest tokens; 0 keeps all.
@@ -47,6 +49,7 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 256
+    max_new_tokens_asked: bool = field(default=True, compare=False)
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -106,6 +109,7 @@ class SamplingParams:
             values["temperature"] = 1.0 if {"top_p", "top_k", "min_p"} & set(given) else 0.0
         if given.get("temperature") == 0:
             values.pop("repetition_penalty", None)
+        values["max_new_tokens_asked"] = "max_new_tokens" in given
         values.update(given)
         stop = values.get("stop", ())
         several = isinstance(stop, Iterable) and not isinstance(stop, str | bytes)

@@ -34,14 +34,18 @@ logger = logging.getLogger(__name__)
 _MOST_READS = 8
 # The most tokens of a step with guesses: with more, to multiply takes longer than to read weights.
 _MOST_GUESSED_ROWS = 32
+# Tokens of an answer that the cache has room for before they come; for more it grows with them.
+_AHEAD = 256
 
 
 class Scheduler:
     """Steps a model's requests. For one thread at a time: `meshwen.engine.Engine` is for several.
 
     The cache is made when there is something to do, as large as that needs: rows up to a power of
-    two, lengths up to a bucket. While answers run it grows with what waits, within `capacity`; a
-    request that there is no memory for waits until they have ended, and none overtakes it.
+    two, lengths up to a bucket. While answers run it grows with what waits and with them, within
+    `capacity`; a request that there is no memory for waits until they have ended, and none
+    overtakes it. So does an answer that the cache cannot grow for: what there is of it is read
+    again like a prompt.
 
     Args:
         runner: the model.
@@ -52,6 +56,7 @@ class Scheduler:
     def __init__(self, runner: ModelRunner, capacity: Capacity, prompt_lookup_num_tokens: int = 0):
         self._runner, self._plan, self._capacity = runner, runner.plan, capacity
         self._guessed = prompt_lookup_num_tokens
+        self._told = False
         self.forget()
 
     def forget(self) -> None:
@@ -88,17 +93,20 @@ class Scheduler:
         """
         self._make_room()
         self._reads = self._reads + 1 if self._read_chunk() else _MOST_READS
-        running = sum(s is not None and bool(s.tokens) for s in self._slots)
+        running = len(self._running())
         if running and (2 * running >= len(self._slots) or self._reads >= _MOST_READS):
             self._reads = 0
+            self._make_room_for_answers()
             self._decode()
         errors, self._errors = self._errors, []
         return errors
 
     def limit(self, request: Request) -> int:
         """Tokens that the answer may have."""
-        room = self._capacity.max_model_len - len(request.prompt_tokens)
-        return min(request.sampling.max_new_tokens, room)
+        longest = self._capacity.max_model_len
+        if not request.sampling.max_new_tokens_asked:
+            longest = min(longest, self._capacity.longest)
+        return min(request.sampling.max_new_tokens, longest - len(request.prompt_tokens))
 
     def check_memory(self, request: Request) -> None:
         """Refuses a request that there is no memory for.
@@ -106,12 +114,20 @@ class Scheduler:
         Raises:
             MeshwenError: the cache would be too long for even one sequence.
         """
-        self._capacity.rows(1, bucket(self._needed(request)))
-
-    def _needed(self, request: Request) -> int:
-        """Slots of the cache that a request needs: its chunks are written whole."""
         length = len(request.prompt_tokens)
-        return max(sum(self._chunks(length)), length + self.limit(request))
+        answer = max(self.limit(request), 1)
+        self._capacity.rows(1, bucket(max(sum(self._chunks(length)), length + answer)))
+
+    def _needed(self, sequence: SequenceState) -> int:
+        """Slots of the cache that a sequence needs to begin: its chunks are written whole."""
+        length = len(sequence.token_ids)
+        answer = min(sequence.limit - len(sequence.tokens), _AHEAD)
+        return max(sum(self._chunks(length)), length + answer)
+
+    def _running(self) -> dict[int, SequenceState]:
+        """By row, the sequences that a step gives a token to."""
+        read = self._reading.sequences.values() if self._reading else ()
+        return {r: s for r, s in enumerate(self._slots) if s and s.tokens and s not in read}
 
     def _chunks(self, length: int) -> list[int]:
         return chunks(length, self._plan.heads.local_query_slots)
@@ -123,18 +139,38 @@ class Scheduler:
         active = sum(slot is not None for slot in self._slots)
         wanted = active + len(self._waiting)
         if not active:
-            length = bucket(max(self._needed(one.request) for one in self._waiting))
+            length = bucket(max(self._needed(one) for one in self._waiting))
             self._make_cache(self._capacity.rows(wanted, length), length)
             return
         old = len(self._slots), self._length
-        length = max(self._length, bucket(self._needed(self._waiting[0].request)))
+        length = max(self._length, bucket(self._needed(self._waiting[0])))
         rows = max(old[0], self._capacity.rows(wanted, length))
         for new in ((rows, length), (old[0], length)):
-            if new != old and self._capacity.holds(old, new):  # Both exist for a moment.
-                self._cache = resized(self._cache, self._plan, *new)
-                self._slots = _more_rows(self._slots, new[0], self._plan.data_devices)
-                self._length, self._sampler = length, None
+            if self._grow(*new):
                 return
+
+    def _make_room_for_answers(self) -> None:
+        """Fits the cache to the answers; those that memory has no room for wait."""
+        full = [s for s in self._running().values() if s.position >= self._length]
+        if not full:
+            return
+        rows, old = len(self._slots), self._length
+        longest = bucket(max(len(s.request.prompt_tokens) + s.limit for s in full))
+        # Twice as long, so that it is copied rarely.
+        if not (self._grow(rows, min(2 * old, longest)) or self._grow(rows, bucket(old + 1))):
+            self._slots = [None if s in full else s for s in self._slots]
+            self._waiting.extendleft(sorted(full, key=lambda s: s.number, reverse=True))
+            self._sampler = None
+
+    def _grow(self, rows: int, length: int) -> bool:
+        """Makes the cache larger, if there is memory for that."""
+        old, new = (len(self._slots), self._length), (rows, length)
+        if new == old or not self._capacity.holds(old, new):  # Both exist for a moment.
+            return False
+        self._cache = resized(self._cache, self._plan, *new)
+        self._slots = _more_rows(self._slots, rows, self._plan.data_devices)
+        self._length, self._sampler = length, None
+        return True
 
     def _make_cache(self, rows: int, length: int) -> None:
         """An empty cache, for an engine that nothing runs on."""
@@ -153,7 +189,7 @@ class Scheduler:
             )
 
     def _fits(self, sequence: SequenceState) -> bool:
-        return self._needed(sequence.request) <= self._length
+        return self._needed(sequence) <= self._length
 
     def _begin_reading(self) -> Prefill | None:
         """Gives the requests that wait longest free slots, one on each part of the batch."""
@@ -170,7 +206,7 @@ class Scheduler:
                 taken[part] = free[0], sequence
         if not taken:
             return None
-        longest = max(len(s.request.prompt_tokens) for _, s in taken.values())
+        longest = max(len(s.token_ids) for _, s in taken.values())
         return Prefill.of(taken, parts, self._chunks(longest), self._runner)
 
     def _read_chunk(self) -> bool:
@@ -187,7 +223,9 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Takes a step of every answer."""
-        running = {row: s for row, s in enumerate(self._slots) if s is not None and s.tokens}
+        running = self._running()
+        if not running:
+            return
         sampler = self._sampler or BatchSampler.of(running, len(self._slots), self._plan)
         guesses = {} if sampler.method.penalize else self._guesses(running)
         tokens = np.zeros((len(self._slots), 1 + (self._guessed if guesses else 0)), np.int32)
@@ -244,6 +282,20 @@ class Scheduler:
         except Exception as error:
             self._errors.append((sequence.number, error))
             sequence.cancelled = True
+        if sequence.finish_reason == "length" and not self._told:
+            self._tell_of_memory(sequence)
+
+    def _tell_of_memory(self, sequence: SequenceState) -> None:
+        """Says once that answers end where memory does."""
+        length, asked = len(sequence.token_ids), sequence.request.sampling.max_new_tokens
+        if len(sequence.tokens) < asked and length < self._capacity.max_model_len:
+            self._told = True
+            logger.warning(
+                "an answer ended at %d tokens, its prompt included, before the %d that the model's "
+                "defaults allow it: there is no memory for a longer KV cache; use more devices",
+                length,
+                asked,
+            )
 
     def _free_slots(self) -> None:
         ended = {s.number for s in self._slots if s and s.ended}

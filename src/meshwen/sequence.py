@@ -60,14 +60,20 @@ class SequenceState:
         """Of the newest token, which no step has read yet."""
         return len(self.request.prompt_tokens) + len(self.tokens) - 1
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return (*self.request.prompt_tokens, *self.tokens)
+
     def begin(self) -> None:
-        """Its prompt is about to be read."""
-        self._began = time.perf_counter()
+        """Its prompt is about to be read, or read again."""
+        if self._began is None:
+            self._began = time.perf_counter()
 
     def guesses(self, count: int) -> list[int]:
         """Tokens that may follow the newest one: `count`, or none."""
         if self._lookup is None:
-            self._lookup = PromptLookup([*self.request.prompt_tokens, *self.tokens])
+            self._lookup = PromptLookup(list(self.token_ids))
         return self._lookup.guesses(count)
 
     def judge(self, right: int) -> None:

@@ -213,13 +213,14 @@ def _note_cut_off(
 ) -> None:
     cut_off = [c for c in completions if c.finish_reason == "length"]
     limit = sampling.max_new_tokens
-    full = sum(len(c.tokens) < limit for c in cut_off)
+    full = sum(len(c.prompt_tokens) + len(c.tokens) == context for c in cut_off)
     answers = f"of {len(completions)} answer{'s' * (len(completions) > 1)}"
-    if limited := len(cut_off) - full:
+    if limited := sum(len(c.tokens) == limit for c in cut_off):
         note(f"cut off after {limit} tokens, see --max-new-tokens: {limited} {answers}")
     if full:
         note(f"cut off where the model's context of {context} tokens is full: {full} {answers}")
 
 
 def _sampling_dict(sampling: SamplingParams) -> dict[str, Any]:
-    return {name: value for name, value in asdict(sampling).items() if name != "logprobs"}
+    left_out = ("logprobs", "max_new_tokens_asked")
+    return {name: value for name, value in asdict(sampling).items() if name not in left_out}
