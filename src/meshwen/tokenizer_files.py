@@ -170,7 +170,8 @@ def _set_affixes(
 
 def _load_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        # Not `from_file`, which takes no path that is not UTF-8.
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises nothing narrower
         raise MeshwenError(f"{path}: not a tokenizer: {error}") from error
     backend.no_truncation()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of every format behind one interface: `open_checkpoint`."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,8 +61,13 @@ def _open(name: str, load_format: str, revision: str | None) -> Checkpoint:
         return _open_folder(folder, name, load_format)
     path = demo.path() if name == "demo" else user_path(name)
     if path.is_file():
-        return _open_file(path, path.resolve().stem, load_format)
-    return _open_folder(path, path.resolve().name, load_format)
+        return _open_file(path, _text(path.resolve().stem), load_format)
+    return _open_folder(path, _text(path.resolve().name), load_format)
+
+
+def _text(name: str) -> str:
+    """A name that can be written to a file: bytes that are no UTF-8 escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def name_kind(name: str) -> Literal["path", "preset", "hub"]:

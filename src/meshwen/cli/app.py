@@ -8,7 +8,6 @@ something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C,
 
 from __future__ import annotations
 
-import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,15 +18,18 @@ import typer
 import meshwen
 from meshwen.cli.bench import bench
 from meshwen.cli.chat import chat
+from meshwen.cli.console import note
 from meshwen.cli.eval import app as evals
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
 from meshwen.cli.interrupt import INTERRUPTED
 from meshwen.cli.processes import over_processes
+from meshwen.cli.streams import check_stdout, drop_output, open_streams, output_failure
 from meshwen.cli.verify import verify
 from meshwen.errors import MeshwenError
 
 USER_MUST_CHANGE, DEFECT = 2, 3
+_LONGEST_LINE = 2000  # characters of an error
 
 app = typer.Typer(
     name="meshwen",
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    _print_any_text()
+    open_streams()
     try:
         status = _run(arguments)
     except SystemExit as stop:  # SIGTERM, or nobody reads stdout any more.
@@ -88,14 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
+        check_stdout()
         status = app(arguments, prog_name="meshwen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:
-            traceback.print_exc()
-        status, message = _explain(error)
-        print(f"meshwen: error: {message}", file=sys.stderr)
+            note(traceback.format_exc())
+        if output_failure() is None:
+            status, message = _explain(error)
+            note(f"meshwen: error: {message}")
+    if (failure := output_failure()) is not None:
+        status, message = drop_output(failure)
+        if message:
+            note(f"meshwen: error: {message}")
     return status if isinstance(status, int) else 0
 
 
@@ -109,13 +117,6 @@ def _leave(status: int) -> None:
         wait_for_others()
 
 
-def _print_any_text() -> None:
-    """Lets text that the terminal's or pipe's encoding lacks come out escaped, not as an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _explain(error: Exception) -> tuple[int, str]:
     """An exit status, and one line."""
     if isinstance(error, MeshwenError):
@@ -123,9 +124,15 @@ def _explain(error: Exception) -> tuple[int, str]:
     # A usage error. Its class has lived in click and in typer, by version; this marks it in both.
     if callable(format_message := getattr(error, "format_message", None)):
         return USER_MUST_CHANGE, f"{_one_line(format_message())} (see --help)"
+    if isinstance(error, OSError) and error.strerror:  # The disk is full, a file may not be read.
+        where = "cannot read or write" if error.filename is None else error.filename
+        return USER_MUST_CHANGE, _one_line(f"{where}: {error.strerror}")
     what = _one_line(f"{type(error).__name__}: {error}")
     return DEFECT, f"unexpected {what} (--debug shows the traceback)"
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    if len(line) > _LONGEST_LINE:
+        return f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    return line

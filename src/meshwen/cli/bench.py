@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import note, output_console, say
+from meshwen.cli.console import note, output_console, say, write
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
 from meshwen.cli.tables import PlainTable
@@ -101,7 +101,7 @@ def bench(
     }
     found = as_dict(loaded, machine, rows, settings)
     if as_json:
-        print(to_json(found))
+        write(to_json(found))
     else:
         _print(found, machine, rows)
     if html is not None and process_index() == 0:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import Meter, note
+from meshwen.cli.console import Meter, note, write
 from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, sampling_params
@@ -155,11 +155,11 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
     completion = None
     with ctrl_c() as pressed, closing(conversation.say(text)) as events:
         for event in meter.watch(events):
-            print(event.text, end="", flush=True)
+            write(event.text, end="")
             completion = event.completion
             if pressed.is_set():
                 break
-    print(flush=True)
+    write("")
     if completion is None:
         note("(stopped)")
     elif conversation.is_full(completion):

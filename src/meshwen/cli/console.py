@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,23 +22,44 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from meshwen.errors import MeshwenError
+
 if TYPE_CHECKING:
     from meshwen.request import Completion, Event
 
 _PIPED_WIDTH = 100
 _SPEED_PERIOD = 600.0  # seconds over which progress is measured: an answer may take minutes
 _LINE_PERIOD = 60.0  # seconds
-# But newlines, and tabs, of which blanks are made: a terminal would obey them.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# But newlines, and tabs, of which blanks are made: a terminal would obey them. The last two ranges
+# change the direction of writing, so that a text reads as another.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def note(text: str) -> None:
-    """Writes one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Writes one line to stderr; where that is full, nobody can be told."""
+    with suppress(OSError):
+        print(harmless(text), file=sys.stderr, flush=True)
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Writes to stdout at once: byte for byte, but for what a terminal would obey.
+
+    Raises:
+        MeshwenError: it cannot be written, as on a full disk.
+    """
+    try:
+        print(harmless(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    except BrokenPipeError:  # Nobody reads any more: no error.
+        raise
+    except OSError as error:
+        raise MeshwenError(f"cannot write to stdout: {error.strerror}") from None
 
 
 def harmless(text: str) -> str:
-    """With control characters, but newlines and tabs, as Python writes them."""
+    """With control characters, but newlines and tabs, as Python writes them.
+
+    For all that users, checkpoints and models bring and a terminal shows.
+    """
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 

@@ -17,7 +17,7 @@ import typer
 
 import meshwen
 from meshwen.cli import options
-from meshwen.cli.console import note, progress_bar
+from meshwen.cli.console import note, progress_bar, write
 from meshwen.cli.eval_options import Asked, evaluating
 from meshwen.cli.eval_tables import print_comparison, print_meshes, print_summary
 from meshwen.cli.files import check_writable, write_text
@@ -88,7 +88,7 @@ def gsm8k(
     shared("run files", lambda: _check_file(out, resume))
     run, found = _answered(asked, _begun(asked, mesh, numerics, out, resume))
     if as_json:
-        print(to_json(found | {"settings": dict(run.settings)}))
+        write(to_json(found | {"settings": dict(run.settings)}))
     else:
         print_summary(found, run)
     if html is not None:
@@ -139,7 +139,7 @@ def meshes(
             {"mesh": run.settings["mesh"]} | found | {"against_first": asdict(against)}
             for (run, found), against in zip(results, compared, strict=True)
         ]
-        print(to_json(rows))
+        write(to_json(rows))
     else:
         print_meshes(results, compared)
     if html is not None:
@@ -197,7 +197,7 @@ def compare(
     found = compare_runs(*runs)
     if as_json:
         scores = [summary(run.records.values()) | {"path": str(run.path)} for run in runs]
-        print(to_json(asdict(found) | {"runs": scores, "settings": settings_of(runs)}))
+        write(to_json(asdict(found) | {"runs": scores, "settings": settings_of(runs)}))
     else:
         print_comparison(found, runs)
     if html is not None:

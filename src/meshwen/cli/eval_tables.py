@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from meshwen.cli.console import harmless, note, output_console, say
+from meshwen.cli.console import harmless, note, output_console, say, write
 from meshwen.cli.tables import PlainTable
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ _LISTED = 10  # problems with other tokens, and reasons of failures; --json or r
 def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
     """One run, in a few lines."""
     low, high = found["interval"]
-    print(
+    write(
         f"{run.settings['prompt_style']}: {found['correct']} of {found['answers']} right, "
         f"{found['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
     )
     if "any_correct" in found:
-        print(
+        write(
             f"of {found['problems']} problems, {found['any_correct']} with a right answer, "
             f"{found['majority_correct']} by majority"
         )
     rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
     before = found["answers_from_before"]
-    print(rest + f", {before} answers from before" * bool(before))
+    write(rest + f", {before} answers from before" * bool(before))
     _print_failed(run, "could not be asked, counted as wrong")
     note(f"every answer is in {run.path}")
 
@@ -116,11 +116,11 @@ def _print_failed(run: RunFile, label: str) -> None:
             reasons.setdefault(reason, set()).add(problem)
     if not reasons:
         return
-    print(harmless(f"{label}: {_listed(set().union(*reasons.values()))}"))
+    write(harmless(f"{label}: {_listed(set().union(*reasons.values()))}"))
     for reason, problems in list(reasons.items())[:_LISTED]:
-        print(harmless(f"  {_listed(problems)}: {reason}"))
+        write(harmless(f"  {_listed(problems)}: {reason}"))
     if len(reasons) > _LISTED:
-        print("  ...")
+        write("  ...")
 
 
 def _listed(problems: set[int]) -> str:

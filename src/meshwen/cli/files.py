@@ -15,8 +15,17 @@ def check_writable(path: Path | None, other_than: Iterable[Path] = ()) -> None:
     """Refuses a file that cannot be written, or is another that is kept, before anything is run."""
     if path is None:
         return
+    try:
+        _check_writable(path, other_than)
+    except (OSError, RuntimeError) as error:  # The name is too long, or a link leads to itself.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MeshwenError(f"cannot write {path}: {reason}") from None
+
+
+def _check_writable(path: Path, other_than: Iterable[Path]) -> None:
+    resolved = path.resolve()
     for other in other_than:
-        if path.resolve() == other.resolve() or (
+        if resolved == other.resolve() or (
             path.exists() and other.exists() and path.samefile(other)
         ):
             raise MeshwenError(f"{path} is the run file: name another file for the report")
@@ -36,14 +45,16 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         MeshwenError: it cannot be written.
     """
-    path = path.resolve()
+    # The bytes of a name that is no UTF-8 come out escaped.
+    data = text.encode(errors="backslashreplace")
     try:
+        path = path.resolve()
         if path.exists() and not path.is_file():  # A pipe, or a device.
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
             return
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".meshwen-") as folder:
             whole = Path(folder) / path.name
-            whole.write_text(text, encoding="utf-8")
+            whole.write_bytes(data)
             whole.replace(path)
     except OSError as error:
         raise MeshwenError(f"cannot write {path}: {error.strerror}") from None

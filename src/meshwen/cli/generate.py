@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import Meter, note
+from meshwen.cli.console import Meter, note, write
 from meshwen.cli.load import load_model, sampling_params
 from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
@@ -176,14 +176,13 @@ def _write_json(
         answer = asdict(completion)
         if completion.logprobs is None:
             del answer["logprobs"]
-        print(to_json({**prompts[number].extra, **answer, **settings}), flush=True)
+        write(to_json({**prompts[number].extra, **answer, **settings}))
 
 
 def _write_stream(events: Iterable[Event], tokenizer: Tokenizer | None) -> None:
     for event in events:
-        text = event.text if tokenizer else f"{event.token} "
-        print(text, end="", flush=True)
-    print()
+        write(event.text if tokenizer else f"{event.token} ", end="")
+    write("")
 
 
 def _write_answers(
@@ -192,8 +191,8 @@ def _write_answers(
     for number, completion in _in_order(events):
         if len(prompts) > 1:
             before = "\n" if number else ""
-            print(f"{before}[{number + 1}/{len(prompts)}] {prompts[number].title()}")
-        print(completion.text if tokenizer else " ".join(map(str, completion.tokens)), flush=True)
+            write(f"{before}[{number + 1}/{len(prompts)}] {prompts[number].title()}")
+        write(completion.text if tokenizer else " ".join(map(str, completion.tokens)))
 
 
 def _in_order(events: Iterable[Event]) -> Iterator[tuple[int, Completion]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import note, output_console, progress_bar
+from meshwen.cli.console import note, output_console, progress_bar, write
 from meshwen.errors import MeshwenError
 from meshwen.json_files import to_json
 from meshwen.presets import PRESETS
@@ -89,7 +89,7 @@ def inspect(
             rows = _with_stats(rows, model, checkpoint)
         report = inspection(plan, checkpoint, rows, dtype.value)
         if as_json:
-            print(to_json(report))
+            write(to_json(report))
         else:
             fold = pattern is None and not stats
             print_inspection(report, rows, output_console(), fold=fold)

@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from meshwen.errors import MeshwenError
 from meshwen.json_files import Finite, Shape, TokenId, check_shape, parse_json, to_json
+from meshwen.paths import exists
 
 try:
     import fcntl
@@ -212,7 +213,7 @@ def check_new(path: Path, *, resume: bool) -> None:
     Raises:
         MeshwenError: it exists, and not only as what a run leaves that stopped before an answer.
     """
-    if path.exists() and not resume and not _without_answers(path):
+    if exists(path) and not resume and not _without_answers(path):
         raise MeshwenError(f"{path} exists: add --resume to go on with it, or name another")
 
 
@@ -261,7 +262,7 @@ def _without_answers(path: Path) -> bool:
 
 def _check_regular(path: Path) -> None:
     """Refuses a device or a pipe, which may have no end."""
-    if path.exists() and not path.is_file():
+    if exists(path) and not path.is_file():
         raise MeshwenError(f"{path} is not a regular file: answers cannot be kept in it")
 
 
