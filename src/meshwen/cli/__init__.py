@@ -21,8 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """The `meshwen` program: runs the process's own command line and ends the process.
 
-    Signals are taken before the commands are imported, which takes its time.
+    Signals are taken before the commands are imported, which takes its time. The socket that they
+    are written to must not be given the number of a stream that is closed.
     """
     from meshwen.cli.interrupt import run_to_the_end
+    from meshwen.cli.streams import open_streams
 
+    open_streams()
     run_to_the_end(main)
