@@ -465,8 +465,8 @@ FAULTS = (
     _fault(
         "tokenizer: split bytes vanish",
         "tokenizer.py",
-        '(errors="replace")',
-        '(errors="ignore")',
+        'getincrementaldecoder("utf-8")(errors="replace")',
+        'getincrementaldecoder("utf-8")(errors="ignore")',
         "tokenizer",
     ),
     _fault(
@@ -475,6 +475,28 @@ FAULTS = (
         "return self.encode(text, add_special_tokens=False)",
         "return self.encode(text)",
         "tokenizer",
+    ),
+    _fault(
+        "tokenizer: a stranger's program runs here",
+        "tokenizer_backend.py",
+        "return InProcess(content, where) if is_bounded(content) else InOwnProcess(content, where)",
+        "return InProcess(content, where)",
+        "tokenizer_backend",
+    ),
+    _fault(
+        "tokenizer: the config's flags are not heeded",
+        "tokenizer_files.py",
+        "        self._tokens[index] = token\n",
+        "        self._tokens.setdefault(index, token)\n",
+        "tokenizer",
+    ),
+    _fault(
+        "chat template: the continued message is ended",
+        "chat_template.py",
+        "return text[:at] if text[at:].startswith(_END_TAG) else text[:at].rstrip()",
+        'return text.replace(tag, "")',
+        "tokenizer",
+        "chat_template",
     ),
     _fault(
         "chat template: no sandbox",

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from meshwen import chat_template
+from meshwen import chat_template, contained
 from meshwen.chat_template import ChatTemplate, templates_in_folder
 from meshwen.errors import MeshwenError
 
@@ -181,8 +181,8 @@ STOPPED = (
 
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_template_that_runs_or_grows_without_bound_is_stopped(template, monkeypatch):
-    monkeypatch.setattr(chat_template, "TIME_LIMIT_S", 0.5)
-    monkeypatch.setattr(chat_template, "MEMORY_LIMIT_BYTES", 1 << 28)
+    monkeypatch.setattr(contained, "TIME_LIMIT_S", 0.5)
+    monkeypatch.setattr(contained, "MEMORY_LIMIT_BYTES", 1 << 28)
     with pytest.raises(MeshwenError, match=STOPPED) as caught:
         render(template)
     assert "\n" not in str(caught.value)
@@ -199,13 +199,13 @@ def test_output_is_bounded(monkeypatch):
 def test_memory_is_bounded(monkeypatch):
     template = "{% set text = 'a' * (messages | length * 2 ** 28) %}{{ text | length }}"
     assert render(template) == str(2**28)
-    monkeypatch.setattr(chat_template, "MEMORY_LIMIT_BYTES", 2**28)
+    monkeypatch.setattr(contained, "MEMORY_LIMIT_BYTES", 2**28)
     with pytest.raises(MeshwenError, match="it needs too much memory"):
         render(template)
 
 
 def test_templates_render_again_after_one_was_stopped(monkeypatch):
-    monkeypatch.setattr(chat_template, "TIME_LIMIT_S", 0.5)
+    monkeypatch.setattr(contained, "TIME_LIMIT_S", 0.5)
     template = "{% if wait %}" + HOSTILE["loops that write nothing"] + "{% endif %}done"
     templates = ChatTemplate({"default": template}, {})
     with pytest.raises(MeshwenError, match=r"it ran for more than 0\.5 s or grew beyond"):
@@ -219,7 +219,7 @@ def test_one_process_serves_many_renders_and_ends_with_its_owner():
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(templates.render, conversations))
     assert texts == [f"number {i}" for i in range(200)]
-    worker = templates._worker
+    worker = templates._process._worker
     del templates
     assert worker.poll() is not None
 
@@ -227,16 +227,16 @@ def test_one_process_serves_many_renders_and_ends_with_its_owner():
 def test_ctrl_c_neither_ends_the_process_nor_mixes_up_replies(monkeypatch):
     templates = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
     assert templates.render(HELLO) == "Hello"
-    os.kill(templates._worker.pid, signal.SIGINT)
+    os.kill(templates._process._worker.pid, signal.SIGINT)
     assert templates.render([{"role": "user", "content": "again"}]) == "again"
 
     class Interrupted:
-        close = templates._worker.stdout.close
+        close = templates._process._worker.stdout.close
 
         def readline(self):
             raise KeyboardInterrupt
 
-    worker = templates._worker
+    worker = templates._process._worker
     monkeypatch.setattr(worker, "stdout", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         templates.render([{"role": "user", "content": "lost"}])
@@ -245,13 +245,40 @@ def test_ctrl_c_neither_ends_the_process_nor_mixes_up_replies(monkeypatch):
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
-    with pytest.raises(MeshwenError, match="cannot start the process that renders"):
+    monkeypatch.setattr(contained.sys, "executable", "/nowhere/python")
+    with pytest.raises(MeshwenError, match="cannot start the process that runs the chat template"):
         render("a")
 
 
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("hi", 'messages must be a list of objects, found "hi"'),
+        ({"role": "user"}, "messages must be a list of objects"),
+        (["hi"], 'message 0 must be an object, found "hi"'),
+        ([HELLO], "message 0 must be an object"),
+    ],
+)
+def test_messages_of_another_form_are_refused(messages, said):
+    with pytest.raises(MeshwenError, match=said):
+        render("a", messages)
+
+
+def test_a_key_without_a_value_is_left_out():
+    message = {"role": "assistant", "content": None}
+    assert render("{{ messages[0] }}", [message]) == "{'role': 'assistant'}"
+
+
+def test_a_message_that_the_template_strips_is_continued_without_its_end():
+    template = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render(template, [{"role": "user", "content": "a b "}], **options) == "[a b"
+    with pytest.raises(MeshwenError, match="does not show the last message whole"):
+        render("[{{ messages[0].content[:3] }}]", [{"role": "user", "content": "abcd"}], **options)
+
+
 def test_values_that_are_not_json_are_refused():
-    with pytest.raises(MeshwenError, match="messages and tools must be plain JSON values"):
+    with pytest.raises(MeshwenError, match="the chat template needs plain JSON values"):
         render("a", [{"role": "user", "content": object()}])
 
 
@@ -264,7 +291,7 @@ def test_a_folder_gives_named_templates_and_its_files_override_them(tmp_path):
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("c", encoding="utf-8")
     expected = {"default": "ä", "tool_use": "b", "rag": "c"}
     assert templates_in_folder(tmp_path, {"chat_template": named}) == expected
-    with pytest.raises(MeshwenError, match="neither text nor a list of named templates"):
+    with pytest.raises(MeshwenError, match=r"chat_template\[0\]\.template is missing"):
         templates_in_folder(tmp_path, {"chat_template": [{"name": "default"}]})
 
 

@@ -3,47 +3,50 @@
 
 A template comes with the checkpoint, so it is a stranger's program. It runs in jinja2's immutable
 sandbox, which keeps it from files and from Python's internals, and in a process of its own
-(`chat_template_worker.py`), which keeps it from running or growing without bound: a sandbox cannot,
-since one comparison of nested lists or one padded string can take hours or all memory inside a
-single C call that no thread can interrupt.
+(`contained.py`), which keeps it from running or growing without bound.
 
 As in transformers, the text of a message is not escaped: content that holds `<|im_end|>` ends its
 turn. Whoever passes on untrusted text as a message decides whether to filter it first.
 """
 
-import contextlib
-import json
-import os
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+from typing_extensions import TypedDict
+
+from meshwen.contained import Contained
 from meshwen.errors import MeshwenError
+from meshwen.json_files import check_shape, read_text, shown
+from meshwen.paths import exists
 
-TIME_LIMIT_S = 10.0
-MEMORY_LIMIT_BYTES = 1 << 30
 OUTPUT_LIMIT_CHARACTERS = 1 << 24
 
 Message = Mapping[str, Any]
 
 
+class _NamedTemplate(TypedDict):
+    """One of several templates in tokenizer_config.json."""
+
+    name: str
+    template: str
+
+
+class _Templates(TypedDict):
+    chat_template: NotRequired[str | list[_NamedTemplate] | None]
+
+
 class ChatTemplate:
     """The named chat templates of one checkpoint, and the process that renders them.
 
-    The process starts at the first `render` (under 0.1 s), answers the later ones in well under a
-    millisecond, and ends with this object. Safe to use from several threads.
+    It starts at the first `render` and ends with this object. Safe to use from several threads.
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, Any]):
         """Take templates by name, and variables (such as `bos_token`) that every render sees."""
         self._templates = dict(templates)
         self._special_tokens = dict(special_tokens)
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[bytes] | None = None
+        self._process = Contained("meshwen.chat_template_worker", "the chat template")
 
     def select(self, tools: bool) -> str:
         """Return the template to use, chosen as transformers does.
@@ -68,100 +71,78 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """Return the prompt for a conversation.
 
         Args:
-            messages: `{"role": ..., "content": ...}` and whatever else the template reads.
+            messages: `{"role": ..., "content": ...}` and whatever else the template reads. As in
+                transformers, a key whose value is None is left out.
             tools: JSON schemas of callable functions.
             documents: documents for templates that retrieve.
             add_generation_prompt: end with the opening of the assistant's turn.
+            continue_final_message: end inside of the last message, for the model to go on with.
             variables: further variables of the template.
 
         Raises:
             MeshwenError: no template; values that are not plain JSON; the template refuses the
                 messages or is faulty; it exceeds the limits on time, memory or output.
         """
+        plain = _plain(messages)
+        if continue_final_message:
+            _check_continuable(plain, add_generation_prompt)
+            plain[-1]["content"] += _END_TAG
         request = {
             "template": self.select(bool(tools)),
             "variables": {
                 **self._special_tokens,
-                "messages": messages,
+                "messages": plain,
                 "tools": tools,
                 "documents": documents,
                 "add_generation_prompt": add_generation_prompt,
                 **variables,
             },
-            "seconds": TIME_LIMIT_S,
             "max_characters": OUTPUT_LIMIT_CHARACTERS,
         }
-        try:
-            line = json.dumps(request).encode() + b"\n"
-        except (TypeError, ValueError) as error:
-            raise MeshwenError(f"messages and tools must be plain JSON values: {error}") from error
-        with self._lock:
-            reply = self._ask(line)
-        if not reply:
-            raise MeshwenError(
-                f"the chat template was stopped: it ran for more than {TIME_LIMIT_S:g} s or grew "
-                f"beyond {MEMORY_LIMIT_BYTES >> 20} MiB; use another template or --raw"
-            )
-        answer = json.loads(reply)
-        if "error" in answer:
-            raise MeshwenError(f"the chat template failed: {answer['error']}")
-        return str(answer["text"])
-
-    def _ask(self, line: bytes) -> bytes:
-        """Send one request; return the reply line, empty where the worker died of it."""
-        if self._worker is None or self._worker.poll() is not None:
-            self._worker = _start_worker()
-            self._stop = weakref.finalize(self, _stop_worker, self._worker)
-        assert self._worker.stdin is not None
-        assert self._worker.stdout is not None
-        reply = b""
-        try:
-            self._worker.stdin.write(line)
-            self._worker.stdin.flush()
-            reply = self._worker.stdout.readline()
-        except BrokenPipeError:
-            pass
-        finally:
-            # Also after Ctrl-C: an unread reply would be taken for the next request's.
-            if not reply:
-                self._stop()
-                self._worker = None
-        return reply
+        text = str(self._process.ask(request)["text"])
+        return _before_tag(text) if continue_final_message else text
 
 
-def _start_worker() -> "subprocess.Popen[bytes]":
-    script = Path(__file__).with_name("chat_template_worker.py")
-    search_path = os.pathsep.join(filter(None, sys.path))
-    try:
-        worker = subprocess.Popen(
-            # -P keeps this folder's modules from shadowing others; PYTHONPATH replaces -S's site.
-            [sys.executable, "-S", "-P", str(script), str(MEMORY_LIMIT_BYTES)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": search_path},
+# What transformers marks the end of the message with that is to be continued.
+_END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Check and copy messages; without the keys whose value is None, as in transformers."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise MeshwenError(f"messages must be a list of objects, found {shown(messages)}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise MeshwenError(f"message {number} must be an object, found {shown(message)}")
+    return [{key: value for key, value in one.items() if value is not None} for one in messages]
+
+
+def _check_continuable(messages: list[dict[str, Any]], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
+        raise MeshwenError(
+            "continue_final_message goes on with the last message, add_generation_prompt begins "
+            "another: give add_generation_prompt=False"
         )
-        assert worker.stdout is not None
-        if worker.stdout.readline():
-            return worker
-        problem = f"it ended with status {worker.wait()}"
-    except OSError as error:
-        problem = str(error)
-    raise MeshwenError(
-        f"cannot start the process that renders chat templates ({sys.executable}): {problem}"
-    )
+    if not messages or not isinstance(messages[-1].get("content"), str):
+        raise MeshwenError("continue_final_message needs a last message whose content is text")
 
 
-def _stop_worker(worker: "subprocess.Popen[bytes]") -> None:
-    worker.kill()
-    # Closing the pipe of a process that died early reports the bytes it did not read.
-    with contextlib.suppress(OSError), worker:
-        pass
+def _before_tag(text: str) -> str:
+    """Cut the text where the last message ends; the template may have stripped that message."""
+    tag = _END_TAG.strip()
+    if tag not in text:
+        raise MeshwenError(
+            "continue_final_message: the chat template does not show the last message whole"
+        )
+    at = text.rindex(tag)
+    return text[:at] if text[at:].startswith(_END_TAG) else text[:at].rstrip()
 
 
 def templates_in_folder(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -170,26 +151,21 @@ def templates_in_folder(folder: Path, tokenizer_config: Mapping[str, Any]) -> di
     They are `chat_template` of tokenizer_config.json (one, or a list of named ones), overridden by
     the newer files chat_template.jinja and additional_chat_templates/NAME.jinja.
 
+    Args:
+        folder: the checkpoint's.
+        tokenizer_config: its tokenizer_config.json.
+
     Raises:
         MeshwenError: `chat_template` has another form, or a file cannot be read.
     """
-    found = tokenizer_config.get("chat_template") or {}
+    where = str(folder / "tokenizer_config.json")
+    found = check_shape(tokenizer_config, _Templates, where).get("chat_template") or []
     if isinstance(found, str):
-        templates = {"default": found}
-    else:
-        try:
-            templates = {str(one["name"]): str(one["template"]) for one in found}
-        except (TypeError, KeyError) as error:
-            raise MeshwenError(
-                f"{folder / 'tokenizer_config.json'}: chat_template is neither text nor a list of "
-                "named templates"
-            ) from error
-    try:
-        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-            templates[path.stem] = path.read_text(encoding="utf-8")
-        default = folder / "chat_template.jinja"
-        if default.is_file():
-            templates["default"] = default.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MeshwenError(f"a chat template in {folder} cannot be read: {error}") from error
+        found = [{"name": "default", "template": found}]
+    templates = {one["name"]: one["template"] for one in found}
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates[path.stem] = read_text(path)
+    default = folder / "chat_template.jinja"
+    if exists(default):
+        templates["default"] = read_text(default)
     return templates

@@ -1,18 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process in which a checkpoint's chat template runs; `chat_template.py` starts it.
 
-Run as a script, never imported: it needs nothing but jinja2. It reads one JSON request a line and
-writes one JSON reply a line, after an empty first reply. A process is what bounds a template
-soundly: the watchdog below is a C thread that ends the process even while one long C call holds the
-interpreter, and the memory limit is the operating system's. Neither can be had for one thread of
-the caller's process.
+It needs nothing but jinja2.
 """
 
-import faulthandler
 import json
-import os
-import signal
-import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -22,6 +14,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from meshwen.contained_worker import Reply, problem, serve
 
 
 class OutputLimitError(Exception):
@@ -86,56 +80,17 @@ def render(source: str, variables: dict[str, Any], max_characters: int) -> str:
     return "".join(pieces)
 
 
-def reply_to(request: dict[str, Any]) -> dict[str, str]:
-    """Return `{"text": ...}`, or `{"error": ...}` in one short line."""
+def reply_to(request: dict[str, Any]) -> Reply:
+    """Return `{"text": ...}`, or `{"error": ...}` where the template refuses or is faulty."""
     try:
         return {
             "text": render(request["template"], request["variables"], request["max_characters"])
         }
     except jinja2.TemplateSyntaxError as error:
-        problem = f"line {error.lineno}: {error.message}"
+        return problem(f"line {error.lineno}: {error.message}")
     except (jinja2.TemplateError, OutputLimitError) as error:
-        problem = str(error)
-    except MemoryError:
-        problem = "it needs too much memory"
-    except Exception as error:  # a template can raise anything that Python can
-        problem = f"{type(error).__name__}: {error}"
-    return {"error": " ".join(problem[:500].split())}
-
-
-def limit_memory(size: int) -> None:
-    """Cap this process's address space at `size` bytes where the system can (not on Windows)."""
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return
-    try:
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        soft = size if hard == resource.RLIM_INFINITY else min(size, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    except (OSError, ValueError):  # macOS may refuse; the time limit still holds
-        return
-
-
-def send(reply: dict[str, str]) -> None:
-    """Write one reply line."""
-    sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def main(max_memory: int) -> None:
-    """Say that it runs, then answer requests until standard input closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    limit_memory(max_memory)
-    send({})
-    with open(os.devnull, "w") as nowhere:
-        for line in sys.stdin.buffer:
-            request = json.loads(line)
-            faulthandler.dump_traceback_later(request["seconds"], exit=True, file=nowhere)
-            reply = reply_to(request)
-            faulthandler.cancel_dump_traceback_later()
-            send(reply)
+        return problem(str(error))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    serve(reply_to)

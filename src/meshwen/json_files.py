@@ -71,6 +71,20 @@ def read_json(
     Raises:
         MeshwenError: it cannot be read, is too large, is no JSON, or has another shape.
     """
+    data = read_bytes(path, hint=hint, limit_bytes=limit_bytes)
+    return check_shape(parse_json(data, str(path), hint=hint), shape, str(path), hint=hint)
+
+
+def read_text(path: Path, *, hint: str = "download it again") -> str:
+    """The text of a UTF-8 file. Raises MeshwenError as `read_json`."""
+    try:
+        return read_bytes(path, hint=hint).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _error(str(path), f"not UTF-8 text (at byte {error.start})", hint) from None
+
+
+def read_bytes(path: Path, *, hint: str, limit_bytes: int = SIZE_LIMIT_BYTES) -> bytes:
+    """The bytes of a file. Raises MeshwenError where it cannot be read, or is too large."""
     try:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
@@ -80,7 +94,7 @@ def read_json(
         raise MeshwenError(f"cannot read {shown(str(path))}: {error}") from None
     if len(data) > limit_bytes:
         raise _error(str(path), f"larger than {limit_bytes >> 20} MiB", hint)
-    return check_shape(parse_json(data, str(path), hint=hint), shape, str(path), hint=hint)
+    return data
 
 
 def parse_json(text: bytes | str, where: str, *, hint: str = "") -> Any:
@@ -254,7 +268,7 @@ def _key(path: tuple[str | int, ...]) -> str:
     """A path as a user would write it: `rows[3].mesh`, `weight_map["a.b"]`."""
     text = ""
     for step in path:
-        if isinstance(step, str) and step.isidentifier() and len(step) <= 60:
+        if isinstance(step, str) and re.fullmatch(r"\w{1,60}" if text else r"[\w.]{1,60}", step):
             text += f".{step}" if text else step
         else:
             text += f"[{shown(step)}]" if text else shown(step)

@@ -4,9 +4,7 @@
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers.decoders import ByteLevel
+from typing import Any, Literal, overload
 
 from meshwen.arguments import brief, token_ids, whole_number
 from meshwen.chat_template import ChatTemplate, Message
@@ -27,7 +25,13 @@ def byte_alphabet() -> dict[str, int]:
 
 
 BYTE_ALPHABET = byte_alphabet()
-_MOST_IDS = 1 << 32  # What the library can look up; there are none beyond.
+# The library panics where a pattern takes ten million steps, as Qwen2's does on as many spaces.
+_MOST_CHARACTERS = 1 << 23
+# Options of transformers' apply_chat_template, which would else be taken for template variables.
+_NOT_OFFERED = {
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens", "chat_template"),
+}
 
 
 class Tokenizer:
@@ -37,23 +41,12 @@ class Tokenizer:
     """
 
     def __init__(self, parts: TokenizerParts):
-        """Take what a checkpoint says about its tokenizer.
-
-        Raises:
-            MeshwenError: the tokenizer does not decode as byte-level BPE does.
-        """
-        if not isinstance(parts.backend.decoder, ByteLevel):
-            raise MeshwenError(
-                f"the tokenizer's decoder is {type(parts.backend.decoder).__name__}, not ByteLevel "
-                "as Qwen2's is"
-            )
-        self._backend = parts.backend
+        """Take what a checkpoint says about its tokenizer."""
+        self._encoder = parts.encoder
+        self._ids = parts.vocab
+        self._tokens = {index: token for token, index in parts.vocab.items()}
         self._special_tokens = parts.special_tokens
-        self._special_ids = frozenset(
-            index
-            for index, token in parts.backend.get_added_tokens_decoder().items()
-            if token.special
-        )
+        self._special_ids = parts.special_ids
         eos = self._special_id("eos_token")
         own_eos = () if eos is None else (eos,)
         self._eos_token_ids = tuple(dict.fromkeys(own_eos + parts.more_eos_token_ids))
@@ -107,7 +100,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """The number of tokens, added ones included; a checkpoint may pad its rows beyond it."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        return len(self._ids)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -126,8 +119,7 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an id beyond the vocabulary."""
-        token_id = whole_number("a token id", token_id)
-        return self._backend.id_to_token(token_id) if 0 <= token_id < _MOST_IDS else None
+        return self._tokens.get(whole_number("a token id", token_id))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return a text's token ids; special tokens spelled out in the text become their ids.
@@ -139,15 +131,22 @@ class Tokenizer:
                 template, which has them already.
 
         Raises:
-            MeshwenError: the text holds a lone surrogate, which UTF-8 cannot express.
+            MeshwenError: it is no text, longer than any context, or holds a lone surrogate, which
+                UTF-8 cannot express; or the checkpoint's tokenizer fails on it, or exceeds the
+                limits on time and memory.
         """
         if not isinstance(text, str):
             raise MeshwenError(f"only text can be encoded, not {brief(text)}")
+        if len(text) > _MOST_CHARACTERS:
+            raise MeshwenError(
+                f"the text has {len(text)} characters, more than any context holds: "
+                f"{_MOST_CHARACTERS} at most are encoded"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise MeshwenError(f"the text is not valid Unicode: {error}") from error
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self._encoder.encode(text, add_special_tokens)
 
     def encode_chat(
         self,
@@ -162,32 +161,71 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; invalid UTF-8 becomes U+FFFD, unknown ids nothing."""
-        whole = [one for one in token_ids("the ids to decode", ids) if 0 <= one < _MOST_IDS]
-        return self._backend.decode(whole, skip_special_tokens=skip_special_tokens)
+        to_bytes = self.token_bytes if skip_special_tokens else self._all_bytes
+        return b"".join(map(to_bytes, token_ids("the ids to decode", ids))).decode(errors="replace")
 
     def stream_decoder(self) -> "StreamDecoder":
         """Return a decoder for one text whose tokens come one by one."""
         return StreamDecoder(self)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[False] = False,
+        **variables: Any,
+    ) -> str: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: bool,
+        **variables: Any,
+    ) -> str | list[int]: ...
 
     def apply_chat_template(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        tokenize: bool = False,
         **variables: Any,
-    ) -> str:
-        """Return the prompt for a conversation; see `ChatTemplate.render`.
+    ) -> str | list[int]:
+        """Return the prompt for a conversation, as transformers' method of this name does.
 
-        Encode it with `add_special_tokens=False`, or use `encode_chat`.
+        Args:
+            messages: the conversation; one, not a list of several.
+            tools: as for `ChatTemplate.render`.
+            add_generation_prompt: as for `ChatTemplate.render`. transformers' default is False.
+            tokenize: return token ids (list of int) in the place of text. transformers' default is
+                True.
+            variables: `documents`, `continue_final_message` and variables of the template.
+
+        Raises:
+            MeshwenError: as `ChatTemplate.render`; or an option of transformers' that asks for
+                another result, such as `return_tensors` or `padding`.
         """
+        if tokenize:
+            return self.encode_chat(messages, tools, add_generation_prompt, **variables)
         return self._chat_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+            messages, tools, add_generation_prompt=add_generation_prompt, **_variables(variables)
         )
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to a text: none for special and unknown ids."""
         token_id = whole_number("a token id", token_id)
-        token = None if token_id in self._special_ids else self.id_to_token(token_id)
+        return b"" if token_id in self._special_ids else self._all_bytes(token_id)
+
+    def _all_bytes(self, token_id: int) -> bytes:
+        token = self._tokens.get(token_id)
         if token is None:
             return b""
         try:
@@ -197,12 +235,22 @@ class Tokenizer:
 
     def special_text(self, token_id: int) -> str:
         """Return a special token as it is written, which `decode` leaves out; "" for others."""
-        special = self._backend.id_to_token(token_id) if token_id in self._special_ids else None
-        return special or ""
+        return self._tokens[token_id] if token_id in self._special_ids else ""
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
-        return None if token is None else self._backend.token_to_id(token)
+        return None if token is None else self._ids.get(token)
+
+
+def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out options of transformers' that ask for what is done anyway; refuse the others."""
+    for name in _NOT_OFFERED & given.keys():
+        if given[name]:
+            raise MeshwenError(
+                f"apply_chat_template does not offer {name}: it returns text, or with "
+                "tokenize=True a list of token ids"
+            )
+    return {name: value for name, value in given.items() if name not in _NOT_OFFERED}
 
 
 class StreamDecoder:
