@@ -625,6 +625,27 @@ FAULTS = (
         "evals_answers",
     ),
     _fault(
+        "eval: runs with other problems can be identical",
+        "cli/eval.py",
+        "    if any(found.alone):\n        return False\n",
+        "",
+        "cli_eval",
+    ),
+    _fault(
+        "eval: a base model is one without a chat template alone",
+        "evals/default_style.py",
+        "if end is None or end in _ends(checkpoint, tokenizer):",
+        "if True:",
+        "evals_styles",
+    ),
+    _fault(
+        "reports: any script may run",
+        "pages/base.html.jinja",
+        "script-src {{ script_source }};",
+        "script-src 'unsafe-inline';",
+        "pages",
+    ),
+    _fault(
         "eval: flips are told the wrong way round",
         "evals/compare.py",
         "only_first = tuple(key for key, flip in flips.items() if flip > 0)",

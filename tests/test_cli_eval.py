@@ -171,6 +171,43 @@ def test_two_runs_are_compared(run_files, capsys, require, status):
     assert json.loads(capsys.readouterr().out)["identical"] == 3
 
 
+def test_the_common_part_of_two_runs_is_compared(run_files, tmp_path, capsys):
+    part, html = tmp_path / "part.jsonl", tmp_path / "r.html"
+    part.write_text("\n".join(run_files[0].read_text().splitlines()[:3]) + "\n")
+    asked = ["eval", "compare", str(run_files[0]), str(part)]
+    assert main([*asked, "--html", str(html)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 answers" in said
+    assert f"in one run alone, and left out: 1 in {run_files[0]}" in said
+    assert f"left out: 1 in {run_files[0]}" in html.read_text()
+    for require in ("identical", "same-score"):  # Neither can be said of answers that are missing.
+        assert main([*asked, "--require", require]) == 1
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["alone"] == [[[2, 0]], []]
+
+
+def edited_json(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: v for name, v in content.items() if v is not None}))
+
+
+def test_the_style_of_a_base_model_is_said_and_kept(tmp_path, capsys):
+    """A model without a chat template is shown solved examples, and the run's header says why."""
+    out, model = tmp_path / "run.jsonl", tmp_path / "demo"
+    shutil.copytree(demo.path(), model)
+    asked = ("--model", model, "--data", HELD_OUT, "--limit", 1, "--max-new-tokens", 2)
+    edited_json(model / "tokenizer_config.json", chat_template=None)
+    assert gsm8k("--out", out, *asked, "--train", HELD_OUT) == 0
+    said, why = capsys.readouterr(), "the model has no chat template, so it is taken for a base"
+    assert said.err.startswith(f"prompt style lm-eval: {why} model\n")
+    assert f"\nprompt style lm-eval: {why} model\n" in said.out
+    settings = RunFile.read(out).settings
+    assert settings["prompt_style"] == "lm-eval"
+    assert settings["prompt_style_why"] == f"{why} model"
+    named = ("--prompt-style", "lm-eval", "--train", HELD_OUT)
+    assert gsm8k("--out", out, *asked, *named, "--resume") == 0
+
+
 def test_a_problem_that_cannot_be_asked_is_wrong_and_listed(tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     good = HELD_OUT.read_text().splitlines()[0]

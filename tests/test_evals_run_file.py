@@ -11,7 +11,7 @@ import pytest
 
 from meshwen.errors import MeshwenError
 from meshwen.evals import run_file
-from meshwen.evals.compare import compare
+from meshwen.evals.compare import alone_text, compare
 from meshwen.evals.run_file import FORMAT, RunFile
 
 SETTINGS = {"model": "m", "mesh": "1", "prompt_style": "qwen", "seed": 0}
@@ -216,15 +216,27 @@ def test_samples_of_a_problem_are_told_apart_and_have_no_p(tmp_path):
     assert found.parted == ((0, 1, 0),)
 
 
+def test_what_both_runs_have_is_compared(tmp_path):
+    first = written(tmp_path / "a.jsonl", answer(0), answer(1), answer(2))
+    second = written(tmp_path / "b.jsonl", answer(5), answer(1, False, (3,)), answer(2), answer(4))
+    found = compare(first, second)
+    assert (found.answers, found.correct, found.identical) == (2, (2, 1), 1)
+    assert found.alone == (((0, 0),), ((4, 0), (5, 0)))
+    assert alone_text(found, (first, second)).endswith(
+        f"left out: 1 in {first.path} and 2 in {second.path}"
+    )
+    assert compare(first, first).alone == ((), ())
+
+
 def test_runs_of_other_problems_are_not_compared(tmp_path):
     first = written(tmp_path / "a.jsonl", answer(0), answer(1))
-    with pytest.raises(MeshwenError, match="1 answers are in one alone, first that to problem 1"):
-        compare(first, written(tmp_path / "b.jsonl", answer(0)))
+    with pytest.raises(MeshwenError, match=r"no problem has an answer in both .* \(1\)"):
+        compare(first, written(tmp_path / "b.jsonl", answer(2)))
     other = written(tmp_path / "c.jsonl", answer(0), answer(1) | {"prompt_sha256": "other"})
     with pytest.raises(MeshwenError, match="problem 1 has another prompt_sha256"):
         compare(first, other)
     empty = written(tmp_path / "d.jsonl")
-    with pytest.raises(MeshwenError, match="have no answers"):
+    with pytest.raises(MeshwenError, match="no problem has an answer"):
         compare(empty, empty)
 
 

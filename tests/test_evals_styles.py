@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A problem is asked, and its answer found and graded, as the source of the style has it."""
 
+import json
+
 import pytest
 
+from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
+from meshwen.evals.default_style import default_style
 from meshwen.evals.gsm8k import Question, answer_all
 from meshwen.evals.run_file import RunFile
 from meshwen.evals.styles import STYLES, Problem, prompt_style, shots
 from meshwen.sampling import SamplingParams
+from meshwen.tokenizer import Tokenizer
+from speller import TEMPLATE, write_speller
 
 PROBLEM = Problem(0, "How many?", "1+1=<<1+1=2>>2\n#### 2")
 TRAIN = [Problem(i, f"q{i}", f"a\n#### {i}") for i in range(20)]
@@ -141,3 +147,26 @@ def test_the_harnesss_styles_also_stop_at_the_tokenizers_own_eos(tmp_path, style
     run.close()
     (request,) = asked.requests
     assert request.sampling.stop == stop
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "style", "why"),
+    [
+        (TEMPLATE, "<|im_end|>", "qwen-boxed", "ends texts as turns of it end"),
+        (TEMPLATE, "<|endoftext|>", "lm-eval", "<|im_end|> ends a turn"),  # As Qwen2.5's base.
+        (None, "<|im_end|>", "lm-eval", "no chat template"),
+        ("{{ messages[0].content }}", "<|endoftext|>", "qwen-boxed", ""),  # Nothing ends a turn.
+        ("{{ raise_exception('no') }}", "<|endoftext|>", "qwen-boxed", ""),
+    ],
+)
+def test_a_base_model_is_told_by_its_template_and_its_ends(tmp_path, template, eos, style, why):
+    folder = write_speller(tmp_path)
+    named = {"eos_token": eos} | ({} if template is None else {"chat_template": template})
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    config = json.loads((folder / "config.json").read_text())
+    ends = 258 if eos == "<|im_end|>" else 256
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    with open_checkpoint(str(folder)) as checkpoint:
+        found, said = default_style(checkpoint, Tokenizer.from_checkpoint(checkpoint))
+    assert found == style
+    assert why in said

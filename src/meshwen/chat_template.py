@@ -48,6 +48,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._process = Contained("meshwen.chat_template_worker", "the chat template")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all templates."""
+        return tuple(self._templates)
+
     def select(self, tools: bool) -> str:
         """Return the template to use, chosen as transformers does.
 

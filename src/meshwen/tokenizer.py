@@ -117,6 +117,11 @@ class Tokenizer:
         """The padding token's id, where the checkpoint names one."""
         return self._special_id("pad_token")
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint has one, of whatever name."""
+        return bool(self._chat_template.names)
+
     def id_to_token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an id beyond the vocabulary."""
         return self._tokens.get(whole_number("a token id", token_id))

@@ -180,13 +180,16 @@ def harness(context: typer.Context) -> None:
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A run file.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same problems.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same data.")],
     require: Require = None,
     html: Html = None,
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> int:
-    """Hold two runs on the same problems against each other, answer by answer."""
+    """Hold two runs against each other, answer by answer, on the problems that both have.
+
+    With --require, both must have the same problems.
+    """
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.evals.compare import settings_of
     from meshwen.evals.gsm8k import summary
@@ -209,6 +212,8 @@ def compare(
 
 
 def _kept(require: Requirement, found: Comparison) -> bool:
+    if any(found.alone):
+        return False
     return found.all_identical if require is Requirement.IDENTICAL else found.same_score
 
 
@@ -260,6 +265,7 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
             "products": products(devices, jnp.dtype(asked.dtype.value), quantization),
             "numerics": numerics.value,
             "prompt_style": style.name,
+            "prompt_style_why": asked.style_why,
             "data_sha256": asked.data_sha256,
             "train_sha256": data_sha256(asked.examples) if asked.examples else None,
             "max_model_len": asked.capacity[1],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
+from meshwen.cli.console import note
 from meshwen.cli.signatures import parameters_of, set_parameters
 from meshwen.errors import MeshwenError
 
@@ -45,7 +46,8 @@ Style = Annotated[
     typer.Option(
         "--prompt-style",
         help="qwen-boxed, lm-eval, lm-eval-cot-zeroshot or demo. Default: demo for the demo model, "
-        "else qwen-boxed.",
+        "lm-eval for base models (without a chat template, or which do not end turns of it), else "
+        "qwen-boxed.",
         show_default=False,
     ),
 ]
@@ -82,6 +84,7 @@ class Asked:
         quantization: of weights, if any.
         capacity: the most problems that are answered at once, and the most tokens of each.
         style: how problems are asked and graded.
+        style_why: why in this style.
         sampling: how answers are drawn.
         samples: answers to each problem.
         problems: those to ask.
@@ -94,6 +97,7 @@ class Asked:
     quantization: options.Quantization | None
     capacity: tuple[int, int | None]
     style: PromptStyle
+    style_why: str
     sampling: SamplingParams
     samples: int
     problems: Sequence[Problem]
@@ -136,13 +140,13 @@ def _asked(
     from meshwen.evals.styles import prompt_style as style_of
     from meshwen.sampling import SamplingParams
 
-    default = shared("style", lambda: "demo" if model == _DEMO else "qwen-boxed")
-    style = style_of(prompt_style or default)
+    loading = (model, load_format, revision)
+    name, why = shared("style", lambda: _style(prompt_style, loading))
+    style = style_of(name)
     longest = style.max_new_tokens if max_new_tokens is None else max_new_tokens
     sampling = SamplingParams(max_new_tokens=longest, temperature=temperature, seed=seed)
     if samples > 1 and temperature == 0:
         raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
-    loading = (model, load_format, revision)
     problems = _together("problems", lambda: _problems(data, loading))
     examples = _together("examples", lambda: _examples(train, style))
     chosen = problems[offset : None if limit is None else offset + limit]
@@ -155,6 +159,7 @@ def _asked(
         quantization,
         capacity,
         style,
+        why,
         sampling,
         samples,
         chosen,
@@ -174,6 +179,23 @@ def evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
 
     set_parameters(run, [*own, *asked])
     return run
+
+
+def _style(given: str | None, loading: tuple[str, str, str | None]) -> tuple[str, str]:
+    """The name of the prompt style, and why it is this one."""
+    from meshwen.checkpoints import open_checkpoint
+    from meshwen.evals.default_style import default_style
+    from meshwen.tokenizer import Tokenizer
+
+    if given is not None:
+        return given, "asked for"
+    model, load_format, revision = loading
+    if model == _DEMO:
+        return _DEMO, "the demo model's own"
+    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+        name, why = default_style(checkpoint, Tokenizer.from_checkpoint(checkpoint))
+    note(f"prompt style {name}: {why}")
+    return name, why
 
 
 def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Problem]:

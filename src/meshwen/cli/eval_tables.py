@@ -28,6 +28,7 @@ def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
             f"of {found['problems']} problems, {found['any_correct']} with a right answer, "
             f"{found['majority_correct']} by majority"
         )
+    print(f"prompt style {run.settings['prompt_style']}: {run.settings['prompt_style_why']}")
     rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
     before = found["answers_from_before"]
     write(rest + f", {before} answers from before" * bool(before))
@@ -64,7 +65,7 @@ def print_meshes(
 
 def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     """Two runs, and the texts of the answers that one alone has right."""
-    from meshwen.evals.compare import settings_of
+    from meshwen.evals.compare import alone_text, settings_of
 
     console = output_console()
     table = PlainTable(f"{found.answers} answers", "run", ">right", ">accuracy", ">only right")
@@ -73,6 +74,8 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     ):
         table.add_row(str(run.path), str(right), f"{right / found.answers:.1%}", str(len(alone)))
     table.print(console)
+    if any(found.alone):
+        say(console, alone_text(found, runs))
     for run in runs:
         _print_failed(run, f"could not be asked in {run.path}, counted as wrong")
     p = "" if found.p is None else f"McNemar's exact p: {found.p:.3g}; "

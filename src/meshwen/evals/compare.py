@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two runs on the same problems, answer by answer."""
+"""Two runs on the problems that both have, answer by answer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Comparison:
         identical: answers with the same tokens.
         parted: (problem, sample, token) of each other answer, the token being the first that
             differs, counted from 0.
+        alone: (problem, sample) of answers that are in the first run alone, and in the second; the
+            rest says nothing of them.
     """
 
     answers: int
@@ -35,6 +37,7 @@ class Comparison:
     p: float | None
     identical: int
     parted: tuple[tuple[int, int, int], ...]
+    alone: tuple[tuple[Key, ...], tuple[Key, ...]] = ((), ())
 
     @property
     def flips(self) -> tuple[Key, ...]:
@@ -53,21 +56,18 @@ class Comparison:
 
 
 def compare(first: RunFile, second: RunFile) -> Comparison:
-    """Pairs two runs, problem by problem.
+    """Pairs the answers of two runs, problem by problem; one that is in one alone counts for none.
 
     Raises:
-        MeshwenError: they are of other problems, or a problem was asked otherwise.
+        MeshwenError: they have no answer in common, or a problem was asked otherwise.
     """
-    keys = sorted(first.records)
-    if keys != sorted(second.records):
-        missing = sorted(set(first.records) ^ set(second.records))
-        raise MeshwenError(
-            f"{first.path} and {second.path} are not of the same problems: {len(missing)} answers "
-            f"are in one alone, first that to problem {missing[0][0]}; finish both with --resume, "
-            "or ask both with the same --limit and --offset"
-        )
+    keys = sorted(first.records.keys() & second.records.keys())
     if not keys:
-        raise MeshwenError(f"{first.path} and {second.path} have no answers")
+        raise MeshwenError(
+            f"no problem has an answer in both {first.path} ({len(first.records)} answers) and "
+            f"{second.path} ({len(second.records)}): go on with one of them with --resume, or ask "
+            "both with the same --limit and --offset"
+        )
     pairs = {key: (first.records[key], second.records[key]) for key in keys}
     for (problem, _), (one, other) in pairs.items():
         for name in ("prompt_sha256", "gold"):
@@ -96,7 +96,19 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
         None if sampled else mcnemar(len(only_first), len(only_second)),
         len(keys) - len(parted),
         parted,
+        (
+            tuple(sorted(first.records.keys() - second.records.keys())),
+            tuple(sorted(second.records.keys() - first.records.keys())),
+        ),
     )
+
+
+def alone_text(found: Comparison, runs: Sequence[RunFile]) -> str:
+    """How many answers only one of two runs has."""
+    counts = " and ".join(
+        f"{len(keys)} in {run.path}" for run, keys in zip(runs, found.alone, strict=True) if keys
+    )
+    return f"compared: the answers that both have; in one run alone, and left out: {counts}"
 
 
 def settings_of(runs: Sequence[RunFile]) -> dict[str, list[Any]]:

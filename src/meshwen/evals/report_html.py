@@ -6,11 +6,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meshwen.evals.compare import Comparison, settings_of
+from meshwen.evals.compare import Comparison, alone_text, settings_of
 from meshwen.evals.gsm8k import summary
-from meshwen.evals.run_file import Key, RunFile
+from meshwen.evals.run_file import Key, Record, RunFile
 from meshwen.evals.styles import prompt_style
 from meshwen.pages import render
+
+# What a setting is about; the others are options.
+_ABOUT = {
+    **dict.fromkeys(("model", "weights_sha256", "config_sha256", "revision"), "model"),
+    **dict.fromkeys(("meshwen", "jax"), "version"),
+    **dict.fromkeys(("mesh", "products"), "machine"),
+    **dict.fromkeys(("data_sha256", "train_sha256"), "data"),
+}
 
 
 def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
@@ -25,23 +33,57 @@ def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
         {"run": run, "found": summary(run.records.values()), "against": against}
         for run, against in zip(runs, [None, *compared], strict=True)
     ]
+    settings = settings_of(runs)
+    shown = [{"answer": first.records[key]} for key in sorted(first.records)]
+    answers = [one | {"kinds": _kinds(one["answer"])} for one in shown]
     return render(
         "eval",
+        script="filter.js",
         first=first,
         source=prompt_style(first.settings["prompt_style"]).source,
         rows=rows,
         sampled="any_correct" in rows[0]["found"],
         differences=[
-            {"run": run, "flips": _flips(first, run, one), "against": one}
+            {
+                "run": run,
+                "flips": _flips(first, run, one),
+                "against": one,
+                "alone": alone_text(one, (first, run)) if any(one.alone) else "",
+            }
             for run, one in zip(runs[1:], compared, strict=True)
         ],
         # One value where all agree.
         settings={
-            name: values[:1] if values.count(values[0]) == len(values) else values
-            for name, values in settings_of(runs).items()
+            name: values if _apart(values) else values[:1] for name, values in settings.items()
         },
-        answers=[first.records[key] for key in sorted(first.records)],
+        settings_apart=_by_subject(
+            {name: values for name, values in settings.items() if _apart(values)}
+        ),
+        answers=answers,
+        kinds={
+            kind: sum(kind in one["kinds"] for one in answers)
+            for kind in ("all", "wrong", "right", "cut off", "failed")
+        },
     )
+
+
+def _apart(values: Sequence[Any]) -> bool:
+    return values.count(values[0]) < len(values)
+
+
+def _by_subject(settings: dict[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Settings by what they are about."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for subject in ("model", "data", "option", "machine", "version"):
+        own = {name: v for name, v in settings.items() if _ABOUT.get(name, "option") == subject}
+        found |= {subject: own} if own else {}
+    return found
+
+
+def _kinds(answer: Record) -> list[str]:
+    """What an answer may be looked for by."""
+    ends = {"length": ["cut off"], "error": ["failed"]}.get(answer["finish_reason"], [])
+    return ["all", "right" if answer["correct"] else "wrong", *ends]
 
 
 def _flips(first: RunFile, second: RunFile, compared: Comparison) -> list[dict[str, Any]]:

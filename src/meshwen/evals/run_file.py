@@ -298,6 +298,8 @@ def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
     # What multiplied before there was a choice.
     before, now = ({"products": "xla"} | dict(settings) for settings in (before, now))
     for name in dict.fromkeys((*before, *now)):
+        if name == "prompt_style_why":  # Asked for or by default, it is the same style.
+            continue
         if _comparable(name, before.get(name)) != _comparable(name, now.get(name)):
             same = "install or remove the extra cpu" if name == "products" else "give the same"
             raise MeshwenError(

@@ -3,15 +3,28 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from importlib import resources
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from meshwen.units import bytes_text, difference_text
 
 
-def render(name: str, **values: Any) -> str:
-    """The page `NAME.html.jinja`; every value is escaped."""
+def render(name: str, *, script: str | None = None, **values: Any) -> str:
+    """The page `NAME.html.jinja`; every value is escaped.
+
+    Nothing runs in a browser but the script, and nothing is fetched: the page's content security
+    policy allows it by its hash alone.
+
+    Args:
+        name: of the page.
+        script: the name of its script, of the files here.
+        values: what the page shows.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("meshwen", "pages"),
         autoescape=True,
@@ -20,4 +33,12 @@ def render(name: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"bytes": bytes_text, "difference": difference_text}
-    return environment.get_template(f"{name}.html.jinja").render(values)
+    text = "" if script is None else _file(script)
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    # Its own source: nothing of what `values` holds is in it.
+    page = {"script": Markup(text), "script_source": f"'sha256-{digest}'" if text else "'none'"}
+    return environment.get_template(f"{name}.html.jinja").render(values | page)
+
+
+def _file(name: str) -> str:
+    return (resources.files("meshwen.pages") / name).read_text(encoding="utf-8")
