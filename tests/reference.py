@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from meshwen.config import Qwen2Config, RopeScaling
+from meshwen.config import Qwen2Config
+from meshwen.rope_scaling import RopeScaling
 
 
 def tensor_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from meshwen.config import Qwen2Config, RopeScaling
+from meshwen.config import Qwen2Config, declared_quantization
 from meshwen.errors import MeshwenError
 from meshwen.presets import PRESETS, preset
+from meshwen.rope_scaling import RopeScaling
 
 # config.json of published checkpoints, as they were written.
 QWEN25_7B_INSTRUCT = {
@@ -316,62 +317,69 @@ REQUIRED = [
 
 @pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_key_is_named(key):
-    assert refusal(without(key)) == f"required key {key} is missing"
+    assert refusal(without(key)) == f"config.json: {key} is missing"
 
 
 @pytest.mark.parametrize("key", REQUIRED)
 @pytest.mark.parametrize("value", ["12", True, [1], {"a": 1}, float("nan"), float("inf"), 10**400])
 def test_a_value_of_the_wrong_type_is_named(key, value):
-    assert refusal(changed(**{key: value})).startswith(f"{key} must be ")
+    message = refusal(changed(**{key: value}))
+    assert message.startswith(f"config.json: {key} ")
+    assert len(message) < 150
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-@pytest.mark.parametrize("value", [0, -4])
+@pytest.mark.parametrize("value", [0, -4, 1e38, 2**200])
 def test_a_value_out_of_range_is_named(key, value):
     assert key in refusal(changed(**{key: value}))
 
 
+def yarn(**settings: Any) -> dict[str, Any]:
+    return changed(rope_scaling={"type": "yarn", "factor": 4.0} | settings)
+
+
 REFUSED = {
     "llama": (changed(architectures=["LlamaForCausalLM"], model_type="llama"), "LlamaForCausalLM"),
-    "qwen3": (changed(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), "'qwen3'"),
-    "moe": (changed(model_type="qwen2_moe"), "'qwen2_moe'"),
+    "qwen3": (changed(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), '"qwen3"'),
+    "moe": (changed(model_type="qwen2_moe"), '"qwen2_moe"'),
     "classifier": (
         changed(architectures=["Qwen2ForSequenceClassification"]),
         "Qwen2ForSequenceClassification",
     ),
     "nameless": (without("architectures", "model_type"), "neither architectures nor model_type"),
-    "architectures": (changed(architectures="Qwen2ForCausalLM"), "must be a list"),
-    "awq": (changed(quantization_config={"quant_method": "awq", "bits": 4}), "'awq'"),
-    "gptq": (changed(quantization_config={"quant_method": "gptq"}), "'gptq'"),
-    "odd quant": (changed(quantization_config={}), "unknown quantisation"),
-    "activation": (changed(hidden_act="gelu"), "hidden_act 'gelu'"),
+    "architectures": (changed(architectures=[1]), "architectures[0] is 1; expected text"),
+    "activation": (changed(hidden_act="gelu"), 'hidden_act "gelu"'),
+    "huge echo": (changed(hidden_act="gelu" * 1000), "... is not supported"),
     "bidirectional": (changed(is_causal=False), "is_causal"),
     "kv heads": (changed(num_key_value_heads=5), "28 is not a multiple of num_key_value_heads 5"),
     "hidden": (changed(hidden_size=3585), "3585 is not a multiple of num_attention_heads 28"),
     "odd head": (changed(head_dim=7), "even head_dim, found 7"),
     "negative head": (changed(head_dim=-2), "even head_dim, found -2"),
-    "dtype": (changed(torch_dtype="int8"), "'int8'"),
-    "dtype type": (changed(torch_dtype=8), "torch_dtype must be a name"),
-    "eos": (changed(eos_token_id="</s>"), "eos_token_id must be an integer"),
-    "bos": (changed(bos_token_id="<s>"), "bos_token_id must be a 32-bit integer"),
-    "tie": (changed(tie_word_embeddings="yes"), "tie_word_embeddings must be true or false"),
+    "large head": (changed(head_dim=2**40), "times head_dim 1099511627776 is above"),
+    "eos": (changed(eos_token_id="</s>"), 'eos_token_id is "</s>"; expected an integer'),
+    "tie": (changed(tie_word_embeddings="yes"), 'is "yes"; expected true or false'),
     "layer count": (changed(layer_types=["full_attention"] * 3), "layer_types has 3 entries"),
-    "layer name": (changed(layer_types=["linear_attention"] * 28), "'linear_attention'"),
-    "layer type": (changed(layer_types="full"), "layer_types must be a list"),
+    "layer name": (changed(layer_types=["linear_attention"] * 28), '"linear_attention"'),
+    "layer type": (changed(layer_types="full"), 'layer_types is "full"; expected a list'),
     "no layers": (changed(layer_types=[]), "layer_types is empty"),
     "no window": (changed(layer_types=["sliding_attention"] * 28), "use_sliding_window is false"),
     "window": (SLIDING_7B | {"sliding_window": 0}, "sliding_window must be at least 1"),
-    "llama3 rope": (changed(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "'llama3'"),
-    "dynamic rope": (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'"),
-    "mrope": (changed(rope_scaling={"type": "mrope", "mrope_section": [1]}), "'mrope'"),
-    "rope list": (changed(rope_scaling=[1]), "rope_scaling must be an object"),
+    "llama3 rope": (changed(rope_scaling={"rope_type": "llama3", "factor": 8.0}), '"llama3"'),
+    "dynamic rope": (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), '"dynamic"'),
+    "mrope": (changed(rope_scaling={"type": "mrope", "mrope_section": [1]}), '"mrope"'),
+    "rope list": (changed(rope_scaling=[1]), "rope_scaling is [1]; expected an object"),
+    "rope key": (
+        changed(rope_scaling={"type": "yarn", "factor": "4"}),
+        'rope_scaling.factor is "4"; expected a number',
+    ),
+    "linear factor": (changed(rope_scaling={"type": "linear", "factor": 1e9}), "32-bit"),
     "rope per layer": (
         without("rope_theta")
         | {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
         "per layer type",
     ),
     "partial": (changed(partial_rotary_factor=0.5), "partial_rotary_factor"),
-    "yarn no factor": (changed(rope_scaling={"type": "yarn"}), "required key factor is missing"),
+    "yarn no factor": (changed(rope_scaling={"type": "yarn"}), "rope_scaling.factor is missing"),
     "yarn factor": (changed(rope_scaling={"type": "yarn", "factor": 0}), "at least 1, found 0"),
     "yarn betas": (
         changed(rope_scaling={"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 2}),
@@ -385,7 +393,17 @@ REFUSED = {
         changed(rope_scaling={"type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
         "original_max_position_embeddings, found 0",
     ),
-    "not an object": ([1, 2], "must be a JSON object"),
+    "yarn mscale": (yarn(mscale=-100.0, mscale_all_dim=1.0), "mscale must not be below 0"),
+    "yarn mscale pair": (yarn(mscale=-9.0, mscale_all_dim=-9.0), "mscale must not be below 0"),
+    "yarn mscale size": (yarn(mscale=1e300, mscale_all_dim=1.0), "must be from 0.001 to 1000"),
+    "yarn attention size": (yarn(attention_factor=1e9), "must be from 0.001 to 1000"),
+    "yarn attention none": (yarn(attention_factor=-2.0), "attention_factor must be above 0"),
+    "yarn beta": (yarn(beta_slow=5e-324), "beta_fast >= beta_slow, from 0.001"),
+    "yarn beta sign": (yarn(beta_slow=-1.0), "found 32.0 and -1.0"),
+    "yarn long": (yarn(factor=1e300), "a context of"),
+    "yarn NaN": (yarn(mscale=float("nan")), "mscale is NaN; expected a finite number"),
+    "yarn huge context": (yarn(original_max_position_embeddings=2**40), "found 1099511627776"),
+    "not an object": ([1, 2], "found [1, 2]; expected an object"),
 }
 
 
@@ -397,6 +415,58 @@ def test_what_the_model_cannot_run_is_refused_by_name(data, said):
 def test_a_refused_architecture_hears_what_is_supported():
     message = refusal(changed(architectures=["LlamaForCausalLM"], model_type="llama"))
     assert "Qwen2ForCausalLM" in message
+
+
+# What no computation needs, in the ways that published files have it wrong.
+UNNEEDED = {
+    "a null": {"is_causal": None, "use_sliding_window": None, "tie_word_embeddings": None},
+    "another null": {"hidden_act": None, "architectures": None, "partial_rotary_factor": None},
+    "a padding id": {"pad_token_id": -1},
+    "a padding id of 64 bits": {"pad_token_id": 2**40, "bos_token_id": [1, 2]},
+    "a text for an id": {"pad_token_id": "<|endoftext|>", "bos_token_id": "<s>"},
+    "a dtype": {"torch_dtype": "float8_e4m3fn", "dtype": {"": "auto"}},
+    "an unused window": {"sliding_window": "none", "max_window_layers": None},
+    "a name for the list": {"architectures": "Qwen2ForCausalLM"},
+    "the base model": {"architectures": ["Qwen2Model"]},
+    "an empty quantisation": {"quantization_config": {}},
+    "a quantisation": {"quantization_config": {"quant_method": "gptq"}},
+    "an empty scaling": {"rope_scaling": {}, "dual_chunk_attention_config": {}},
+    "a null kind": {"rope_scaling": {"rope_type": None, "type": "default"}},
+}
+
+
+@pytest.mark.parametrize("extra", UNNEEDED.values(), ids=UNNEEDED.keys())
+def test_what_no_computation_needs_blocks_nothing(extra):
+    config = Qwen2Config.from_dict(changed(**extra), name="")
+    plain = Qwen2Config.from_dict(QWEN25_7B_INSTRUCT, name="")
+    ids = {"bos_token_id": plain.bos_token_id, "torch_dtype": plain.torch_dtype}
+    assert dataclasses.replace(config, **ids) == plain
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"quant_method": "awq"}, "awq"),
+        ({"bits": 4}, "unnamed"),
+        (8, "unnamed"),
+    ],
+)
+def test_what_quantization_config_names(declared, expected):
+    assert declared_quantization({"quantization_config": declared}) == expected
+
+
+def test_a_byte_order_mark_before_config_json_is_passed_over(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(YARN_7B).encode())
+    assert Qwen2Config.from_json(tmp_path) == Qwen2Config.from_dict(YARN_7B)
+
+
+def test_a_linked_config_json_is_named_after_its_own_folder(tmp_path):
+    (tmp_path / "blob").write_text(json.dumps(YARN_7B))
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").symlink_to(tmp_path / "blob")
+    assert Qwen2Config.from_json(tmp_path / "my-model").name == "my-model"
 
 
 def test_from_json_reads_a_folder_or_a_file_and_takes_the_folder_name(tmp_path):
@@ -424,7 +494,7 @@ def test_from_json_names_a_file_it_cannot_use(tmp_path, contents, said):
     file.write_bytes(contents)
     with pytest.raises(MeshwenError) as caught:
         Qwen2Config.from_json(tmp_path)
-    assert str(caught.value).startswith(f"{file}: ")
+    assert str(caught.value).startswith(str(file))
     assert said in str(caught.value)
 
 

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from meshwen.config import Qwen2Config, RopeScaling
+from meshwen.config import Qwen2Config
 from meshwen.presets import preset
 from meshwen.rope import inverse_frequencies
+from meshwen.rope_scaling import RopeScaling
 
 SCALINGS = {
     "default": None,

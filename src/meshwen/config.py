@@ -6,61 +6,80 @@ Field names and meanings are those of transformers' ``Qwen2Config``. The spellin
 read. What this package cannot run exactly is refused, never guessed.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Required, Self, cast
+
+from typing_extensions import TypedDict
 
 from meshwen.errors import MeshwenError
-from meshwen.json_files import read_json, shown
+from meshwen.json_files import Finite, check_shape, read_json, shown
 from meshwen.paths import exists, user_path
+from meshwen.rope_scaling import RopeFile, RopeScaling, read_rope
 
 ARCHITECTURE = "Qwen2ForCausalLM"
+BASE_ARCHITECTURE = "Qwen2Model"  # The same without its head, which tied embeddings stand for.
 MODEL_TYPE = "qwen2"
-ROPE_TYPES = ("default", "linear", "yarn")
-DTYPES = ("float32", "bfloat16", "float16")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
+# A hundred times what has been published, and little enough to lay out in a moment.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "max_position_embeddings": 2**31 - 1,
+}
+_LARGEST_QUERY = 2**20  # num_attention_heads x head_dim
+# What float32 holds, with room for the arithmetic.
+_EPSILONS = (1e-37, 1.0)
+_LARGEST_THETA = 1e30
 
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the pretraining context; see ``meshwen.rope``.
 
-    ``rope_type`` is ``linear`` or ``yarn``. The fields from ``original_max_position_embeddings`` on
-    belong to YaRN. ``attention_factor`` None means: computed from ``factor`` (and ``mscale``).
-    """
+class ConfigHead(TypedDict, total=False):
+    """What tells the architecture in a config.json."""
 
-    rope_type: str
-    factor: float
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+    architectures: list[str] | str | None
+    model_type: str | None
 
-    def __post_init__(self) -> None:
-        """Raise MeshwenError when the settings contradict themselves."""
-        if self.rope_type not in ("linear", "yarn"):
-            raise MeshwenError(
-                f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            )
-        if self.factor < 1.0:
-            raise MeshwenError(f"the RoPE scaling factor must be at least 1, found {self.factor}")
-        if self.rope_type == "yarn":
-            context = self.original_max_position_embeddings
-            if context is None or context < 1:
-                raise MeshwenError(f"YaRN needs original_max_position_embeddings, found {context}")
-            if self.attention_factor is not None and self.attention_factor <= 0:
-                raise MeshwenError(
-                    f"attention_factor must be above 0, found {self.attention_factor}"
-                )
-            if not self.beta_fast >= self.beta_slow > 0:
-                raise MeshwenError(
-                    f"YaRN needs beta_fast >= beta_slow > 0, found {self.beta_fast} and "
-                    f"{self.beta_slow}"
-                )
+
+class _DualChunk(TypedDict, total=False):
+    original_max_position_embeddings: int
+
+
+class ConfigFile(TypedDict, total=False):
+    """What the model needs of a config.json. Other keys, and their values, may be anything."""
+
+    vocab_size: Required[int]
+    hidden_size: Required[int]
+    intermediate_size: Required[int]
+    num_hidden_layers: Required[int]
+    num_attention_heads: Required[int]
+    num_key_value_heads: Required[int | None]
+    head_dim: int | None
+    max_position_embeddings: Required[int]
+    dual_chunk_attention_config: _DualChunk | None
+    original_max_position_embeddings: int | None
+    rms_norm_eps: Required[Finite]
+    rope_theta: Finite | None
+    rope_scaling: RopeFile | None
+    rope_parameters: RopeFile | None
+    partial_rotary_factor: Finite | None
+    tie_word_embeddings: bool | None
+    use_sliding_window: bool | None
+    layer_types: list[str] | None
+    eos_token_id: int | list[int] | None
+
+
+class _SlidingFile(TypedDict, total=False):
+    """What is needed besides where layers may slide."""
+
+    sliding_window: Required[int | None]
+    max_window_layers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +117,25 @@ class Qwen2Config:
 
     def __post_init__(self) -> None:
         """Fill in derived fields and raise MeshwenError on contradictions."""
-        for key in _POSITIVE:
-            if getattr(self, key) < 1:
-                raise MeshwenError(f"{key} must be at least 1, found {getattr(self, key)}")
+        for key, most in _LARGEST.items():
+            if not 1 <= (value := getattr(self, key)) <= most:
+                raise MeshwenError(f"{key} must be from 1 to {most}, found {shown(value)}")
         self._check_heads()
         self._check_layers()
-        if not self.rms_norm_eps > 0:
-            raise MeshwenError(f"rms_norm_eps must be above 0, found {self.rms_norm_eps}")
-        if not self.rope_theta > 1:
-            raise MeshwenError(f"rope_theta must be above 1, found {self.rope_theta}")
-        if self.torch_dtype not in DTYPES:
+        if not _EPSILONS[0] <= self.rms_norm_eps <= _EPSILONS[1]:
             raise MeshwenError(
-                f"dtype {self.torch_dtype!r} is not supported; supported: {', '.join(DTYPES)}"
+                f"rms_norm_eps must be from {_EPSILONS[0]:g} to {_EPSILONS[1]:g}, "
+                f"found {self.rms_norm_eps}"
+            )
+        if not 1 < self.rope_theta <= _LARGEST_THETA:
+            raise MeshwenError(
+                f"rope_theta must be above 1, and at most {_LARGEST_THETA:g}, "
+                f"found {self.rope_theta}"
+            )
+        if self.context_length >= 2**31:
+            raise MeshwenError(
+                "max_position_embeddings and the RoPE scaling factor make a context of "
+                f"{self.context_length:.3g} tokens; positions are 32-bit integers"
             )
 
     def _check_heads(self) -> None:
@@ -126,7 +152,14 @@ class Qwen2Config:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
         if self.head_dim < 2 or self.head_dim % 2:
-            raise MeshwenError(f"rotary embeddings need an even head_dim, found {self.head_dim}")
+            raise MeshwenError(
+                f"rotary embeddings need an even head_dim, found {shown(self.head_dim)}"
+            )
+        if heads * self.head_dim > _LARGEST_QUERY:
+            raise MeshwenError(
+                f"num_attention_heads {heads} times head_dim {shown(self.head_dim)} is above "
+                f"{_LARGEST_QUERY}"
+            )
 
     def _check_layers(self) -> None:
         if not self.layer_types:
@@ -139,10 +172,14 @@ class Qwen2Config:
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
             raise MeshwenError(
-                f"layer type {unknown[0]!r} is not supported; supported: {', '.join(LAYER_TYPES)}"
+                f"layer type {shown(unknown[0])} is not supported; "
+                f"supported: {', '.join(LAYER_TYPES)}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise MeshwenError(f"sliding_window must be at least 1, found {self.sliding_window}")
+        if self.sliding_window is not None and not 1 <= self.sliding_window < 2**31:
+            raise MeshwenError(
+                f"sliding_window must be at least 1, below {2**31}, "
+                f"found {shown(self.sliding_window)}"
+            )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise MeshwenError(
                 "layer_types has sliding_attention, but use_sliding_window is false or "
@@ -164,58 +201,54 @@ class Qwen2Config:
 
         Raises MeshwenError, which names the file, when it is missing, not JSON or not supported.
         """
-        path = user_path(path)
-        folder = exists(path) and path.is_dir()
-        file = path / "config.json" if folder else path
-        if not exists(file):
-            if folder:
-                raise MeshwenError(f"{path}: the folder has no config.json")
-            raise MeshwenError(f"{path}: no such file or folder")
-        data = read_json(file, dict[str, Any])
-        try:
-            return cls.from_dict(data, name=file.resolve().parent.name)
-        except MeshwenError as error:
-            raise MeshwenError(f"{file}: {error}") from None
+        file = config_file(user_path(path))
+        name = os.path.basename(os.path.dirname(os.path.abspath(file)))
+        return cls.from_dict(read_config(file), name=name, where=str(file))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, name: str | None = None) -> Self:
+    def from_dict(
+        cls, data: Mapping[str, Any], *, name: str | None = None, where: str = "config.json"
+    ) -> Self:
         """Build a config from the contents of a ``config.json``.
 
         Keys that do not change the forward pass (``use_cache``, ``initializer_range``, ...) are
-        ignored. ``name`` defaults to ``_name_or_path``.
+        ignored, whatever they hold; so is ``quantization_config``, which `declared_quantization`
+        reads. ``name`` defaults to ``_name_or_path``; ``where`` is what messages begin with.
 
-        Raises MeshwenError: another architecture, a missing key, a value of the wrong type, a
-        quantised checkpoint, or a setting the model does not implement.
+        Raises MeshwenError: another architecture, a missing key, a value of the wrong type, or a
+        setting the model does not implement.
         """
-        if not isinstance(data, Mapping):
-            raise MeshwenError(f"a config must be a JSON object, found {shown(data)}")
-        _refuse_unsupported(data)
-        layers = _int(data, "num_hidden_layers")
-        heads = _int(data, "num_attention_heads")
-        max_positions = _max_positions(data)
-        sliding_window, layer_types = _sliding_attention(data, layers)
-        rope_theta, rope_scaling = _rope(data, max_positions)
-        return cls(
-            vocab_size=_int(data, "vocab_size"),
-            hidden_size=_int(data, "hidden_size"),
-            intermediate_size=_int(data, "intermediate_size"),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=_nullable(_int, data, "num_key_value_heads", heads),
-            head_dim=_optional(_int, data, "head_dim", 0),
-            max_position_embeddings=max_positions,
-            rms_norm_eps=_float(data, "rms_norm_eps"),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            tie_word_embeddings=_bool(data, "tie_word_embeddings", default=False),
-            layer_types=layer_types,
-            sliding_window=sliding_window,
-            bos_token_id=_optional(_int, data, "bos_token_id"),
-            eos_token_id=_token_ids(data, "eos_token_id"),
-            pad_token_id=_optional(_int, data, "pad_token_id"),
-            torch_dtype=_dtype(data),
-            name=name if name is not None else str(data.get("_name_or_path") or ""),
-        )
+        data = check_shape(data, dict[str, Any], where)
+        name = str(data.get("_name_or_path") or "") if name is None else name
+        _refuse_unsupported(data, where)
+        shape: ConfigFile = check_shape(cast(ConfigFile, data), ConfigFile, where)
+        sliding_window, layer_types = _sliding_attention(data, where)
+        try:
+            max_positions = _max_positions(shape)
+            rope_theta, rope_scaling = read_rope(data, max_positions)
+            return cls(
+                vocab_size=shape["vocab_size"],
+                hidden_size=shape["hidden_size"],
+                intermediate_size=shape["intermediate_size"],
+                num_hidden_layers=shape["num_hidden_layers"],
+                num_attention_heads=shape["num_attention_heads"],
+                num_key_value_heads=_or(shape["num_key_value_heads"], shape["num_attention_heads"]),
+                head_dim=_or(shape.get("head_dim"), 0),
+                max_position_embeddings=max_positions,
+                rms_norm_eps=float(shape["rms_norm_eps"]),
+                rope_theta=rope_theta,
+                rope_scaling=rope_scaling,
+                tie_word_embeddings=bool(shape.get("tie_word_embeddings")),
+                layer_types=layer_types,
+                sliding_window=sliding_window,
+                bos_token_id=_token_id(data.get("bos_token_id")),
+                eos_token_id=_token_ids(shape.get("eos_token_id")),
+                pad_token_id=_token_id(data.get("pad_token_id")),
+                torch_dtype=_dtype(data),
+                name=name,
+            )
+        except MeshwenError as error:
+            raise MeshwenError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a ``config.json`` that transformers and this class read."""
@@ -230,192 +263,125 @@ class Qwen2Config:
             use_sliding_window=self.sliding_window is not None,
             max_window_layers=sliding[0] if sliding else self.num_hidden_layers,
             eos_token_id=(eos[0] if len(eos) == 1 else eos) if eos else None,
-            rope_scaling=_rope_scaling_dict(self.rope_scaling),
+            rope_scaling=self.rope_scaling.to_dict() if self.rope_scaling else None,
         )
         return data
 
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+def config_file(path: Path) -> Path:
+    """The ``config.json`` of a folder, or the file itself; MeshwenError when it is not there."""
+    folder = exists(path) and path.is_dir()
+    file = path / "config.json" if folder else path
+    if not exists(file):
+        if folder:
+            raise MeshwenError(f"{path}: the folder has no config.json")
+        raise MeshwenError(f"{path}: no such file or folder")
+    return file
 
 
-def _refuse_unsupported(data: Mapping[str, Any]) -> None:
+def read_config(file: Path) -> dict[str, Any]:
+    """The object in a ``config.json``. Raises MeshwenError when there is none."""
+    return read_json(file, dict[str, Any])
+
+
+def declared_quantization(data: Mapping[str, Any]) -> str | None:
+    """What ``quantization_config`` names; None where it is empty.
+
+    It may be left over from a copy whose weights are whole again: the tensors tell.
+    """
+    declared = data.get("quantization_config")
+    if not declared:
+        return None
+    method = declared.get("quant_method") if isinstance(declared, Mapping) else declared
+    return method if isinstance(method, str) else "unnamed"
+
+
+def _refuse_unsupported(data: Mapping[str, Any], where: str) -> None:
     """Raise MeshwenError for a config whose model would not be the one this package computes."""
-    found = data.get("architectures") or []
-    model_type = data.get("model_type")
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise MeshwenError(f"architectures must be a list of names, found {shown(found)}")
-    if (found and ARCHITECTURE not in found) or model_type not in (None, MODEL_TYPE):
+    parts = {key: data[key] for key in ("architectures", "model_type") if key in data}
+    parts = check_shape(parts, cast(type[dict[str, Any]], ConfigHead), where)
+    found, model_type = parts.get("architectures") or [], parts.get("model_type")
+    found = [found] if isinstance(found, str) else found
+    known = {ARCHITECTURE, BASE_ARCHITECTURE} & set(found)
+    if (found and not known) or model_type not in (None, MODEL_TYPE):
         raise MeshwenError(
-            f"architecture {', '.join(found) or 'unnamed'} (model_type {model_type!r}) is not "
-            f"supported; supported: {ARCHITECTURE} (model_type {MODEL_TYPE!r})"
+            f"{where}: architecture {shown(', '.join(found) or 'unnamed')} "
+            f"(model_type {shown(model_type)}) is not supported; supported: {ARCHITECTURE} "
+            f'(model_type "{MODEL_TYPE}")'
         )
     if not found and model_type is None:
         raise MeshwenError(
-            f"neither architectures nor model_type is given; supported: {ARCHITECTURE} "
-            f"(model_type {MODEL_TYPE!r})"
+            f"{where}: neither architectures nor model_type is given; supported: {ARCHITECTURE} "
+            f'(model_type "{MODEL_TYPE}")'
         )
-    quantization = data.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    activation = data.get("hidden_act")
+    if activation not in (None, "silu"):
         raise MeshwenError(
-            f"unknown quantisation {method or 'unnamed'!r} (quantization_config); use "
-            "the unquantised checkpoint or a GGUF file"
+            f'{where}: hidden_act {shown(activation)} is not supported; supported: "silu"'
         )
-    activation = data.get("hidden_act", "silu")
-    if activation != "silu":
-        raise MeshwenError(f"hidden_act {activation!r} is not supported; supported: 'silu'")
-    if data.get("is_causal", True) is not True:
-        raise MeshwenError("is_causal false (bidirectional attention) is not supported")
+    if data.get("is_causal") not in (None, True):
+        raise MeshwenError(f"{where}: is_causal false (bidirectional attention) is not supported")
 
 
-def _sliding_attention(data: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[str, ...]]:
+def _sliding_attention(data: Mapping[str, Any], where: str) -> tuple[int | None, tuple[str, ...]]:
     """Return (sliding_window, layer_types) by the rule of transformers' Qwen2Config.
 
     The first ``max_window_layers`` layers attend to everything and the ones above slide, unless
     ``layer_types`` says which do.
     """
-    window = None
-    if _bool(data, "use_sliding_window", default=False):
-        window = _nullable(_int, data, "sliding_window", None)
-    given = data.get("layer_types")
-    if given is not None:
-        if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
-            raise MeshwenError(f"layer_types must be a list of names, found {shown(given)}")
+    window, slides = None, bool(data.get("use_sliding_window"))
+    if slides:
+        window = check_shape(cast(_SlidingFile, data), _SlidingFile, where)["sliding_window"]
+    if (given := data.get("layer_types")) is not None:
         if not given:
-            raise MeshwenError("layer_types is empty; leave it out or give one entry per layer")
+            raise MeshwenError(
+                f"{where}: layer_types is empty; leave it out or give one entry per layer"
+            )
         return window, tuple(given)
     if window is None:
         return None, ()
-    full = min(max(_int(data, "max_window_layers"), 0), layers)
+    if "max_window_layers" not in data:
+        raise MeshwenError(f"{where}: max_window_layers is missing")
+    layers = data["num_hidden_layers"]
+    if layers > _LARGEST["num_hidden_layers"]:  # What is refused, and is not to size anything.
+        return window, ()
+    full = min(max(data["max_window_layers"], 0), layers)
     return window, LAYER_TYPES[:1] * full + LAYER_TYPES[1:] * (layers - full)
 
 
-def _max_positions(data: Mapping[str, Any]) -> int:
+def _max_positions(data: ConfigFile) -> int:
     """Return the context length; without dual chunk attention, the one before its extension.
 
     Qwen2.5-1M checkpoints declare 1010000 positions but reach beyond 262144 only by dual chunk
     attention (arXiv 2402.17463), which is plain attention up to there and not implemented here.
     """
-    positions = _int(data, "max_position_embeddings")
-    dual_chunk = data.get("dual_chunk_attention_config")
-    if not isinstance(dual_chunk, Mapping):
+    positions, dual_chunk = data["max_position_embeddings"], data.get("dual_chunk_attention_config")
+    if not dual_chunk:
         return positions
-    return min(positions, _int(dual_chunk, "original_max_position_embeddings"))
-
-
-def _rope(data: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Return (rope_theta, scaling); as in transformers, a filled rope_scaling wins."""
-    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
-    rope = data.get(key) or {}
-    if not isinstance(rope, Mapping):
-        raise MeshwenError(f"{key} must be an object, found {shown(rope)}")
-    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
-    if nested:
-        raise MeshwenError(f"{key}.{nested[0]}: RoPE settings per layer type are not supported")
-    for source in (rope, data):
-        if source.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            raise MeshwenError("partial_rotary_factor other than 1 is not supported")
-    theta = _float(rope if rope.get("rope_theta") is not None else data, "rope_theta")
-
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return theta, None
-    if rope_type not in ROPE_TYPES:
+    if "original_max_position_embeddings" not in dual_chunk:
         raise MeshwenError(
-            f"{key}: rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            "dual_chunk_attention_config.original_max_position_embeddings is missing"
         )
-    if rope_type == "linear":
-        return theta, RopeScaling(rope_type="linear", factor=_float(rope, "factor"))
-    return theta, _yarn(rope, data, max_positions)
-
-
-def _yarn(rope: Mapping[str, Any], data: Mapping[str, Any], max_positions: int) -> RopeScaling:
-    """Read YaRN's settings with transformers' defaults."""
-    # A model-wide value takes priority, then YaRN's own.
-    source = data if data.get("original_max_position_embeddings") is not None else rope
-    original = _optional(_int, source, "original_max_position_embeddings", max_positions)
-    return RopeScaling(
-        rope_type="yarn",
-        factor=_nullable(_float, rope, "factor", max_positions / max(original, 1)),
-        original_max_position_embeddings=original,
-        beta_fast=_optional(_float, rope, "beta_fast") or 32.0,
-        beta_slow=_optional(_float, rope, "beta_slow") or 1.0,
-        attention_factor=_optional(_float, rope, "attention_factor"),
-        mscale=_optional(_float, rope, "mscale"),
-        mscale_all_dim=_optional(_float, rope, "mscale_all_dim"),
-        truncate=_bool(rope, "truncate", default=True),
-    )
-
-
-def _rope_scaling_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """Return the ``rope_scaling`` object of config.json: only what the RoPE type knows."""
-    if scaling is None:
-        return None
-    if scaling.rope_type == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {key: value for key, value in asdict(scaling).items() if value is not None}
+    return min(positions, dual_chunk["original_max_position_embeddings"])
 
 
 def _dtype(data: Mapping[str, Any]) -> str:
-    """Return the checkpoint's dtype; both keys present: ``dtype`` wins, as in transformers."""
-    value = data.get("dtype") or data.get("torch_dtype") or "float32"
-    if not isinstance(value, str):
-        raise MeshwenError(f"torch_dtype must be a name, found {shown(value)}")
-    return value.removeprefix("torch.")
+    """Return the checkpoint's dtype; both keys present: ``dtype`` wins, as in transformers.
+
+    The files' tensors have the last word on it, so it may be anything.
+    """
+    value = data.get("dtype") or data.get("torch_dtype")
+    return value.removeprefix("torch.") if isinstance(value, str) else "float32"
 
 
-def _token_ids(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = data.get(key)
-    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise MeshwenError(f"{key} must be an integer or a list of them, found {shown(value)}")
-    return tuple(ids)
+def _token_id(value: Any) -> int | None:
+    """Return an id that no computation needs: None where it is none."""
+    return value if type(value) is int and 0 <= value < 2**31 else None
 
 
-_Reader = Callable[[Mapping[str, Any], str], Any]
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def _require(data: Mapping[str, Any], key: str) -> Any:
-    if key not in data:
-        raise MeshwenError(f"required key {key} is missing")
-    return data[key]
-
-
-def _int(data: Mapping[str, Any], key: str) -> int:
-    value = _require(data, key)
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
-        raise MeshwenError(f"{key} must be a 32-bit integer, found {shown(value)}")
-    return value
-
-
-def _float(data: Mapping[str, Any], key: str) -> float:
-    value = _require(data, key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -1e300 < value < 1e300:
-        raise MeshwenError(f"{key} must be a finite number, found {shown(value)}")
-    return float(value)
-
-
-def _bool(data: Mapping[str, Any], key: str, *, default: bool) -> bool:
-    value = data.get(key, default)
-    if not isinstance(value, bool):
-        raise MeshwenError(f"{key} must be true or false, found {shown(value)}")
-    return value
-
-
-def _nullable(read: _Reader, data: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Return the value of a required key, or the default where the config says null."""
-    return default if _require(data, key) is None else read(data, key)
-
-
-def _optional(read: _Reader, data: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """Return the value of a key, or the default where it is missing or null."""
-    return default if data.get(key) is None else read(data, key)
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value

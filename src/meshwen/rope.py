@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from meshwen.config import Qwen2Config, RopeScaling
+from meshwen.config import Qwen2Config
+from meshwen.rope_scaling import RopeScaling
 
 
 def inverse_frequencies(config: Qwen2Config) -> tuple[np.ndarray, float]:
@@ -27,7 +28,7 @@ def inverse_frequencies(config: Qwen2Config) -> tuple[np.ndarray, float]:
         return _ONE / wavelengths, 1.0
     if scaling.rope_type == "linear":
         return _ONE / wavelengths / np.float32(scaling.factor), 1.0
-    return _yarn(wavelengths, config, scaling), _yarn_attention_factor(scaling)
+    return _yarn(wavelengths, config, scaling), scaling.cosine_factor
 
 
 _ONE = np.float32(1.0)
@@ -72,20 +73,3 @@ def _correction_range(config: Qwen2Config, scaling: RopeScaling) -> tuple[float,
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
     return (low, high + 0.001) if low == high else (low, high)
-
-
-def _yarn_attention_factor(scaling: RopeScaling) -> float:
-    """Return sqrt(1/t) of arXiv 2309.00071, equation 22: ``0.1 ln(factor) + 1``.
-
-    ``mscale`` and ``mscale_all_dim`` generalise it to a ratio of two such terms, as in DeepSeek's
-    checkpoints; both must be given for that.
-    """
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-
-    def temperature(mscale: float) -> float:
-        return 0.1 * mscale * math.log(scaling.factor) + 1.0
-
-    if scaling.mscale and scaling.mscale_all_dim:
-        return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
-    return temperature(1.0)
