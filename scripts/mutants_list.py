@@ -433,6 +433,34 @@ FAULTS = (
         "loading",
     ),
     _fault(
+        "loading: NaN weights are taken",
+        "finite.py",
+        "    if _all_below(values, _first_infinite(dtype)):",
+        "    if True:",
+        "loading",
+    ),
+    _fault(
+        "checkpoints: more layers than tensors are laid out",
+        "checkpoints/dimensions.py",
+        "    if config.num_hidden_layers > len(tensors):",
+        "    if False:",
+        "checkpoints_open",
+    ),
+    _fault(
+        "gguf: a tensor begins anywhere",
+        "checkpoints/gguf.py",
+        "        if info.offset != expected:",
+        "        if False:",
+        "checkpoints_gguf",
+    ),
+    _fault(
+        "torch: a compressed archive is mapped as it lies",
+        "checkpoints/torch_zip.py",
+        "if info.compress_type != zipfile.ZIP_STORED or",
+        "if False and info.compress_type != zipfile.ZIP_STORED or",
+        "checkpoints_torch",
+    ),
+    _fault(
         "safetensors: a tensor in two shards",
         "checkpoints/base.py",
         "            if name in tensors:",
@@ -455,10 +483,10 @@ FAULTS = (
     ),
     _fault(
         "config: unknown RoPE scaling is taken for none",
-        "config.py",
+        "rope_scaling.py",
         "    if rope_type not in ROPE_TYPES:\n        raise MeshwenError(",
         "    if rope_type not in ROPE_TYPES:\n"
-        "        return theta, None\n"
+        "        return float(theta), None\n"
         "        raise MeshwenError(",
         "config",
     ),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -335,7 +336,7 @@ def test_unsupported_type_names_tensor_and_type(tmp_path, type_):
     packed = np.zeros((2, 512 // elements * nbytes), np.uint8)
     path = write_gguf(tmp_path / "x.gguf", dict([EMBEDDING, ("output.weight", (packed, type_))]))
     message = error_of(path)
-    assert f"output.weight has type {type_.name}" in message
+    assert f'"output.weight" has type {type_.name}' in message
 
 
 def test_missing_gguf_package_says_what_to_install(tmp_path, monkeypatch):
@@ -388,3 +389,125 @@ def test_real_gguf_rounds_to_the_real_safetensors(real_model_dir):
                 index = (slice(start, start + 40_000),)
                 rounded = found.tensors[name].read(index).astype(ml_dtypes.bfloat16)
                 assert same_bits(rounded, source.read(index)), name
+
+
+# Metadata that is not as the model needs it, and what the refusal says.
+WRONG = {
+    "a text for a count": (("string", "qwen2.block_count", "1"), "expected an integer"),
+    "a float for a count": (("float32", "qwen2.context_length", 128.0), "expected an integer"),
+    "a list for a number": (("array", "qwen2.rope.freq_base", [1.0]), "expected a number"),
+    "an infinity": (("float32", "qwen2.rope.freq_base", float("inf")), "a finite number"),
+    "a number for a list": (("uint32", "tokenizer.ggml.tokens", 3), "expected a list"),
+    "a text for a temperature": (("string", "general.sampling.temp", "0"), "expected a number"),
+    "a text for an id": (("string", "tokenizer.ggml.eos_token_id", "3"), "expected an integer"),
+    "a million layers": (("uint32", "qwen2.block_count", 10**6), "must be from 1 to 4096"),
+    "more layers than tensors": (("uint32", "qwen2.block_count", 4000), "15 tensors"),
+    "more heads than rows": (("uint32", "qwen2.attention.head_count", 2**14), "qwen2.attention"),
+    "a negative eps": (
+        ("float32", "qwen2.attention.layer_norm_rms_epsilon", -1e-6),
+        "qwen2.attention.layer_norm_rms_epsilon must be from",
+    ),
+    "part of a head turned": (("uint32", "qwen2.rope.dimension_count", 8), "heads have 16"),
+    "no causal mask": (("bool", "qwen2.attention.causal", False), "causal is false"),
+    "a chat template": (("uint32", "tokenizer.chat_template", 1), "expected text"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_metadata_of_another_shape_is_refused_by_file_and_key(tmp_path, case):
+    (kind, key, value), said = WRONG[case]
+
+    def extra(writer: object) -> None:
+        writer.kv_data[-1].pop(key, None)
+        getattr(writer, f"add_{kind}")(key, value)
+
+    message = error_of(write_gguf(tmp_path / "x.gguf", float_gguf_tensors(), extra=extra))
+    assert message.startswith(str(tmp_path / "x.gguf"))
+    assert key in message
+    assert said in message
+
+
+def test_metadata_that_no_computation_needs_blocks_nothing(tmp_path):
+    def extra(writer: object) -> None:
+        writer.add_uint32("tokenizer.ggml.padding_token_id", 2**32 - 1)
+        writer.add_string("tokenizer.ggml.bos_token_id", "none")
+        writer.add_array("general.tags", ["a"])
+        writer.add_float32("general.odd", float("nan"))
+        writer.add_uint32("qwen2.rope.dimension_count", 16)
+
+    path = write_gguf(tmp_path / "x.gguf", float_gguf_tensors(), extra=extra)
+    config = open_checkpoint(str(path)).config
+    assert (config.pad_token_id, config.bos_token_id) == (None, None)
+
+
+def test_a_pre_tokenizer_that_is_not_named_is_qwen2s_and_said(tmp_path):
+    for number, pre in enumerate([None, "default", "qwen2"]):
+
+        def extra(writer: object, pre: str | None = pre) -> None:
+            writer.add_token_list(["a", "b"])
+            if pre:
+                writer.add_tokenizer_pre(pre)
+
+        path = write_gguf(tmp_path / f"{number}.gguf", float_gguf_tensors(), extra=extra)
+        notes = open_checkpoint(str(path)).notes
+        assert len(notes) == (pre != "qwen2")
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def header(*entries: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries)
+
+
+U32 = struct.pack("<I", 4)
+ARRAY_OF_U8, ARRAY_OF_TEXT = struct.pack("<II", 9, 0), struct.pack("<II", 9, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (header(string(b"k") + U32 + bytes(4), string(b"k") + U32 + bytes(4)), "twice"),
+        (header(string(b"k") + ARRAY_OF_U8 + struct.pack("<Q", 2**62)), "ends inside an array"),
+        (header(string(b"k") + ARRAY_OF_TEXT + struct.pack("<QQ", 2**62, 2**62)), "a string"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 9, 2**62)), "not a whole"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 99, 1) + bytes(9)), "not a whole"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 0), "declares 1099511627776 tensors"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + string(b"t") + bytes([0, 0, 0, 9]), "dimensions"),
+    ],
+)
+def test_counts_beyond_the_file_size_nothing(tmp_path, content, said):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert said in error_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_of_many_megabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "x.gguf"
+    with path.open("wb") as file:  # A hole: it takes no room on the disk.
+        file.write(header(string(b"k") + struct.pack("<IQ", 8, 1 << 30)))
+        file.truncate(1 << 31)
+    assert "its header is above 64 MiB" in error_of(path)
+
+
+def test_a_tensor_elsewhere_than_the_one_before_ends_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", float_gguf_tensors())
+    content = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_down.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8 + 4
+    (offset,) = struct.unpack_from("<Q", content, at)
+    struct.pack_into("<Q", content, at, offset - 32)
+    path.write_bytes(content)
+    assert f"begins at byte {offset - 32} of the weights" in error_of(path)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    tensors = float_gguf_tensors() | {"model.norm.weight": (np.ones(64, np.float32), None)}
+    path = write_gguf(tmp_path / "x.gguf", tensors)
+    assert 'two tensors are "model.norm.weight"' in error_of(path)

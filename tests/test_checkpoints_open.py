@@ -18,6 +18,7 @@ from checkpoint_writers import (
     CONFIG,
     float_gguf_tensors,
     random_weights,
+    same_bits,
     write_folder,
     write_gguf,
     write_json,
@@ -127,6 +128,71 @@ def test_malformed_generation_config_is_an_error(tmp_path, content):
     write_folder(tmp_path, random_weights())
     (tmp_path / "generation_config.json").write_text(content)
     assert "generation_config.json" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny.GGUF", "tiny.Gguf", "tiny", "tiny.bin"])
+def test_a_gguf_file_may_have_any_name(tmp_path, name):
+    path = write_gguf(tmp_path / name, float_gguf_tensors())
+    for load_format in ("auto", "gguf"):
+        checkpoint = open_checkpoint(str(path), load_format=load_format)
+        assert (checkpoint.format, checkpoint.name) == ("gguf", "tiny")
+
+
+def test_a_folder_is_searched_for_gguf_files_of_any_case_but_not_hidden_ones(tmp_path):
+    write_gguf(tmp_path / "a.GGUF", float_gguf_tensors())
+    (tmp_path / "._a.GGUF").write_bytes(b"what another system keeps beside a file")
+    assert open_checkpoint(str(tmp_path)).path == tmp_path / "a.GGUF"
+
+
+def test_a_link_has_its_own_name_and_not_that_of_what_it_leads_to(tmp_path):
+    blobs = tmp_path / "blobs"
+    write_folder(blobs / "0123abcd", random_weights())
+    write_gguf(blobs / "4567ef", float_gguf_tensors())
+    (tmp_path / "my-model").symlink_to(blobs / "0123abcd")
+    (tmp_path / "tiny-q4.gguf").symlink_to(blobs / "4567ef")
+    for path, name in (("my-model", "my-model"), ("tiny-q4.gguf", "tiny-q4")):
+        checkpoint = open_checkpoint(str(tmp_path / path))
+        assert checkpoint.name == checkpoint.config.name == name
+        assert checkpoint.path == tmp_path / path
+
+
+def test_a_base_model_saved_alone_has_the_names_of_the_whole(tmp_path):
+    weights = random_weights()
+    alone = {name.removeprefix("model."): array for name, array in weights.items()}
+    checkpoint = open_checkpoint(str(write_folder(tmp_path, alone)))
+    assert checkpoint.tensors.keys() == weights.keys()
+    assert all(source.name == name for name, source in checkpoint.tensors.items())
+    assert all(same_bits(checkpoint.tensors[name].read(), weights[name]) for name in weights)
+
+
+def test_a_quantization_config_beside_whole_weights_is_said_and_not_heeded(tmp_path):
+    folder = write_folder(tmp_path, random_weights())
+    for declared, noted in (({}, 0), ({"quant_method": "gptq", "bits": 4}, 1)):
+        write_json(folder / "config.json", CONFIG | {"quantization_config": declared})
+        for load_format in ("auto", "dummy"):
+            checkpoint = open_checkpoint(str(folder), load_format=load_format)
+            assert len(checkpoint.notes) == noted
+    assert 'quantization_config ("gptq") is not heeded' in checkpoint.notes[0]
+
+
+# What a config.json declares that its files do not hold, and what the refusal says.
+TOO_LARGE = {
+    "num_hidden_layers": (2**12, "num_hidden_layers is 4096, but the checkpoint holds 15 tensors"),
+    "vocab_size": (2**24, "more than the checkpoint's"),
+    "intermediate_size": (2**20, "more than the checkpoint's"),
+}
+
+
+@pytest.mark.parametrize("key", TOO_LARGE)
+def test_dimensions_beyond_what_the_files_hold_are_refused_at_once(tmp_path, key):
+    folder = write_folder(tmp_path, random_weights())
+    value, said = TOO_LARGE[key]
+    write_json(folder / "config.json", CONFIG | {key: value})
+    message = error_of(folder)
+    assert said in message
+    assert str(folder / "config.json") in message
+    write_json(folder / "config.json", CONFIG | {key: 2**31 - 1})
+    assert f"{key} must be from 1 to" in error_of(folder)
 
 
 SMALL_FILES = {

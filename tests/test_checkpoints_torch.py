@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoint_writers import random_weights, same_bits, unhurried, write_folder, write_json
 from meshwen.checkpoints import open_checkpoint
+from meshwen.checkpoints.torch_zip import read_records
 from meshwen.errors import MeshwenError
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -147,6 +151,106 @@ def test_what_is_not_a_supported_tensor_is_named(torch, tmp_path):
         (torch.zeros(2, dtype=torch.complex64), "torch.complex64"),
     ):
         torch.save({"x": value}, path)
-        assert f"x is {described}" in error_of(tmp_path)
+        assert f'"x" is {described}' in error_of(tmp_path)
     torch.save([torch.zeros(2)], path)
     assert "holds no state dict" in error_of(tmp_path)
+
+
+def rewritten(path: Path, change: object, **options: int) -> None:
+    """Writes an archive again, each record as `change(name, content)` has it; None: without it."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in records:
+            if (new := change(name, content)) is not None:
+                archive.writestr(name, new)
+
+
+def is_numbers(name: str) -> bool:
+    return name.split("/", 1)[1].startswith("data/")
+
+
+def some_archive(path: Path, pickled: bytes = pickle.dumps({}), **options: int) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/data/0", bytes(512))
+    return path
+
+
+def refused_archive(path: Path) -> str:
+    with pytest.raises(MeshwenError) as caught:
+        read_records(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path} cannot be loaded as torch weights")
+    assert "\n" not in message
+    return message
+
+
+def test_records_are_where_the_archive_says(tmp_path):
+    path = some_archive(tmp_path / "x.bin")
+    (record,) = read_records(path)
+    assert record.nbytes == 512
+    assert path.read_bytes()[record.offset - 8 : record.offset] == b"x/data/0"
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    path = some_archive(tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED)
+    assert "is compressed" in refused_archive(path)
+
+
+def test_a_pickle_that_takes_for_ever_is_refused_unread(tmp_path):
+    twice = b"q\x00h\x00\x86"  # A pair of what there is.
+    path = some_archive(tmp_path / "x.bin", b"\x80\x02})" + 100 * twice + b"K\x01s.")
+    assert "too many objects" in refused_archive(path)
+    path = some_archive(tmp_path / "y.bin", bytes((1 << 24) + 1))
+    assert "16777217 bytes" in refused_archive(path)
+
+
+@pytest.mark.parametrize(
+    "pickled", [b"", b"\x80\x02.", b"e.", b"(((", b"h\x07.", b"\x80\x02}q\x00u."]
+)
+def test_a_damaged_pickle_is_refused_or_left_to_torch(tmp_path, pickled):
+    with contextlib.suppress(MeshwenError):
+        read_records(some_archive(tmp_path / "x.bin", pickled))
+
+
+# What a record of numbers is made, and how the archive is compressed.
+CHANGES = {
+    "emptied": lambda name, content: b"" if is_numbers(name) else content,
+    "shortened": lambda name, content: content[:-4] if is_numbers(name) else content,
+    "lengthened": lambda name, content: content + bytes(64) if is_numbers(name) else content,
+    "left out": lambda name, content: None if name.endswith("data/0") else content,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_numbers_that_are_not_what_the_tensors_are_made_of_are_refused(torch, tmp_path, change):
+    path = write_folder(tmp_path) / "pytorch_model.bin"
+    torch.save({"x": torch.arange(100.0), "y": torch.arange(60.0)}, path)
+    rewritten(path, lambda name, content: content)
+    assert open_checkpoint(str(tmp_path)).tensors["y"].read()[59] == 59
+    rewritten(path, CHANGES[change])
+    assert str(path) in error_of(tmp_path)
+
+
+def test_tensors_that_share_numbers_are_read(torch, tmp_path):
+    x = torch.arange(100.0).reshape(20, 5)
+    state = {"x": x, "again": x, "rows": x[3:7], "none": torch.zeros(0, 4)}
+    torch.save(state, write_folder(tmp_path) / "pytorch_model.bin")
+    tensors = open_checkpoint(str(tmp_path)).tensors
+    for name, tensor in state.items():
+        assert same_bits(tensors[name].read(), tensor.numpy())
+
+
+def test_what_only_looks_like_a_tensor_of_numbers_is_named(torch, tmp_path):
+    path = write_folder(tmp_path) / "pytorch_model.bin"
+    wrong = {
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.zeros(3, device="meta"),
+        "repeated": torch.zeros(1).expand(1 << 20, 1 << 20),
+    }
+    for name, value in wrong.items():
+        torch.save({name: value}, path)
+        assert f'"{name}"' in error_of(tmp_path)
+    torch.save({("a", 1): torch.zeros(3)}, path)
+    assert "is no name of a tensor" in error_of(tmp_path)

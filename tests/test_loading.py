@@ -12,6 +12,7 @@ from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, SMALL_HALF_B, memory_checkpoint, whole
 from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
+from meshwen.finite import check_finite
 from meshwen.loading import dummy_params, load_params
 from meshwen.packing import AnyWeight, PackedWeight
 from meshwen.parallel.heads import PADDING
@@ -219,7 +220,7 @@ def test_a_transposed_projection_is_refused():
 )
 def test_an_unexpected_tensor_is_named_with_its_shape(name):
     weights = random_bits(ODD, BFLOAT16) | {name: np.zeros((3, 5), BFLOAT16)}
-    assert f"unexpected tensor {name} [3, 5]" in refusal(ODD, weights)
+    assert f'unexpected tensor "{name}" [3, 5]' in refusal(ODD, weights)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored():
@@ -299,3 +300,68 @@ def test_dummy_weights_have_the_spread_of_fresh_ones_and_differ_from_each_other(
     assert abs(products[0, 1]) < 0.01
     other_seed = by_name(dummy_params(plan, np.float32, seed=1))
     assert not np.array_equal(whole(other_seed[up.format(0)]), arrays[up.format(0)])
+
+
+DAMAGED = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "mesh", "quantization", "said"),
+    [
+        (np.nan, BFLOAT16, "1", None, "holds NaN"),
+        (-np.inf, np.float16, "3", None, "holds infinite numbers"),
+        (np.nan, np.float32, "2x4", "int8", "holds NaN"),
+        (-np.nan, np.float64, "1", "int8", "holds NaN"),
+        (np.inf, BFLOAT16, "5", "int8", "holds infinite numbers"),
+        (3.4e38, np.float32, "1", None, "holds numbers that are too large for bfloat16"),
+        (1e300, np.float64, "1", "int8", "holds numbers that are too large for float32"),
+    ],
+)
+def test_a_weight_that_is_no_number_is_refused_by_name(value, dtype, mesh, quantization, said):
+    weights = {name: a.astype(dtype) for name, a in random_bits(ODD, np.dtype(np.float16)).items()}
+    plan = ParallelPlan(ODD, make_mesh(mesh), quantization=quantization)
+    load_params(memory_checkpoint(ODD, weights), plan, BFLOAT16)
+    weights[DAMAGED][-1, -1] = value
+    with pytest.raises(MeshwenError, match=f"memory: tensor {DAMAGED} {said}") as caught:
+        load_params(memory_checkpoint(ODD, weights), plan, BFLOAT16)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_every_finite_number_is_taken_and_no_other(dtype):
+    dtype = np.dtype(dtype)
+    info = ml_dtypes.finfo(dtype)
+    finite = np.array([0, -0.0, info.max, info.min, info.tiny, -info.tiny], dtype)
+    check_finite(finite, dtype, "x")
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        for shape in ((), (7,), (700, 500)):  # More than is looked at at a time.
+            values = np.zeros(shape, dtype)
+            check_finite(values, dtype, "x")
+            values[(...,) if shape == () else (-1,) * len(shape)] = bad
+            with pytest.raises(MeshwenError):
+                check_finite(values.T, dtype, "x")
+
+
+def test_what_rounds_to_infinity_is_too_large():
+    largest = np.float32(ml_dtypes.finfo(BFLOAT16).max)
+    half_a_step = np.float32(2.0 ** (127 - 8))
+    check_finite(np.array([np.nextafter(largest + half_a_step, 0)]), BFLOAT16, "x")
+    assert np.isinf((largest + half_a_step).astype(BFLOAT16))
+    with pytest.raises(MeshwenError, match="too large"):
+        check_finite(np.array([largest + half_a_step]), BFLOAT16, "x")
+
+
+def test_a_damaged_head_beside_its_equal_is_named_for_what_it_is():
+    tied = replace(ODD, tie_word_embeddings=True)
+    weights = random_bits(tied, BFLOAT16)
+    weights["model.embed_tokens.weight"][3, 3] = np.nan
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    assert "model.embed_tokens.weight holds NaN" in refusal(tied, weights)
+
+
+def test_weights_that_do_not_fit_say_that_the_config_names_a_quantisation():
+    weights = random_bits(ODD, BFLOAT16)
+    del weights[DAMAGED]
+    opened = replace(memory_checkpoint(ODD, weights), quantization="gptq")
+    with pytest.raises(MeshwenError, match=r'is missing; .* names "gptq", which is not supported'):
+        load_params(opened, ParallelPlan(ODD, make_mesh("1")), BFLOAT16)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise, product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from meshwen.checkpoints import Checkpoint, TensorSource
+from meshwen.checkpoints import Checkpoint, TensorSource, quantized_hint
 from meshwen.errors import MeshwenError
+from meshwen.finite import check_finite
 from meshwen.jax_settings import Program, own_settings
+from meshwen.json_files import shown
 from meshwen.model import Params
 from meshwen.packing import COLUMNS, AnyWeight, PackedWeight, packed
 from meshwen.parallel.heads import PADDING
@@ -49,32 +52,42 @@ def check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelP
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape; it is named.
     """
-    expected = {w.name: w.shape(plan) for w in weights}
-    for name, shape in expected.items():
+    if (problem := _misfit(checkpoint, weights, plan)) is None:
+        return
+    quantization = checkpoint.quantization
+    hint = f"; {quantized_hint(quantization)}" if quantization is not None else ""
+    raise MeshwenError(f"{checkpoint.path}: {problem}{hint}")
+
+
+def _misfit(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> str | None:
+    """What keeps a checkpoint's tensors from being the declared ones, None where they are."""
+    for weight in weights:
+        name, shape = weight.name, weight.shape(plan)
         if name not in checkpoint.tensors:
-            raise MeshwenError(
-                f"{checkpoint.path}: tensor {name} {list(shape)} is missing; "
+            return (
+                f"tensor {name} {list(shape)} is missing; "
                 "the checkpoint does not fit its config, or is incomplete"
             )
         source = checkpoint.tensors[name]
         if not jnp.issubdtype(source.dtype, jnp.floating):
-            raise MeshwenError(
-                f"{checkpoint.path}: tensor {name} is {source.dtype}, not floating-point: "
+            return (
+                f"tensor {name} is {source.dtype}, not floating-point: "
                 "the checkpoint is quantised in a way that is not supported"
             )
-        found = source.shape
-        if found != shape:
-            raise MeshwenError(
-                f"{checkpoint.path}: tensor {name} has shape {list(found)}, "
+        if source.shape != shape:
+            return (
+                f"tensor {name} has shape {list(source.shape)}, "
                 f"but the config makes it {list(shape)}"
             )
+    expected = {weight.name for weight in weights}
     for name in checkpoint.tensors:
         tied_copy = plan.config.tie_word_embeddings and name == LM_HEAD.name
         if name not in expected and not tied_copy and not name.endswith(_IGNORED_SUFFIX):
-            raise MeshwenError(
-                f"{checkpoint.path}: unexpected tensor {name} "
+            return (
+                f"unexpected tensor {shown(name)} "
                 f"{list(checkpoint.tensors[name].shape)}; Qwen2 has no such weight"
             )
+    return None
 
 
 def load_params(
@@ -90,7 +103,7 @@ def load_params(
     expanded, padded or packed a copy of it, is in memory.
 
     Raises:
-        MeshwenError: a tensor is missing, unexpected or of another shape.
+        MeshwenError: a tensor is missing, unexpected or of another shape, or holds NaN or infinity.
     """
     check_tensors(checkpoint, declared_weights(plan.config), plan)
     if plan.config.tie_word_embeddings and LM_HEAD.name in checkpoint.tensors:
@@ -100,7 +113,10 @@ def load_params(
     def leaves() -> Iterator[tuple[str, AnyWeight]]:
         for done, weight in enumerate(weights):
             progress(done, len(weights))
-            yield weight.path, _place(checkpoint.tensors[weight.name], weight, plan, dtype)
+            yield (
+                weight.path,
+                _place(checkpoint.tensors[weight.name], weight, plan, dtype, checkpoint.path),
+            )
         progress(len(weights), len(weights))
 
     return unflatten(leaves())
@@ -132,7 +148,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
     """Refuses a head that is stored beside tied embeddings and differs from them."""
     embedding, head = (checkpoint.tensors[name] for name in (EMBEDDING.name, LM_HEAD.name))
     same = embedding.shape == head.shape and all(
-        np.array_equal(embedding.read((rows,)), head.read((rows,)))
+        _same(embedding.read((rows,)), head.read((rows,)))
         for first in range(0, embedding.shape[0], _TIED_ROWS)
         for rows in [slice(first, first + _TIED_ROWS)]
     )
@@ -143,8 +159,15 @@ def _check_tied(checkpoint: Checkpoint) -> None:
         )
 
 
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether numbers are equal, NaN to NaN: that is for `check_finite` to name."""
+    return np.array_equal(first, second) or np.array_equal(first, second, equal_nan=True)
+
+
 @own_settings()
-def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype) -> AnyWeight:
+def _place(
+    source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, where: Path | None
+) -> AnyWeight:
     shape, positions = weight.device_shape(plan), weight.positions(plan)
     places = plan.sharding(*weight.device_axes).addressable_devices_indices_map(shape).items()
 
@@ -152,7 +175,10 @@ def _place(source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.
         """One device's part, its axes in the checkpoint's order."""
         assert index is not None  # Only a sharding that names no devices gives None.
         wanted = [axis[i] for axis, i in zip(positions, index, strict=True)]
-        return _read(source, wanted[::-1] if weight.transposed else wanted)
+        values = _read(source, wanted[::-1] if weight.transposed else wanted)
+        kept = np.dtype(np.float32) if weight.packed(plan) and plan.quantization else dtype
+        check_finite(values, kept, f"{where}: tensor {weight.name}")
+        return values
 
     # One after the other: the host never holds more than one device's part.
     if weight.packed(plan):

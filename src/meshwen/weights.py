@@ -77,7 +77,10 @@ class Weight:
 
     def device_shape(self, plan: ParallelPlan) -> tuple[int, ...]:
         """Shape on all devices together, padding and copies included."""
-        return tuple(len(positions) for positions in self.positions(plan))
+        sizes = [plan.axis_length(axis) for axis in self.axes]
+        if self.leaf is not None:
+            sizes[-1] //= prod(plan.leaves(self.axes[-1]))
+        return tuple(sizes[::-1] if self.transposed else sizes)
 
     def sharding(self, plan: ParallelPlan) -> NamedSharding:
         """Sharding of the array of `device_shape`, or of all arrays of a packed weight."""

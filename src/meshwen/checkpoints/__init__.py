@@ -2,23 +2,33 @@
 """Checkpoints of every format behind one interface: `open_checkpoint`."""
 
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from meshwen import demo
-from meshwen.checkpoints.base import Checkpoint, TensorSource
-from meshwen.checkpoints.gguf import config_dict, generation_dict, read_gguf
+from meshwen.checkpoints.base import Checkpoint, TensorSource, with_model_prefix
+from meshwen.checkpoints.dimensions import check_dimensions
+from meshwen.checkpoints.gguf import MAGIC, read_gguf
+from meshwen.checkpoints.gguf_config import generation_dict, metadata_notes, read_metadata
 from meshwen.checkpoints.hub import download, looks_like_hub_id
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
-from meshwen.config import Qwen2Config
+from meshwen.config import Qwen2Config, config_file, declared_quantization, read_config
 from meshwen.errors import MeshwenError
-from meshwen.json_files import read_json
+from meshwen.json_files import read_json, shown
 from meshwen.paths import exists, user_path
 from meshwen.presets import PRESETS, preset
 
-__all__ = ["LOAD_FORMATS", "Checkpoint", "TensorSource", "name_kind", "open_checkpoint"]
+__all__ = [
+    "LOAD_FORMATS",
+    "Checkpoint",
+    "TensorSource",
+    "name_kind",
+    "open_checkpoint",
+    "quantized_hint",
+]
 
 LOAD_FORMATS = ("auto", "safetensors", "torch", "gguf", "dummy")
 
@@ -29,9 +39,10 @@ def open_checkpoint(
     """Opens a checkpoint without reading its weights.
 
     Args:
-        name: a Hugging Face model folder, a .gguf file (or a folder with one), a .safetensors file
-            beside its config.json, a hub id `organisation/name`, "demo" for the embedded demo
-            model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
+        name: a Hugging Face model folder, a GGUF file of any name (or a folder with one .gguf
+            file), a .safetensors file beside its config.json, a hub id `organisation/name`,
+            "demo" for the embedded demo model, or, with `load_format="dummy"`, a preset such as
+            "qwen2.5-7b".
         load_format: "safetensors", "torch" or "gguf" to insist on one; "auto" takes the first of
             these that a folder holds; "dummy" looks for no weights, and downloads none: the
             checkpoint then has no tensors, and its format is None.
@@ -61,8 +72,9 @@ def _open(name: str, load_format: str, revision: str | None) -> Checkpoint:
         return _open_folder(folder, name, load_format)
     path = demo.path() if name == "demo" else user_path(name)
     if path.is_file():
-        return _open_file(path, _text(path.resolve().stem), load_format)
-    return _open_folder(path, _text(path.resolve().name), load_format)
+        return _open_file(path, load_format)
+    # A link's own name, not that of what it leads to.
+    return _open_folder(path, _text(os.path.basename(os.path.abspath(path))), load_format)
 
 
 def _text(name: str) -> str:
@@ -109,25 +121,31 @@ def _open_preset(name: str, load_format: str) -> Checkpoint:
     )
 
 
-def _open_file(path: Path, name: str, load_format: str) -> Checkpoint:
-    if path.suffix == ".gguf" and load_format in ("auto", "gguf", "dummy"):
+def _open_file(path: Path, load_format: str) -> Checkpoint:
+    name, suffix = _text(path.stem), path.suffix.lower()
+    if load_format in ("auto", "gguf", "dummy") and (suffix == ".gguf" or _begins_as_gguf(path)):
         return _open_gguf(path, name, load_format)
-    if path.suffix == ".safetensors" and load_format == "dummy":
+    if suffix == ".safetensors" and load_format == "dummy":
         return _open_config(path.parent, name)
-    if path.suffix == ".safetensors" and load_format in ("auto", "safetensors"):
-        return _open_safetensors(path.parent, name, {path: set()})
+    if suffix == ".safetensors" and load_format in ("auto", "safetensors"):
+        return _open_tensors(path.parent, name, "safetensors", {path: set()})
     raise MeshwenError(
         f"cannot open the file {path} with load format {load_format}: pass a .gguf file, a "
         ".safetensors file or a model folder"
     )
 
 
+def _begins_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def _open_folder(folder: Path, name: str, load_format: str) -> Checkpoint:
     if load_format in ("auto", "safetensors") and (shards := find_safetensors(folder)):
-        return _open_safetensors(folder, name, shards)
+        return _open_tensors(folder, name, "safetensors", shards)
     if load_format in ("auto", "torch") and (shards := find_torch(folder)):
-        return _open_torch(folder, name, shards)
-    files = sorted(folder.glob("*.gguf"))
+        return _open_tensors(folder, name, "torch", shards)
+    files = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() == ".gguf")
     if load_format == "dummy" and ((folder / "config.json").is_file() or not files):
         return _open_config(folder, name)
     if load_format in ("auto", "gguf", "dummy") and files:
@@ -144,53 +162,52 @@ def _open_folder(folder: Path, name: str, load_format: str) -> Checkpoint:
 def _open_config(folder: Path, name: str) -> Checkpoint:
     """A folder without its weights, and with a tokenizer only if there is one."""
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+    config, quantization = _read_config(folder, name)
     return Checkpoint(
         name=name,
         path=folder,
         format=None,
-        config=replace(Qwen2Config.from_json(folder), name=name),
+        config=config,
         generation_config=_generation_config(folder),
         tensors={},
         tokenizer_files=folder if has_tokenizer else None,
+        quantization=quantization,
+        notes=_quantization_notes(quantization),
     )
 
 
-def _open_safetensors(folder: Path, name: str, shards: dict[Path, set[str]]) -> Checkpoint:
-    config = replace(Qwen2Config.from_json(folder), name=name)
-    tensors, files = read_safetensors(shards)
+def _open_tensors(
+    folder: Path,
+    name: str,
+    load_format: Literal["safetensors", "torch"],
+    shards: dict[Path, set[str]],
+) -> Checkpoint:
+    config, quantization = _read_config(folder, name)
+    with _blaming(quantization):
+        read = read_safetensors if load_format == "safetensors" else read_torch
+        tensors, files = read(shards)
+    tensors = with_model_prefix(tensors)
+    if load_format == "torch":  # It unmaps a file when nothing refers to it any more.
+        files.callback(tensors.clear)
+    nbytes = sum(path.stat().st_size for path in shards)
+    check_dimensions(config, tensors, nbytes, folder / "config.json")
     return Checkpoint(
         name=name,
         path=folder,
-        format="safetensors",
+        format=load_format,
         config=config,
         generation_config=_generation_config(folder),
         tensors=tensors,
         tokenizer_files=folder,
+        quantization=quantization,
+        notes=_quantization_notes(quantization),
         on_close=files.close,
-    )
-
-
-def _open_torch(folder: Path, name: str, shards: dict[Path, set[str]]) -> Checkpoint:
-    config = replace(Qwen2Config.from_json(folder), name=name)
-    tensors = read_torch(shards)
-    return Checkpoint(
-        name=name,
-        path=folder,
-        format="torch",
-        config=config,
-        generation_config=_generation_config(folder),
-        tensors=tensors,
-        tokenizer_files=folder,
-        on_close=tensors.clear,
     )
 
 
 def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     metadata, tensors, file = read_gguf(path)
-    try:
-        config = Qwen2Config.from_dict(config_dict(metadata, tensors), name=name)
-    except MeshwenError as error:
-        raise MeshwenError(f"{path}: {error}") from None
+    config = read_metadata(path, metadata, tensors, name, len(file))
     return Checkpoint(
         name=name,
         path=path,
@@ -199,7 +216,43 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         generation_config=generation_dict(metadata),
         tensors={} if load_format == "dummy" else tensors,
         tokenizer_files=metadata,
+        notes=metadata_notes(metadata),
         on_close=file.close,
+    )
+
+
+def _read_config(folder: Path, name: str) -> tuple[Qwen2Config, str | None]:
+    """The config of a folder, and what quantisation it names."""
+    file = config_file(folder)
+    data = read_config(file)
+    return Qwen2Config.from_dict(data, name=name, where=str(file)), declared_quantization(data)
+
+
+@contextmanager
+def _blaming(quantization: str | None) -> Iterator[None]:
+    """Adds to an error that the config names a quantisation."""
+    try:
+        yield
+    except MeshwenError as error:
+        if quantization is None:
+            raise
+        raise MeshwenError(f"{error}; {quantized_hint(quantization)}") from None
+
+
+def quantized_hint(quantization: str) -> str:
+    """What to do where weights are quantised in a way that is not read."""
+    return (
+        f"config.json's quantization_config names {shown(quantization)}, which is not supported: "
+        "use the unquantised checkpoint or a GGUF file"
+    )
+
+
+def _quantization_notes(quantization: str | None) -> tuple[str, ...]:
+    if quantization is None:
+        return ()
+    return (
+        f"config.json's quantization_config ({shown(quantization)}) is not heeded: weights are "
+        "taken as whole floating-point numbers",
     )
 
 

@@ -4,7 +4,7 @@
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -120,6 +120,9 @@ class Checkpoint:
             embeddings and nothing is left out.
         tokenizer_files: the folder with the tokenizer's files; for GGUF, the file's metadata; None
             when opened without weights where there is no tokenizer either.
+        quantization: what the config says that the weights were quantised by; they are read as
+            if they were not, and do not fit the config if they are.
+        notes: what a user should know about how the files are taken.
     """
 
     name: str
@@ -129,6 +132,8 @@ class Checkpoint:
     generation_config: dict[str, Any]
     tensors: Mapping[str, TensorSource]
     tokenizer_files: Path | Mapping[str, Any] | None
+    quantization: str | None = None
+    notes: tuple[str, ...] = ()
     on_close: Callable[[], None] = lambda: None
 
     def close(self) -> None:
@@ -145,6 +150,14 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def with_model_prefix(tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:
+    """The tensors under the names of a whole model: a base model saved alone lacks `model.`."""
+    if "model.embed_tokens.weight" in tensors or "embed_tokens.weight" not in tensors:
+        return tensors
+    renamed = {name: name if name.startswith("lm_head.") else f"model.{name}" for name in tensors}
+    return {renamed[name]: replace(source, name=renamed[name]) for name, source in tensors.items()}
 
 
 class ShardIndex(TypedDict):

@@ -76,6 +76,8 @@ def inspect(
                 f"{model}: its config alone; --stats, or --load-format safetensors, downloads the "
                 "weights and looks at them too"
             )
+        for text in checkpoint.notes:
+            note(text)
         plan = ParallelPlan(
             checkpoint.config,
             abstract_mesh,

@@ -16,7 +16,7 @@ def sums_report(plan: ParallelPlan) -> dict[str, Any] | None:
     if not plan.exact:
         return None
     heads, devices = plan.heads, plan.model_devices
-    inner = len(plan.axis_source("mlp"))
+    inner = plan.axis_length("mlp")
     mlp = plan.leaves("mlp")[0] * devices
     return {
         "attention output": {

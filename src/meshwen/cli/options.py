@@ -78,7 +78,8 @@ QuantizationOption = Annotated[
     typer.Option(
         "--quantization",
         help="int8: weights, and with the extra cpu what is multiplied with them, are rounded to a "
-        "byte each. With the extra faster, and a little less exact.",
+        "byte each. With the extra faster than bfloat16, and a little less exact; without it about "
+        "6 times slower on a CPU.",
         show_default=False,
     ),
 ]

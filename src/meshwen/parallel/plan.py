@@ -175,12 +175,29 @@ class ParallelPlan:
             return _head_rows(self.heads.query_slots(), self.config.head_dim)
         if axis == "key_value":
             return _head_rows(self.heads.key_value_slots(), self.config.head_dim)
-        shards = axes_size(self.mesh, self.mesh_axes(axis))
-        if self.exact and axis in ("mlp", "vocab"):
-            shards = LEAVES
+        shards = self._shards(axis)
         source = np.arange(ceil(size / shards) * shards)
         source[size:] = PADDING
         return source
+
+    def axis_length(self, axis: str) -> int:
+        """Size of a weight's logical axis on all devices together: of what `axis_source` returns.
+
+        Without an array of that size: `inspect` asks it of models that fit nowhere.
+        """
+        heads = self.heads
+        if axis == "query":
+            return heads.devices * heads.local_query_slots * self.config.head_dim
+        if axis == "key_value":
+            return heads.devices * heads.local_key_value_heads * self.config.head_dim
+        shards = self._shards(axis)
+        return ceil(self.axis_size(axis) / shards) * shards
+
+    def _shards(self, axis: str) -> int:
+        """How many equal parts an axis that is no axis of heads is padded to."""
+        if self.exact and axis in ("mlp", "vocab"):
+            return LEAVES
+        return axes_size(self.mesh, self.mesh_axes(axis))
 
 
 def _head_rows(slots: np.ndarray, head_dim: int) -> np.ndarray:
