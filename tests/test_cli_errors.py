@@ -70,6 +70,12 @@ def error(capsys, arguments):
         (["inspect", "qwen2.5-7b", "--load-format", "torch"], "without weights"),
         (["inspect", "--frob"], "No such option: --frob"),
         (["frobnicate"], "No such command 'frobnicate'"),
+        (["gen", "hi"], "Did you mean generate?"),
+        (["generate", "hi", "--tp", "8"], "Did you mean --mesh?"),
+        (["generate", "hi", "--max-tokns", "8"], "--max-tokens"),
+        (["generate", "hi", "-n", "many"], ", not 'many' (see --help)"),
+        (["generate", "hi", "-p", "hi"], "the prompt is there twice"),
+        (["chat", "--temp", "hot"], ", not 'hot' (see --help)"),
     ],
 )
 def test_what_the_user_must_change_is_said_in_one_line(capsys, arguments, message):
@@ -180,6 +186,33 @@ def test_without_arguments_the_commands_are_listed(capsys):
     assert main([]) == 0
     output = capsys.readouterr().out
     assert all(f"  {command} " in output for command in ("generate", "chat", "inspect"))
+
+
+def test_eval_without_a_command_lists_its_own(capsys):
+    assert main(["eval"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"  {command} " in output for command in ("gsm8k", "meshes", "harness", "compare"))
+
+
+def test_the_harness_has_help_without_its_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(["eval", "harness", "--help"]) == 0
+    output = capsys.readouterr().out
+    assert "--model_args pretrained=demo" in output
+    assert "pip install 'meshwen[lm-eval]'" in output
+    assert "pip install 'meshwen[lm-eval]'" in error(capsys, ["eval", "harness"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [("gen", "generate"), ("generate --temp", "--temperature"), ("generate --dtype b", "bfloat16")],
+)
+def test_a_shell_completes_commands_options_and_values(capsys, monkeypatch, typed, found):
+    monkeypatch.setenv("_MESHWEN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"meshwen {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    assert main([]) == 0
+    assert found in capsys.readouterr().out.split()
 
 
 def test_the_load_formats_offered_are_those_that_exist():

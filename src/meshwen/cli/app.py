@@ -8,6 +8,7 @@ something; 3 a defect of meshwen or of the machine; 130 stopped with Ctrl-C,
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 import meshwen
+from meshwen.arguments import brief
 from meshwen.cli.bench import bench
 from meshwen.cli.chat import chat
 from meshwen.cli.console import note
@@ -33,7 +35,6 @@ _LONGEST_LINE = 2000  # characters of an error
 
 app = typer.Typer(
     name="meshwen",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,7 +58,11 @@ def _meshwen(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+            "--version",
+            "-V",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -123,12 +128,42 @@ def _explain(error: Exception) -> tuple[int, str]:
         return USER_MUST_CHANGE, _one_line(str(error))
     # A usage error. Its class has lived in click and in typer, by version; this marks it in both.
     if callable(format_message := getattr(error, "format_message", None)):
-        return USER_MUST_CHANGE, f"{_one_line(format_message())} (see --help)"
+        return USER_MUST_CHANGE, f"{_one_line(format_message())}{_hint(error)} (see --help)"
     if isinstance(error, OSError) and error.strerror:  # The disk is full, a file may not be read.
         where = "cannot read or write" if error.filename is None else error.filename
         return USER_MUST_CHANGE, _one_line(f"{where}: {error.strerror}")
     what = _one_line(f"{type(error).__name__}: {error}")
     return DEFECT, f"unexpected {what} (--debug shows the traceback)"
+
+
+# Names that other programs have for what is here.
+_NAMES_ELSEWHERE = {
+    **dict.fromkeys(("--n-predict", "--num-predict", "--max-length"), "--max-new-tokens"),
+    **dict.fromkeys(("--ctx-size", "--n-ctx", "--num-ctx", "-c"), "--max-model-len"),
+    **dict.fromkeys(("--tensor-parallel-size", "--tp", "-tp", "--devices"), "--mesh"),
+    **dict.fromkeys(("--precision", "--torch-dtype"), "--dtype"),
+    **dict.fromkeys(("--repeat-penalty", "--frequency-penalty"), "--repetition-penalty"),
+    **dict.fromkeys(("--file", "-f", "--input"), "--prompts-file"),
+    **dict.fromkeys(("gen", "run", "complete", "completion", "infer"), "generate"),
+    **dict.fromkeys(("test", "check", "validate"), "verify"),
+    **dict.fromkeys(("info", "show", "ls"), "inspect"),
+}
+
+
+def _hint(error: Exception) -> str:
+    """What a usage error leaves out: the value that was wrong, or what was meant."""
+    name = getattr(error, "option_name", None)  # Of an option that there is not.
+    if name is None:
+        unknown = re.fullmatch(r"No such command '(.*)'\.", getattr(error, "message", ""))
+        name = unknown[1] if unknown else None
+    if name is not None:
+        meant = _NAMES_ELSEWHERE.get(name)
+        return f" Did you mean {meant}?" if meant else ""
+    problems = getattr(error.__cause__, "errors", None)  # Of pydantic, by which typer reads values.
+    if not callable(problems):
+        return ""
+    value = problems()[0].get("input")
+    return "" if str(value) in getattr(error, "message", "") else f", not {brief(value)}"
 
 
 def _one_line(text: str) -> str:

@@ -35,7 +35,14 @@ if TYPE_CHECKING:
     from meshwen.evals.run_file import Record, RunFile
     from meshwen.quantization import Quantization
 
-app = typer.Typer(no_args_is_help=True, help="Scores on word problems, and runs compared.")
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def _eval(context: typer.Context) -> None:
+    """Scores on word problems, and runs compared."""
+    if context.invoked_subcommand is None:
+        write(context.get_help())
 
 
 class Requirement(StrEnum):
@@ -167,6 +174,10 @@ def harness(context: typer.Context) -> None:
 
         import meshwen.evals.harness  # noqa: F401  (names the model)
     except ImportError as error:
+        if {"-h", "--help"} & {*context.args}:
+            write(f"{context.get_help()}\n\nIts options are those of lm_eval run, once it is here:")
+            write("pip install 'meshwen[lm-eval]'")
+            return
         raise MeshwenError(
             f"lm-evaluation-harness is not here ({error}): pip install 'meshwen[lm-eval]'"
         ) from None

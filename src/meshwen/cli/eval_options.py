@@ -59,12 +59,16 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(
         "--max-new-tokens",
+        "--max-tokens",
+        "-n",
         min=1,
         help="Most tokens of an answer. Default: 256 for lm-eval's styles, as there; else 512.",
         show_default=False,
     ),
 ]
-Temperature = Annotated[float, typer.Option("--temperature", help="0: the likeliest token.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "--temp", help="0: the likeliest token.")
+]
 Samples = Annotated[
     int,
     typer.Option(

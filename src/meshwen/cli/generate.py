@@ -42,6 +42,10 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    prompt_option: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="The same, as an option.", show_default=False),
+    ] = None,
     model: options.Model = "demo",
     mesh: options.Mesh = "1",
     dtype: options.Dtype = options.DType.BFLOAT16,
@@ -97,6 +101,9 @@ def generate(
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
+    if prompt is not None and prompt_option is not None:
+        raise MeshwenError("the prompt is there twice, as an argument and as --prompt")
+    prompt = prompt_option if prompt is None else prompt
     if raw and system is not None:
         raise MeshwenError("--system needs the chat template, which --raw leaves out")
     if logprobs and not as_json:

@@ -50,7 +50,7 @@ class Numerics(StrEnum):
     EXACT = "exact"
 
 
-Model = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 Mesh = Annotated[
     str,
     typer.Option(
@@ -95,6 +95,8 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(
         "--max-new-tokens",
+        "--max-tokens",
+        "-n",
         help="Most tokens of an answer. Default, here and for all below: what "
         "the checkpoint's generation_config.json says, or 256 tokens if it says nothing.",
         show_default=False,
@@ -104,6 +106,7 @@ Temperature = Annotated[
     float | None,
     typer.Option(
         "--temperature",
+        "--temp",
         help="0 takes the likeliest token, and no repetition penalty unless one is given. "
         "Without a generation_config.json that says otherwise: 0.",
         show_default=False,

@@ -40,7 +40,17 @@ _OPTIONS = {"coordinator": Coordinator, "num_processes": NumProcesses, "process_
 
 # What may differ between machines (where files lie), or is read or written by process 0 alone.
 _OWN_AFFAIR = {
-    *("model", "prompt", "prompts_file", "prompts", "golden", "against", "data", "train"),
+    *(
+        "model",
+        "prompt",
+        "prompt_option",
+        "prompts_file",
+        "prompts",
+        "golden",
+        "against",
+        "data",
+        "train",
+    ),
     *("json_file", "html_file", "debug"),
 }
 

@@ -76,6 +76,8 @@ def verify(
         int | None,
         typer.Option(
             "--max-new-tokens",
+            "--max-tokens",
+            "-n",
             min=1,
             help="Tokens after each prompt, past an end of text too. Default: as many as "
             f"--golden has, or {_STEPS}.",
