@@ -315,6 +315,13 @@ FAULTS = (
         "engine_batching",
     ),
     _fault(
+        "engine: an interrupt ends the requests of others",
+        "engine.py",
+        "if not isinstance(error, Exception):",
+        "if False:",
+        "engine_threads",
+    ),
+    _fault(
         "engine: a step that broke off is not told to others",
         "engine.py",
         "                    live.run.failure = failure",

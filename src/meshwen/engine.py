@@ -148,6 +148,7 @@ class Engine:
                 its request is cancelled, others go on. Any other error ends all requests without an
                 event; the engine is then as new. Where that befell another thread's step, and
                 submitted requests were lost, a MeshwenError says so.
+            KeyboardInterrupt: the requests stay, but for one whose event was being given out.
         """
         with self._turn():
             self._step(threading.get_ident())
@@ -223,15 +224,15 @@ class Engine:
 
     def _step(self, told: int | None = None) -> None:
         """Takes a step, for who has the turn; thread `told` needs no word of what it breaks."""
-        with self._turns.changed:
-            new, self._new = self._new, []
-            dropped, self._dropped = self._dropped, False
-        self._scheduler.add(new)
-        if dropped:
-            self._scheduler.drop_ended()
         try:
+            with self._turns.changed:
+                new, self._new = self._new, []
+                dropped, self._dropped = self._dropped, False
+            self._scheduler.add(new)
+            if dropped:
+                self._scheduler.drop_ended()
             errors = self._scheduler.step()
-        except BaseException as error:
+        except BaseException as error:  # An interrupt too, wherever it comes.
             self._lose(error, told)
             raise
         with self._turns.changed:
@@ -240,11 +241,19 @@ class Engine:
                 self._failures.append(failure)
 
     def _lose(self, error: BaseException, told: int | None) -> None:
-        """Tells whose requests a step that broke off has taken with it."""
+        """Tells whose requests a step that broke off has taken with it.
+
+        The cache is gone. An interrupt says nothing against the requests themselves, though: but
+        for one that was just being told of a token, they are read again.
+        """
+        torn = self._scheduler.telling
         self._scheduler.forget()
         with self._turns.changed:
             new = {sequence.number for sequence in self._new}
             lost = [n for n, _ in list(self._live.items()) if n not in new]
+            if not isinstance(error, Exception):
+                self._new = [one.sequence for n, one in list(self._live.items()) if n != torn]
+                lost = [] if torn is None else [torn]
             for live in [live for n in lost if (live := self._live.pop(n, None))]:
                 failure = MeshwenError("these requests were lost when a step of others failed")
                 failure.__cause__ = error

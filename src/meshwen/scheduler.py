@@ -51,6 +51,9 @@ class Scheduler:
         runner: the model.
         capacity: the most slots, and the longest sequence.
         prompt_lookup_num_tokens: tokens of an answer to guess in a step, see `meshwen.lookup`.
+
+    Attributes:
+        telling: the request whose `on_event` is running; None between those.
     """
 
     def __init__(self, runner: ModelRunner, capacity: Capacity, prompt_lookup_num_tokens: int = 0):
@@ -69,6 +72,7 @@ class Scheduler:
         self._length = 0  # Slots of the cache.
         self._reads = 0  # Chunks read since answers last got a token.
         self._errors: list[tuple[int, Exception]] = []  # That an `on_event` raised in this step.
+        self.telling: int | None = None
 
     def add(self, sequences: Iterable[SequenceState]) -> None:
         """Lets sequences wait for a slot."""
@@ -277,11 +281,13 @@ class Scheduler:
 
     def _push_one(self, sequence: SequenceState, token: int, logprob: float | None) -> None:
         wanted = sequence.request.sampling.logprobs
+        self.telling = sequence.number
         try:
             sequence.push(token, logprob if wanted else None)
         except Exception as error:
             self._errors.append((sequence.number, error))
             sequence.cancelled = True
+        self.telling = None
         if sequence.finish_reason == "length" and not self._told:
             self._tell_of_memory(sequence)
 
