@@ -201,6 +201,19 @@ def test_without_a_tokenizer_ids_are_continued_and_text_is_refused(mesh):
         tiny(mesh).generate("text")
 
 
+def test_a_seed_that_nobody_gave_is_fresh_and_told(speller):
+    first, second = (
+        speller.generate(["\n"] * 2, temperature=9.0, max_new_tokens=8)[0] for _ in "ab"
+    )
+    assert first.seed != second.seed
+    (again,) = speller.generate("\n", temperature=9.0, max_new_tokens=8, seed=first.seed)
+    assert (again.tokens, again.seed) == (first.tokens, first.seed)
+    assert speller.generate("A\n", max_new_tokens=2)[0].seed is None  # Greedy.
+    seeds = {speller.request("A", temperature=1).sampling.seed for _ in range(8)}
+    assert len(seeds) == 8
+    assert speller.request("A", temperature=1, seed=0).sampling.seed == 0
+
+
 def test_defaults_come_from_the_checkpoints_generation_config(folder, tmp_path):
     copy = write_speller(tmp_path / "speller")
     ends = token_ids("zi")  # Either ends an answer.

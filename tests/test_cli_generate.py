@@ -70,6 +70,18 @@ def test_pieces_come_one_by_one(speller, capsys, monkeypatch):
     assert [piece for piece in pieces if piece] == [*ANSWER, "\n"]
 
 
+def test_a_seed_that_nobody_gave_is_printed_and_draws_the_same_again(speller, capsys):
+    arguments = ["hi", "--model", speller, "--temp", "9", "-n", "8", "--json"]
+    assert main(["generate", *arguments]) == 0
+    output = capsys.readouterr()
+    first = json.loads(output.out)
+    assert f"seed: {first['seed']} (--seed {first['seed']} draws the same again)" in output.err
+    assert first["sampling"]["seed"] == first["seed"]
+    (again,) = answers(capsys, *arguments[:-1], "--seed", str(first["seed"]))
+    assert again["tokens"] == first["tokens"]
+    assert "seed:" not in capsys.readouterr().err
+
+
 def test_json_gives_ids_text_and_log_probabilities(speller, capsys):
     (found,) = answers(
         capsys,

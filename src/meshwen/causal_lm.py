@@ -30,7 +30,7 @@ from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
 from meshwen.quantization import QUANTIZATIONS, Quantization
 from meshwen.request import Completion, Event, Request
 from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplingParams
+from meshwen.sampling import SamplingParams, with_fresh_seed
 from meshwen.stream import Stream
 from meshwen.tokenizer import Tokenizer
 
@@ -253,6 +253,8 @@ class Qwen2ForCausalLM:
                 array), or a conversation, a list of `{"role": ..., "content": ...}`, which goes
                 through the chat template.
             sampling: fields of `SamplingParams`; what is not given is the checkpoint's default.
+                Without a `seed`, whatever is drawn is drawn anew for each prompt and call; the
+                completion has the seed. (Over several processes, which must draw alike, it is 0.)
 
         Returns:
             One completion a prompt, in order.
@@ -281,6 +283,8 @@ class Qwen2ForCausalLM:
     def request(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Request:
         """A request to the engine, with the checkpoint's sampling defaults."""
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
+        if sampling.get("seed") is None and not self.mesh.is_multi_process:
+            params = with_fresh_seed(params)
         given = one_prompt(prompt)
         if isinstance(given, tuple):
             return Request(given, params)

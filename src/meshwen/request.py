@@ -59,6 +59,7 @@ class Completion:
         finish_reason: "stop" at an end-of-text token or stop string, "length" at a limit.
         logprobs: log-probability of each token, when asked for.
         timings: how long it took.
+        seed: that draws the same answer again; None where nothing was drawn (greedy).
     """
 
     prompt_tokens: tuple[int, ...]
@@ -67,6 +68,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
     timings: Timings
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ batch and by every method, as long as the logits are the same.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -40,7 +41,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
         repetition_penalty: divides positive and multiplies negative logits of tokens that the
             prompt or the answer has already (arXiv 1909.05858); 1 changes nothing.
-        seed: of the noise; 0 to 2**32 - 1.
+        seed: of the noise; 0 to 2**32 - 1. The same seed draws the same tokens. Who asks a model
+            or the command line without one gets a fresh one: see `with_fresh_seed`.
         stop: strings at which the answer ends; they are not part of its text. Special tokens, which
             are not either, are found as they are written: "<|im_end|>".
         logprobs: whether to give each token's log-probability under the unmodified logits.
@@ -120,6 +122,11 @@ class SamplingParams:
                 f"unknown sampling parameter {unknown[0]!r}; there are {', '.join(known)}"
             )
         return cls(**values)
+
+
+def with_fresh_seed(params: SamplingParams) -> SamplingParams:
+    """The same with a seed that nobody chose, where tokens are drawn; greedy parameters as is."""
+    return replace(params, seed=secrets.randbits(32)) if params.temperature > 0 else params
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ class SequenceState:
             finish_reason,
             tuple(self._logprobs) if self.request.sampling.logprobs else None,
             timings,
+            self.request.sampling.seed if self.request.sampling.temperature > 0 else None,
         )
 
 

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from meshwen.sampling import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
-_COMPLETION_FIELDS = ("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings")
 _ANSWER_FIELDS = {
-    *_COMPLETION_FIELDS,
+    *("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings", "seed"),
     "model",
     "mesh",
     "dtype",

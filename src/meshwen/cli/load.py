@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli import options
@@ -25,18 +26,25 @@ if TYPE_CHECKING:
 def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> SamplingParams:
     """The checkpoint's own sampling defaults, with what the user gave in their place.
 
+    Where tokens are drawn and no seed was given, it is a fresh one, and noted.
+
     Raises:
         MeshwenError: a value is impossible; names the checkpoint where that is not the user's.
     """
-    from meshwen.sampling import SamplingParams
+    from meshwen.distributed import shared
+    from meshwen.sampling import SamplingParams, with_fresh_seed
 
     SamplingParams.from_generation_config({}, **given)
     try:
-        return SamplingParams.from_generation_config(checkpoint.generation_config, **given)
+        params = SamplingParams.from_generation_config(checkpoint.generation_config, **given)
     except MeshwenError as error:
         path = checkpoint.path
         where = path / "generation_config.json" if path is not None and path.is_dir() else path
         raise MeshwenError(f"{where}: {error}; give another value as an option") from None
+    if given.get("seed") is None and params.temperature > 0:
+        params = replace(params, seed=shared("seed", lambda: with_fresh_seed(params).seed))
+        note(f"seed: {params.seed} (--seed {params.seed} draws the same again)")
+    return params
 
 
 def load_model(

@@ -176,7 +176,7 @@ Seed = Annotated[
     int | None,
     typer.Option(
         "--seed",
-        help="The same seed draws the same answer. Default: 0.",
+        help="The same seed draws the same answer. Default: a fresh one, which is printed.",
         show_default=False,
     ),
 ]
