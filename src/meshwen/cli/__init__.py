@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `meshwen generate`, `chat`, `inspect` and `verify`, one file a command."""
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -28,4 +30,8 @@ def run() -> NoReturn:
     from meshwen.cli.streams import open_streams
 
     open_streams()
+    if "--debug" not in sys.argv:
+        # XLA warns of each program from the cache, in lines of 4 KB, that it was compiled with
+        # tuning flags which no CPU has; what stops it comes as an exception all the same.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     run_to_the_end(main)
