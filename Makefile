@@ -18,7 +18,7 @@ JAX ?= jax
 # Where this would install a CUDA build, point pip to the CPU builds or name another.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-hermetic test-real test-torch test-harness check lint format wheel clean
+.PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format wheel clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
@@ -49,6 +49,11 @@ test-harness: $(VENV)-harness/.installed
 # Format, lint, types, and the tests near what has changed since the last commit, in under a minute.
 check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check.py
+
+# Altered files for every reader, for FUZZ_SECONDS; what is misread stays in tests/data/fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python scripts/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -617,6 +617,13 @@ FAULTS = (
         "verify_files",
     ),
     _fault(
+        "json: a file's shape is not held against anything",
+        "json_files.py",
+        "_validator(cast(Any, shape)).validate_python(value, strict=True)",
+        "pass",
+        "fuzz",
+    ),
+    _fault(
         "json: NaN is written",
         "json_files.py",
         "return write(_finite(value))",

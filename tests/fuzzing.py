@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every reader of the package, with valid files and ways to alter them.
+
+Whatever a file holds, its reader returns or raises a MeshwenError of one line. `test_fuzz.py` tries
+some files in each run of the tests, `scripts/fuzz.py` (`make fuzz`) as many as time allows.
+"""
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+import speller
+from checkpoint_writers import CONFIG, float_gguf_tensors, random_weights, write_folder, write_gguf
+from meshwen.arguments import token_ids
+from meshwen.checkpoints import name_kind, open_checkpoint
+from meshwen.cli.options import parse_meshes
+from meshwen.cli.prompts import read_prompts
+from meshwen.config import Qwen2Config
+from meshwen.contained import Contained
+from meshwen.errors import MeshwenError
+from meshwen.evals.problems import read_problems
+from meshwen.evals.run_file import FORMAT, RunFile
+from meshwen.json_files import parse_json
+from meshwen.parallel.mesh import MeshSpec
+from meshwen.paths import user_path
+from meshwen.sampling import SamplingParams
+from meshwen.tokenizer import Tokenizer
+from meshwen.verify.certificate_file import FORMAT as CERTIFICATE
+from meshwen.verify.certificate_file import as_json, read_certificate, with_hash
+from meshwen.verify.reference import read_golden
+
+FINDINGS = Path(__file__).parent / "data" / "fuzz"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader.
+
+    Attributes:
+        read: reads a file's bytes; may write to the folder, which is its own.
+        altered: a strategy for the bytes.
+        cost: how many times slower it is than most; it is tried so much less.
+        needs: a module without which it cannot be tried.
+    """
+
+    read: Callable[[bytes, Path], object]
+    altered: st.SearchStrategy[bytes]
+    cost: int = 1
+    needs: str | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether it cannot be tried here."""
+        return self.needs is not None and importlib.util.find_spec(self.needs) is None
+
+
+def check(target: Target, data: bytes) -> None:
+    """Fails where the reader neither returns nor raises a MeshwenError of one line."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            target.read(data, Path(folder))
+        except MeshwenError as error:
+            assert "\n" not in str(error), f"more than one line: {error}"  # noqa: PT017
+
+
+# --- Ways to alter a file
+
+VALUES = [
+    *(None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e-40, 1e308, float("nan"), float("inf")),
+    *(2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, "", "a", "1023", "\x1b[31m\n", "\0"),
+    *("\ud800", "é" * 300, [], [[]], {}, [{}], {"a": 1}, [1, "a"], ["a"], {"type": "Sequence"}),
+]
+
+
+@st.composite
+def altered_value(draw: Any, value: Any) -> Any:
+    """A JSON value with up to three of its parts replaced, left out, renamed or put elsewhere."""
+    value = deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_places(value))
+        if not places:
+            return draw(st.sampled_from(VALUES))
+        inside, key = draw(st.sampled_from(places))
+        how = draw(st.sampled_from(["replace", "replace", "leave out", "rename", "copy"]))
+        if how == "replace":
+            inside[key] = deepcopy(draw(st.sampled_from(VALUES)))
+        elif how == "copy":
+            other, of = draw(st.sampled_from(places))
+            inside[key] = deepcopy(other[of])
+        elif how == "leave out" or isinstance(inside, list):
+            del inside[key]
+        else:
+            inside[draw(st.sampled_from(["", "a", "1.5", "\x1b", str(key) + "x"]))] = inside.pop(
+                key
+            )
+    return value
+
+
+def _places(value: Any) -> Any:
+    keys = (
+        range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+    )
+    for key in list(keys)[:40]:  # Of a vocabulary, the beginning.
+        yield value, key
+        yield from _places(value[key])
+
+
+@st.composite
+def altered_bytes(draw: Any, data: bytes) -> bytes:
+    """Bytes with up to three parts cut, doubled, swapped or written over."""
+    found = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(found)))
+        end = min(len(found), at + draw(st.sampled_from([0, 1, 4, 8, 100])))
+        new = draw(
+            st.sampled_from(
+                [b"", b"\0", b"\xff", b"{", b'"', b"[" * 2000, b"\n", b"\xef\xbb\xbf", b"0" * 20]
+                + [(size).to_bytes(8, "little") for size in (0, 1, 2**31, 2**63, 2**64 - 1)]
+            )
+            | st.binary(max_size=9)
+        )
+        found[at:end] = draw(st.sampled_from([new, bytes(found[at:end]) * 2]))
+    return bytes(found)
+
+
+def altered_json(content: Any) -> st.SearchStrategy[bytes]:
+    """A JSON file, altered in its values, or in its bytes."""
+    whole = json.dumps(content).encode()
+    values = altered_value(content).map(lambda value: json.dumps(value).encode())
+    return values | altered_bytes(whole)
+
+
+def altered_lines(rows: list[Any]) -> st.SearchStrategy[bytes]:
+    """A JSON lines file."""
+    lines = altered_value(rows).map(
+        lambda found: (
+            b"".join(json.dumps(row).encode() + b"\n" for row in found)
+            if isinstance(found, list)
+            else json.dumps(found).encode()
+        )
+    )
+    return lines | altered_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+# --- Readers
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def _in_folder(name: str, data: bytes, folder: Path) -> Path:
+    write_folder(folder)
+    (folder / name).write_bytes(data)
+    return folder
+
+
+def _read_tensors(path: Path, load_format: str = "auto") -> None:
+    with open_checkpoint(str(path), load_format=load_format) as checkpoint:
+        for source in checkpoint.tensors.values():
+            source.read()
+
+
+def _read_config(data: bytes, folder: Path) -> None:
+    Qwen2Config.from_json(_in_folder("config.json", data, folder)).to_dict()
+
+
+def _read_generation_config(data: bytes, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(_safetensors())
+    path = _in_folder("generation_config.json", data, folder)
+    with open_checkpoint(str(path)) as checkpoint:
+        SamplingParams.from_generation_config(checkpoint.generation_config)
+
+
+def _read_weights(name: str, data: bytes, folder: Path) -> None:
+    _read_tensors(_in_folder(name, data, folder))
+
+
+def _read_gguf(data: bytes, folder: Path) -> None:
+    (folder / "a.gguf").write_bytes(data)
+    with open_checkpoint(str(folder / "a.gguf")) as checkpoint:
+        for source in checkpoint.tensors.values():
+            source.read()
+        SamplingParams.from_generation_config(checkpoint.generation_config)
+        Tokenizer.from_checkpoint(checkpoint)
+
+
+def _read_tokenizer(name: str, data: bytes, folder: Path) -> None:
+    for other, content in _tokenizer_files().items():
+        (folder / other).write_bytes(content)
+    if name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(data)
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.decode(tokenizer.encode("hi <|im_end|> é\n"))
+
+
+def _render(data: bytes, folder: Path) -> None:
+    variables = {"messages": MESSAGES, "tools": None, "add_generation_prompt": True}
+    source = data.decode(errors="replace")
+    _templates().ask({"template": source, "variables": variables, "max_characters": 10_000})
+
+
+@cache
+def _templates() -> Contained:
+    return Contained("meshwen.chat_template_worker", "the chat template")
+
+
+def _read_file(reader: Callable[[Path], object], data: bytes, folder: Path) -> None:
+    (folder / "file").write_bytes(data)
+    reader(folder / "file")
+
+
+def _read_prompts(path: Path) -> None:
+    for prompt in read_prompts(None, str(path)):
+        prompt.title()
+
+
+def _read_text(reader: Callable[[str], object], data: bytes, folder: Path) -> None:
+    reader(data.decode(errors="surrogateescape"))
+
+
+def _read_ids(data: bytes, folder: Path) -> None:
+    token_ids("the ids", parse_json(data, "the ids"))
+
+
+# --- Valid files
+
+
+@cache
+def _written(write: Callable[[Path], object]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _safetensors() -> bytes:
+    return _written(lambda folder: write_folder(folder, random_weights()))["model.safetensors"]
+
+
+def _altered_safetensors() -> st.SearchStrategy[bytes]:
+    """Altered in its header's values, in its header's bytes, or anywhere."""
+    whole = _safetensors()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header, rest = whole[8:end], whole[end:]
+
+    def joined(header: bytes) -> bytes:
+        return len(header).to_bytes(8, "little") + header + rest
+
+    return (
+        altered_json(json.loads(header)).map(joined)
+        | altered_bytes(header).map(joined)
+        | altered_bytes(whole)
+    )
+
+
+def _gguf() -> bytes:
+    def write(folder: Path) -> None:
+        alphabet = [chr(code) for code in range(0x100, 0x110)]
+
+        def tokenizer(writer: Any) -> None:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre("qwen2")
+            writer.add_token_list([*alphabet, "<|im_end|>"])
+            writer.add_token_types([1] * len(alphabet) + [3])
+            writer.add_token_merges([])
+            writer.add_eos_token_id(len(alphabet))
+            writer.add_chat_template("{{ messages }}")
+
+        write_gguf(folder / "a.gguf", float_gguf_tensors(), extra=tokenizer)
+
+    return _written(write)["a.gguf"]
+
+
+def _altered_gguf() -> st.SearchStrategy[bytes]:
+    whole = _gguf()
+    head = 3000  # All of its metadata and tensor descriptions, and a little more.
+    return altered_bytes(whole[:head]).map(lambda found: found + whole[head:]) | altered_bytes(
+        whole
+    )
+
+
+def _torch() -> bytes:
+    import torch
+
+    def write(folder: Path) -> None:
+        tensors = {
+            name: torch.from_numpy(array) for name, array in random_weights(dtype="float32").items()
+        }
+        torch.save(tensors, folder / "pytorch_model.bin")
+
+    return _written(write)["pytorch_model.bin"]
+
+
+@cache
+def _tokenizer_files() -> dict[str, bytes]:
+    files = _written(speller.write_tokenizer)
+    model = json.loads(files["tokenizer.json"])["model"]
+    return files | {
+        "vocab.json": json.dumps(model["vocab"]).encode(),
+        "merges.txt": b"#version: 0.2\na b\n",
+    }
+
+
+INDEX = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model.safetensors"}}
+GENERATION = {
+    **{"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_new_tokens": 5},
+    **{"repetition_penalty": 1.05, "eos_token_id": [1, 2], "stop_strings": ["a"]},
+}
+NEW_TOKEN = {"content": "<new>", "lstrip": True, "special": True}
+TOKENIZER_CONFIG = {
+    **{"bos_token": None, "eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}},
+    **{"additional_special_tokens": ["<|im_start|>"], "added_tokens_decoder": {"259": NEW_TOKEN}},
+    "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+}
+CERTIFICATE_CONTENT = with_hash(
+    {
+        **{"format": CERTIFICATE, "ok": True, "broken": [], "weights_sha256": "a"},
+        **{"dtype": "float32", "numerics": ["fast"], "meshes": ["1"]},
+        **{"prompts": [[1]], "tokens": [[2]], "generated": {"fast": [[2]]}},
+        "rows": [
+            {
+                **{"mesh": "1", "numerics": "fast", "hlo_sha256": "b"},
+                "logits_sha256": {"whole": ["c"], "cached": ["d"]},
+            }
+        ],
+        "environment": {"jax": "1"},
+    }
+)
+SETTINGS = {"model": "m", "mesh": "1", "prompt_style": "qwen", "seed": 0}
+ANSWER = {
+    **{"id": 0, "sample": 0, "question": "?", "prompt_sha256": "a", "tokens": [1], "text": "7"},
+    **{"extracted": "7", "gold": "7", "correct": True, "finish_reason": "stop", "elapsed": 1.5},
+}
+PROMPTS = [
+    {"prompt": "a", "x": 1},
+    {"messages": MESSAGES, "tools": [{"type": "function"}]},
+    {"prompt_tokens": [1, 2]},
+]
+
+
+def _rehashed() -> st.SearchStrategy[bytes]:
+    """Certificates whose hash is that of the altered content."""
+    content = {key: value for key, value in CERTIFICATE_CONTENT.items() if key != "content_sha256"}
+    return altered_value(content).map(
+        lambda found: as_json(with_hash(found) if isinstance(found, dict) else found).encode()
+    )
+
+
+def _altered_tokenizer() -> st.SearchStrategy[bytes]:
+    return altered_json(json.loads(_tokenizer_files()["tokenizer.json"]))
+
+
+def _altered_text(*texts: str) -> st.SearchStrategy[bytes]:
+    valid = st.sampled_from([text.encode() for text in texts])
+    return valid.flatmap(altered_bytes) | st.text(max_size=40).map(
+        lambda text: text.encode(errors="surrogatepass")
+    )
+
+
+def targets() -> dict[str, Target]:
+    """Every reader by name."""
+    tokenizer = {
+        "tokenizer_config.json": altered_json(TOKENIZER_CONFIG),
+        "special_tokens_map.json": altered_json({"eos_token": "<|im_end|>", "unk_token": None}),
+        "added_tokens.json": altered_json({"<|im_end|>": 258, "<new>": 259}),
+        "vocab.json": altered_bytes(_tokenizer_files()["vocab.json"])
+        | altered_json({"a": 0, "b": 1, "c": 2}),
+        "merges.txt": altered_bytes(b"#version: 0.2\na b\n\xc3\xa9 c\r\n"),
+        "chat_template.jinja": altered_bytes(b"{% for m in messages %}{{ m.content }}{% endfor %}"),
+    }
+    return {
+        "config.json": Target(_read_config, altered_json(CONFIG | {"rope_scaling": YARN})),
+        "generation_config.json": Target(_read_generation_config, altered_json(GENERATION)),
+        "model.safetensors": Target(
+            partial(_read_weights, "model.safetensors"), _altered_safetensors()
+        ),
+        "model.safetensors.index.json": Target(
+            partial(_read_weights, "model.safetensors.index.json"), altered_json(INDEX)
+        ),
+        "a.gguf": Target(_read_gguf, _altered_gguf(), cost=2, needs="gguf"),
+        "pytorch_model.bin": Target(
+            partial(_read_weights, "pytorch_model.bin"),
+            st.deferred(lambda: altered_bytes(_torch())),
+            needs="torch",
+        ),
+        # Each with other steps than the usual starts a process.
+        "tokenizer.json": Target(
+            partial(_read_tokenizer, "tokenizer.json"), _altered_tokenizer(), cost=4
+        ),
+        **{
+            name: Target(partial(_read_tokenizer, name), altered)
+            for name, altered in tokenizer.items()
+        },
+        "template": Target(
+            _render, altered_bytes(speller.TEMPLATE.encode() + b"{{ messages | tojson }}")
+        ),
+        "certificate": Target(
+            partial(_read_file, read_certificate), altered_json(CERTIFICATE_CONTENT) | _rehashed()
+        ),
+        "reference outputs": Target(
+            partial(_read_file, read_golden),
+            altered_json({"cases": [{"input_ids": [1], "greedy": [2], "margins": [0.5]}]}),
+        ),
+        "run file": Target(
+            partial(_read_file, RunFile.read),
+            altered_lines([{"format": FORMAT, "settings": SETTINGS}, ANSWER, ANSWER | {"id": 1}]),
+        ),
+        "problems": Target(
+            partial(_read_file, read_problems),
+            altered_lines([{"question": "?", "answer": "#### 7"}] * 2),
+        ),
+        "prompts": Target(partial(_read_file, _read_prompts), altered_lines(PROMPTS)),
+        "mesh": Target(partial(_read_text, MeshSpec.parse), _altered_text("2x4", "data=2,model=4")),
+        "meshes": Target(partial(_read_text, parse_meshes), _altered_text("1,2x4;data=2,model=4")),
+        "model name": Target(partial(_read_text, name_kind), _altered_text("a/b", "~/a", "demo")),
+        "path": Target(partial(_read_text, user_path), _altered_text("~a", "~/b", "/c/d.gguf")),
+        "token ids": Target(_read_ids, altered_json([1, 2, [3]])),
+    }
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0}
+
+
+def findings() -> list[Path]:
+    """Files that were once misread: `data/fuzz/TARGET/NAME`."""
+    return sorted(path for path in FINDINGS.glob("*/*") if path.is_file())
