@@ -756,8 +756,8 @@ FAULTS = (
     _fault(
         "tables: texts of users are markup",
         "cli/console.py",
-        "return Console(width=width, markup=False, emoji=False, highlight=False)",
-        "return Console(width=width, highlight=False)",
+        "return Text(harmless(text).expandtabs(), style=style)",
+        "return Text.from_markup(harmless(text).expandtabs(), style=style)",
         "cli_tables",
     ),
     _fault(

@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given
@@ -81,6 +82,13 @@ def test_columns_that_do_not_fit_are_continued_below_and_last_become_lists():
     assert printed(table.print, 80).count("the name") == 1
     assert printed(table.print, 40).count("the name") == 2
     assert "\nname: the name\n  number 0: 12345.67\n" in printed(table.print, 20)
+
+
+def test_a_terminal_without_a_width_shows_everything(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    say(output_console(), "12345.67")
+    assert capsys.readouterr().out == "12345.67\n"
 
 
 MARKED = "run[bf16].jsonl [/x] :smile: [link=file:///x]y[/link] \\[z] '1'"

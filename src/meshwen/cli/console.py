@@ -76,14 +76,20 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def _folded(line: str, width: int) -> str:
     return textwrap.fill(
-        line, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+        line,
+        max(1, width),
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
     )
 
 
 def output_console() -> Console:
     """A console on stdout, as wide as the terminal, or 100 columns in a pipe."""
     width = None if sys.stdout.isatty() else _PIPED_WIDTH
-    return Console(width=width, markup=False, emoji=False, highlight=False)
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    console.width = console.width or _PIPED_WIDTH  # As with COLUMNS=0: Rich would print nothing.
+    return console
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def print_meshes(
 
 def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
     """Two runs, and the texts of the answers that one alone has right."""
-    from meshwen.evals.compare import alone_text, settings_of
+    from meshwen.evals.compare import alone_text, settings_apart
 
     console = output_console()
     table = PlainTable(f"{found.answers} answers", "run", ">right", ">accuracy", ">only right")
@@ -80,9 +80,8 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
         _print_failed(run, f"could not be asked in {run.path}, counted as wrong")
     p = "" if found.p is None else f"McNemar's exact p: {found.p:.3g}; "
     say(console, f"{p}identical answers: {found.identical} of {found.answers}")
-    for name, (one, other) in settings_of(runs).items():
-        if one != other:
-            say(console, f"{name}: {one} and {other}")
+    for name, (one, other) in settings_apart(runs).items():
+        say(console, f"{name}: {one} and {other}")
     if found.parted:
         problem, _, token = min(found.parted, key=lambda one: one[2])
         places = ", ".join(f"{one[0]} from {one[2]}" for one in found.parted[:_LISTED])

@@ -117,6 +117,15 @@ def settings_of(runs: Sequence[RunFile]) -> dict[str, list[Any]]:
     return {name: [run.settings.get(name) for run in runs] for name in names}
 
 
+def settings_apart(runs: Sequence[RunFile]) -> dict[str, list[Any]]:
+    """The settings that the runs differ in; why a style was chosen is none that changes answers."""
+    return {
+        name: values
+        for name, values in settings_of(runs).items()
+        if name != "prompt_style_why" and values.count(values[0]) < len(values)
+    }
+
+
 def _first_difference(one: Record, other: Record) -> int | None:
     """Where the tokens of two answers part; where one ends, for its beginning."""
     ours, theirs = one["tokens"], other["tokens"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from meshwen.evals.compare import Comparison, alone_text, settings_of
+from meshwen.evals.compare import Comparison, alone_text, settings_apart, settings_of
 from meshwen.evals.gsm8k import summary
 from meshwen.evals.run_file import Key, Record, RunFile
 from meshwen.evals.styles import prompt_style
@@ -33,7 +33,6 @@ def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
         {"run": run, "found": summary(run.records.values()), "against": against}
         for run, against in zip(runs, [None, *compared], strict=True)
     ]
-    settings = settings_of(runs)
     shown = [{"answer": first.records[key]} for key in sorted(first.records)]
     answers = [one | {"kinds": _kinds(one["answer"])} for one in shown]
     return render(
@@ -54,21 +53,16 @@ def html_report(runs: Sequence[RunFile], compared: Sequence[Comparison]) -> str:
         ],
         # One value where all agree.
         settings={
-            name: values if _apart(values) else values[:1] for name, values in settings.items()
+            name: values[:1] if values.count(values[0]) == len(values) else values
+            for name, values in settings_of(runs).items()
         },
-        settings_apart=_by_subject(
-            {name: values for name, values in settings.items() if _apart(values)}
-        ),
+        settings_apart=_by_subject(settings_apart(runs)),
         answers=answers,
         kinds={
             kind: sum(kind in one["kinds"] for one in answers)
             for kind in ("all", "wrong", "right", "cut off", "failed")
         },
     )
-
-
-def _apart(values: Sequence[Any]) -> bool:
-    return values.count(values[0]) < len(values)
 
 
 def _by_subject(settings: dict[str, list[Any]]) -> dict[str, dict[str, list[Any]]]:
