@@ -54,7 +54,7 @@ def test_errors_obey_nothing_and_end_somewhere(capsys, tmp_path):
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert "\x1b" not in told
-        assert "x1b[2J" in told
+        assert "1b[2J" in told  # As Python or JSON writes it.
         assert len(told.splitlines()[-1]) < 2100
 
 
