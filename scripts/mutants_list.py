@@ -797,4 +797,18 @@ FAULTS = (
         "            pass",
         "cli_interrupt",
     ),
+    _fault(
+        "compilation cache: a program that was cut off stays",
+        "compilation_cache.py",
+        "return bool(expander.eof)",
+        "return True",
+        "compilation_cache",
+    ),
+    _fault(
+        "compilation cache: the folder of another user is used",
+        "compilation_cache.py",
+        "if found.st_uid != os.getuid():",
+        "if False:",
+        "compilation_cache",
+    ),
 )
