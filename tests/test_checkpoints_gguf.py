@@ -24,6 +24,7 @@ from meshwen.checkpoints import open_checkpoint
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.sampling import SamplingParams
+from meshwen.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
@@ -409,7 +410,6 @@ WRONG = {
     ),
     "part of a head turned": (("uint32", "qwen2.rope.dimension_count", 8), "heads have 16"),
     "no causal mask": (("bool", "qwen2.attention.causal", False), "causal is false"),
-    "a chat template": (("uint32", "tokenizer.chat_template", 1), "expected text"),
 }
 
 
@@ -438,6 +438,32 @@ def test_metadata_that_no_computation_needs_blocks_nothing(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", float_gguf_tensors(), extra=extra)
     config = open_checkpoint(str(path)).config
     assert (config.pad_token_id, config.bos_token_id) == (None, None)
+
+
+def test_padding_ids_outside_the_vocabulary_leave_the_tokenizer_as_it_is(tmp_path):
+    for number, (kind, value) in enumerate([("uint32", 2**32 - 1), ("uint32", 9), ("string", "x")]):
+
+        def extra(writer: object, kind: str = kind, value: object = value) -> None:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(["a", "b", "ab", "<|im_end|>"])
+            writer.add_token_merges(["a b"])
+            writer.add_eos_token_id(3)
+            for name in ("padding", "bos"):
+                getattr(writer, f"add_{kind}")(f"tokenizer.ggml.{name}_token_id", value)
+
+        path = write_gguf(tmp_path / f"{number}.gguf", float_gguf_tensors(), extra=extra)
+        with open_checkpoint(str(path)) as checkpoint:
+            tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        assert tokenizer.encode("ab<|im_end|>") == [2, 3]
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_ids) == (None, (3,))
+
+
+def test_a_broken_tokenizer_names_its_file(tmp_path):
+    path = write_gguf(
+        tmp_path / "x.gguf", float_gguf_tensors(), extra=lambda w: w.add_tokenizer_model("gpt2")
+    )
+    with pytest.raises(MeshwenError, match=r"x\.gguf: .*tokenizer\.ggml\.tokens"):
+        Tokenizer.from_checkpoint(open_checkpoint(str(path)))
 
 
 def test_a_pre_tokenizer_that_is_not_named_is_qwen2s_and_said(tmp_path):

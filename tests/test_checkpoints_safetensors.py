@@ -245,3 +245,22 @@ def test_header_length_beyond_the_file_is_refused(tmp_path):
     path = write_folder(tmp_path) / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
     assert "not a whole safetensors file" in error_of(tmp_path)
+
+
+def test_a_tied_head_that_only_the_index_lists_is_not_missed(tmp_path):
+    weights = random_weights()
+    del weights["lm_head.weight"]
+    folder = write_sharded(tmp_path, weights)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = next(iter(weight_map.values()))
+    write_json(index, {"weight_map": weight_map | {"lm_head.weight": first}})
+    assert open_checkpoint(str(folder)).tensors.keys() == weights.keys()
+
+
+def test_a_shard_named_longer_than_a_file_may_be_is_refused(tmp_path):
+    write_sharded(tmp_path, random_weights())
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a" * 10_000}})
+    message = error_of(tmp_path)
+    assert "model.safetensors.index.json puts" in message
+    assert len(message) < 400

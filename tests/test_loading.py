@@ -2,7 +2,9 @@
 """Weights on the devices: the checkpoint's bits in their places, zeros in the padding."""
 
 from dataclasses import replace
+from functools import partial
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import reference
 from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, SMALL_HALF_B, memory_checkpoint, whole
+from meshwen import loading
 from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
 from meshwen.finite import check_finite
@@ -365,3 +368,19 @@ def test_weights_that_do_not_fit_say_that_the_config_names_a_quantisation():
     opened = replace(memory_checkpoint(ODD, weights), quantization="gptq")
     with pytest.raises(MeshwenError, match=r'is missing; .* names "gptq", which is not supported'):
         load_params(opened, ParallelPlan(ODD, make_mesh("1")), BFLOAT16)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_weights_that_do_not_fit_a_device_are_refused_before_any_is_placed(
+    monkeypatch, quantization
+):
+    plan = ParallelPlan(ODD, make_mesh("2x4"), quantization=quantization)
+    arrays = jax.tree.leaves(dummy_params(plan, BFLOAT16))
+    held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
+    monkeypatch.setattr(loading, "free_bytes", lambda devices: held - 1)
+    opened = memory_checkpoint(ODD, random_bits(ODD, BFLOAT16))
+    for load in (partial(dummy_params), partial(load_params, opened)):
+        with pytest.raises(MeshwenError, match=r"the weights need .* on each device"):
+            load(plan, BFLOAT16, lambda done, total: pytest.fail("a weight was placed"))
+    monkeypatch.setattr(loading, "free_bytes", lambda devices: held)
+    load_params(opened, plan, BFLOAT16)

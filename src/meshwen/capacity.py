@@ -76,7 +76,7 @@ class Capacity:
             raise MeshwenError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
         token_bytes = cache_bytes_per_token(plan.config, plan.heads.local_key_value_heads, dtype)
         several = plan.mesh.is_multi_process
-        free = _least_free_bytes(plan.mesh) if several else _free_bytes(plan.mesh.local_devices)
+        free = _least_free_bytes(plan.mesh) if several else free_bytes(plan.mesh.local_devices)
         cache_bytes = int(_CACHE_SHARE * free)
         return cls(max_num_seqs, length, plan.data_devices, token_bytes, cache_bytes)
 
@@ -120,14 +120,14 @@ class Capacity:
 def _least_free_bytes(mesh: AnyMesh) -> int:
     """The least of several processes: what they decide from it has to be the same."""
     host = zlib.crc32(socket.gethostname().encode()) % (1 << 24)  # What float32 holds exactly.
-    own = np.array([_free_bytes(mesh.local_devices), host], np.float32)
+    own = np.array([free_bytes(mesh.local_devices), host], np.float32)
     free, hosts = process_allgather(own).T
     if mesh.local_devices[0].platform == "cpu":  # A machine's processes share its memory.
         free = free / [np.count_nonzero(hosts == one) for one in hosts]
     return int(free.min())
 
 
-def _free_bytes(devices: Sequence[jax.Device]) -> int:
+def free_bytes(devices: Sequence[jax.Device]) -> int:
     """Bytes that are free on the fullest of some devices."""
     free = []
     for device in devices:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fsdecode
 from pathlib import Path
@@ -141,6 +142,8 @@ class Qwen2ForCausalLM:
         mesh = make_mesh(mesh, model_axes=model_axes, data_axes=data_axes)
         name = fsdecode(path_or_hub_id)
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+            for note in checkpoint.notes:
+                warnings.warn(f"{name}: {note}", stacklevel=2)
             return cls.from_checkpoint(
                 checkpoint,
                 Tokenizer.from_checkpoint(checkpoint),

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
+from meshwen.capacity import free_bytes
 from meshwen.checkpoints import Checkpoint, TensorSource, quantized_hint
 from meshwen.errors import MeshwenError
 from meshwen.finite import check_finite
@@ -26,6 +27,7 @@ from meshwen.model import Params
 from meshwen.packing import COLUMNS, AnyWeight, PackedWeight, packed
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
+from meshwen.units import bytes_text
 from meshwen.weights import (
     EMBEDDING,
     LM_HEAD,
@@ -90,6 +92,24 @@ def _misfit(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -
     return None
 
 
+def check_room(plan: ParallelPlan, dtype: jnp.dtype) -> None:
+    """Holds the bytes that weights take on a device against those that are free.
+
+    Raises:
+        MeshwenError: they do not fit; the process would be killed in the middle of loading.
+    """
+    needed = sum(
+        weight.nbytes(shape[::-1] if weight.transposed else shape, plan, jnp.dtype(dtype))
+        for weight in placed_weights(plan)
+        for shape in [weight.shard_shape(plan)]
+    )
+    if needed > (free := free_bytes(plan.mesh.local_devices)):
+        raise MeshwenError(
+            f"the weights need {bytes_text(needed)} on each device, of which {bytes_text(free)} "
+            "can be had: use more devices, int8, or a smaller model"
+        )
+
+
 def load_params(
     checkpoint: Checkpoint,
     plan: ParallelPlan,
@@ -103,11 +123,13 @@ def load_params(
     expanded, padded or packed a copy of it, is in memory.
 
     Raises:
-        MeshwenError: a tensor is missing, unexpected or of another shape, or holds NaN or infinity.
+        MeshwenError: a tensor is missing, unexpected or of another shape, or holds NaN or infinity;
+            or the weights do not fit the devices.
     """
     check_tensors(checkpoint, declared_weights(plan.config), plan)
     if plan.config.tie_word_embeddings and LM_HEAD.name in checkpoint.tensors:
         _check_tied(checkpoint)
+    check_room(plan, dtype)
     weights = placed_weights(plan)
 
     def leaves() -> Iterator[tuple[str, AnyWeight]]:
@@ -131,8 +153,9 @@ def dummy_params(
     """Made-up weights: each a function of its name and position, so the same on every mesh.
 
     Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices; where
-    they are packed, by way of the host.
+    they are packed, by way of the host. Raises MeshwenError when they do not fit the devices.
     """
+    check_room(plan, dtype)
     weights = placed_weights(plan)
 
     def leaves() -> Iterator[tuple[str, AnyWeight]]:

@@ -95,7 +95,12 @@ class Tokenizer:
         files = checkpoint.tokenizer_files
         if files is None:
             return None
-        return cls.from_folder(files) if isinstance(files, Path) else cls.from_gguf(files)
+        if isinstance(files, Path):
+            return cls.from_folder(files)
+        try:
+            return cls.from_gguf(files)
+        except MeshwenError as error:
+            raise MeshwenError(f"{checkpoint.path}: {error}") from None
 
     @property
     def vocab_size(self) -> int:

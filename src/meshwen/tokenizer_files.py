@@ -139,11 +139,15 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
             special = kinds[index] == GGUF_CONTROL
             added.add(index, {"content": token, "special": special, "normalized": False}, where)
     named = {
-        "bos_token": found.get("tokenizer.ggml.bos_token_id"),
+        "bos_token": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token": (eos := found.get("tokenizer.ggml.eos_token_id")),
-        "pad_token": found.get("tokenizer.ggml.padding_token_id"),
+        "pad_token": metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    special_tokens = {name: used[index] for name, index in named.items() if index in used}
+    special_tokens = {
+        name: used[index]
+        for name, index in named.items()
+        if isinstance(index, int) and index in used  # Nothing needs one to pad with.
+    }
     if eos is not None and eos not in used:
         raise MeshwenError(f"{where}: tokenizer.ggml.eos_token_id is {eos}, which is no token's")
     added.mark_special(special_tokens.values(), new=False)
@@ -161,10 +165,8 @@ _Gguf = TypedDict(
         "tokenizer.ggml.tokens": list[str],
         "tokenizer.ggml.merges": list[str],
         "tokenizer.ggml.token_type": NotRequired[list[int] | None],
-        "tokenizer.ggml.bos_token_id": NotRequired[TokenId | None],
         "tokenizer.ggml.eos_token_id": NotRequired[TokenId | None],
         "tokenizer.ggml.eot_token_id": NotRequired[TokenId | None],
-        "tokenizer.ggml.padding_token_id": NotRequired[TokenId | None],
         "tokenizer.ggml.add_bos_token": NotRequired[bool | None],
         "tokenizer.ggml.add_eos_token": NotRequired[bool | None],
         "tokenizer.chat_template": NotRequired[str],

@@ -17,7 +17,8 @@ from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.json_files import Finite, check_shape, shown
 
-# What is needed of the metadata. Other keys may be anything.
+# What is needed of the metadata; other keys may be anything. `meshwen.tokenizer_files` declares the
+# tokenizer's part.
 GgufMetadata = TypedDict(
     "GgufMetadata",
     {
@@ -48,13 +49,8 @@ GgufMetadata = TypedDict(
         "general.sampling.min_p": Finite,
         "general.sampling.penalty_repeat": Finite,
         "tokenizer.ggml.tokens": list[str],
-        "tokenizer.ggml.token_type": list[int],
-        "tokenizer.ggml.merges": list[str],
         "tokenizer.ggml.eos_token_id": int,
         "tokenizer.ggml.eot_token_id": int,
-        "tokenizer.ggml.add_bos_token": bool,
-        "tokenizer.ggml.add_eos_token": bool,
-        "tokenizer.chat_template": str,
     },
     total=False,
 )

@@ -26,6 +26,7 @@ from meshwen.json_files import parse_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_LONGEST_REASON = 200  # characters: the library repeats what it has read
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -102,4 +103,5 @@ def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
