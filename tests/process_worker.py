@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from meshwen import Qwen2ForCausalLM
+from meshwen import Qwen2ForCausalLM, causal_lm
 from meshwen.checkpoints.base import MappedTensor
 
 IDS = [[5, 11, 3, 70, 8, 8, 200], [9, 1, 2, 3, 4, 250, 6]]
@@ -20,13 +20,22 @@ def observe(model: str, mesh: str, numerics: str) -> dict:
         bytes_read.append(part.nbytes)
         return part
 
-    MappedTensor.read = counting
+    load = causal_lm.load_params
+
+    def load_and_count(*arguments):  # Not what is read to compare the processes' checkpoints.
+        MappedTensor.read = counting
+        try:
+            return load(*arguments)
+        finally:
+            MappedTensor.read = read
+
+    causal_lm.load_params = load_and_count
     try:
         loaded = Qwen2ForCausalLM.from_pretrained(
             model, mesh=mesh, dtype="float32", numerics=numerics
         )
     finally:
-        MappedTensor.read = read
+        causal_lm.load_params = load
     answers = loaded.generate(IDS, max_new_tokens=4, logprobs=True)
     logits = loaded(IDS)
     return {

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -242,6 +243,25 @@ def test_options_that_differ_are_refused_by_all(port):
 
 
 @pytest.mark.slow
+def test_a_model_with_other_weights_in_one_process_is_refused_by_all(
+    port, tiny, tmp_path, monkeypatch
+):
+    """And a proxy that the environment names has no part in it."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{free_port()}")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    arguments = ("--raw", "hi", "--mesh", 2, "--model")
+    started = [generate(port, index, *arguments, one) for index, one in enumerate((tiny, other))]
+    for process in started:
+        _, errors = process.communicate(timeout=LIMIT)
+        assert process.returncode == 2, errors
+        assert "the processes' models: tensor " in errors
+
+
+@pytest.mark.slow
 def test_an_error_of_the_prompt_and_of_the_mesh_ends_all(port):
     for arguments, message in (
         (("--mesh", "1x3"), "3 devices"),
@@ -257,17 +277,11 @@ def test_an_error_of_the_prompt_and_of_the_mesh_ends_all(port):
 
 @pytest.mark.slow
 def test_process_0_does_not_wait_for_others_forever(port):
-    program = (
-        "import sys, meshwen.distributed as d\n"
-        "from meshwen.cli import main\n"
-        "d.start.__defaults__ = (None, None, 1.0)\n"
-        f"sys.exit(main('generate hi --coordinator 127.0.0.1:{port} --num-processes 3 "
-        "--process-id 0'.split()))"
-    )
-    process = spawn("-c", program)
+    own = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 3, "--process-id", 0)
+    process = spawn("-m", "meshwen", "generate", "hi", *own, "--coordinator-timeout", 1)
     _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 2, errors
-    assert "not all of the 3 processes came within 1 s" in errors
+    assert "not all of the 3 processes came within 1 s; processes 1, 2 did not" in errors
 
 
 def test_sigterm_ends_a_process_at_once(port):

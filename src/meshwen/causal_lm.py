@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
+from meshwen.agreement import check_model
 from meshwen.arguments import Prompt, brief, one_prompt, several_prompts, whole_number
 from meshwen.buckets import bucket
 from meshwen.capacity import Capacity
@@ -26,7 +27,7 @@ from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
 from meshwen.jax_settings import own_settings
 from meshwen.loading import Progress, dummy_params, load_params
-from meshwen.parallel.mesh import make_mesh
+from meshwen.parallel.mesh import make_mesh, mesh_label
 from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
 from meshwen.quantization import QUANTIZATIONS, Quantization
 from meshwen.request import Completion, Event, Request
@@ -178,6 +179,17 @@ class Qwen2ForCausalLM:
         """
         kind = jnp.dtype(dtype)
         plan = ParallelPlan(checkpoint.config, make_mesh(mesh), numerics, quantization)
+        settings = {
+            "mesh": mesh_label(plan.mesh),
+            "dtype": str(kind),
+            "numerics": numerics,
+            "quantization": quantization,
+            "format": "dummy" if checkpoint.format is None else "files",
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        }
+        check_model(checkpoint, tokenizer, settings, exact=plan.exact)
         if checkpoint.format is None:
             params = dummy_params(plan, kind, progress)
         else:

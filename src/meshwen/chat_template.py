@@ -53,6 +53,11 @@ class ChatTemplate:
         """The names of all templates."""
         return tuple(self._templates)
 
+    @property
+    def content(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """The templates by name, and the variables that every render sees."""
+        return self._templates, self._special_tokens
+
     def select(self, tools: bool) -> str:
         """Return the template to use, chosen as transformers does.
 

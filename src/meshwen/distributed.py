@@ -8,21 +8,22 @@ they exchange it here. With one process nothing is exchanged.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax import Array
 
+from meshwen import rendezvous
 from meshwen.errors import MeshwenError
 from meshwen.jax_settings import own_settings
 
@@ -33,6 +34,7 @@ START_TIMEOUT = 60.0  # seconds, for all processes to come
 _HEARTBEAT_TIMEOUT = 20
 # How long a process that failed waits for the others to fail alike, before it leaves them behind.
 _LEAVING_TIMEOUT = 3.0
+_LEAST_TO_INITIALIZE = 20.0  # seconds, once all have come
 _LONG = 7 * 24 * 3600  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -54,14 +56,15 @@ def start(
 
     Raises:
         MeshwenError: an argument is impossible, there is no cluster to ask, process 0 does not
-            answer, or not all processes came in time.
+            answer, not all processes came in time, or they differ in how many there are, or two
+            have the same number.
     """
     if coordinator == AUTO:
         if processes is not None or index is not None:
             raise MeshwenError("a coordinator 'auto' knows the number of processes, and each id")
         _initialize({}, f"the cluster's processes did not all come within {timeout:.0f} s", timeout)
         return
-    host, port = _address(coordinator)
+    host = _host_of(coordinator)
     if processes is None or index is None:
         raise MeshwenError(
             f"coordinator {coordinator}: the number of processes, or this one's id, is missing; "
@@ -82,15 +85,17 @@ def start(
         options["coordinator_bind_address"] = coordinator
     deadline = time.monotonic() + timeout
     if index == 0:
-        _check_free(coordinator, port)
+        rendezvous.gather(coordinator, processes, timeout)
     else:
-        _wait_for(coordinator, host, port, timeout)
-    _initialize(
-        options,
-        f"{coordinator}: not all of the {processes} processes came within {timeout:.0f} s; start "
-        f"each with its own id, 0 to {processes - 1}",
-        deadline - time.monotonic(),
-    )
+        rendezvous.join(coordinator, processes, index, timeout)
+        rendezvous.wait_for_listener(coordinator, timeout)
+    with _no_proxy(host.strip("[]")):
+        _initialize(
+            options,
+            f"{coordinator}: not all of the {processes} processes started JAX within "
+            f"{timeout:.0f} s; look at their messages",
+            max(_LEAST_TO_INITIALIZE, deadline - time.monotonic()),
+        )
 
 
 def process_count() -> int:
@@ -107,7 +112,7 @@ def shared(name: str, make: Callable[[], Any]) -> Any:
     """What `make` gives in process 0, which alone calls it; the others wait for that.
 
     Args:
-        name: of the value, the same in every process and used once in a run.
+        name: of the value, the same in every process; all share the same ones, in one order.
         make: gives a value that JSON can hold.
 
     Raises:
@@ -115,7 +120,7 @@ def shared(name: str, make: Callable[[], Any]) -> Any:
     """
     if process_count() == 1:
         return make()
-    client, key = _state().client, f"meshwen/{name}"
+    client, key = _state().client, _new_key(name)
     if process_index():
         found = json.loads(client.blocking_key_value_get(key, _LONG * 1000))
         if "error" in found:
@@ -140,13 +145,21 @@ def gathered(name: str, value: Any) -> list[Any]:
     text = json.dumps(value)
     if process_count() == 1:
         return [json.loads(text)]
-    client, key = _state().client, f"meshwen/{name}"
+    client, key = _state().client, _new_key(name)
     client.key_value_set(f"{key}/{process_index()}", text)
     found = (
         client.blocking_key_value_get(f"{key}/{index}", _LONG * 1000)
         for index in range(process_count())
     )
     return [json.loads(one) for one in found]
+
+
+# How many exchanges there were: JAX wants a new name for each.
+_exchanges = itertools.count()
+
+
+def _new_key(name: str) -> str:
+    return f"meshwen/{next(_exchanges)} {name}"
 
 
 @own_settings()
@@ -202,42 +215,37 @@ def _state() -> Any:
     return distributed.global_state
 
 
-def _address(coordinator: str) -> tuple[str, int]:
+def _host_of(coordinator: str) -> str:
     host, _, port = coordinator.rpartition(":")
     if not host or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
         raise MeshwenError(
             f"coordinator {coordinator!r} is no address; expected HOST:PORT, e.g. 10.0.0.1:1234"
         )
-    return host, int(port)
+    return host
 
 
-def _check_free(coordinator: str, port: int) -> None:
-    """JAX ends the process where it cannot listen; this says why."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError as error:
-            raise MeshwenError(
-                f"coordinator {coordinator}: process 0 cannot listen there ({error.strerror}); "
-                "give another port, the same to every process"
-            ) from None
-
-
-def _wait_for(coordinator: str, host: str, port: int, timeout: float) -> None:
-    """Waits until process 0 listens. JAX would end the process where nobody does."""
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise MeshwenError(
-                    f"coordinator {coordinator}: no answer within {timeout:.0f} s ({error}); "
-                    "process 0 listens there once it is started: start it, and check the address"
-                ) from None
-        time.sleep(0.2)
+@contextmanager
+def _no_proxy(host: str) -> Iterator[None]:
+    """Has gRPC connect to a host itself: it would ask a proxy that the environment names."""
+    proxies = ("grpc_proxy", "https_proxy", "http_proxy")
+    if not any(os.environ.get(name) for name in proxies):  # gRPC reads no others.
+        yield
+        return
+    names = ("no_grpc_proxy", "no_proxy")
+    before = {name: os.environ.get(name) for name in names}
+    direct = ",".join(filter(None, (before["no_grpc_proxy"] or before["no_proxy"], host)))
+    warns = jax.config.values["jax_check_proxy_envs"]
+    os.environ.update(dict.fromkeys(names, direct))
+    jax.config.update("jax_check_proxy_envs", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_check_proxy_envs", warns)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _initialize(options: dict[str, Any], too_late: str, timeout: float) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from meshwen.agreement import check_requests
 from meshwen.arguments import brief
 from meshwen.buckets import SMALLEST_BUCKET
 from meshwen.capacity import Capacity
@@ -127,6 +128,8 @@ class Engine:
             self._check_thread()
             if sum(live.sequence.waits for live in list(self._live.values())) >= self._max_waiting:
                 raise QueueFullError(f"{self._max_waiting} requests wait already; try again later")
+            if self._one_thread:
+                check_requests([request])
             return self._add(request, on_event, None)
 
     def cancel(self, number: int) -> None:
@@ -293,6 +296,8 @@ class _Run:
         with changed:
             self._engine._check_thread()
             requests, self._requests = self._requests, None
+            if requests and self._engine._one_thread:
+                check_requests(requests)
             for number, request in enumerate(requests or ()):
                 self._numbers[self._engine._add(request, self._came.append, self)] = number
         try:

@@ -33,6 +33,14 @@ _NOT_OFFERED = {
     *("return_assistant_tokens_mask", "sanitize_control_tokens", "chat_template"),
 }
 
+# Words, numbers and signs of several scripts, and whitespace: what tokenizers take apart otherwise.
+_PROBE = (
+    "The quick brown fox doesn't jump; 1234567890 dogs (3.14e-10) did!\n\n\t  def f(x): return {x}"
+    " <|im_start|>user\r\n\u4eca\u5929\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb"
+    " \u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 e\u0301\u00e9"
+    " \ud55c\uad6d\uc5b4 \U0001f468\u200d\U0001f469\u200d\U0001f467 internationalisation https://"
+)
+
 
 class Tokenizer:
     """Qwen2's byte-level BPE tokenizer, with its checkpoint's special tokens and chat template.
@@ -101,6 +109,18 @@ class Tokenizer:
             return cls.from_gguf(files)
         except MeshwenError as error:
             raise MeshwenError(f"{checkpoint.path}: {error}") from None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tells it from others, as JSON can hold it; of its merges, what becomes of a text."""
+        templates, variables = self._chat_template.content
+        return {
+            "vocabulary": self._ids,
+            "special tokens": [sorted(self._special_ids), variables],
+            "eos_token_ids": self._eos_token_ids,
+            "merges and splits": self.encode(_PROBE),
+            "chat template": templates,
+        }
 
     @property
     def vocab_size(self) -> int:

@@ -111,13 +111,12 @@ class Asked:
     @cached_property
     def weights_sha256(self) -> str:
         """Of the model's weights, which a folder's name does not tell; read once for all meshes."""
+        from meshwen.agreement import same_weights
         from meshwen.checkpoints import open_checkpoint
-        from meshwen.checkpoints.digest import weights_sha256
-        from meshwen.distributed import shared
 
         name, load_format, revision = self.loading
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
-            return shared("weights", lambda: weights_sha256(checkpoint))
+            return same_weights(checkpoint)
 
 
 def _asked(

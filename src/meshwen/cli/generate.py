@@ -131,7 +131,11 @@ def generate(
         # Whatever can be refused is refused before any weight is read.
         sampling = sampling_params(checkpoint, given)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        token_ids = [p.token_ids(tokenizer, raw=raw, system=system) for p in prompts]
+        # Rendered once: a template may give something else every time.
+        token_ids = shared(
+            "token ids",
+            lambda: [list(p.token_ids(tokenizer, raw=raw, system=system)) for p in prompts],
+        )
         for one, ids in zip(prompts, token_ids, strict=True):
             check_prompt(ids, checkpoint.config, one.where, max_model_len)
         loaded = load_model(

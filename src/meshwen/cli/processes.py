@@ -36,7 +36,21 @@ ProcessId = Annotated[
         "--process-id", min=0, help="Which of them this is, from 0; 0 prints.", show_default=False
     ),
 ]
-_OPTIONS = {"coordinator": Coordinator, "num_processes": NumProcesses, "process_id": ProcessId}
+CoordinatorTimeout = Annotated[
+    float,
+    typer.Option(
+        "--coordinator-timeout",
+        metavar="SECONDS",
+        min=1,
+        help="How long to wait for the other processes to be started.",
+    ),
+]
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "coordinator": (Coordinator, None),
+    "num_processes": (NumProcesses, None),
+    "process_id": (ProcessId, None),
+    "coordinator_timeout": (CoordinatorTimeout, 60.0),
+}
 
 # What may differ between machines (where files lie), or is read or written by process 0 alone.
 _OWN_AFFAIR = {
@@ -67,7 +81,11 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
 
     @wraps(command)
     def run(
-        coordinator: str | None, num_processes: int | None, process_id: int | None, **own: Any
+        coordinator: str | None,
+        num_processes: int | None,
+        process_id: int | None,
+        coordinator_timeout: float,
+        **own: Any,
     ) -> Any:
         if coordinator is None:
             if num_processes is not None or process_id is not None:
@@ -77,43 +95,34 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
             raise MeshwenError(refusal)
         from meshwen.distributed import process_index, start
 
-        start(coordinator, num_processes, process_id)
+        start(coordinator, num_processes, process_id, coordinator_timeout)
         _check_alike(own)
         with _others_named(), _own_output() if process_index() == 0 else _no_output():
             return command(**own)
 
     added = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option)
-        for name, option in _OPTIONS.items()
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option)
+        for name, (option, default) in _OPTIONS.items()
     ]
     set_parameters(run, [*parameters_of(command), *added])
     return run
 
 
 def _check_alike(own: Mapping[str, Any]) -> None:
-    """Refuses what differs between processes.
+    """Refuses other versions, kernels or options in one of the processes.
 
     With other options they would wait for each other forever, with other kernels exact numerics
     would not be exact.
     """
-    from meshwen import kernels
-    from meshwen.distributed import gathered
+    from meshwen.agreement import check_environment, check_same
 
-    mine = {name: str(value) for name, value in own.items() if name not in _OWN_AFFAIR}
-    first, *others = gathered("options", mine)
-    for index, other in enumerate(others, start=1):
-        for name in first:
-            if other.get(name) != first[name]:
-                raise MeshwenError(
-                    f"--{name.replace('_', '-')} is {first[name]} in process 0 but "
-                    f"{other.get(name)} in process {index}; start all with the same options"
-                )
-    found = gathered("kernels", kernels.label())
-    if len(set(found)) > 1:
-        raise MeshwenError(
-            f"the processes have not the same kernels, but {' / '.join(sorted(set(found)))}; "
-            "install the extra cpu for all of them or for none, on CPUs of one kind"
-        )
+    check_environment()
+    mine = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in own.items()
+        if name not in _OWN_AFFAIR
+    }
+    check_same("the processes' options", mine, "start all with the same options")
 
 
 @contextmanager

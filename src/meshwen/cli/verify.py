@@ -19,6 +19,8 @@ from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.checkpoints import Checkpoint
+    from meshwen.cli.prompts import Prompt
+    from meshwen.tokenizer import Tokenizer
     from meshwen.verify.workload import Workload
 
 _MESHES = "1x1,1x8,2x4,8x4,1x32"
@@ -116,10 +118,11 @@ def verify(
     collectives of the compiled step are counted. Exit status 1 when a promise is broken, or the
     outcome is not the certificate's.
     """
+    from meshwen.agreement import check_model, same_weights
     from meshwen.checkpoints import open_checkpoint
     from meshwen.checkpoints.digest import weights_sha256
     from meshwen.compilation_cache import enable_compilation_cache
-    from meshwen.distributed import process_index, shared
+    from meshwen.distributed import process_count, process_index
     from meshwen.verify.certificate import certificate, golden_comparison
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.reference import transformers_cases
@@ -137,6 +140,10 @@ def verify(
         check_writable(file)
     enable_compilation_cache()
     with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+        digest = None
+        if process_count() > 1:
+            check_model(checkpoint, None, {}, exact="exact" in chosen)
+            digest = same_weights(checkpoint)
         workload = _workload(checkpoint, prompts, cases, before, max_new_tokens)
         if reference is not None:
             note("transformers generates")
@@ -150,8 +157,8 @@ def verify(
             for name, tokens in outcome.generated.items()
             if cases is not None
         ]
-        needed = json_file or html_file or against
-        digest = shared("weights", lambda: weights_sha256(checkpoint) if needed else None)
+        if digest is None and (json_file or html_file or against):
+            digest = weights_sha256(checkpoint)
         found = certificate(checkpoint, outcome, kind, compared, digest)
     if process_index() == 0:
         _write(found, json_file, html_file)
@@ -253,7 +260,7 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
             note(told)
         needed = not all(prompt.is_token_ids for prompt in asked)
         tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None
-        return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in asked]
+        return _shared_ids(asked, tokenizer)
     try:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     except MeshwenError as error:
@@ -262,7 +269,17 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
     if tokenizer is None:
         return made_up_prompts(checkpoint.config)
     built_in = [Prompt("a built-in prompt", text) for text in BUILT_IN_PROMPTS]
-    return [prompt.token_ids(tokenizer, raw=False, system=None) for prompt in built_in]
+    return _shared_ids(built_in, tokenizer)
+
+
+def _shared_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> list[list[int]]:
+    """What process 0 makes of prompts: a template may give something else every time."""
+    from meshwen.distributed import shared
+
+    return shared(
+        "token ids",
+        lambda: [list(p.token_ids(tokenizer, raw=False, system=None)) for p in prompts],
+    )
 
 
 def _print(found: dict[str, Any], before: dict[str, Any] | None) -> bool:
