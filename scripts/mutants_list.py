@@ -588,8 +588,8 @@ FAULTS = (
     _fault(
         "cli: processes may have other options",
         "cli/processes.py",
-        "            if other.get(name) != first[name]:",
-        "            if False:",
+        '    check_same("the processes\' options", mine, "start all with the same options")\n',
+        "",
         "distributed",
     ),
     _fault(
