@@ -273,6 +273,13 @@ def test_a_run_from_before_there_were_kernels_goes_on_without_them(tmp_path):
         RunFile.begin(path, SETTINGS | {"products": "avx512_bf16"}, resume=True)
 
 
+def test_a_run_does_not_go_on_with_other_rules_to_grade_by(tmp_path):
+    path = written(tmp_path / "r.jsonl", answer(0)).path
+    RunFile.begin(path, SETTINGS | {"grading": 1, "prompt_style_why": "x"}, resume=True).close()
+    with pytest.raises(MeshwenError, match=r"grading 1, this run has 2: .* by earlier rules; give"):
+        RunFile.begin(path, SETTINGS | {"grading": 2}, resume=True)
+
+
 @pytest.mark.parametrize(("before", "now"), [("8", "1x8"), ("1", "1x1"), ("2x4", "2x1x4")])
 def test_meshes_of_the_same_axes_are_the_same(tmp_path, before, now):
     path = tmp_path / "r.jsonl"

@@ -277,6 +277,7 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
             "numerics": numerics.value,
             "prompt_style": style.name,
             "prompt_style_why": asked.style_why,
+            "grading": style.grading,
             "data_sha256": asked.data_sha256,
             "train_sha256": data_sha256(asked.examples) if asked.examples else None,
             "max_model_len": asked.capacity[1],

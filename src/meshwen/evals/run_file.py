@@ -37,6 +37,12 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 FORMAT = "meshwen-eval-3"
 _BEGINNING = b'{"format": "meshwen-eval-'  # of run files of all versions
 
+# Settings of runs from before there was a choice.
+_EARLIER = {"products": "xla", "grading": 1}
+_TO_DO = {
+    "products": "install or remove the extra cpu, or",
+    "grading": "its answers were found and graded by earlier rules;",
+}
 _HINT = "it was edited or damaged"
 _Number = TokenId  # Of a problem or sample: as small as a token id.
 
@@ -295,16 +301,14 @@ def _parsed(line: bytes, where: str, shape: type[Shape]) -> Shape:
 
 
 def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # What multiplied before there was a choice.
-    before, now = ({"products": "xla"} | dict(settings) for settings in (before, now))
+    before, now = (_EARLIER | dict(settings) for settings in (before, now))
     for name in dict.fromkeys((*before, *now)):
         if name == "prompt_style_why":  # Asked for or by default, it is the same style.
             continue
         if _comparable(name, before.get(name)) != _comparable(name, now.get(name)):
-            same = "install or remove the extra cpu" if name == "products" else "give the same"
             raise MeshwenError(
                 f"{path} was made with {name} {before.get(name)!r}, this run has "
-                f"{now.get(name)!r}: {same}, or give another file"
+                f"{now.get(name)!r}: {_TO_DO.get(name, 'give the same, or')} give another file"
             )
 
 

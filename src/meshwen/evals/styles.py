@@ -57,6 +57,8 @@ class PromptStyle:
         max_new_tokens: most tokens of an answer, unless another limit is asked for.
         extract: finds an answer in a text. The first is what counts; others are told beside it.
         equal: whether what was found is the reference answer.
+        grading: raised when `extract` or `equal` come to find or to hold something else, so that a
+            run is not gone on with by other rules.
     """
 
     name: str
@@ -64,6 +66,7 @@ class PromptStyle:
     ask: Callable[[str], str]
     extract: dict[str, Extract]
     equal: Callable[[str | None, str], bool]
+    grading: int = 1
     system: str | None = None
     conversation: bool = False
     shots: int = 0
@@ -171,6 +174,7 @@ STYLES = {
             stop=("</s>", "<|im_end|>", "<|endoftext|>"),
             extract={"boxed": _qwen_answer},
             equal=same_number,
+            grading=2,
         ),
         PromptStyle(
             name="lm-eval",
@@ -207,6 +211,7 @@ STYLES = {
             conversation=True,
             extract={"strict-match": _last(r"####\s*(\S+)")},
             equal=same_number,
+            grading=2,
         ),
     )
 }
