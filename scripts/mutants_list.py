@@ -754,6 +754,20 @@ FAULTS = (
         "cli_streams",
     ),
     _fault(
+        "chat: Ctrl-C waits until the whole prompt is read",
+        "cli/interrupt.py",
+        "        pressed.set()\n        stop()\n",
+        "        pressed.set()\n",
+        "cli_chat",
+    ),
+    _fault(
+        "chat: an answer is drawn again with the same seed",
+        "cli/chat.py",
+        "    elif not conversation.keeps_seed:\n",
+        "    elif False:\n",
+        "cli_chat",
+    ),
+    _fault(
         "prompts: tools do not reach the template",
         "cli/prompts.py",
         "tokenizer.encode_chat(self._messages(system), **self.template_fields)",

@@ -9,9 +9,15 @@ import sys
 import time
 
 import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from meshwen.cli import chat as chat_module
 from meshwen.cli import main
+from meshwen.cli.terminal_input import CommandCompleter, typed_turns
+from meshwen.runner import ModelRunner
 from speller import ANSWER, CONTEXT, load_once, write_speller
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -76,6 +82,105 @@ def test_reset_keeps_the_system_message(chat, capsys, tmp_path):
     last = [("user", "two"), ("assistant", ANSWER[:2])]
     assert saved(path) == [said(("system", "S"), *last), said(*last)]
     assert "cut off after 2 tokens: see --max-new-tokens" in capsys.readouterr().err
+
+
+def test_settings_are_shown_and_changed(chat, capsys):
+    lines = (
+        "/set",
+        "/set max_new_tokens 2",
+        "/set stop H",
+        "one",
+        "/set stop",
+        "one",
+        "/exit",
+        "no",
+    )
+    assert chat(*lines, arguments=("--seed", "7")) == 0
+    output = capsys.readouterr()
+    assert output.out == f"\n{ANSWER[:2]}\n"
+    for told in ("\ntop_p 1.0\n", "\nseed 7\n", "\nmax_new_tokens 2\n", '\nstop ["H"]\n'):
+        assert told in output.err
+    for line, words in (
+        ("/set heat 1", "no setting heat; there are max_new_tokens, temperature,"),
+        ("/set top_p 2", "top_p must be above 0 and at most 1, not 2"),
+        ("/set seed x", "seed must be a whole number, not 'x'"),
+        ("/rety", "no command /rety, did you mean /retry: /help"),
+        ("/retry", "nothing was said yet"),
+    ):
+        assert chat(line) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_an_answer_is_drawn_again_with_another_seed(chat, capsys, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = ("one", "/retry", f"/save {path}", "/reset", "/retry")
+    assert chat(*lines, arguments=("--temp", "0.001")) == 2
+    output = capsys.readouterr()
+    assert output.out == f"{ANSWER}\n{ANSWER}\n"
+    assert saved(path) == [said(("user", "one"), ("assistant", ANSWER))]
+    seeds = [line.split()[1] for line in output.err.splitlines() if line.startswith("seed: ")]
+    assert len(set(seeds)) == 2
+    assert "nothing was said yet" in output.err
+    assert chat("one", "/retry", arguments=("--temp", "0.001", "--seed", "7")) == 0
+    assert "seed:" not in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_prompt_is_read_stops_before_its_next_chunk(
+    chat, capsys, monkeypatch, tmp_path
+):
+    read = []
+    prefill = ModelRunner.prefill
+
+    def interrupted(self, *arguments):
+        read.append(self)
+        if len(read) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return prefill(self, *arguments)
+
+    monkeypatch.setattr("meshwen.buckets._LONGEST_CHUNK", 16)
+    monkeypatch.setattr(ModelRunner, "prefill", interrupted)
+    assert chat("x" * 60, f"/save {tmp_path / 'chats'}") == 2
+    output = capsys.readouterr()
+    assert (len(read), output.out) == (2, "")
+    assert "(stopped)" in output.err
+    assert "nothing was said yet" in output.err.splitlines()[-1]  # The turn is forgotten.
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("/re", ["/reset", "/retry"]),
+        ("/set te", ["temperature"]),
+        ("/save {}/fi", ["le"]),  # What is added to a path.
+        ("/system /re", []),
+        ("say /re", []),
+    ],
+)
+def test_commands_settings_and_files_are_completed(tmp_path, typed, found):
+    (tmp_path / "file").touch()
+    completer = CommandCompleter(["/reset", "/retry", "/save", "/set"], ["temperature", "top_k"])
+    document = Document(typed.format(tmp_path))
+    completions = completer.get_completions(document, CompleteEvent())
+    assert [one.text for one in completions] == found
+
+
+def test_typed_turns_have_lines_and_a_history():
+    pressed = {
+        "one\r": "one",
+        "\x1b[200~two\nlines\x1b[201~\r": "two\nlines",  # Pasted.
+        "a\x1b\rb\r": "a\nb",  # Alt-Enter.
+        "\x1b[A\x1b[A\x1b[A\r": "two\nlines",  # Up, past both lines of the last.
+        "x\x03y\r": "y",  # Ctrl-C drops what was typed.
+    }
+    before = signal.set_wakeup_fd(-1)
+    with create_pipe_input() as keys:
+        turns = typed_turns(["/retry", "/save", "/set"], ["temperature"], (keys, DummyOutput()))
+        for sent, expected in pressed.items():
+            keys.send_text(sent)
+            assert next(turns) == expected
+        keys.send_text("\x04")  # Ctrl-D
+        assert list(turns) == []
+    assert signal.set_wakeup_fd(before) == -1
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_came(chat, capsys, monkeypatch, tmp_path):
@@ -158,7 +263,7 @@ def test_an_answer_that_the_context_cuts_off_says_so(limit, arguments, chat, cap
 
 def test_a_terminal_survives_errors_and_gets_help(chat, capsys, monkeypatch):
     lines = iter(["/help", "/frob", "/save", "one"])
-    monkeypatch.setattr(chat_module, "_terminal_lines", lambda: lines)
+    monkeypatch.setattr(chat_module, "_typed_turns", lambda: lines)
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(io, "StringIO", lambda text: terminal)

@@ -89,6 +89,11 @@ class Engine:
         return self._capacity.max_model_len
 
     @property
+    def prefilled(self) -> tuple[int, int] | None:
+        """Tokens read of the prompt that is being read, and of how many; None: none is."""
+        return self._scheduler.prefilled
+
+    @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or `step` has something to raise."""
         return bool(self._live or self._failures)

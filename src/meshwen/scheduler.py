@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import jax
 import numpy as np
 
 from meshwen.batch_sampler import BatchSampler
@@ -82,6 +83,15 @@ class Scheduler:
         """Frees what finished and cancelled sequences have."""
         self._waiting = deque(s for s in self._waiting if not s.ended)
         self._free_slots()
+
+    @property
+    def prefilled(self) -> tuple[int, int] | None:
+        """Tokens read of the prompt that is being read, and of how many; None: none is."""
+        reading = self._reading
+        if reading is None:
+            return None
+        longest = int(reading.lengths.max())
+        return min(reading.start, longest), longest
 
     def step(self) -> list[tuple[int, Exception]]:
         """Reads a chunk of a waiting prompt if a slot is free, then takes a step of each answer.
@@ -219,7 +229,10 @@ class Scheduler:
         if reading is None:
             return False
         self._cache = reading.read(self._runner, self._cache)
-        if not reading.chunks:
+        if reading.chunks:
+            # Whoever waits for the end of a step, as Ctrl-C does, waits for one chunk, not for all.
+            jax.block_until_ready(reading.hidden)
+        else:
             self._reading = self._sampler = None
             sampled = reading.first(self._runner, self._plan)
             self._push(reading.sequences, sampled, {})

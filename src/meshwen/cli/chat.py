@@ -6,28 +6,41 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import Meter, note, write
+from meshwen.cli.console import Meter, note, working, write
 from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, sampling_params
 from meshwen.cli.prompts import unheeded_fields
 from meshwen.errors import MeshwenError
+from meshwen.json_files import parse_json, to_json
+
+if TYPE_CHECKING:
+    from meshwen.sampling import SamplingParams
 
 _HELP = """\
+/retry        forget the last answer, and answer again: with a new seed, unless --seed was given
+/set NAME X   change a setting, e.g. /set temperature 0.7; without NAME: show them
 /system TEXT  begin the conversation with this system message; without TEXT: with none
 /reset        forget the conversation, but not the system message
 /save FILE    append the conversation to FILE: one JSON object, for --load and --prompts-file
-/quit         leave; Ctrl-D does too
+/quit, /exit  leave; Ctrl-D does too
 //TEXT        say something that begins with a slash
+Alt-Enter     begin another line of a turn; what is pasted is one turn, whatever its lines
+Tab           complete a command; the arrows bring earlier turns back
 Ctrl-C        stop an answer; what has come of it stays in the conversation
 Ctrl-C twice  leave at once, whatever is running"""
+
+_LEAVE = ("/quit", "/exit")
+_COMMANDS = ("/help", "/reset", "/retry", "/save", "/set", "/system", *_LEAVE)
 
 
 def chat(
@@ -62,8 +75,8 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    Each line of input is a turn; /help lists the commands. Answers go to stdout, everything else
-    to stderr, so that it works in a pipe too.
+    From a pipe, each line is a turn; /help lists the commands. Answers go to stdout, everything
+    else to stderr.
     """
     from meshwen.checkpoints import open_checkpoint
     from meshwen.parallel.mesh import make_mesh
@@ -103,12 +116,13 @@ def chat(
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
     conversation = Conversation(loaded, tokenizer, sampling, before)
+    conversation.keeps_seed = seed is not None
     if system is not None:
         conversation.set_system(system)
     interactive = sys.stdin.isatty()
     if interactive:
         note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-    for line in _terminal_lines() if interactive else _piped_lines():
+    for line in _typed_turns() if interactive else _piped_lines():
         try:
             if not _take(line, conversation, interactive):
                 return
@@ -122,15 +136,33 @@ def _take(line: str, conversation: Conversation, interactive: bool) -> bool:
     """Obeys a command or has a turn answered; false to leave."""
     if line.startswith("/") and not line.startswith("//"):
         command, _, argument = line.strip().partition(" ")
+        if command == "/retry":
+            _answer(_again(conversation), conversation, interactive)
+            return True
         return _obey(command, argument.strip(), conversation)
     if line.strip():
         _answer(line.removeprefix("/"), conversation, interactive)
     return True
 
 
+def _again(conversation: Conversation) -> str:
+    """What to answer again."""
+    from meshwen.sampling import with_fresh_seed
+
+    text = conversation.take_back()
+    if conversation.sampling.temperature == 0:
+        note("(at temperature 0 the answer is the same: /set temperature 0.7 draws others)")
+    elif not conversation.keeps_seed:
+        conversation.sampling = with_fresh_seed(conversation.sampling)
+        note(f"seed: {conversation.sampling.seed}")
+    return text
+
+
 def _obey(command: str, argument: str, conversation: Conversation) -> bool:
     if command == "/help":
         note(_HELP)
+    elif command == "/set":
+        _set(argument, conversation)
     elif command == "/reset":
         conversation.reset()
         note("the conversation begins anew")
@@ -142,52 +174,79 @@ def _obey(command: str, argument: str, conversation: Conversation) -> bool:
             raise MeshwenError("/save needs the name of a file")
         conversation.save(Path(argument))
         note(f"saved to {argument}")
-    elif command != "/quit":
+    elif command not in _LEAVE:
+        near = get_close_matches(command, _COMMANDS, n=1)
+        meant = f", did you mean {near[0]}" if near else ""
         raise MeshwenError(
-            f"no command {command}: /help lists them, and //TEXT says something that begins with /"
+            f"no command {command}{meant}: /help lists them, and //TEXT says something that begins "
+            "with /"
         )
-    return command != "/quit"
+    return command not in _LEAVE
+
+
+def _set(argument: str, conversation: Conversation) -> None:
+    """Changes a sampling parameter, or shows all."""
+    settings = _settings(conversation.sampling)
+    name, _, text = argument.partition(" ")
+    if name:
+        if name not in settings:
+            raise MeshwenError(f"no setting {name}; there are {', '.join(settings)}")
+        try:
+            value = parse_json(text, name)
+        except MeshwenError:
+            value = text  # As for /set stop END.
+        if name == "stop":
+            value = tuple(value) if isinstance(value, list) else (text,) if text else ()
+        conversation.sampling = replace(conversation.sampling, **{name: value})
+        conversation.keeps_seed |= name == "seed"
+        settings = {name: _settings(conversation.sampling)[name]}
+    note("\n".join(f"{name} {to_json(value)}" for name, value in settings.items()))
+
+
+def _settings(sampling: SamplingParams) -> dict[str, Any]:
+    left_out = ("logprobs", "max_new_tokens_asked")
+    return {name: value for name, value in asdict(sampling).items() if name not in left_out}
 
 
 def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
     """Prints the answer as it comes, until it ends or Ctrl-C is pressed."""
     meter = Meter()
     completion = None
-    with ctrl_c() as pressed, closing(conversation.say(text)) as events:
+    with (
+        ctrl_c(conversation.stop) as pressed,
+        closing(conversation.say(text)) as events,
+        working(lambda: _progress(conversation)) as first_came,
+    ):
         for event in meter.watch(events):
+            first_came()
             write(event.text, end="")
             completion = event.completion
             if pressed.is_set():
                 break
-    write("")
+    if meter.count or completion:
+        write("")
     if completion is None:
         note("(stopped)")
     elif conversation.is_full(completion):
         note("(the model's context is full: /reset begins anew)")
     elif completion.finish_reason == "length":
-        note(f"(cut off after {len(completion.tokens)} tokens: see --max-new-tokens)")
+        note(f"(cut off after {len(completion.tokens)} tokens: see --max-new-tokens, /set)")
     if interactive:
         note(f"({meter.summary()})")
 
 
-def _terminal_lines() -> Iterator[str]:
-    """Lines typed, until Ctrl-D; with editing and history where Python has readline."""
-    with suppress(ImportError):
-        import readline  # noqa: F401
-    while True:
-        try:
-            if sys.stdout.isatty():
-                line = input("> ")
-            else:
-                print("> ", end="", file=sys.stderr, flush=True)
-                line = input()
-        except EOFError:
-            note("")
-            return
-        except KeyboardInterrupt:
-            note("\n(Ctrl-D or /quit leaves)")
-        else:
-            yield line
+def _progress(conversation: Conversation) -> str:
+    """What is being done before the first token."""
+    read = conversation.prefilled()
+    return "preparing the answer" if read is None else f"reading the prompt, {read[0]} of {read[1]}"
+
+
+def _typed_turns() -> Iterator[str]:
+    """What is typed on the terminal, until Ctrl-D."""
+    from meshwen.cli.terminal_input import typed_turns  # Not for a pipe.
+    from meshwen.sampling import SamplingParams
+
+    return typed_turns(_COMMANDS, tuple(_settings(SamplingParams())))
 
 
 def _piped_lines() -> Iterator[str]:

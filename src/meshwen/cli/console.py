@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -93,6 +94,30 @@ def output_console() -> Console:
 
 
 @contextmanager
+def working(doing: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Shows what is being done, on a terminal's stderr, while nothing else is printed to it.
+
+    Args:
+        doing: says what is being done now; asked four times a second, by another thread.
+
+    Yields:
+        A function that ends it before the block does.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    started = time.monotonic()
+    with Live(
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        get_renderable=lambda: plain(f"{doing()} ({time.monotonic() - started:.0f} s)", "dim"),
+    ) as live:
+        yield live.stop
+
+
+@contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     """Gives a function to tell (done, of how many, more to say).
 
@@ -147,6 +172,11 @@ class Meter:
         self._times: list[float] = []
         self._requests: set[int] = set()
         self.completions: list[Completion] = []
+
+    @property
+    def count(self) -> int:
+        """Tokens that have come."""
+        return len(self._times)
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
         """Passes events on."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from meshwen.causal_lm import Qwen2ForCausalLM
     from meshwen.request import Completion, Event
     from meshwen.sampling import SamplingParams
+    from meshwen.stream import Stream
     from meshwen.tokenizer import Tokenizer
 
 
@@ -25,6 +26,8 @@ class Conversation:
     Attributes:
         messages: `{"role": ..., "content": ...}`, the system message first if there is one.
         template_fields: what the chat template gets beside them, such as `tools`.
+        sampling: how answers are drawn.
+        keeps_seed: the user chose the seed: other answers are not drawn with others.
     """
 
     def __init__(
@@ -35,7 +38,10 @@ class Conversation:
         before: Prompt | None = None,
     ):
         """Goes on with the conversation that was had before, if any."""
-        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._model, self._tokenizer, self.sampling = model, tokenizer, sampling
+        self._running: Stream[Event] | None = None
+        self._last: str | None = None  # What the user said.
+        self.keeps_seed = False
         self.messages: list[Any] = [] if before is None else [*before.content]
         self.template_fields = {} if before is None else before.template_fields
 
@@ -53,11 +59,13 @@ class Conversation:
     def reset(self) -> None:
         """Forgets everything but the system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
+        self._last = None
 
     def say(self, text: str) -> Generator[Event, None, None]:
         """Takes the user's turn, and yields the answer's tokens.
 
-        Closing the iterator stops the answer; what has come of it stays in the conversation.
+        Closing the iterator stops the answer, and so does `stop`; what has come of it stays in the
+        conversation. Where nothing has, the turn is forgotten.
 
         Raises:
             MeshwenError: the conversation no longer fits the context; it stays as it was.
@@ -73,14 +81,40 @@ class Conversation:
                 f"room for an answer in the model's context of {context}: say less, or begin anew "
                 "with /reset (/save FILE keeps what was said)"
             )
-        self.messages = messages
-        answer = ""
+        before, self.messages, self._last = self.messages, messages, text
+        answer, tokens = "", 0
         try:
-            for event in self._model.engine.run([Request(tuple(token_ids), self._sampling)]):
-                answer += event.text
-                yield event
+            request = Request(tuple(token_ids), self.sampling)
+            with self._model.engine.run([request]) as self._running:
+                for event in self._running:
+                    answer, tokens = answer + event.text, tokens + 1
+                    yield event
         finally:
-            self.messages.append(_message("assistant", answer))
+            self._running = None
+            said = [*messages, _message("assistant", answer)]
+            self.messages = said if tokens else before
+
+    def stop(self) -> None:
+        """Ends the answer that is being made, between two steps of the engine; any thread may."""
+        if (running := self._running) is not None:
+            running.close()
+
+    def take_back(self) -> str:
+        """Forgets the last turn and its answer; returns what the user said.
+
+        Raises:
+            MeshwenError: nothing was said yet.
+        """
+        if [message["role"] for message in self.messages[-2:]] == ["user", "assistant"]:
+            self._last = self.messages[-2]["content"]
+            del self.messages[-2:]
+        if not isinstance(self._last, str):
+            raise MeshwenError("nothing was said yet, so there is nothing to say again")
+        return self._last
+
+    def prefilled(self) -> tuple[int, int] | None:
+        """Tokens of the prompt that the model has read, and of how many; None: it reads none."""
+        return self._model.engine.prefilled
 
     def is_full(self, completion: Completion) -> bool:
         """Whether an answer ended because the context was full."""

@@ -154,8 +154,12 @@ class _Ending:
 
 
 @contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """Gives an event that Ctrl-C sets; a second Ctrl-C ends the program at once."""
+def ctrl_c(stop: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+    """Gives an event that Ctrl-C sets; a second Ctrl-C ends the program at once.
+
+    Args:
+        stop: also called then, by the main thread.
+    """
     pressed = threading.Event()
     presses = 0
     reader, writer = _socket_pair()
@@ -170,7 +174,11 @@ def ctrl_c() -> Iterator[threading.Event]:
         if presses == 2:
             _end_at_once(INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    def handle(*_: object) -> None:
+        pressed.set()
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
     wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, came, lambda: None), daemon=True)
     watcher.start()
