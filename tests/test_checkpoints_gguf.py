@@ -23,6 +23,9 @@ from checkpoint_writers import (
 from meshwen.checkpoints import open_checkpoint
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.loading import load_params
+from meshwen.parallel.mesh import make_mesh
+from meshwen.parallel.plan import ParallelPlan
 from meshwen.sampling import SamplingParams
 from meshwen.tokenizer import Tokenizer
 
@@ -537,3 +540,21 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     tensors = float_gguf_tensors() | {"model.norm.weight": (np.ones(64, np.float32), None)}
     path = write_gguf(tmp_path / "x.gguf", tensors)
     assert 'two tensors are "model.norm.weight"' in error_of(path)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_block_whose_scale_is_no_number_is_refused_by_name(tmp_path, quantization):
+    tensors = float_gguf_tensors()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = gguf.quants.quantize(tensors["blk.0.ffn_down.weight"][0], kind)
+    tensors["blk.0.ffn_down.weight"] = (blocks, kind)
+    for scale, said in ((1.0, None), (np.nan, "holds NaN"), (np.inf, "holds infinite numbers")):
+        blocks[3, :2] = np.array([scale], np.float16).view(np.uint8)
+        path = write_gguf(tmp_path / "x.gguf", tensors)
+        with open_checkpoint(str(path)) as checkpoint:
+            plan = ParallelPlan(checkpoint.config, make_mesh("1"), quantization=quantization)
+            if said is None:
+                load_params(checkpoint, plan, np.dtype(ml_dtypes.bfloat16))
+                continue
+            with pytest.raises(MeshwenError, match=rf"x\.gguf: tensor {NAME} {said}"):
+                load_params(checkpoint, plan, np.dtype(ml_dtypes.bfloat16))

@@ -264,3 +264,17 @@ def test_a_shard_named_longer_than_a_file_may_be_is_refused(tmp_path):
     message = error_of(tmp_path)
     assert "model.safetensors.index.json puts" in message
     assert len(message) < 400
+
+
+def test_a_header_of_many_megabytes_is_refused_unread(tmp_path):
+    path = write_folder(tmp_path) / "model.safetensors"
+    with path.open("wb") as file:  # A hole: it takes no room on the disk.
+        file.write(struct.pack("<Q", 90 << 20))
+        file.truncate(100 << 20)
+    assert "has a header of 94.4 MB, above 16 MiB" in error_of(tmp_path)
+
+
+def test_a_generation_config_that_is_a_link_to_nowhere_is_not_passed_over(tmp_path):
+    write_folder(tmp_path, random_weights())
+    (tmp_path / "generation_config.json").symlink_to(tmp_path / "blob")
+    assert "cannot read" in error_of(tmp_path)

@@ -258,4 +258,5 @@ def _quantization_notes(quantization: str | None) -> tuple[str, ...]:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    return read_json(path, dict[str, Any]) if path.exists() else {}
+    # A link that leads nowhere is no absent file: what it would say is missed.
+    return read_json(path, dict[str, Any]) if os.path.lexists(path) else {}

@@ -22,10 +22,12 @@ from meshwen.checkpoints.base import (
 )
 from meshwen.errors import MeshwenError
 from meshwen.json_files import parse_json
+from meshwen.units import bytes_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_LARGEST_HEADER = 1 << 24  # bytes: a thousand times that of Qwen2.5-72B, whose 963 tensors it names
 _LONGEST_REASON = 200  # characters: the library repeats what it has read
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -73,6 +75,12 @@ def read_safetensors(
 def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
     file = MappedFile(path)
     files.callback(file.close)
+    header_bytes = int.from_bytes(file.buffer[:8], "little")
+    if _LARGEST_HEADER < header_bytes <= len(file):
+        raise MeshwenError(
+            f"{path} has a header of {bytes_text(header_bytes)}, above "
+            f"{_LARGEST_HEADER >> 20} MiB: download it again"
+        )
     try:
         with safe_open(path, framework="np"):
             pass
@@ -80,7 +88,6 @@ def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
         raise MeshwenError(
             f"{path} is not a whole safetensors file ({_one_line(error)}): download it again"
         ) from None
-    header_bytes = int(file.bytes_at(0, 8).view("<u8")[0])
     header = parse_json(file.bytes_at(8, header_bytes).tobytes(), f"the header of {path}")
     header.pop("__metadata__", None)
     tensors: dict[str, TensorSource] = {}

@@ -89,12 +89,12 @@ def load_model(
         note("weights: random, as --load-format dummy asks; the answers mean nothing")
     for text in checkpoint.notes:
         note(text)
-    if rounding := _rounding(checkpoint, quantization.value if quantization else dtype.value):
+    if rounding := rounding_note(checkpoint, quantization.value if quantization else dtype.value):
         note(rounding)
     return model
 
 
-def _rounding(checkpoint: Checkpoint, kept: str) -> str | None:
+def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
     """What is lost of a file's numbers when they are kept as `kept`; None where nothing is.
 
     That int8 rounds what is no integer goes without saying.
