@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ class Target:
 
     Attributes:
         read: reads a file's bytes; may write to the folder, which is its own.
+        valid: returns a file that it reads.
         altered: a strategy for the bytes.
         cost: how many times slower it is than most; it is tried so much less.
         needs: a module without which it cannot be tried.
     """
 
     read: Callable[[bytes, Path], object]
+    valid: Callable[[], bytes]
     altered: st.SearchStrategy[bytes]
     cost: int = 1
     needs: str | None = None
@@ -179,6 +181,7 @@ def _read_generation_config(data: bytes, folder: Path) -> None:
 
 
 def _read_weights(name: str, data: bytes, folder: Path) -> None:
+    (folder / "shard.safetensors").write_bytes(_safetensors())
     _read_tensors(_in_folder(name, data, folder))
 
 
@@ -196,6 +199,7 @@ def _read_tokenizer(name: str, data: bytes, folder: Path) -> None:
         (folder / other).write_bytes(content)
     if name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer.json").unlink()
+        (folder / "added_tokens.json").write_text('{"<|im_end|>": 258}')
     (folder / name).write_bytes(data)
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.decode(tokenizer.encode("hi <|im_end|> é\n"))
@@ -267,9 +271,9 @@ def _gguf() -> bytes:
         def tokenizer(writer: Any) -> None:
             writer.add_tokenizer_model("gpt2")
             writer.add_tokenizer_pre("qwen2")
-            writer.add_token_list([*alphabet, "<|im_end|>"])
-            writer.add_token_types([1] * len(alphabet) + [3])
-            writer.add_token_merges([])
+            writer.add_token_list([*alphabet, "<|im_end|>", alphabet[0] + alphabet[1]])
+            writer.add_token_types([1] * len(alphabet) + [3, 1])
+            writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
             writer.add_eos_token_id(len(alphabet))
             writer.add_chat_template("{{ messages }}")
 
@@ -302,13 +306,17 @@ def _torch() -> bytes:
 def _tokenizer_files() -> dict[str, bytes]:
     files = _written(speller.write_tokenizer)
     model = json.loads(files["tokenizer.json"])["model"]
+    vocab = model["vocab"] | {"ab": 256, "abc": 257}
     return files | {
-        "vocab.json": json.dumps(model["vocab"]).encode(),
-        "merges.txt": b"#version: 0.2\na b\n",
+        "vocab.json": json.dumps(vocab).encode(),
+        "merges.txt": MERGES,
     }
 
 
-INDEX = {"metadata": {"total_size": 1}, "weight_map": {"lm_head.weight": "model.safetensors"}}
+INDEX = {
+    "metadata": {"total_size": 1},
+    "weight_map": {"lm_head.weight": "shard.safetensors", "model.norm.weight": "shard.safetensors"},
+}
 GENERATION = {
     **{"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_new_tokens": 5},
     **{"repetition_penalty": 1.05, "eos_token_id": [1, 2], "stop_strings": ["a"]},
@@ -353,78 +361,80 @@ def _rehashed() -> st.SearchStrategy[bytes]:
     )
 
 
-def _altered_tokenizer() -> st.SearchStrategy[bytes]:
-    return altered_json(json.loads(_tokenizer_files()["tokenizer.json"]))
+def _json(read: Callable[[bytes, Path], object], content: Any) -> Target:
+    return Target(read, lambda: json.dumps(content).encode(), altered_json(content))
 
 
-def _altered_text(*texts: str) -> st.SearchStrategy[bytes]:
-    valid = st.sampled_from([text.encode() for text in texts])
-    return valid.flatmap(altered_bytes) | st.text(max_size=40).map(
-        lambda text: text.encode(errors="surrogatepass")
-    )
+def _lines(read: Callable[[bytes, Path], object], rows: list[Any]) -> Target:
+    valid = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    return Target(read, lambda: valid, altered_lines(rows))
+
+
+def _bytes(read: Callable[[bytes, Path], object], valid: bytes) -> Target:
+    return Target(read, lambda: valid, altered_bytes(valid))
+
+
+def _text(read: Callable[[str], object], *valid: str) -> Target:
+    texts = st.sampled_from([text.encode() for text in valid]).flatmap(altered_bytes)
+    any_text = st.text(max_size=40).map(lambda text: text.encode(errors="surrogatepass"))
+    return Target(partial(_read_text, read), valid[0].encode, texts | any_text)
+
+
+def _tokenizer_targets() -> dict[str, Target]:
+    whole = json.loads(_tokenizer_files()["tokenizer.json"])
+    contents = {
+        "tokenizer.json": whole,
+        "tokenizer_config.json": TOKENIZER_CONFIG,
+        "special_tokens_map.json": {"eos_token": "<|im_end|>", "unk_token": None},
+        "added_tokens.json": {"<|im_end|>": 258, "<new>": 259},
+        "vocab.json": json.loads(_tokenizer_files()["vocab.json"]),
+    }
+    files = {"merges.txt": MERGES, "chat_template.jinja": speller.TEMPLATE.encode()}
+    found = {name: _json(partial(_read_tokenizer, name), one) for name, one in contents.items()}
+    found |= {name: _bytes(partial(_read_tokenizer, name), one) for name, one in files.items()}
+    # One with other steps than the usual starts a process.
+    return found | {"tokenizer.json": replace(found["tokenizer.json"], cost=4)}
 
 
 def targets() -> dict[str, Target]:
     """Every reader by name."""
-    tokenizer = {
-        "tokenizer_config.json": altered_json(TOKENIZER_CONFIG),
-        "special_tokens_map.json": altered_json({"eos_token": "<|im_end|>", "unk_token": None}),
-        "added_tokens.json": altered_json({"<|im_end|>": 258, "<new>": 259}),
-        "vocab.json": altered_bytes(_tokenizer_files()["vocab.json"])
-        | altered_json({"a": 0, "b": 1, "c": 2}),
-        "merges.txt": altered_bytes(b"#version: 0.2\na b\n\xc3\xa9 c\r\n"),
-        "chat_template.jinja": altered_bytes(b"{% for m in messages %}{{ m.content }}{% endfor %}"),
-    }
+    certificate = _json(partial(_read_file, read_certificate), CERTIFICATE_CONTENT)
+    safetensors = partial(_read_weights, "model.safetensors")
+    torch = partial(_read_weights, "pytorch_model.bin")
+    altered_torch = st.deferred(lambda: altered_bytes(_torch()))
     return {
-        "config.json": Target(_read_config, altered_json(CONFIG | {"rope_scaling": YARN})),
-        "generation_config.json": Target(_read_generation_config, altered_json(GENERATION)),
-        "model.safetensors": Target(
-            partial(_read_weights, "model.safetensors"), _altered_safetensors()
+        "config.json": _json(_read_config, CONFIG | {"rope_scaling": YARN}),
+        "generation_config.json": _json(_read_generation_config, GENERATION),
+        "model.safetensors": Target(safetensors, _safetensors, _altered_safetensors()),
+        "model.safetensors.index.json": _json(
+            partial(_read_weights, "model.safetensors.index.json"), INDEX
         ),
-        "model.safetensors.index.json": Target(
-            partial(_read_weights, "model.safetensors.index.json"), altered_json(INDEX)
-        ),
-        "a.gguf": Target(_read_gguf, _altered_gguf(), cost=2, needs="gguf"),
-        "pytorch_model.bin": Target(
-            partial(_read_weights, "pytorch_model.bin"),
-            st.deferred(lambda: altered_bytes(_torch())),
-            needs="torch",
-        ),
-        # Each with other steps than the usual starts a process.
-        "tokenizer.json": Target(
-            partial(_read_tokenizer, "tokenizer.json"), _altered_tokenizer(), cost=4
-        ),
-        **{
-            name: Target(partial(_read_tokenizer, name), altered)
-            for name, altered in tokenizer.items()
-        },
-        "template": Target(
-            _render, altered_bytes(speller.TEMPLATE.encode() + b"{{ messages | tojson }}")
-        ),
-        "certificate": Target(
-            partial(_read_file, read_certificate), altered_json(CERTIFICATE_CONTENT) | _rehashed()
-        ),
-        "reference outputs": Target(
+        "a.gguf": Target(_read_gguf, _gguf, st.deferred(_altered_gguf), cost=2, needs="gguf"),
+        "pytorch_model.bin": Target(torch, _torch, altered_torch, needs="torch"),
+        **_tokenizer_targets(),
+        "template": _bytes(_render, speller.TEMPLATE.encode() + b"{{ messages | tojson }}"),
+        "certificate": replace(certificate, altered=certificate.altered | _rehashed()),
+        "reference outputs": _json(
             partial(_read_file, read_golden),
-            altered_json({"cases": [{"input_ids": [1], "greedy": [2], "margins": [0.5]}]}),
+            {"cases": [{"input_ids": [1], "greedy": [2], "margins": [0.5]}]},
         ),
-        "run file": Target(
+        "run file": _lines(
             partial(_read_file, RunFile.read),
-            altered_lines([{"format": FORMAT, "settings": SETTINGS}, ANSWER, ANSWER | {"id": 1}]),
+            [{"format": FORMAT, "settings": SETTINGS}, ANSWER, ANSWER | {"id": 1}],
         ),
-        "problems": Target(
-            partial(_read_file, read_problems),
-            altered_lines([{"question": "?", "answer": "#### 7"}] * 2),
+        "problems": _lines(
+            partial(_read_file, read_problems), [{"question": "?", "answer": "#### 7"}] * 2
         ),
-        "prompts": Target(partial(_read_file, _read_prompts), altered_lines(PROMPTS)),
-        "mesh": Target(partial(_read_text, MeshSpec.parse), _altered_text("2x4", "data=2,model=4")),
-        "meshes": Target(partial(_read_text, parse_meshes), _altered_text("1,2x4;data=2,model=4")),
-        "model name": Target(partial(_read_text, name_kind), _altered_text("a/b", "~/a", "demo")),
-        "path": Target(partial(_read_text, user_path), _altered_text("~a", "~/b", "/c/d.gguf")),
-        "token ids": Target(_read_ids, altered_json([1, 2, [3]])),
+        "prompts": _lines(partial(_read_file, _read_prompts), PROMPTS),
+        "mesh": _text(MeshSpec.parse, "2x4", "data=2,model=4"),
+        "meshes": _text(parse_meshes, "1,2x4;data=2,model=4"),
+        "model name": _text(name_kind, "demo", "a/b", "~/a"),
+        "path": _text(user_path, "/c/d.gguf", "~/b", "~a"),
+        "token ids": _json(_read_ids, [1, 2, 3]),
     }
 
 
+MERGES = b"#version: 0.2\na b\nab c\r\n"
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0}
 
 

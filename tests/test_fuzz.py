@@ -14,6 +14,14 @@ EXAMPLES = 40
 
 
 @pytest.mark.parametrize("name", TARGETS)
+def test_a_file_that_was_not_altered_is_read(name, tmp_path):
+    target = TARGETS[name]
+    if target.missing:
+        pytest.skip(f"{target.needs} is not installed")
+    target.read(target.valid(), tmp_path)
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_an_altered_file_is_read_or_refused_in_one_line(name):
     target = TARGETS[name]
     if target.missing:
