@@ -853,4 +853,18 @@ FAULTS = (
         "if False:",
         "compilation_cache",
     ),
+    _fault(
+        "programs: none is ever dropped",
+        "programs.py",
+        "if len(self._programs) > self._limit:",
+        "if False:",
+        "programs",
+    ),
+    _fault(
+        "programs: those of all shapes live in one function",
+        "programs.py",
+        "key = (self, *map(_shape, arguments), *static.values())",
+        "key = (self, *static.values())",
+        "programs",
+    ),
 )
