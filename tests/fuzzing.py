@@ -28,6 +28,7 @@ from meshwen.contained import Contained
 from meshwen.errors import MeshwenError
 from meshwen.evals.problems import read_problems
 from meshwen.evals.run_file import FORMAT, RunFile
+from meshwen.evals.styles import STYLES
 from meshwen.json_files import parse_json
 from meshwen.parallel.mesh import MeshSpec
 from meshwen.paths import user_path
@@ -226,6 +227,12 @@ def _read_prompts(path: Path) -> None:
         prompt.title()
 
 
+def _read_answer(text: str) -> None:
+    for style in STYLES.values():
+        for extract in style.extract.values():
+            style.equal(extract(text), "18")
+
+
 def _read_text(reader: Callable[[str], object], data: bytes, folder: Path) -> None:
     reader(data.decode(errors="surrogateescape"))
 
@@ -346,6 +353,12 @@ ANSWER = {
     **{"id": 0, "sample": 0, "question": "?", "prompt_sha256": "a", "tokens": [1], "text": "7"},
     **{"extracted": "7", "gold": "7", "correct": True, "finish_reason": "stop", "elapsed": 1.5},
 }
+ANSWERS = (
+    r"\boxed{\text{共}-\$1{,}234.5\text{元}}",
+    "答案是1 234/2 1\u00bd million",
+    r"1.5\times10^{3} = \frac{-1}{2} 12,34,567 1.234,5e3 \u201318^\circ",
+    "The answer is: USD 18. #### 18",
+)
 PROMPTS = [
     {"prompt": "a", "x": 1},
     {"messages": MESSAGES, "tools": [{"type": "function"}]},
@@ -431,6 +444,7 @@ def targets() -> dict[str, Target]:
         "model name": _text(name_kind, "demo", "a/b", "~/a"),
         "path": _text(user_path, "/c/d.gguf", "~/b", "~a"),
         "token ids": _json(_read_ids, [1, 2, 3]),
+        "answer": _text(_read_answer, *ANSWERS),
     }
 
 
