@@ -14,6 +14,7 @@ from meshwen.errors import MeshwenError
 from meshwen.parallel.exact import ExactTensorParallel
 from meshwen.sampling import sample
 from meshwen.verify import parity
+from meshwen.verify.certificate_file import with_hash
 from meshwen.verify.faults import negated, with_changed_weight
 from meshwen.verify.localise import Parting
 
@@ -107,12 +108,26 @@ def test_a_certificate_is_run_again_with_all_its_settings(model, certificate, ca
     assert "the outcome is the certificate's, to the bit" in capsys.readouterr().out
 
 
-def test_another_outcome_than_the_certificates_is_exit_status_1(certificate, capsys, tmp_path):
+def test_another_outcome_than_the_certificates_is_exit_status_1(
+    model, certificate, capsys, tmp_path
+):
+    found = json.loads(certificate.read_text())
+    (row,) = (one for one in found["rows"] if (one["numerics"], one["mesh"]) == ("fast", "2"))
+    row["logits_sha256"] = {kind: digest[::-1] for kind, digest in row["logits_sha256"].items()}
+    other = tmp_path / "c.json"
+    other.write_text(json.dumps(with_hash(found)))
+    assert main(["verify", "--model", model, "--against", str(other)]) == 1
+    said = capsys.readouterr().out
+    assert "differs from the certificate: logits (whole and cached) of fast 2" in said
+
+
+def test_other_weights_than_the_certificates_are_told_before_anything_is_computed(
+    certificate, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parity, "verify", None)
     other = write_folder(tmp_path / "other", random_weights(seed=1))
     assert main(["verify", "--model", str(other), "--against", str(certificate)]) == 1
-    said = capsys.readouterr().out
-    assert "differs from the certificate: weights" in said
-    assert "differs from the certificate: logits (whole and cached) of fast 2" in said
+    assert "differs from the certificate: weights; nothing was" in capsys.readouterr().out
 
 
 def test_prompts_and_reference_outputs_come_from_files(model, capsys, tmp_path):

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import note, output_console, say
+from meshwen.cli.console import note, output_console, say, working, write
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.prompts import read_prompts
 from meshwen.errors import MeshwenError
@@ -144,25 +145,49 @@ def verify(
         if process_count() > 1:
             check_model(checkpoint, None, {}, exact="exact" in chosen)
             digest = same_weights(checkpoint)
+        if before is not None:  # With others nothing is the same: no need to compute it.
+            digest = digest or weights_sha256(checkpoint)
+            if digest != before["weights_sha256"]:
+                write("differs from the certificate: weights; nothing was computed")
+                return 1
         workload = _workload(checkpoint, prompts, cases, before, max_new_tokens)
         if reference is not None:
             note("transformers generates")
             cases = transformers_cases(checkpoint, workload.prompts, workload.steps)
-        outcome = run_verify(
-            checkpoint, specs, chosen, kind, workload, test_self=self_test, note=note
-        )
+        with _told_of([f"{n} numerics on {m}" for n in chosen for m in specs]) as tell:
+            outcome = run_verify(
+                checkpoint, specs, chosen, kind, workload, test_self=self_test, note=tell
+            )
         source = "transformers" if reference is not None else "the reference outputs"
         compared = [
             golden_comparison(source, cases, tokens, kind, name)
             for name, tokens in outcome.generated.items()
             if cases is not None
         ]
-        if digest is None and (json_file or html_file or against):
+        if digest is None and (json_file or html_file):
             digest = weights_sha256(checkpoint)
         found = certificate(checkpoint, outcome, kind, compared, digest)
     if process_index() == 0:
         _write(found, json_file, html_file)
     return 0 if _print(found, before) else 1
+
+
+@contextmanager
+def _told_of(runs: Sequence[str]) -> Iterator[Callable[[str], None]]:
+    """Shows which of these is on its way; takes a note of each that is done."""
+    done: list[str] = []
+
+    def doing() -> str:
+        if len(done) == len(runs):
+            return "finishing"
+        return f"{len(done) + 1} of {len(runs)}: {runs[len(done)]}"
+
+    def tell(text: str) -> None:
+        done.append(text)
+        note(text)
+
+    with working(doing):
+        yield tell
 
 
 def _check_together(
