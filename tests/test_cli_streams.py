@@ -11,7 +11,7 @@ import pytest
 
 from meshwen.checkpoints import open_checkpoint
 from meshwen.cli import main
-from meshwen.cli.console import harmless, note, write
+from meshwen.cli.console import harmless, note, working, write
 from meshwen.cli.files import check_writable, write_text
 from meshwen.errors import MeshwenError
 from meshwen.tokenizer import Tokenizer
@@ -37,6 +37,18 @@ def test_a_terminal_obeys_nothing_that_others_wrote(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         note(EVIL)
         assert stream.getvalue() == f"{SHOWN}\n"
+
+
+def test_what_is_being_done_shows_on_a_terminal_alone(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, shown in ((Terminal(), "reading [bold]" + SHOWN), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with working(lambda: f"reading [bold]{EVIL}") as stop:
+            stop()
+            end = len(stream.getvalue())
+        assert stream.getvalue()[:end].count(shown)
+        assert len(stream.getvalue()) == end
+        assert bool(end) == bool(shown)
 
 
 def test_errors_obey_nothing_and_end_somewhere(capsys, tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import Meter, note, working, write
+from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, sampling_params
@@ -215,7 +215,7 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
     with (
         ctrl_c(conversation.stop) as pressed,
         closing(conversation.say(text)) as events,
-        working(lambda: _progress(conversation)) as first_came,
+        working(lambda: before_first_token(conversation.prefilled())) as first_came,
     ):
         for event in meter.watch(events):
             first_came()
@@ -233,12 +233,6 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
         note(f"(cut off after {len(completion.tokens)} tokens: see --max-new-tokens, /set)")
     if interactive:
         note(f"({meter.summary()})")
-
-
-def _progress(conversation: Conversation) -> str:
-    """What is being done before the first token."""
-    read = conversation.prefilled()
-    return "preparing the answer" if read is None else f"reading the prompt, {read[0]} of {read[1]}"
 
 
 def _typed_turns() -> Iterator[str]:

@@ -117,6 +117,13 @@ def working(doing: Callable[[], str]) -> Iterator[Callable[[], None]]:
         yield live.stop
 
 
+def before_first_token(prefilled: tuple[int, int] | None) -> str:
+    """What an engine does until an answer begins, by its `prefilled`."""
+    if prefilled is None:
+        return "preparing the answer"
+    return f"reading the prompt, {prefilled[0]} of {prefilled[1]} tokens"
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     """Gives a function to tell (done, of how many, more to say).

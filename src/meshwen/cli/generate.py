@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshwen.cli import options
-from meshwen.cli.console import Meter, note, write
+from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.load import load_model, sampling_params
 from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
@@ -151,23 +151,31 @@ def generate(
         )
     requests = [Request(ids, sampling) for ids in token_ids]
     meter = Meter()
-    events = meter.watch(loaded.engine.run(requests))
-    if as_json:
-        settings = {
-            "model": model,
-            "mesh": mesh_label(loaded.mesh),
-            "dtype": dtype.value,
-            "numerics": numerics.value,
-            "quantization": quantization and quantization.value,
-            "sampling": _sampling_dict(sampling),
-        }
-        _write_json(events, prompts, settings)
-    elif len(prompts) == 1 and not no_stream:
-        _write_stream(events, tokenizer)
-    else:
-        _write_answers(events, prompts, tokenizer)
+    settings = {
+        "model": model,
+        "mesh": mesh_label(loaded.mesh),
+        "dtype": dtype.value,
+        "numerics": numerics.value,
+        "quantization": quantization and quantization.value,
+        "sampling": _sampling_dict(sampling),
+    }
+    with working(lambda: before_first_token(loaded.engine.prefilled)) as first_came:
+        events = _telling(first_came, meter.watch(loaded.engine.run(requests)))
+        if as_json:
+            _write_json(events, prompts, settings)
+        elif len(prompts) == 1 and not no_stream:
+            _write_stream(events, tokenizer)
+        else:
+            _write_answers(events, prompts, tokenizer)
     _note_cut_off(meter.completions, sampling, loaded.engine.max_model_len)
     note(meter.summary())
+
+
+def _telling(came: Callable[[], None], events: Iterable[Event]) -> Iterator[Event]:
+    """Passes events on, and tells of each before."""
+    for event in events:
+        came()
+        yield event
 
 
 def _check_extra_fields(prompts: Sequence[Prompt]) -> None:
