@@ -172,11 +172,11 @@ SAMPLED = params_of(temperature=1.0)
         ([replace(SAMPLED, top_k=1)], 1),
         ([replace(SAMPLED, top_k=20)], 32),
         ([replace(SAMPLED, top_k=32), params_of()], 32),
-        ([replace(SAMPLED, top_k=20), replace(SAMPLED, top_k=40)], 64),
+        ([replace(SAMPLED, top_k=20), replace(SAMPLED, top_k=40)], 100),
         ([replace(SAMPLED, top_k=90)], 100),
         ([replace(SAMPLED, top_k=10**6)], 100),
         ([replace(SAMPLED, top_p=0.9)], 100),
-        ([replace(SAMPLED, top_p=0.9, top_k=3)], 4),
+        ([replace(SAMPLED, top_p=0.9, top_k=3)], 8),
         ([replace(SAMPLED, min_p=0.1)], 100),
         ([SAMPLED, params_of()], 100),
         ([SAMPLED, replace(SAMPLED, top_k=3)], 100),
@@ -184,6 +184,11 @@ SAMPLED = params_of(temperature=1.0)
 )
 def test_the_method_offers_as_many_candidates_as_some_row_can_keep(batch, candidates):
     assert SamplingMethod.of(batch, 100) == SamplingMethod(candidates, False, False)
+
+
+def test_top_ks_share_few_methods():
+    found = {SamplingMethod.of([replace(SAMPLED, top_k=k)], 150_000) for k in range(2, 2049)}
+    assert {method.candidates for method in found} == {8, 32, 128, 512, 2048}
 
 
 def test_the_method_penalizes_and_gives_logprobs_when_some_row_wants_it():

@@ -25,6 +25,7 @@ from meshwen.jax_settings import own_settings
 from meshwen.parallel.contractions import TensorParallel
 
 _LONGEST_BLOCK = 128  # of logits, in the search for the largest
+_CANDIDATES = tuple(2 * 4**n for n in range(1, 16))  # 8, 32, 128, ...: few are compiled.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,9 @@ class SamplingMethod:
         """The method that serves all requests of a batch."""
         needs = {_candidates(params, vocab_size) for params in batch}
         candidates = needs.pop() if len(needs) == 1 else max(n or vocab_size for n in needs)
-        if 1 < candidates < vocab_size:  # Powers of two, so that few sizes are compiled.
-            candidates = min(1 << (candidates - 1).bit_length(), vocab_size)
+        if 1 < candidates < vocab_size:
+            candidates = next(size for size in _CANDIDATES if size >= candidates)
+            candidates = min(candidates, vocab_size)
         return cls(
             candidates,
             any(params.repetition_penalty != 1 for params in batch),
