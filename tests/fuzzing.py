@@ -427,11 +427,11 @@ def targets() -> dict[str, Target]:
         **_tokenizer_targets(),
         "template": _bytes(_render, speller.TEMPLATE.encode() + b"{{ messages | tojson }}"),
         "certificate": replace(certificate, altered=certificate.altered | _rehashed()),
-        "reference outputs": _json(
+        "reference-outputs": _json(
             partial(_read_file, read_golden),
             {"cases": [{"input_ids": [1], "greedy": [2], "margins": [0.5]}]},
         ),
-        "run file": _lines(
+        "run-file": _lines(
             partial(_read_file, RunFile.read),
             [{"format": FORMAT, "settings": SETTINGS}, ANSWER, ANSWER | {"id": 1}],
         ),
@@ -441,9 +441,9 @@ def targets() -> dict[str, Target]:
         "prompts": _lines(partial(_read_file, _read_prompts), PROMPTS),
         "mesh": _text(MeshSpec.parse, "2x4", "data=2,model=4"),
         "meshes": _text(parse_meshes, "1,2x4;data=2,model=4"),
-        "model name": _text(name_kind, "demo", "a/b", "~/a"),
+        "model-name": _text(name_kind, "demo", "a/b", "~/a"),
         "path": _text(user_path, "/c/d.gguf", "~/b", "~a"),
-        "token ids": _json(_read_ids, [1, 2, 3]),
+        "token-ids": _json(_read_ids, [1, 2, 3]),
         "answer": _text(_read_answer, *ANSWERS),
     }
 
