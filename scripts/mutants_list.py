@@ -491,8 +491,8 @@ FAULTS = (
     _fault(
         "torch: a compressed archive is mapped as it lies",
         "checkpoints/torch_zip.py",
-        "if info.compress_type != zipfile.ZIP_STORED or",
-        "if False and info.compress_type != zipfile.ZIP_STORED or",
+        "if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:",
+        "if False:",
         "checkpoints_torch",
     ),
     _fault(

@@ -236,6 +236,7 @@ def test_numbers_that_are_not_what_the_tensors_are_made_of_are_refused(torch, tm
 def test_tensors_that_share_numbers_are_read(torch, tmp_path):
     x = torch.arange(100.0).reshape(20, 5)
     state = {"x": x, "again": x, "rows": x[3:7], "none": torch.zeros(0, 4)}
+    state["no rows"] = torch.arange(8.0).reshape(2, 4)[:0]
     torch.save(state, write_folder(tmp_path) / "pytorch_model.bin")
     tensors = open_checkpoint(str(tmp_path)).tensors
     for name, tensor in state.items():
@@ -254,3 +255,16 @@ def test_what_only_looks_like_a_tensor_of_numbers_is_named(torch, tmp_path):
         assert f'"{name}"' in error_of(tmp_path)
     torch.save({("a", 1): torch.zeros(3)}, path)
     assert "is no name of a tensor" in error_of(tmp_path)
+
+
+def test_a_directory_that_leads_to_another_record_is_refused(tmp_path):
+    path = some_archive(tmp_path / "x.bin")
+    content = path.read_bytes()
+    directory = content.rindex(b"PK\1\2")
+    entry = bytearray(content)
+    entry[directory + 42 : directory + 46] = bytes(4)  # Where the last record is said to be.
+    path.write_bytes(entry)
+    assert "has another record's header" in refused_archive(path)
+    for magic in (b"PK\3\5", b"\0\0\0\0"):
+        path.write_bytes(content.replace(b"PK\3\4", magic))
+        assert refused_archive(path)

@@ -239,6 +239,13 @@ def test_given_layer_types_win_over_max_window_layers():
     assert list(Qwen2Config.from_dict(SLIDING_7B | {"layer_types": kinds}).layer_types) == kinds
 
 
+def test_max_window_layers_may_be_null_where_layer_types_say_it():
+    kinds = ["sliding_attention", "full_attention"] * 14
+    data = SLIDING_7B | {"max_window_layers": None}
+    assert list(Qwen2Config.from_dict(data | {"layer_types": kinds}).layer_types) == kinds
+    assert "max_window_layers is missing" in refusal(data)
+
+
 def test_a_window_that_is_null_or_switched_off_leaves_every_layer_full():
     for changes in ({"sliding_window": None}, {"use_sliding_window": False}):
         config = Qwen2Config.from_dict(SLIDING_7B | changes)

@@ -79,7 +79,7 @@ class _SlidingFile(TypedDict, total=False):
     """What is needed besides where layers may slide."""
 
     sliding_window: Required[int | None]
-    max_window_layers: int
+    max_window_layers: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +340,7 @@ def _sliding_attention(data: Mapping[str, Any], where: str) -> tuple[int | None,
         return window, tuple(given)
     if window is None:
         return None, ()
-    if "max_window_layers" not in data:
+    if data.get("max_window_layers") is None:
         raise MeshwenError(f"{where}: max_window_layers is missing")
     layers = data["num_hidden_layers"]
     if layers > _LARGEST["num_hidden_layers"]:  # What is refused, and is not to size anything.

@@ -126,12 +126,8 @@ def _check_storages(path: Path, sources: Mapping[str, TorchTensor], records: lis
     Both are the same pieces of memory, counted from the first, or a record is not as long as the
     numbers that are made of it.
     """
-    storages = {
-        source.tensor.untyped_storage().data_ptr(): source.tensor.untyped_storage().nbytes()
-        for source in sources.values()
-        if source.nbytes
-    }
-    mapped = sorted(storages.items())
+    storages = [source.tensor.untyped_storage() for source in sources.values()]
+    mapped = sorted({(piece.data_ptr(), piece.nbytes()) for piece in storages if piece.nbytes()})
     same = len(mapped) == len(records) and all(
         (at - mapped[0][0], nbytes) == (record.offset - records[0].offset, record.nbytes)
         for (at, nbytes), record in zip(mapped, records, strict=True)
@@ -140,5 +136,5 @@ def _check_storages(path: Path, sources: Mapping[str, TorchTensor], records: lis
         raise MeshwenError(
             f"{path}: its {len(records)} records of numbers ({sum(r.nbytes for r in records)} "
             f"bytes) are not what its {len(mapped)} tensors are made of "
-            f"({sum(storages.values())} bytes): download it again"
+            f"({sum(nbytes for _, nbytes in mapped)} bytes): download it again"
         )

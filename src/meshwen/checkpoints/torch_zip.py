@@ -12,14 +12,16 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from meshwen.errors import MeshwenError
 from meshwen.json_files import shown
 
 _LARGEST_PICKLE = 1 << 24  # bytes: a hundred times that of Qwen2.5-72B
 _MOST_OBJECTS = 10**7
-_LOCAL_NAME_LENGTHS = 26, 30  # bytes: where they stand in a local header, and where it ends
+# Before each record: magic, (version, flags), method, (time, checksum, sizes), lengths of names.
+_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
+_UTF8_NAME = 0x800  # a flag
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
 
@@ -40,15 +42,20 @@ def read_records(path: Path) -> list[Record]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = []
-            for info in archive.infolist():
+            end = 0
+            for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
                 if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                     raise ValueError(f"{shown(info.filename)} is compressed")
+                offset = _data_offset(file, info)
+                if info.header_offset < end:
+                    raise ValueError(f"{shown(info.filename)} begins inside another record")
+                end = offset + info.file_size
                 _, _, part = info.filename.partition("/")
                 if part == "data.pkl":
                     _check_pickle(archive, info)
                 if part.startswith("data/") and info.file_size:
-                    records.append(Record(_data_offset(file, info), info.file_size))
-            return sorted(records, key=lambda record: record.offset)
+                    records.append(Record(offset, info.file_size))
+            return records
     except OSError as error:
         raise MeshwenError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile raises anything on damaged files.
@@ -58,10 +65,15 @@ def read_records(path: Path) -> list[Record]:
         ) from None
 
 
-def _data_offset(file: Any, info: zipfile.ZipInfo) -> int:
-    lengths, end = _LOCAL_NAME_LENGTHS
-    file.seek(info.header_offset + lengths)
-    return info.header_offset + end + sum(struct.unpack("<HH", file.read(4)))
+def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where a record's content begins: behind a header of its own, which must be its own."""
+    file.seek(info.header_offset)
+    magic, method, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    encoding = "utf-8" if info.flag_bits & _UTF8_NAME else "cp437"
+    name = file.read(name_bytes)
+    if (magic, method, name) != (b"PK\3\4", 0, info.orig_filename.encode(encoding)):
+        raise ValueError(f"{shown(info.filename)} has another record's header")
+    return info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
 
 
 def _check_pickle(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
