@@ -863,8 +863,8 @@ FAULTS = (
     _fault(
         "programs: those of all shapes live in one function",
         "programs.py",
-        "key = (self, *map(_shape, arguments), *static.values())",
-        "key = (self, *static.values())",
+        "key = (self._make, *map(_shape, arguments), *static.values())",
+        "key = (self._make, *static.values())",
         "programs",
     ),
 )

@@ -89,9 +89,10 @@ def test_a_model_that_keeps_few_programs_answers_alike(monkeypatch):
     assert found[0] == found[1]
 
 
-def test_a_models_weights_end_with_it():
+def test_a_models_weights_and_programs_end_with_it():
     model = MeshModel(ONE_LAYER, "1").runner
     model.logits(np.zeros((1, 4), np.int32))
-    weight = weakref.ref(jax.tree.leaves(model.params)[0])
+    weight, table = weakref.ref(jax.tree.leaves(model.params)[0]), weakref.ref(model._programs)
     del model
     assert weight() is None
+    assert table() is None

@@ -67,7 +67,8 @@ class ShapedProgram:
         return self._program(arguments, static).lower(*arguments, **static)
 
     def _program(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> Program:
-        key = (self, *map(_shape, arguments), *static.values())
+        # Not `self`, whose table would then be in a cycle with it, and free its programs late.
+        key = (self._make, *map(_shape, arguments), *static.values())
         return self._table.get(key, self._make)
 
 
