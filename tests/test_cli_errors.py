@@ -97,7 +97,7 @@ def no_weights(monkeypatch):
     ("line", "message"),
     [
         ("x" * 200, "line 1 has 219 tokens, but the model's context is 160"),
-        ('{"prompt_tokens": [1, 259]}', "line 1 has a token id outside the vocabulary of 259"),
+        ('{"prompt_tokens": [1, 259]}', "line 1 has a token id outside the vocabulary of 259: 259"),
     ],
 )
 def test_a_prompt_that_does_not_fit_is_refused_before_loading(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from meshwen.agreement import check_model
-from meshwen.arguments import Prompt, brief, one_prompt, several_prompts, whole_number
+from meshwen.arguments import brief, one_prompt, several_prompts, whole_number
 from meshwen.buckets import bucket
 from meshwen.capacity import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
@@ -37,6 +37,9 @@ from meshwen.stream import Stream
 from meshwen.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float32")
+
+# Text, token ids, or the messages of a conversation.
+AnyPrompt = str | Iterable[int] | Sequence[Mapping[str, Any]]
 
 
 class Qwen2ForCausalLM:
@@ -231,7 +234,10 @@ class Qwen2ForCausalLM:
                 f"input_ids must be int [batch, sequence], not {ids.dtype} {ids.shape}"
             )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise MeshwenError(f"input_ids must be from 0 to {self.config.vocab_size - 1}")
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise MeshwenError(
+                f"input_ids must be from 0 to {self.config.vocab_size - 1}, but one is {wrong}"
+            )
         if attention_mask is None:
             attention_mask = np.ones_like(ids)
         mask = _array("attention_mask", attention_mask)
@@ -282,7 +288,7 @@ class Qwen2ForCausalLM:
             done = {e.request: e.completion for e in events if e.completion is not None}
         return [done[number] for number in range(len(several))]
 
-    def stream(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Stream[str]:
+    def stream(self, prompt: AnyPrompt, **sampling: Any) -> Stream[str]:
         """Continues one prompt, and yields the text as it comes, whole characters at a time.
 
         With `async for`, the event loop goes on while a step runs. Takes and raises what `generate`
@@ -291,11 +297,11 @@ class Qwen2ForCausalLM:
         events = self.events(prompt, **sampling)
         return Stream(lambda: next((e.text for e in events if e.text), None), events.close)
 
-    def events(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Stream[Event]:
+    def events(self, prompt: AnyPrompt, **sampling: Any) -> Stream[Event]:
         """As `stream`, but yields every token with its text."""
         return self.engine.run([self.request(prompt, **sampling)])
 
-    def request(self, prompt: Prompt | Iterable[int], **sampling: Any) -> Request:
+    def request(self, prompt: AnyPrompt, **sampling: Any) -> Request:
         """A request to the engine, with the checkpoint's sampling defaults."""
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
         if sampling.get("seed") is None and not self.mesh.is_multi_process:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from meshwen.arguments import token_ids
+from meshwen.arguments import brief, token_ids
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.sampling import SamplingParams
@@ -114,5 +114,9 @@ def check_prompt(
             f"{name} has {length} tokens, but the {limit} is {context} tokens, the answer "
             "included; shorten it"
         )
-    if not all(0 <= token < config.vocab_size for token in token_ids):
-        raise MeshwenError(f"{name} has a token id outside the vocabulary of {config.vocab_size}")
+    for token in token_ids:
+        if not 0 <= token < config.vocab_size:
+            raise MeshwenError(
+                f"{name} has a token id outside the vocabulary of {config.vocab_size}: "
+                f"{brief(token)}"
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwen.errors import MeshwenError
-from meshwen.json_files import parse_json
+from meshwen.json_files import parse_json, shown
 
 if TYPE_CHECKING:
     from meshwen.tokenizer import Tokenizer
@@ -188,10 +188,12 @@ def _parse(where: str, line: str) -> Prompt:
     (kind,) = kinds
     content = fields.pop(kind)
     if not _CHECKS[kind](content):
-        raise MeshwenError(f"{where}: {kind} must be {_EXPECTED[kind]}")
+        raise MeshwenError(f"{where}: {kind} must be {_EXPECTED[kind]}, not {shown(content)}")
     for name in _TEMPLATE_FIELDS:
         if not _is_objects(fields.get(name) or []):
-            raise MeshwenError(f"{where}: {name} must be a list of objects")
+            raise MeshwenError(
+                f"{where}: {name} must be a list of objects, not {shown(fields[name])}"
+            )
     return Prompt(where, content, fields)
 
 
