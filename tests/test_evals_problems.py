@@ -60,7 +60,7 @@ def test_a_hub_out_of_reach_is_told_with_what_to_give_instead(monkeypatch, tmp_p
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     options = ["--model", "qwen2.5-7b", "--load-format", "dummy", "--out", str(tmp_path / "r")]
     assert main(["eval", "gsm8k", *options]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    *_, error = capsys.readouterr().err.splitlines()
     assert "openai/gsm8k is not (wholly) in the hub cache" in error
     assert error.endswith("or pass the path of a file with the data")
 
