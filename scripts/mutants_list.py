@@ -493,7 +493,7 @@ FAULTS = (
         "checkpoints/torch_zip.py",
         "if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:",
         "if False:",
-        "checkpoints_torch",
+        "checkpoints_torch_zip",
     ),
     _fault(
         "safetensors: a tensor in two shards",

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
-import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 
 from checkpoint_writers import random_weights, same_bits, unhurried, write_folder, write_json
 from meshwen.checkpoints import open_checkpoint
-from meshwen.checkpoints.torch_zip import read_records
 from meshwen.errors import MeshwenError
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -170,50 +167,6 @@ def is_numbers(name: str) -> bool:
     return name.split("/", 1)[1].startswith("data/")
 
 
-def some_archive(path: Path, pickled: bytes = pickle.dumps({}), **options: int) -> Path:
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        archive.writestr("x/data.pkl", pickled)
-        archive.writestr("x/data/0", bytes(512))
-    return path
-
-
-def refused_archive(path: Path) -> str:
-    with pytest.raises(MeshwenError) as caught:
-        read_records(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path} cannot be loaded as torch weights")
-    assert "\n" not in message
-    return message
-
-
-def test_records_are_where_the_archive_says(tmp_path):
-    path = some_archive(tmp_path / "x.bin")
-    (record,) = read_records(path)
-    assert record.nbytes == 512
-    assert path.read_bytes()[record.offset - 8 : record.offset] == b"x/data/0"
-
-
-def test_a_compressed_archive_is_refused(tmp_path):
-    path = some_archive(tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED)
-    assert "is compressed" in refused_archive(path)
-
-
-def test_a_pickle_that_takes_for_ever_is_refused_unread(tmp_path):
-    twice = b"q\x00h\x00\x86"  # A pair of what there is.
-    path = some_archive(tmp_path / "x.bin", b"\x80\x02})" + 100 * twice + b"K\x01s.")
-    assert "too many objects" in refused_archive(path)
-    path = some_archive(tmp_path / "y.bin", bytes((1 << 24) + 1))
-    assert "16777217 bytes" in refused_archive(path)
-
-
-@pytest.mark.parametrize(
-    "pickled", [b"", b"\x80\x02.", b"e.", b"(((", b"h\x07.", b"\x80\x02}q\x00u."]
-)
-def test_a_damaged_pickle_is_refused_or_left_to_torch(tmp_path, pickled):
-    with contextlib.suppress(MeshwenError):
-        read_records(some_archive(tmp_path / "x.bin", pickled))
-
-
 # What a record of numbers is made, and how the archive is compressed.
 CHANGES = {
     "emptied": lambda name, content: b"" if is_numbers(name) else content,
@@ -255,16 +208,3 @@ def test_what_only_looks_like_a_tensor_of_numbers_is_named(torch, tmp_path):
         assert f'"{name}"' in error_of(tmp_path)
     torch.save({("a", 1): torch.zeros(3)}, path)
     assert "is no name of a tensor" in error_of(tmp_path)
-
-
-def test_a_directory_that_leads_to_another_record_is_refused(tmp_path):
-    path = some_archive(tmp_path / "x.bin")
-    content = path.read_bytes()
-    directory = content.rindex(b"PK\1\2")
-    entry = bytearray(content)
-    entry[directory + 42 : directory + 46] = bytes(4)  # Where the last record is said to be.
-    path.write_bytes(entry)
-    assert "has another record's header" in refused_archive(path)
-    for magic in (b"PK\3\5", b"\0\0\0\0"):
-        path.write_bytes(content.replace(b"PK\3\4", magic))
-        assert refused_archive(path)
