@@ -223,3 +223,11 @@ def padded_rows(lengths: Sequence[int], token_ids: np.ndarray) -> np.ndarray:
     for row, length in zip(rows, lengths, strict=True):
         row[length:] = 1
     return rows
+
+
+def with_nan(runner: ModelRunner, token: int) -> dict:
+    """A runner's weights, but for the embedding of a token, which is NaN."""
+    model = runner.params["model"]
+    table = model["embed_tokens"]["weight"]
+    broken = jax.jit(lambda x: x.at[token].set(np.nan), out_shardings=table.sharding)(table)
+    return runner.params | {"model": model | {"embed_tokens": {"weight": broken}}}

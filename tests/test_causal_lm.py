@@ -17,7 +17,7 @@ import pytest
 
 import meshwen
 import reference
-from mesh_model import MeshModel, random_tokens
+from mesh_model import MeshModel, random_tokens, with_nan
 from meshwen import (
     AutoModelForCausalLM,
     Qwen2ForCausalLM,
@@ -27,6 +27,7 @@ from meshwen import (
 )
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import make_mesh
+from meshwen.sampling import NO_TOKEN
 from speller import ANSWER, CONTEXT, answer_ids, chat_ids, token_ids, write_speller
 from tiny_model import TINY, greedy, weights
 
@@ -177,6 +178,20 @@ def test_a_bad_prompt_is_one_clear_line(speller, prompts, words):
 def test_an_impossible_sampling_value_is_refused_before_the_first_piece(speller):
     with pytest.raises(MeshwenError, match="top_p must be"):
         speller.stream("A", top_p=2)
+
+
+def test_logits_that_are_nan_are_an_error_for_who_asked(speller, monkeypatch):
+    space, newline = token_ids(" \n")
+    monkeypatch.setattr(speller.runner, "params", with_nan(speller.runner, space))
+    with pytest.raises(MeshwenError, match=r"prompt 2: .*token 1 of the answer are NaN"):
+        speller.generate([[newline], [space]], max_new_tokens=2)
+    stream = speller.stream([newline], max_new_tokens=20)
+    assert [next(stream) for _ in range(3)] == ["H", "i", " "]
+    with pytest.raises(MeshwenError, match="token 4 of the answer are NaN"):
+        next(stream)
+    *events, last = speller.events([newline], max_new_tokens=20)
+    assert "".join(event.text for event in events) == last.completion.text == "Hi "
+    assert (last.token, last.completion.finish_reason) == (NO_TOKEN, "error")
 
 
 def test_a_stream_is_the_completions_text_in_whole_characters(speller):

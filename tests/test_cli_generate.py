@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from mesh_model import with_nan
 from meshwen.cli import main
 from meshwen.errors import MeshwenError
 from speller import (
@@ -97,6 +98,29 @@ def test_json_gives_ids_text_and_log_probabilities(speller, capsys):
     assert found["model"] == speller
     assert found["sampling"]["temperature"] == 0
     assert found["timings"]["time_to_first_token"] > 0
+
+
+def test_an_answer_whose_logits_are_nan_fails_and_the_others_go_on(
+    speller, capsys, tmp_path, monkeypatch
+):
+    def load(*arguments, **options):
+        model = load_model(*arguments, **options)
+        monkeypatch.setattr(model.runner, "params", with_nan(model.runner, *token_ids("?")))
+        return model
+
+    monkeypatch.setattr("meshwen.cli.generate.load_model", load)
+    path = tmp_path / "prompts.jsonl"
+    prompts = [token_ids(text) for text in ("\n", "?", "a\n")]
+    path.write_text("\n".join(json.dumps({"prompt_tokens": ids}) for ids in prompts))
+    arguments = ("--prompts-file", str(path), "--model", speller, "--max-new-tokens", "3")
+    assert main(["generate", "--json", *arguments]) == 2
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [answer["text"] for answer in found] == ["Hi ", "", "Hi "]
+    assert ["error" in answer for answer in found] == [False, True, False]
+    assert found[1]["finish_reason"] == "error"
+    assert "1 of 3 answers failed; " in err
+    assert f"{path} line 2: the model's logits" in err
 
 
 def test_prompts_of_a_file_keep_their_order_and_fields(speller, capsys, tmp_path):

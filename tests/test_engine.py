@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from mesh_model import MeshModel, random_tokens
+from mesh_model import MeshModel, random_tokens, with_nan
 from meshwen import Qwen2ForCausalLM, kernels
 from meshwen.capacity import Capacity
 from meshwen.engine import Engine
@@ -208,6 +208,31 @@ def test_a_bad_prompt_is_counted_from_1_and_named_before_anything_runs(prompt, w
     with pytest.raises(MeshwenError, match=f"^prompt 2 .*{words}") as error:
         engine(max_num_seqs=1).run([request(PROMPTS[0]), request(prompt)])
     assert "\n" not in str(error.value)
+
+
+@every_mesh
+def test_logits_that_are_nan_are_an_error_of_their_request_and_of_no_other(mesh, monkeypatch):
+    if mesh == "1":  # What a kernel does not read, XLA multiplies with 0.
+        monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
+    runner, used = MeshModel(TINY, mesh).runner, {0}  # 0 pads prompts.
+    for prompt in PROMPTS:
+        used |= {*prompt, *greedy(tuple(prompt))[0]}
+    bad = min({*range(TINY.vocab_size)} - used)
+    monkeypatch.setattr(runner, "params", with_nan(runner, bad))
+    # In every row first; who gets one next overwrites less of it than there was.
+    asked = [request([*PROMPTS[3], bad], logprobs=True)] * 4 + [*map(request, PROMPTS)]
+    asked += [request([bad])]
+    *failed, a, b, c, d, also = completions(engine_of(runner).run(asked))
+    for one, prompt in zip((a, b, c, d), PROMPTS, strict=True):
+        assert (one.tokens, one.error) == (greedy(tuple(prompt))[0], None)
+    for one in (*failed, also):
+        assert (one.tokens, one.text, one.finish_reason) == ((), "", "error")
+        assert "logits for token 1 of the answer are NaN or infinite" in one.error
+    # And where an answer itself comes to it.
+    after = greedy(tuple(PROMPTS[0]))[0][2]
+    monkeypatch.setattr(runner, "params", with_nan(runner, after))
+    (found,) = completions(engine_of(runner).run([request(PROMPTS[0])]))
+    assert (found.tokens, found.finish_reason) == (greedy(tuple(PROMPTS[0]))[0][:3], "error")
 
 
 def test_closing_the_events_early_leaves_the_engine_ready():

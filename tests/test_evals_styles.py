@@ -11,7 +11,8 @@ from meshwen.evals.default_style import default_style
 from meshwen.evals.gsm8k import Question, answer_all
 from meshwen.evals.run_file import RunFile
 from meshwen.evals.styles import STYLES, Problem, prompt_style, shots
-from meshwen.sampling import SamplingParams
+from meshwen.request import Completion, Event, Timings
+from meshwen.sampling import NO_TOKEN, SamplingParams
 from meshwen.tokenizer import Tokenizer
 from speller import TEMPLATE, write_speller
 
@@ -116,6 +117,36 @@ def test_an_unknown_style_names_the_known():
         prompt_style("gsm")
 
 
+class Canned:
+    """An engine that is asked, and has one event to tell."""
+
+    def __init__(self, *events):
+        self._events = events
+
+    def check(self, request, name):
+        pass
+
+    def run(self, requests):
+        self.requests = requests
+        return self._events
+
+
+def answered(folder, style, engine, eos_token=None):
+    run = RunFile.begin(folder / "run.jsonl", {}, resume=False)
+    asked = [Question(Problem(0, "How many?", "#### 7"), (1, 2))]
+    answer_all(engine, asked, prompt_style(style), SamplingParams(), run, eos_token)
+    run.close()
+    return run.records
+
+
+def test_an_answer_that_failed_is_recorded_as_such(tmp_path):
+    failed = Completion((1, 2), (5,), "7", "error", None, Timings(0, 0, 0), None, "NaN")
+    event = Event(0, NO_TOKEN, "", None, failed)
+    (record,) = answered(tmp_path, "demo", Canned(event)).values()
+    assert (record["finish_reason"], record["error"]) == ("error", "NaN")
+    assert (record["tokens"], record["correct"], record["logprob"]) == ([], False, None)
+
+
 @pytest.mark.parametrize(
     ("style", "stop"),
     [
@@ -126,26 +157,9 @@ def test_an_unknown_style_names_the_known():
     ],
 )
 def test_the_harnesss_styles_also_stop_at_the_tokenizers_own_eos(tmp_path, style, stop):
-    class Asked:
-        def check(self, request, name):
-            pass
-
-        def run(self, requests):
-            self.requests = requests
-            return []
-
-    problem, asked = Problem(0, "How many?", "#### 7"), Asked()
-    run = RunFile.begin(tmp_path / "run.jsonl", {}, resume=False)
-    answer_all(
-        asked,
-        [Question(problem, (1, 2))],
-        prompt_style(style),
-        SamplingParams(),
-        run,
-        "<|endoftext|>",
-    )
-    run.close()
-    (request,) = asked.requests
+    engine = Canned()
+    answered(tmp_path, style, engine, "<|endoftext|>")
+    (request,) = engine.requests
     assert request.sampling.stop == stop
 
 

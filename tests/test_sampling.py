@@ -14,7 +14,14 @@ from jax.sharding import PartitionSpec
 from meshwen.errors import MeshwenError
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.mesh import make_mesh, model_axes
-from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams, mark_seen, sample
+from meshwen.sampling import (
+    NO_TOKEN,
+    SamplerRows,
+    SamplingMethod,
+    SamplingParams,
+    mark_seen,
+    sample,
+)
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 MESHES = ("1", "3", "2x4")  # One device; a vocabulary that does not divide; two axes.
@@ -212,12 +219,13 @@ def _compiled(mesh_text, vocab_size, method):
         return sample(logits, rows, positions, seen, vocab_size, method, tp)
 
     seen_spec = split if method.penalize else whole
-    in_specs = (split, whole, whole, seen_spec)
+    row_specs = SamplerRows._make([*[whole] * 6, split])
+    in_specs = (split, row_specs, whole, seen_spec)
     mapped = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
     return jax.jit(mapped), mesh.size
 
 
-def draw(logits, params, *, mesh="1", positions=None, seen=None, method=None):
+def draw(logits, params, *, mesh="1", positions=None, seen=None, forbidden=None, method=None):
     """Tokens and log-probabilities of rows [B, V]; the padding is as likely as can be."""
     logits = np.asarray(logits, np.float32)
     batch, vocab_size = logits.shape
@@ -230,15 +238,20 @@ def draw(logits, params, *, mesh="1", positions=None, seen=None, method=None):
         seen = np.pad(seen, padding)
     positions = np.arange(batch) if positions is None else positions
     rows = SamplerRows.of(params)
+    if forbidden is not None:
+        rows = rows._replace(forbidden=np.pad(forbidden, padding))
     tokens, logprobs = program(logits, rows, np.asarray(positions, np.int32), seen)
     return np.asarray(tokens), None if logprobs is None else np.asarray(logprobs)
 
 
-def draw_many(logits, params, *, mesh="1", seen=None):
+def draw_many(logits, params, *, mesh="1", seen=None, forbidden=None):
     """`ROWS` tokens from one row of logits, each at its own position."""
-    repeated = None if seen is None else np.broadcast_to(seen, (ROWS, len(logits)))
-    tiled = np.broadcast_to(logits, (ROWS, len(logits)))
-    return draw(tiled, [params] * ROWS, mesh=mesh, seen=repeated)[0]
+
+    def repeated(row):
+        return None if row is None else np.broadcast_to(row, (ROWS, len(logits)))
+
+    tiled, masks = repeated(logits), {"seen": repeated(seen), "forbidden": repeated(forbidden)}
+    return draw(tiled, [params] * ROWS, mesh=mesh, **masks)[0]
 
 
 def distribution(logits, params, seen=()) -> np.ndarray:
@@ -474,6 +487,19 @@ def test_equal_scores_give_the_lowest_id_by_every_method(monkeypatch, mesh, cand
     _compiled.cache_clear()
 
 
+@pytest.mark.parametrize("candidates", [0, 16, 37])
+def test_noise_of_minus_infinity_brings_back_nothing_that_may_not_come(monkeypatch, candidates):
+    def noise(seed, positions, ids, tp):
+        return jnp.full((1, ids.shape[1]), -jnp.inf)
+
+    monkeypatch.setattr("meshwen.sampling._noise", noise)
+    params, method = [params_of(temperature=1.0)], SamplingMethod(candidates, False, False)
+    _compiled.cache_clear()
+    forbidden = np.arange(37)[None] != 9
+    assert draw(np.zeros((1, 37)), params, forbidden=forbidden, method=method)[0].tolist() == [9]
+    _compiled.cache_clear()
+
+
 @pytest.mark.parametrize("mesh", ["1", "1x8"])
 def test_top_k_keeps_the_lowest_ids_of_equally_likely_tokens(mesh):
     params = [replace(SAMPLED, top_k=3, seed=seed) for seed in range(200)]
@@ -491,6 +517,67 @@ def test_padding_of_the_vocabulary_is_never_drawn(mesh, params):
     found, logprobs = draw(np.full((200, 37), -50.0), batch, mesh=mesh)
     assert found.max() < 37
     np.testing.assert_allclose(logprobs, -math.log(37), rtol=1e-6)
+
+
+BY_METHOD = {0: {}, 16: {"top_k": 9}, 37: {"top_p": 0.9}}
+every_method = pytest.mark.parametrize("filters", BY_METHOD.values(), ids=BY_METHOD)
+
+
+@every_method
+@pytest.mark.parametrize("mesh", ["1", "3"])
+def test_extreme_temperatures_overflow_nowhere(mesh, filters):
+    cold, hot = (5e-324, 1e-46, 1e-39, 1e-38, 1e-30, 1e-9), (1e30, 1e39, 1e308)
+    logits = np.tile(some_logits(37, scale=20), (9, 1))
+    logits[4] -= 100  # All below zero.
+    params = [params_of(temperature=t, seed=2, **filters) for t in (*cold, *hot)]
+    found = draw(logits, params, mesh=mesh)[0]
+    assert (found[: len(cold)] == logits[0].argmax()).all()
+    as_hot = [replace(one, temperature=1e15) for one in params]
+    assert (found[len(cold) :] == draw(logits, as_hot, mesh=mesh)[0][len(cold) :]).all()
+
+
+def test_extreme_penalties_overflow_nowhere():
+    logits = np.tile(np.float32([3, 2, 0, -1, -2]), (4, 1))
+    seen = np.tile([True, False, True, True, False], (4, 1))
+    penalties = (1e-300, 1e-40, 1e40, 1e300)
+    tokens, _ = draw(logits, [params_of(repetition_penalty=p) for p in penalties], seen=seen)
+    assert tokens.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("mesh", ["1", "3"])
+@pytest.mark.parametrize("filters", [{"temperature": 0}, *BY_METHOD.values()])
+def test_logits_that_are_not_finite_give_no_token_to_their_own_row_alone(mesh, filters):
+    params = [params_of(**({"temperature": 0.8, "seed": 5} | filters))] * 12
+    good = np.stack([some_logits(37, seed) for seed in range(12)])
+    bad = good.copy()
+    for row, value in ((1, np.nan), (2, np.inf), (3, -np.inf), (5, np.nan), (6, np.inf)):
+        bad[row, 6 * row] = value
+    bad[8] = np.nan
+    tokens, expected = (draw(logits, params, mesh=mesh)[0] for logits in (bad, good))
+    broken = [1, 2, 3, 5, 6, 8]
+    assert (tokens[broken] == NO_TOKEN).all()
+    assert (np.delete(tokens, broken) == np.delete(expected, broken)).all()
+    # What may not come is no less wrong.
+    forbidden = np.isnan(bad)
+    assert (draw(bad, params, mesh=mesh, forbidden=forbidden)[0][broken] == NO_TOKEN).all()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "filters"), [("1", {"temperature": 0}), ("3", {}), ("1", FILTERS["penalty and all"])]
+)
+def test_forbidden_tokens_are_never_drawn_and_the_others_as_without_them(mesh, filters):
+    params = params_of(**{"temperature": 1.0, "seed": 3} | filters)
+    logits, seen = some_logits(20), np.isin(np.arange(20), SEEN)
+    forbidden = np.isin(np.arange(20), [int(logits.argmax()), 2, 7, 19])
+    found = draw_many(logits, params, mesh=mesh, seen=seen, forbidden=forbidden)
+    left = np.where(forbidden, -1e9, logits)
+    if params.temperature == 0:
+        assert (found == left.argmax()).all()
+    else:
+        assert_drawn_from(found, distribution(left, params, SEEN))
+    nothing = np.ones_like(forbidden)
+    nothing_left = draw_many(logits, params, mesh=mesh, seen=seen, forbidden=nothing)
+    assert (nothing_left == NO_TOKEN).all()
 
 
 def test_a_penalty_pushes_both_signs_down():

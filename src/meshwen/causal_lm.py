@@ -281,11 +281,15 @@ class Qwen2ForCausalLM:
             One completion a prompt, in order.
 
         Raises:
-            MeshwenError: a prompt is empty or too long, or a value is impossible.
+            MeshwenError: a prompt is empty or too long, a value is impossible, or the model's
+                logits are NaN or infinite (`engine.run` still gives the other answers).
         """
         several = several_prompts(prompts)
         with self.engine.run([self.request(prompt, **sampling) for prompt in several]) as events:
             done = {e.request: e.completion for e in events if e.completion is not None}
+        for number, completion in sorted(done.items()):
+            if completion.error is not None:
+                raise MeshwenError(f"prompt {number + 1}: {completion.error}")
         return [done[number] for number in range(len(several))]
 
     def stream(self, prompt: AnyPrompt, **sampling: Any) -> Stream[str]:
@@ -295,10 +299,10 @@ class Qwen2ForCausalLM:
         does.
         """
         events = self.events(prompt, **sampling)
-        return Stream(lambda: next((e.text for e in events if e.text), None), events.close)
+        return Stream(lambda: _next_text(events), events.close)
 
     def events(self, prompt: AnyPrompt, **sampling: Any) -> Stream[Event]:
-        """As `stream`, but yields every token with its text."""
+        """As `stream`, but yields every token with its text, and errors as completions."""
         return self.engine.run([self.request(prompt, **sampling)])
 
     def request(self, prompt: AnyPrompt, **sampling: Any) -> Request:
@@ -338,6 +342,15 @@ def _dtype_name(dtype: DTypeLike) -> str:
     if dtype is None or name not in DTYPES:
         raise MeshwenError(f"dtype {brief(dtype)} is not one of {', '.join(DTYPES)}")
     return str(name)
+
+
+def _next_text(events: Iterable[Event]) -> str | None:
+    for event in events:
+        if event.text:
+            return event.text
+        if event.completion is not None and event.completion.error is not None:
+            raise MeshwenError(event.completion.error)
+    return None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -174,6 +174,11 @@ def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCac
     return tuple(one(layer) for layer in cache)
 
 
+def without_row(cache: KVCache, row: Array) -> KVCache:
+    """The cache with zeros in a row: what is masked has weight 0, but 0 times NaN is NaN."""
+    return jax.tree.map(lambda array: array.at[row].set(0), cache)
+
+
 def cache_bytes_per_token(config: Qwen2Config, heads: int, dtype: jnp.dtype) -> int:
     """Bytes of cache that one token takes for `heads` key/value heads, with values in `dtype`."""
     key_and_value = jnp.dtype(jnp.float32).itemsize + jnp.dtype(dtype).itemsize

@@ -12,7 +12,7 @@ from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
 from meshwen.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class Completion:
         prompt_tokens: the prompt's ids.
         tokens: the answer's ids, an end-of-text token included.
         text: the answer without special tokens, and without the stop string that ended it.
-        finish_reason: "stop" at an end-of-text token or stop string, "length" at a limit.
+        finish_reason: "stop" at an end-of-text token or stop string, "length" at a limit,
+            "error" where the model gave no next token.
         logprobs: log-probability of each token, when asked for.
         timings: how long it took.
         seed: that draws the same answer again; None where nothing was drawn (greedy).
+        error: what went wrong, in one line; `tokens` and `text` are what came before.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -69,15 +71,16 @@ class Completion:
     logprobs: tuple[float, ...] | None
     timings: Timings
     seed: int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Event:
-    """One token of one request.
+    """One token of one request, or an error in a token's place.
 
     Attributes:
         request: the request's number, as `Engine.submit` or the order in `Engine.run` gave it.
-        token: its id.
+        token: its id; `meshwen.sampling.NO_TOKEN`, -1, where there is an error instead.
         text: what can be shown now: whole characters, and nothing that might begin a stop string.
         logprob: of the token, when asked for.
         completion: with a request's last token, the whole answer.

@@ -15,13 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from meshwen import kernels
 from meshwen.config import Qwen2Config
 from meshwen.jax_settings import Program
-from meshwen.kv_cache import KVCache, SequenceCache, empty_cache
+from meshwen.kv_cache import KVCache, SequenceCache, cache_sharding, empty_cache, without_row
 from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel
 from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
@@ -59,17 +60,21 @@ class ModelRunner:
             donate=(1, 2),
         )
         self._first = self.compiled(
-            _first_step, ("batch embed", "batch", "batch", "batch vocab"), "batch", static="method"
+            _first_step, ("batch embed", "batch", _ROWS, "batch vocab"), "batch", static="method"
         )
         self.decode_program = self.compiled(
             _decode_step,
-            (_CACHE, "batch", "batch", "batch", "batch vocab"),
+            (_CACHE, "batch", "batch", _ROWS, "batch vocab"),
             ("batch", "batch vocab", _CACHE),
             static="method",
             donate=(1, 5),
         )
         self._empty_cache = ShapedProgram(
             self._programs, lambda: Program(partial(empty_cache, plan), static_argnums=(0, 1, 2))
+        )
+        self._without_row = ShapedProgram(
+            self._programs,
+            lambda: Program(without_row, donate_argnums=0, out_shardings=cache_sharding(plan)),
         )
         self._empty_hidden = ShapedProgram(
             self._programs,
@@ -83,6 +88,10 @@ class ModelRunner:
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences (a multiple of the plan's data devices)."""
         return self._empty_cache(batch, length, self.dtype)
+
+    def without_row(self, cache: KVCache, row: int) -> KVCache:
+        """The cache, donated, with a row as in an empty one."""
+        return self._without_row(cache, np.int32(row))
 
     def empty_hidden(self, batch: int) -> Array:
         """What `prefill` starts from: float32 [B, D]."""
@@ -180,8 +189,8 @@ class ModelRunner:
     def compiled(
         self,
         step: Callable[..., Any],
-        in_axes: tuple[str, ...],
-        out_axes: str | tuple[str, ...],
+        in_axes: tuple[Any, ...],
+        out_axes: Any,
         static: str | None = None,
         donate: tuple[int, ...] = (),
     ) -> ShapedProgram:
@@ -189,7 +198,7 @@ class ModelRunner:
 
         Args:
             step: a function of the weights, arrays, and keywords `config`, `tp` and `static`.
-            in_axes: logical axes of the arrays, or of all arrays of a pytree.
+            in_axes: logical axes of the arrays, "batch vocab", or of all arrays of a pytree.
             out_axes: those of the results.
             static: the keyword whose every value is compiled for itself.
             donate: positions of arguments whose memory the results may take.
@@ -221,6 +230,7 @@ class ModelRunner:
 
 
 _CACHE = "batch heads"
+_ROWS: Any = SamplerRows._make([*["batch"] * 6, "batch vocab"])
 
 # Programs that are kept. One of a CPU takes up to 630 memory maps and 53 MB (24 layers, 8 devices).
 _CPU_PROGRAMS = 48
@@ -239,11 +249,9 @@ def _compiler_options(plan: ParallelPlan) -> dict[str, str] | None:
     return EXACT_COMPILER_OPTIONS if plan.exact else COMPILER_OPTIONS
 
 
-def _specs(plan: ParallelPlan, axes: str | tuple[str, ...]) -> Any:
-    """The partition spec of logical axes, or one for each of several arrays."""
-    if isinstance(axes, str):
-        return plan.spec(*axes.split())
-    return tuple(_specs(plan, names) for names in axes)
+def _specs(plan: ParallelPlan, axes: Any) -> Any:
+    """The partition spec of logical axes, or of each of several arrays' in a pytree."""
+    return jax.tree.map(lambda names: plan.spec(*names.split()), axes)
 
 
 def tensor_parallel(plan: ParallelPlan, dtype: jnp.dtype) -> TensorParallel:

@@ -18,14 +18,20 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from meshwen.arguments import brief, number, truth, whole_number
 from meshwen.errors import MeshwenError
 from meshwen.jax_settings import own_settings
 from meshwen.parallel.contractions import TensorParallel
 
+NO_TOKEN = -1  # Drawn where logits are not finite, or no token may come.
+
 _LONGEST_BLOCK = 128  # of logits, in the search for the largest
 _CANDIDATES = tuple(2 * 4**n for n in range(1, 16))  # 8, 32, 128, ...: few are compiled.
+# Factors of logits: within these, none below 2**63 overflows, and the noise decides between equal
+# ones alone.
+_LEAST_FACTOR, _MOST_FACTOR = 2.0**-64, 2.0**64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +175,7 @@ def _candidates(params: SamplingParams, vocab_size: int) -> int:
 
 
 class SamplerRows(NamedTuple):
-    """The requests' parameters, a row each: all [B]."""
+    """The requests' parameters, a row each: all [B] but the masks, which are bool [B, V padded]."""
 
     temperature: Array
     top_p: Array
@@ -177,14 +183,28 @@ class SamplerRows(NamedTuple):
     min_p: Array
     repetition_penalty: Array
     seed: Array
+    forbidden: ArrayLike | None = None  # Tokens that may not come next.
 
     @classmethod
     @own_settings()
     def of(cls, batch: Sequence[SamplingParams]) -> SamplerRows:
-        """The rows of a batch."""
-        kinds: dict[str, Any] = dict.fromkeys(cls._fields, jnp.float32)
-        kinds |= {"top_k": jnp.int32, "seed": jnp.uint32}
-        return cls(*(jnp.array([getattr(p, f) for p in batch], kinds[f]) for f in cls._fields))
+        """The rows of a batch, without masks."""
+
+        def column(values: Iterable[float], dtype: Any = jnp.float32) -> Array:
+            return jnp.array(list(values), dtype)
+
+        return cls(
+            column(p.temperature and _factor(p.temperature) for p in batch),
+            column(p.top_p for p in batch),
+            column((p.top_k for p in batch), jnp.int32),
+            column(p.min_p for p in batch),
+            column(_factor(p.repetition_penalty) for p in batch),
+            column((p.seed for p in batch), jnp.uint32),
+        )
+
+
+def _factor(number: float) -> float:
+    return min(max(number, _LEAST_FACTOR), _MOST_FACTOR)
 
 
 class Sampled(NamedTuple):
@@ -205,9 +225,11 @@ def sample(
 ) -> Sampled:
     """Draws each sequence's next token; runs on every device under `shard_map`.
 
+    `NO_TOKEN` where a logit is not finite, or none is left that may come.
+
     Args:
         logits: float32 [B, V/n], this device's part of the (padded) vocabulary.
-        rows: the requests' parameters.
+        rows: the requests' parameters; of the masks, this device's part.
         positions: int32 [B], the position that the token will have.
         seen: bool [B, V/n], tokens that a repetition penalty applies to; None without penalties.
         vocab_size: V before padding.
@@ -215,22 +237,30 @@ def sample(
         tp: the contractions, for the devices' order.
     """
     ids = tp.index() * logits.shape[1] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    finite = jnp.isfinite(logits)
     if tp.devices * logits.shape[1] > vocab_size:
-        logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+        logits, finite = jnp.where(ids < vocab_size, logits, -jnp.inf), finite | (ids >= vocab_size)
     raw = logits
     if method.penalize and seen is not None:
         penalty = rows.repetition_penalty[:, None]
         penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(seen, penalized, logits)
+    if rows.forbidden is not None:
+        logits = jnp.where(rows.forbidden, -jnp.inf, logits)
+    # What is not finite becomes the largest, so that whoever looks for that finds it. (The largest
+    # of NaN and a number is now one, now the other.)
+    logits = jnp.where(finite, logits, jnp.inf)
     if method.candidates:
         values, choices = _likeliest(logits, ids, method.candidates, tp)
-        tokens = (
-            choices[:, 0] if method.candidates == 1 else _draw(values, choices, rows, positions, tp)
-        )
+        tokens = choices[:, 0]
+        if method.candidates > 1:
+            values, tokens = _draw(values, choices, rows, positions, tp)
     else:
         (scaled,) = tp.rounded((logits / rows.temperature[:, None],))
-        scores = scaled + _noise(rows.seed, positions, ids[None], tp)
-        tokens = _likeliest(scores, ids, 1, tp)[1][:, 0]
+        scores = _scores(scaled, _noise(rows.seed, positions, ids[None], tp))
+        values, choices = _likeliest(scores, ids, 1, tp)
+        tokens = choices[:, 0]
+    tokens = jnp.where(jnp.isfinite(values[:, 0]), tokens, NO_TOKEN)
     return Sampled(tokens, _logprobs(raw, ids, tokens, tp) if method.logprobs else None)
 
 
@@ -277,8 +307,12 @@ def _largest(x: Array, count: int) -> tuple[Array, Array]:
 
 def _draw(
     values: Array, choices: Array, rows: SamplerRows, positions: Array, tp: TensorParallel
-) -> Array:
-    """Draws from candidates sorted by logit; filters as transformers orders them: int32 [B]."""
+) -> tuple[Array, Array]:
+    """Draws from candidates sorted by logit; filters as transformers orders them.
+
+    Returns:
+        The logits divided by the temperature, float32 [B, count], and the tokens, int32 [B].
+    """
     greedy = rows.temperature == 0
     temperature = jnp.where(greedy, 1, rows.temperature)[:, None]
     rank = jnp.arange(values.shape[1])
@@ -295,12 +329,19 @@ def _draw(
     keep = (before < top_p) | (rank == 0) | (top_p >= 1)
     kept = jnp.where(keep, probabilities, 0)
     keep &= kept >= rows.min_p[:, None] * kept[:, :1]
-    scores = jnp.where(keep, scaled + _noise(rows.seed, positions, choices, tp), -jnp.inf)
+    scores = _scores(scaled, _noise(rows.seed, positions, choices, tp))
+    scores = jnp.where(keep, scores, -jnp.inf)
     # Of equal scores the lowest id, as without filters: what else is in the batch decides whether
     # there are any.
     best = scores == scores.max(axis=1, keepdims=True)
     drawn = jnp.where(best, choices, jnp.iinfo(jnp.int32).max).min(axis=1)
-    return jnp.where(greedy | ~best.any(axis=1), choices[:, 0], drawn)
+    return scaled, jnp.where(greedy | ~best.any(axis=1), choices[:, 0], drawn)
+
+
+def _scores(scaled: Array, noise: Array) -> Array:
+    """Logits with noise; what is not finite keeps its place, whatever the noise."""
+    lowest = jnp.finfo(scaled.dtype).min
+    return jnp.where(jnp.isfinite(scaled), jnp.maximum(scaled + noise, lowest), scaled)
 
 
 def _tree_sum(x: Array) -> Array:

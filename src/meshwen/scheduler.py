@@ -320,6 +320,9 @@ class Scheduler:
         ended = {s.number for s in self._slots if s and s.ended}
         if not ended:
             return
+        for row, one in enumerate(self._slots):
+            if one and one.finish_reason == "error":  # Its NaN must not reach the next in the row.
+                self._cache = self._runner.without_row(self._cache, row)
         self._slots = [None if s and s.number in ended else s for s in self._slots]
         if self._reading is not None:
             self._reading = self._reading.without(ended)

@@ -6,9 +6,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import isfinite
 
 from meshwen.lookup import PromptLookup
 from meshwen.request import Completion, Event, FinishReason, Request, Timings
+from meshwen.sampling import NO_TOKEN
 from meshwen.tokenizer import Tokenizer
 
 
@@ -85,6 +87,9 @@ class SequenceState:
         """Takes the next token and tells of it; may finish."""
         if not self.tokens:
             self._first = time.perf_counter()
+        if token == NO_TOKEN or not isfinite(logprob or 0):
+            self._fail()
+            return
         self.tokens.append(token)
         if self._lookup is not None:
             self._lookup.push(token)
@@ -93,6 +98,18 @@ class SequenceState:
         text = self._shown(token)
         completion = self._completion(self.finish_reason) if self.finish_reason else None
         self._on_event(Event(self.number, token, text, logprob, completion))
+
+    def _fail(self) -> None:
+        """Ends the answer, since the model does not say how it goes on."""
+        error = (
+            f"the model's logits for token {len(self.tokens) + 1} of the answer are NaN or "
+            "infinite: weights are damaged or overflow (meshwen inspect --stats finds those of a "
+            "file)"
+        )
+        self.finish_reason = "error"
+        text = self._rest()
+        completion = self._completion(self.finish_reason, error)
+        self._on_event(Event(self.number, NO_TOKEN, text, None, completion))
 
     def _shown(self, token: int) -> str:
         """The text that can be shown after the newest token; finds out whether it is the last."""
@@ -103,14 +120,18 @@ class SequenceState:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.limit:
             self.finish_reason = "length"
-        if self.finish_reason and self._decoder:
-            shown += self._text.push(self._decoder.finish())
-            shown += self._text.finish()
+        if self.finish_reason:
+            shown += self._rest()
             if self._text.stopped:
                 self.finish_reason = "stop"
         return shown
 
-    def _completion(self, finish_reason: FinishReason) -> Completion:
+    def _rest(self) -> str:
+        """The text that was held back, at the end of the answer."""
+        rest = self._text.push(self._decoder.finish()) if self._decoder else ""
+        return rest + self._text.finish()
+
+    def _completion(self, finish_reason: FinishReason, error: str | None = None) -> Completion:
         assert self._began is not None
         timings = Timings(
             queue_seconds=self._began - self._submitted,
@@ -125,6 +146,7 @@ class SequenceState:
             tuple(self._logprobs) if self.request.sampling.logprobs else None,
             timings,
             self.request.sampling.seed if self.request.sampling.temperature > 0 else None,
+            error,
         )
 
 

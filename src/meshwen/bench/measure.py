@@ -16,6 +16,7 @@ import numpy as np
 
 from meshwen.buckets import bucket
 from meshwen.engine import Engine
+from meshwen.errors import MeshwenError
 from meshwen.request import Request
 from meshwen.runner import ModelRunner
 from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
@@ -59,8 +60,9 @@ def first_token(engine: Engine, length: int, runs: int) -> Seconds:
     request = Request((1,) * length, SamplingParams(max_new_tokens=1, temperature=0))
 
     def read(number: int) -> None:
-        for _ in engine.run([request]):
-            pass
+        for event in engine.run([request]):
+            if event.completion and event.completion.error:
+                raise MeshwenError(event.completion.error)
 
     return _timed(read, runs)
 

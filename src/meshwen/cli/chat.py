@@ -225,6 +225,8 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
                 break
     if meter.count or completion:
         write("")
+    if completion is not None and completion.error is not None:
+        raise MeshwenError(completion.error)
     if completion is None:
         note("(stopped)")
     elif conversation.is_full(completion):

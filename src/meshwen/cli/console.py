@@ -172,6 +172,7 @@ class Meter:
 
     Attributes:
         completions: the answers that are whole.
+        errors: what went wrong with a request, by its number.
     """
 
     def __init__(self) -> None:
@@ -179,6 +180,7 @@ class Meter:
         self._times: list[float] = []
         self._requests: set[int] = set()
         self.completions: list[Completion] = []
+        self.errors: dict[int, str] = {}
 
     @property
     def count(self) -> int:
@@ -188,10 +190,13 @@ class Meter:
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
         """Passes events on."""
         for event in events:
-            self._times.append(time.perf_counter() - self._started)
+            if event.token >= 0:  # An error is no token.
+                self._times.append(time.perf_counter() - self._started)
             self._requests.add(event.request)
             if event.completion is not None:
                 self.completions.append(event.completion)
+                if event.completion.error is not None:
+                    self.errors[event.request] = event.completion.error
             yield event
 
     def summary(self) -> str:

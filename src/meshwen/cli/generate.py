@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ANSWER_FIELDS = {
     *("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings", "seed"),
+    "error",
     "model",
     "mesh",
     "dtype",
@@ -169,6 +170,9 @@ def generate(
             _write_answers(events, prompts, tokenizer)
     _note_cut_off(meter.completions, sampling, loaded.engine.max_model_len)
     note(meter.summary())
+    for number, error in sorted(meter.errors.items()):
+        count = f"{len(meter.errors)} of {len(prompts)} answers failed; "
+        raise MeshwenError(f"{count if len(prompts) > 1 else ''}{prompts[number].where}: {error}")
 
 
 def _telling(came: Callable[[], None], events: Iterable[Event]) -> Iterator[Event]:
@@ -192,14 +196,16 @@ def _write_json(
 ) -> None:
     for number, completion in _in_order(events):
         answer = asdict(completion)
-        if completion.logprobs is None:
-            del answer["logprobs"]
+        for name in ("logprobs", "error"):
+            if answer[name] is None:
+                del answer[name]
         write(to_json({**prompts[number].extra, **answer, **settings}))
 
 
 def _write_stream(events: Iterable[Event], tokenizer: Tokenizer | None) -> None:
     for event in events:
-        write(event.text if tokenizer else f"{event.token} ", end="")
+        text = event.text if tokenizer or event.token < 0 else f"{event.token} "
+        write(text, end="")
     write("")
 
 

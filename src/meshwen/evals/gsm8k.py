@@ -107,7 +107,8 @@ def answer_all(
     done, right = len(answered), sum(record["correct"] for record in answered)
     for tokens, event in enumerate(engine.run(requests), start=1):
         if event.completion is not None:
-            record = _record(asked[event.request], event.completion, style)
+            one, error = asked[event.request], event.completion.error
+            record = _failed(one, error) if error else _record(one, event.completion, style)
             run.write(record | {"elapsed": round(time.perf_counter() - began, 3)})
             done, right = done + 1, right + record["correct"]
         progress(done, right, tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import jax
@@ -108,6 +109,8 @@ class MeshwenLM(TemplateLM):
         with tqdm(total=len(requests), disable=disable_tqdm, desc="meshwen") as bar:
             for event in self._model.engine.run(asked):
                 if event.completion is not None:
+                    if event.completion.error is not None:
+                        raise MeshwenError(event.completion.error)
                     texts[event.request] = event.completion.text
                     self.cache_hook.add_partial(
                         "generate_until", requests[event.request].args, event.completion.text
@@ -158,7 +161,10 @@ class MeshwenLM(TemplateLM):
             logits = self._model(np.array([tokens[:-1]]))[0, -len(wanted) :]
             logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=1)
             greedy = bool((logits.argmax(axis=1) == wanted).all())
-            found.append((float(np.sum(np.asarray(logprobs, np.float64))), greedy))
+            total = float(np.sum(np.asarray(logprobs, np.float64)))
+            if not isfinite(total):
+                raise MeshwenError("the model's logits are NaN or infinite: it cannot be scored")
+            found.append((total, greedy))
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, found[-1])
         return found
