@@ -21,7 +21,7 @@ from meshwen import runner
 from meshwen.capacity import Capacity
 from meshwen.engine import Engine
 from meshwen.request import Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from tiny_model import ONE_LAYER
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

@@ -32,7 +32,7 @@ from meshwen.evals.styles import STYLES
 from meshwen.json_files import parse_json
 from meshwen.parallel.mesh import MeshSpec
 from meshwen.paths import user_path
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from meshwen.tokenizer import Tokenizer
 from meshwen.verify.certificate_file import FORMAT as CERTIFICATE
 from meshwen.verify.certificate_file import as_json, read_certificate, with_hash

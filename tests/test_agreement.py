@@ -12,7 +12,7 @@ from meshwen import agreement
 from meshwen.checkpoints.digest import sample_sha256
 from meshwen.errors import MeshwenError
 from meshwen.request import Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from tiny_model import ONE_LAYER
 
 

@@ -26,7 +26,7 @@ from meshwen.errors import MeshwenError
 from meshwen.loading import load_params
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from meshwen.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")

@@ -21,7 +21,8 @@ from meshwen.capacity import Capacity
 from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
 from meshwen.request import Completion, Request
-from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sampling import SamplerRows, SamplingMethod
+from meshwen.sampling_params import SamplingParams
 from meshwen.sequence import StopText
 from needs_kernels import needs_kernels
 from speller import ANSWER, answer_ids, write_speller

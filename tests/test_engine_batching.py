@@ -14,7 +14,7 @@ from meshwen.capacity import Capacity
 from meshwen.engine import Engine, QueueFullError
 from meshwen.errors import MeshwenError
 from meshwen.request import Event, Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from test_engine import PROMPTS, SPLIT, completions, engine, model, request
 from tiny_model import STEPS, TINY, greedy
 

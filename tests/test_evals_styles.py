@@ -12,7 +12,8 @@ from meshwen.evals.gsm8k import Question, answer_all
 from meshwen.evals.run_file import RunFile
 from meshwen.evals.styles import STYLES, Problem, prompt_style, shots
 from meshwen.request import Completion, Event, Timings
-from meshwen.sampling import NO_TOKEN, SamplingParams
+from meshwen.sampling import NO_TOKEN
+from meshwen.sampling_params import SamplingParams
 from meshwen.tokenizer import Tokenizer
 from speller import TEMPLATE, write_speller
 

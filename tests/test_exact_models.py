@@ -19,7 +19,7 @@ from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.request import Request
 from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from tiny_model import ONE_LAYER
 
 DTYPES = ("float32", "bfloat16")

@@ -20,7 +20,7 @@ from meshwen.capacity import Capacity
 from meshwen.engine import Engine
 from meshwen.packing import PackedWeight
 from meshwen.request import Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from needs_kernels import needs_kernels
 
 pytestmark = needs_kernels

@@ -14,7 +14,7 @@ from meshwen.errors import MeshwenError
 from meshwen.lookup import PromptLookup
 from meshwen.request import Completion, Request
 from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from meshwen.sequence import SequenceState
 from tiny_model import ONE_LAYER
 

@@ -21,7 +21,8 @@ from mesh_model import (
 )
 from meshwen import kernels
 from meshwen.parallel.heads import PADDING
-from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sampling import SamplerRows, SamplingMethod
+from meshwen.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 # In units of the largest logit. float32 rounding gives 1e-6, whatever the order of the sums.

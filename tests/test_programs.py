@@ -16,7 +16,7 @@ from meshwen.engine import Engine
 from meshwen.jax_settings import Program
 from meshwen.programs import ProgramTable, ShapedProgram
 from meshwen.request import Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from tiny_model import ONE_LAYER
 
 pytestmark = pytest.mark.usefixtures("unoptimised")

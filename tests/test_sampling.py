@@ -14,14 +14,8 @@ from jax.sharding import PartitionSpec
 from meshwen.errors import MeshwenError
 from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.mesh import make_mesh, model_axes
-from meshwen.sampling import (
-    NO_TOKEN,
-    SamplerRows,
-    SamplingMethod,
-    SamplingParams,
-    mark_seen,
-    sample,
-)
+from meshwen.sampling import NO_TOKEN, SamplerRows, SamplingMethod, mark_seen, sample
+from meshwen.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 MESHES = ("1", "3", "2x4")  # One device; a vocabulary that does not divide; two axes.
@@ -219,7 +213,7 @@ def _compiled(mesh_text, vocab_size, method):
         return sample(logits, rows, positions, seen, vocab_size, method, tp)
 
     seen_spec = split if method.penalize else whole
-    row_specs = SamplerRows._make([*[whole] * 6, split])
+    row_specs = SamplerRows._make([*[whole] * 7, split, split])
     in_specs = (split, row_specs, whole, seen_spec)
     mapped = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
     return jax.jit(mapped), mesh.size

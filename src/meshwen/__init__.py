@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from meshwen.errors import MeshwenError
     from meshwen.parallel.mesh import make_mesh
     from meshwen.request import Completion, Event, Request
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
     __version__: str
@@ -47,7 +47,7 @@ _MODULES = {
     "Qwen2Config": "config",
     "Qwen2ForCausalLM": "causal_lm",
     "Request": "request",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "Tokenizer": "tokenizer",
     "enable_compilation_cache": "compilation_cache",
     "make_mesh": "parallel.mesh",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +13,8 @@ from jax import Array
 
 from meshwen.jax_settings import own_settings
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sampling import SamplerRows, SamplingMethod
+from meshwen.sampling_params import SamplingParams
 from meshwen.sequence import SequenceState
 
 
@@ -24,6 +25,8 @@ class BatchSampler:
     method: SamplingMethod
     rows: SamplerRows
     seen: Array | None  # bool [B, V padded], tokens of prompts and answers
+    constrained: bool  # Some sequence may not go on with every token.
+    plan: ParallelPlan
 
     @classmethod
     @own_settings()
@@ -32,10 +35,31 @@ class BatchSampler:
         asked = {row: sequence.request.sampling for row, sequence in running.items()}
         method = SamplingMethod.of(list(asked.values()), plan.config.vocab_size)
         rows = SamplerRows.of([asked.get(row, SamplingParams()) for row in range(size)])
-        if not method.penalize:
-            return cls(method, rows, None)
-        seen = np.zeros((size, len(plan.axis_source("vocab"))), bool)
+        prompts = {row: sequence.request.prompt_tokens for row, sequence in running.items()}
+        if any(one.encoder_repetition_penalty != 1 for one in asked.values()):
+            rows = rows._replace(prompt=_mask(prompts, size, plan))
+        seen = None
+        if method.penalize:
+            tokens = {row: sequence.token_ids for row, sequence in running.items()}
+            seen = _mask(tokens, size, plan)
+        constrained = any(sequence.constraints for sequence in running.values())
+        return cls(method, rows, seen, constrained, plan)
+
+    def now(self, running: Mapping[int, SequenceState]) -> SamplerRows:
+        """The rows of the next step, which the same sequences take."""
+        if not self.constrained:
+            return self.rows
+        forbidden = np.zeros((len(self.rows.seed), len(self.plan.axis_source("vocab"))), bool)
         for row, sequence in running.items():
-            seen[row, sequence.token_ids] = True
-        # Placed as a step returns it: the first step's program then serves all others.
-        return cls(method, rows, jax.device_put(seen, plan.sharding("batch", "vocab")))
+            if sequence.constraints is not None:
+                sequence.constraints.forbid(forbidden[row])
+        return self.rows._replace(forbidden=forbidden)
+
+
+def _mask(tokens: Mapping[int, Sequence[int]], size: int, plan: ParallelPlan) -> Array:
+    """Which tokens each row has: bool [size, V padded]."""
+    mask = np.zeros((size, len(plan.axis_source("vocab"))), bool)
+    for row, some in tokens.items():
+        mask[row, list(some)] = True
+    # Placed as a step returns it: the first step's program then serves all others.
+    return jax.device_put(mask, plan.sharding("batch", "vocab"))

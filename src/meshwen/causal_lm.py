@@ -25,6 +25,7 @@ from meshwen.config import Qwen2Config
 from meshwen.distributed import to_host
 from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
+from meshwen.generation_config import check_generation_config, unheeded
 from meshwen.jax_settings import own_settings
 from meshwen.loading import Progress, dummy_params, load_params
 from meshwen.parallel.mesh import make_mesh, mesh_label
@@ -32,7 +33,7 @@ from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
 from meshwen.quantization import QUANTIZATIONS, Quantization
 from meshwen.request import Completion, Event, Request
 from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplingParams, with_fresh_seed
+from meshwen.sampling_params import SamplingParams, with_fresh_seed
 from meshwen.stream import Stream
 from meshwen.tokenizer import Tokenizer
 
@@ -70,7 +71,9 @@ class Qwen2ForCausalLM:
         self.plan, self.dtype = runner.plan, runner.dtype
         self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
         self.tokenizer = tokenizer
+        check_generation_config(dict(generation_config), "generation_config")
         self.generation_config = MappingProxyType(dict(generation_config))
+        self._told: set[str] = set()
         self.runner = runner
         eos = _eos_token_ids(self.config, tokenizer, generation_config)
         max_num_seqs = whole_number("max_num_seqs", max_num_seqs)
@@ -306,10 +309,17 @@ class Qwen2ForCausalLM:
         return self.engine.run([self.request(prompt, **sampling)])
 
     def request(self, prompt: AnyPrompt, **sampling: Any) -> Request:
-        """A request to the engine, with the checkpoint's sampling defaults."""
+        """A request to the engine, with the checkpoint's sampling defaults.
+
+        What would change tokens and is not heeded of them is told once, as a warning.
+        """
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
         if sampling.get("seed") is None and not self.mesh.is_multi_process:
             params = with_fresh_seed(params)
+        lost = unheeded(self.generation_config, greedy=params.temperature == 0)
+        if lost and lost not in self._told:
+            self._told.add(lost)
+            warnings.warn(f"generation_config: {lost}", stacklevel=2)
         given = one_prompt(prompt)
         if isinstance(given, tuple):
             return Request(given, params)

@@ -19,8 +19,9 @@ from meshwen.arguments import brief
 from meshwen.buckets import SMALLEST_BUCKET
 from meshwen.capacity import Capacity
 from meshwen.config import Qwen2Config
+from meshwen.constraints import TokenConstraints
 from meshwen.errors import MeshwenError
-from meshwen.request import Event, Request, check_prompt
+from meshwen.request import Event, Request, check_prompt, check_sampling
 from meshwen.runner import ModelRunner
 from meshwen.scheduler import Scheduler
 from meshwen.sequence import SequenceState
@@ -112,6 +113,7 @@ class Engine:
         if not isinstance(request, Request):
             raise MeshwenError(f"{name} must be a Request, not {brief(request)}")
         check_prompt(request.prompt_tokens, self.config, name, self._capacity.max_model_len)
+        check_sampling(request, self.config, name)
         self._scheduler.check_memory(request)
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
@@ -221,7 +223,10 @@ class Engine:
             on_event(event)
 
         limit = self._scheduler.limit(request)
-        sequence = SequenceState(number, request, limit, self._tokenizer, self._eos, deliver)
+        constraints = TokenConstraints.of(request, limit, self._eos, self.config.vocab_size)
+        sequence = SequenceState(
+            number, request, limit, self._tokenizer, self._eos, deliver, constraints
+        )
         self._live[number] = _Live(sequence, run, threading.get_ident())
         self._new.append(sequence)
         return number

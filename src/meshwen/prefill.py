@@ -70,4 +70,5 @@ class Prefill:
     def first(self, runner: ModelRunner, plan: ParallelPlan) -> Sampled:
         """The next token of each answer."""
         sampler = BatchSampler.of(self.sequences, len(self.lengths), plan)
-        return runner.first(self.hidden, self.lengths, sampler.rows, sampler.seen, sampler.method)
+        rows = sampler.now(self.sequences)
+        return runner.first(self.hidden, self.lengths, rows, sampler.seen, sampler.method)

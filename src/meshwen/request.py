@@ -10,7 +10,7 @@ from typing import Literal
 from meshwen.arguments import brief, token_ids
 from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -122,4 +122,30 @@ def check_prompt(
             raise MeshwenError(
                 f"{name} has a token id outside the vocabulary of {config.vocab_size}: "
                 f"{brief(token)}"
+            )
+
+
+def check_sampling(request: Request, config: Qwen2Config, name: str) -> None:
+    """Refuses sampling parameters that do not fit a prompt or a model.
+
+    Args:
+        request: the prompt, and how to continue it.
+        config: the model's.
+        name: what to call the prompt: "prompt 3".
+
+    Raises:
+        MeshwenError: `max_length` leaves no room for an answer, or a forced token is outside the
+            vocabulary.
+    """
+    asked, length = request.sampling, len(request.prompt_tokens)
+    if asked.max_length is not None and length >= asked.max_length:
+        raise MeshwenError(
+            f"{name} has {length} tokens, but max_length is {asked.max_length} tokens, the answer "
+            "included; give max_new_tokens in its place"
+        )
+    bos = () if asked.forced_bos_token_id is None else (asked.forced_bos_token_id,)
+    for key, ids in (("bos", bos), ("eos", asked.forced_eos_token_id)):
+        if any(token >= config.vocab_size for token in ids):
+            raise MeshwenError(
+                f"forced_{key}_token_id {max(ids)} is outside the vocabulary of {config.vocab_size}"
             )

@@ -230,7 +230,7 @@ class ModelRunner:
 
 
 _CACHE = "batch heads"
-_ROWS: Any = SamplerRows._make([*["batch"] * 6, "batch vocab"])
+_ROWS: Any = SamplerRows._make([*["batch"] * 7, *["batch vocab"] * 2])
 
 # Programs that are kept. One of a CPU takes up to 630 memory maps and 53 MB (24 layers, 8 devices).
 _CPU_PROGRAMS = 48
@@ -344,7 +344,7 @@ def _decode_step(
     x, new_cache = hidden_states(params, tokens, positions, cache, slots, config, tp)
     seen = None if seen is None else mark_seen(seen, tokens[:, 0], tp)
     following = (positions[:, None] + 1 + jnp.arange(T)).reshape(-1)
-    rows = jax.tree.map(lambda row: jnp.repeat(row, T), rows)
+    rows = jax.tree.map(lambda row: jnp.repeat(row, T, axis=0), rows)
     sampled = _first_step(
         params, x.reshape(B * T, -1), following, rows, seen, method=method, config=config, tp=tp
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling: what a request may ask for, and how a token is drawn from split logits.
+"""Sampling: how a token is drawn from split logits.
 
 The vocabulary is split over the devices, and full logits are never gathered: each device offers its
 best candidates, and the few that are left decide. Noise is a function of the request's seed, the
@@ -9,10 +9,8 @@ batch and by every method, as long as the logits are the same.
 
 from __future__ import annotations
 
-import math
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -20,10 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from meshwen.arguments import brief, number, truth, whole_number
-from meshwen.errors import MeshwenError
 from meshwen.jax_settings import own_settings
 from meshwen.parallel.contractions import TensorParallel
+from meshwen.sampling_params import SamplingParams
 
 NO_TOKEN = -1  # Drawn where logits are not finite, or no token may come.
 
@@ -32,108 +29,6 @@ _CANDIDATES = tuple(2 * 4**n for n in range(1, 16))  # 8, 32, 128, ...: few are 
 # Factors of logits: within these, none below 2**63 overflows, and the noise decides between equal
 # ones alone.
 _LEAST_FACTOR, _MOST_FACTOR = 2.0**-64, 2.0**64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is continued.
-
-    Attributes:
-        max_new_tokens: at most so many tokens.
-        max_new_tokens_asked: someone asked for that many: a request that memory has no room for is
-            refused. Else, as for a checkpoint's default, an answer may end where memory does.
-        temperature: 0 takes the likeliest token (greedy).
-        top_p: keep the likeliest tokens that together reach this probability (arXiv 1904.09751).
-        top_k: keep this many of the likeliest tokens; 0 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
-        repetition_penalty: divides positive and multiplies negative logits of tokens that the
-            prompt or the answer has already (arXiv 1909.05858); 1 changes nothing.
-        seed: of the noise; 0 to 2**32 - 1. The same seed draws the same tokens. Who asks a model
-            or the command line without one gets a fresh one: see `with_fresh_seed`.
-        stop: strings at which the answer ends; they are not part of its text. Special tokens, which
-            are not either, are found as they are written: "<|im_end|>".
-        logprobs: whether to give each token's log-probability under the unmodified logits.
-
-    Raises MeshwenError at construction when a value is impossible.
-    """
-
-    max_new_tokens: int = 256
-    max_new_tokens_asked: bool = field(default=True, compare=False)
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        for check, names in (
-            (whole_number, ("max_new_tokens", "top_k", "seed")),
-            (number, ("temperature", "top_p", "min_p", "repetition_penalty")),
-            (truth, ("logprobs",)),
-        ):
-            for name in names:
-                object.__setattr__(self, name, check(name, getattr(self, name)))
-        strings = isinstance(self.stop, tuple | list) and all(isinstance(s, str) for s in self.stop)
-        if strings:
-            object.__setattr__(self, "stop", tuple(map(str, self.stop)))
-        for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", 0 <= self.top_k < 1 << 31, "from 0 (off) to 2147483647"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
-            ("stop", strings and all(self.stop), "strings that are not empty"),
-        ):
-            if not ok:
-                raise MeshwenError(f"{name} must be {expected}, not {brief(getattr(self, name))}")
-
-    @classmethod
-    def from_generation_config(cls, generation_config: Mapping[str, Any], **given: Any) -> Self:
-        """A checkpoint's own defaults, with what the user gave in their place.
-
-        As in transformers, `do_sample` false (or absent) means greedy; but who asks for `top_p`,
-        `top_k` or `min_p` without a temperature means to sample, at temperature 1. An explicit
-        `temperature=0` also drops the checkpoint's repetition penalty, so that greedy means the
-        likeliest token.
-
-        Args:
-            generation_config: the content of `generation_config.json`; {} for none.
-            given: fields of this class; None stands for "not given". `stop` may be one string.
-
-        Raises:
-            MeshwenError: a value is impossible.
-        """
-        given = {name: value for name, value in given.items() if value is not None}
-        names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"}
-        values = {n: generation_config[n] for n in names if generation_config.get(n) is not None}
-        if generation_config.get("do_sample", False):
-            values.setdefault("temperature", 1.0)
-        else:
-            values["temperature"] = 1.0 if {"top_p", "top_k", "min_p"} & set(given) else 0.0
-        if given.get("temperature") == 0:
-            values.pop("repetition_penalty", None)
-        values["max_new_tokens_asked"] = "max_new_tokens" in given
-        values.update(given)
-        stop = values.get("stop", ())
-        several = isinstance(stop, Iterable) and not isinstance(stop, str | bytes)
-        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if several else stop
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise MeshwenError(
-                f"unknown sampling parameter {unknown[0]!r}; there are {', '.join(known)}"
-            )
-        return cls(**values)
-
-
-def with_fresh_seed(params: SamplingParams) -> SamplingParams:
-    """The same with a seed that nobody chose, where tokens are drawn; greedy parameters as is."""
-    return replace(params, seed=secrets.randbits(32)) if params.temperature > 0 else params
 
 
 @dataclass(frozen=True)
@@ -182,8 +77,10 @@ class SamplerRows(NamedTuple):
     top_k: Array
     min_p: Array
     repetition_penalty: Array
+    encoder_repetition_penalty: Array  # Its inverse, as it is applied to large logits.
     seed: Array
     forbidden: ArrayLike | None = None  # Tokens that may not come next.
+    prompt: ArrayLike | None = None  # The prompt's tokens, where one has a penalty of its own.
 
     @classmethod
     @own_settings()
@@ -199,6 +96,7 @@ class SamplerRows(NamedTuple):
             column((p.top_k for p in batch), jnp.int32),
             column(p.min_p for p in batch),
             column(_factor(p.repetition_penalty) for p in batch),
+            column(1 / _factor(p.encoder_repetition_penalty) for p in batch),
             column((p.seed for p in batch), jnp.uint32),
         )
 
@@ -241,6 +139,10 @@ def sample(
     if tp.devices * logits.shape[1] > vocab_size:
         logits, finite = jnp.where(ids < vocab_size, logits, -jnp.inf), finite | (ids >= vocab_size)
     raw = logits
+    if rows.prompt is not None:
+        inverse = rows.encoder_repetition_penalty[:, None]
+        kept = jnp.where(logits < 0, logits * inverse, logits / inverse)
+        logits = jnp.where(rows.prompt, kept, logits)
     if method.penalize and seen is not None:
         penalty = rows.repetition_penalty[:, None]
         penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)

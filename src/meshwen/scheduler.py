@@ -117,10 +117,12 @@ class Scheduler:
 
     def limit(self, request: Request) -> int:
         """Tokens that the answer may have."""
-        longest = self._capacity.max_model_len
-        if not request.sampling.max_new_tokens_asked:
+        asked, longest = request.sampling, self._capacity.max_model_len
+        if not asked.max_new_tokens_asked:
             longest = min(longest, self._capacity.longest)
-        return min(request.sampling.max_new_tokens, longest - len(request.prompt_tokens))
+        if asked.max_length is not None:
+            longest = min(longest, asked.max_length)
+        return min(asked.max_new_tokens, longest - len(request.prompt_tokens))
 
     def check_memory(self, request: Request) -> None:
         """Refuses a request that there is no memory for.
@@ -244,7 +246,9 @@ class Scheduler:
         if not running:
             return
         sampler = self._sampler or BatchSampler.of(running, len(self._slots), self._plan)
-        guesses = {} if sampler.method.penalize else self._guesses(running)
+        # Each draft would need masks of its own.
+        one_by_one = sampler.method.penalize or sampler.constrained
+        guesses = {} if one_by_one else self._guesses(running)
         tokens = np.zeros((len(self._slots), 1 + (self._guessed if guesses else 0)), np.int32)
         positions = np.zeros(len(self._slots), np.int32)
         if self._reading:  # The step writes to every row: here, what the next chunk overwrites.
@@ -253,7 +257,7 @@ class Scheduler:
             tokens[row, 0], positions[row] = sequence.tokens[-1], sequence.position
             tokens[row, 1:] = guesses.get(row, 0)
         sampled, seen, self._cache = self._runner.decode(
-            self._cache, tokens, positions, sampler.rows, sampler.seen, sampler.method
+            self._cache, tokens, positions, sampler.now(running), sampler.seen, sampler.method
         )
         self._sampler = replace(sampler, seen=seen)
         self._push(running, sampled, guesses)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from math import isfinite
 
+from meshwen.constraints import TokenConstraints
 from meshwen.lookup import PromptLookup
 from meshwen.request import Completion, Event, FinishReason, Request, Timings
 from meshwen.sampling import NO_TOKEN
@@ -33,12 +34,14 @@ class SequenceState:
         tokenizer: Tokenizer | None,
         eos: frozenset[int],
         on_event: Callable[[Event], None],
+        constraints: TokenConstraints | None = None,
     ):
         self.number, self.request, self.limit = number, request, limit
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.cancelled = False
         self._eos, self._on_event = eos, on_event
+        self.constraints = constraints
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
         self._text = StopText(request.sampling.stop)
@@ -91,6 +94,8 @@ class SequenceState:
             self._fail()
             return
         self.tokens.append(token)
+        if self.constraints is not None:
+            self.constraints.push(token)
         if self._lookup is not None:
             self._lookup.push(token)
         if logprob is not None:
@@ -101,11 +106,13 @@ class SequenceState:
 
     def _fail(self) -> None:
         """Ends the answer, since the model does not say how it goes on."""
+        place = f"token {len(self.tokens) + 1} of the answer"
         error = (
-            f"the model's logits for token {len(self.tokens) + 1} of the answer are NaN or "
-            "infinite: weights are damaged or overflow (meshwen inspect --stats finds those of a "
-            "file)"
+            f"the model's logits for {place} are NaN or infinite: weights are damaged or overflow "
+            "(meshwen inspect --stats finds those of a file)"
         )
+        if self.constraints is not None and self.constraints.nothing_left():
+            error = f"the sampling parameters let nothing come as {place}"
         self.finish_reason = "error"
         text = self._rest()
         completion = self._completion(self.finish_reason, error)

@@ -19,7 +19,8 @@ from meshwen.engine import Engine
 from meshwen.errors import MeshwenError
 from meshwen.request import Request
 from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sampling import SamplerRows, SamplingMethod
+from meshwen.sampling_params import SamplingParams
 
 _GREEDY = SamplingMethod(candidates=1, penalize=False, logprobs=False)
 _WARM_UP = 2

@@ -17,6 +17,7 @@ from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
 from meshwen.config import Qwen2Config, config_file, declared_quantization, read_config
 from meshwen.errors import MeshwenError
+from meshwen.generation_config import check_generation_config
 from meshwen.json_files import read_json, shown
 from meshwen.paths import exists, user_path
 from meshwen.presets import PRESETS, preset
@@ -213,7 +214,7 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         path=path,
         format=None if load_format == "dummy" else "gguf",
         config=config,
-        generation_config=generation_dict(metadata),
+        generation_config=check_generation_config(generation_dict(metadata), str(path)),
         tensors={} if load_format == "dummy" else tensors,
         tokenizer_files=metadata,
         notes=metadata_notes(metadata),
@@ -259,4 +260,5 @@ def _quantization_notes(quantization: str | None) -> tuple[str, ...]:
 def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     # A link that leads nowhere is no absent file: what it would say is missed.
-    return read_json(path, dict[str, Any]) if os.path.lexists(path) else {}
+    config = read_json(path, dict[str, Any]) if os.path.lexists(path) else {}
+    return check_generation_config(config, str(path))

@@ -24,7 +24,7 @@ from meshwen.errors import MeshwenError
 from meshwen.json_files import parse_json, to_json
 
 if TYPE_CHECKING:
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
 
 _HELP = """\
 /retry        forget the last answer, and answer again: with a new seed, unless --seed was given
@@ -80,7 +80,7 @@ def chat(
     """
     from meshwen.checkpoints import open_checkpoint
     from meshwen.parallel.mesh import make_mesh
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
     given = {
@@ -147,7 +147,7 @@ def _take(line: str, conversation: Conversation, interactive: bool) -> bool:
 
 def _again(conversation: Conversation) -> str:
     """What to answer again."""
-    from meshwen.sampling import with_fresh_seed
+    from meshwen.sampling_params import with_fresh_seed
 
     text = conversation.take_back()
     if conversation.sampling.temperature == 0:
@@ -240,7 +240,7 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
 def _typed_turns() -> Iterator[str]:
     """What is typed on the terminal, until Ctrl-D."""
     from meshwen.cli.terminal_input import typed_turns  # Not for a pipe.
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
 
     return typed_turns(_COMMANDS, tuple(_settings(SamplingParams())))
 

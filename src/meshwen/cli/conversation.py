@@ -15,7 +15,7 @@ from meshwen.paths import user_path
 if TYPE_CHECKING:
     from meshwen.causal_lm import Qwen2ForCausalLM
     from meshwen.request import Completion, Event
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
     from meshwen.stream import Stream
     from meshwen.tokenizer import Tokenizer
 

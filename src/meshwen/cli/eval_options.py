@@ -18,7 +18,7 @@ from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.evals.styles import Problem, PromptStyle
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
 
 _DEMO = "demo"
 
@@ -141,7 +141,7 @@ def _asked(
     from meshwen.distributed import shared
     from meshwen.evals.gsm8k import data_sha256
     from meshwen.evals.styles import prompt_style as style_of
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
 
     loading = (model, load_format, revision)
     name, why = shared("style", lambda: _style(prompt_style, loading))

@@ -18,7 +18,7 @@ from meshwen.json_files import to_json
 
 if TYPE_CHECKING:
     from meshwen.request import Completion, Event
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
 _ANSWER_FIELDS = {
@@ -98,7 +98,7 @@ def generate(
     from meshwen.distributed import shared
     from meshwen.parallel.mesh import make_mesh, mesh_label
     from meshwen.request import Request, check_prompt
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
     if prompt is not None and prompt_option is not None:
@@ -235,11 +235,13 @@ def _note_cut_off(
     completions: Sequence[Completion], sampling: SamplingParams, context: int
 ) -> None:
     cut_off = [c for c in completions if c.finish_reason == "length"]
-    limit = sampling.max_new_tokens
     full = sum(len(c.prompt_tokens) + len(c.tokens) == context for c in cut_off)
     answers = f"of {len(completions)} answer{'s' * (len(completions) > 1)}"
+    limit, longest = sampling.max_new_tokens, sampling.max_length
     if limited := sum(len(c.tokens) == limit for c in cut_off):
         note(f"cut off after {limit} tokens, see --max-new-tokens: {limited} {answers}")
+    if limited := sum(len(c.prompt_tokens) + len(c.tokens) == longest for c in cut_off):
+        note(f"cut off at max_length {longest}, see --max-new-tokens: {limited} {answers}")
     if full:
         note(f"cut off where the model's context of {context} tokens is full: {full} {answers}")
 

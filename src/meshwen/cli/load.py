@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from meshwen.causal_lm import Qwen2ForCausalLM
     from meshwen.checkpoints import Checkpoint
-    from meshwen.sampling import SamplingParams
+    from meshwen.sampling_params import SamplingParams
     from meshwen.tokenizer import Tokenizer
 
 
@@ -32,15 +32,18 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
         MeshwenError: a value is impossible; names the checkpoint where that is not the user's.
     """
     from meshwen.distributed import shared
-    from meshwen.sampling import SamplingParams, with_fresh_seed
+    from meshwen.generation_config import unheeded
+    from meshwen.sampling_params import SamplingParams, with_fresh_seed
 
     SamplingParams.from_generation_config({}, **given)
+    path = checkpoint.path
+    where = path / "generation_config.json" if path is not None and path.is_dir() else path
     try:
         params = SamplingParams.from_generation_config(checkpoint.generation_config, **given)
     except MeshwenError as error:
-        path = checkpoint.path
-        where = path / "generation_config.json" if path is not None and path.is_dir() else path
         raise MeshwenError(f"{where}: {error}; give another value as an option") from None
+    if lost := unheeded(checkpoint.generation_config, greedy=params.temperature == 0):
+        note(f"{where}: {lost}")
     if given.get("seed") is None and params.temperature > 0:
         params = replace(params, seed=shared("seed", lambda: with_fresh_seed(params).seed))
         note(f"seed: {params.seed} (--seed {params.seed} draws the same again)")

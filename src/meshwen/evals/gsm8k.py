@@ -20,7 +20,7 @@ from meshwen.evals.run_file import Key, Record, RunFile
 from meshwen.evals.statistics import clustered_interval, wilson_interval
 from meshwen.evals.styles import Problem, PromptStyle
 from meshwen.request import Completion, Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 from meshwen.tokenizer import Tokenizer
 
 

@@ -26,7 +26,7 @@ from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.errors import MeshwenError
 from meshwen.jax_settings import own_settings
 from meshwen.request import Request
-from meshwen.sampling import SamplingParams
+from meshwen.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

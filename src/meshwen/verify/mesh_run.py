@@ -20,7 +20,8 @@ from meshwen.parallel.contractions import TensorParallel
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplerRows, SamplingMethod, SamplingParams
+from meshwen.sampling import SamplerRows, SamplingMethod
+from meshwen.sampling_params import SamplingParams
 from meshwen.verify.workload import Workload
 
 

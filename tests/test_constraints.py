@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that may not come: against their definitions, transformers' processors, and in answers."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import reference
+from mesh_model import MeshModel
+from meshwen.capacity import Capacity
+from meshwen.constraints import TokenConstraints
+from meshwen.engine import Engine
+from meshwen.errors import MeshwenError
+from meshwen.request import Request
+from meshwen.sampling_params import SamplingParams
+from tiny_model import STEPS, TINY, greedy, weights
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+SPLIT = "data=2,model=4"
+V = 12
+
+
+def forbidden(prompt, answer, limit=10, eos=(0,), **asked) -> list[int]:
+    """What may not follow, of a vocabulary of V."""
+    request = Request(tuple(prompt), SamplingParams(**asked))
+    constraints = TokenConstraints.of(request, limit, frozenset(eos), V)
+    for token in answer:
+        constraints.push(token)
+    row = np.zeros(V + 3, bool)
+    constraints.forbid(row)
+    return [*map(int, np.flatnonzero(row[:V]))]
+
+
+ALL_BUT = [[*range(n), *range(n + 1, V)] for n in range(V)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "asked", "expected"),
+    [
+        ([5], [6], {"suppress_tokens": (3, 7, 10**6)}, [3, 7]),
+        ([5], [], {"begin_suppress_tokens": (3,)}, [3]),
+        ([5], [6], {"begin_suppress_tokens": (3,)}, []),
+        ([5], [6], {"min_new_tokens": 2}, [0]),
+        ([5], [6, 6], {"min_new_tokens": 2}, []),
+        ([5, 5], [6], {"min_length": 4}, [0]),
+        ([5, 5], [6, 6], {"min_length": 4}, []),
+        ([5, 6], [7], {"bad_words_ids": ((6, 7, 2), (7, 3), (4,), (0,), (5, 7, 9))}, [2, 3, 4]),
+        ([7], [], {"bad_words_ids": ((6, 7, 2),)}, []),
+        ([1, 2, 3, 1], [2], {"no_repeat_ngram_size": 3}, [3]),
+        ([1, 2], [3, 1, 2], {"no_repeat_ngram_size": 3}, [3]),
+        ([1, 2, 3], [4], {"no_repeat_ngram_size": 1}, [1, 2, 3, 4]),
+        ([1, 1], [], {"no_repeat_ngram_size": 2}, [1]),
+        ([1], [], {"no_repeat_ngram_size": 3}, []),
+        ([1, 2, 3], [4, 1, 2], {"encoder_no_repeat_ngram_size": 3}, [3]),
+        ([4], [1, 2, 3, 1, 2], {"encoder_no_repeat_ngram_size": 3}, []),
+        ([5], [], {"forced_bos_token_id": 3}, ALL_BUT[3]),
+        ([5, 5], [], {"forced_bos_token_id": 3, "min_new_tokens": 1}, [0]),
+        ([5], [], {"forced_bos_token_id": 3, "begin_suppress_tokens": (3,)}, ALL_BUT[3]),
+        ([5], [3], {"forced_bos_token_id": 3, "begin_suppress_tokens": (4,)}, [4]),
+        ([5], [1] * 9, {"forced_eos_token_id": (8, 4), "min_new_tokens": 20}, ALL_BUT[4]),
+        ([5], [1] * 8, {"forced_eos_token_id": (8, 4)}, []),
+        ([5], [1] * 9, {"forced_eos_token_id": 8, "suppress_tokens": (8,)}, [*range(V)]),
+    ],
+)
+def test_what_may_not_come_next(prompt, answer, asked, expected):
+    assert forbidden(prompt, answer, **asked) == expected
+
+
+def test_of_several_forced_tokens_one_is_drawn():
+    asked = {"forced_eos_token_id": (8, 4), "temperature": 1.0}
+    assert forbidden([5], [1] * 9, **asked) == [n for n in range(V) if n not in (4, 8)]
+
+
+@pytest.mark.torch
+def test_transformers_forbids_the_same():
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        prompt, answer = (rng.integers(0, 5, rng.integers(low, 6)).tolist() for low in (1, 0))
+        words = [rng.integers(0, 5, rng.integers(1, 4)).tolist() for _ in range(3)]
+        n, m, least, whole = (int(rng.integers(1, 5)) for _ in range(4))
+        some = [rng.integers(0, V, 2).tolist() for _ in range(3)]
+        limit, bos = int(rng.integers(1, 8)), int(rng.integers(0, V))
+        ids, prompts = torch.tensor([[*prompt, *answer]]), torch.tensor([prompt])
+        begin = len(prompt) + (len(prompt) == 1)
+        steps = [  # In the order of transformers' `_get_logits_processor`.
+            process.NoRepeatNGramLogitsProcessor(n),
+            process.EncoderNoRepeatNGramLogitsProcessor(m, prompts),
+            process.NoBadWordsLogitsProcessor(words, [0]),
+            process.MinLengthLogitsProcessor(whole, [0]),
+            process.MinNewTokensLengthLogitsProcessor(len(prompt), least, [0]),
+            process.ForcedBOSTokenLogitsProcessor(bos),
+            process.ForcedEOSTokenLogitsProcessor(len(prompt) + limit, some[0]),
+            process.SuppressTokensLogitsProcessor(some[1]),
+            process.SuppressTokensAtBeginLogitsProcessor(some[2], begin),
+        ]
+        scores = torch.randn(1, V)
+        for step in steps:
+            scores = step(ids, scores)
+        found = forbidden(
+            prompt,
+            answer,
+            limit,
+            no_repeat_ngram_size=n,
+            encoder_no_repeat_ngram_size=m,
+            bad_words_ids=words,
+            min_length=whole,
+            min_new_tokens=least,
+            forced_bos_token_id=bos,
+            forced_eos_token_id=some[0],
+            suppress_tokens=some[1],
+            begin_suppress_tokens=some[2],
+            temperature=1.0,
+        )
+        assert found == torch.isinf(scores[0]).nonzero()[:, 0].tolist()
+
+
+# --- In answers
+
+PROMPTS = ((3, 1, 4, 1, 5), (9,))
+FIRST = greedy(PROMPTS[0])[0]
+ASKED = [
+    {},
+    {"suppress_tokens": FIRST[:2]},
+    {"begin_suppress_tokens": FIRST[:1], "encoder_repetition_penalty": 1.5},
+    {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3},
+    {"forced_eos_token_id": (7,), "min_new_tokens": 3},
+]
+
+
+@functools.cache
+def runner(mesh):
+    return MeshModel(TINY, mesh).runner
+
+
+def engine(mesh, eos=(), drafts=0):
+    capacity = Capacity.of(runner(mesh).plan, runner(mesh).dtype, 8)
+    return Engine(runner(mesh), None, eos, capacity, prompt_lookup_num_tokens=drafts)
+
+
+def answered(prompt, eos=(), **asked) -> tuple[int, ...]:
+    """The greedy answer in float64, one token after the other."""
+    params = SamplingParams(max_new_tokens=STEPS, **asked)
+    constraints = TokenConstraints(Request(prompt, params), STEPS, frozenset(eos), TINY.vocab_size)
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + STEPS:
+        scores = reference.logits(weights(), TINY, tokens)[-1].copy()
+        for seen, penalty in (
+            (prompt, 1 / params.encoder_repetition_penalty),
+            (tokens, params.repetition_penalty),
+        ):
+            for token in set(seen):
+                scores[token] *= penalty if scores[token] < 0 else 1 / penalty
+        row = np.zeros(TINY.vocab_size, bool)
+        constraints.forbid(row)
+        token = int(np.where(row, -np.inf, scores).argmax())
+        constraints.push(token)
+        tokens.append(token)
+        if token in eos:
+            break
+    return tuple(tokens[len(prompt) :])
+
+
+@pytest.mark.parametrize(("mesh", "drafts"), [("1", 0), (SPLIT, 3)])
+def test_answers_keep_to_what_each_request_asks_for(mesh, drafts):
+    eos = (FIRST[1],)
+    requests = [
+        Request(prompt, SamplingParams(max_new_tokens=STEPS, **asked))
+        for prompt in PROMPTS
+        for asked in ASKED
+    ]
+    done = {
+        e.request: e.completion for e in engine(mesh, eos, drafts).run(requests) if e.completion
+    }
+    for number, request in enumerate(requests):
+        asked = ASKED[number % len(ASKED)]
+        assert done[number].tokens == answered(request.prompt_tokens, eos, **asked), asked
+
+
+def test_drafts_rest_where_each_would_need_constraints_of_its_own(monkeypatch):
+    decode, found = runner("1").decode, set()
+
+    def watched(cache, tokens, *rest):
+        found.add(tokens.shape[1])
+        return decode(cache, tokens, *rest)
+
+    monkeypatch.setattr(runner("1"), "decode", watched)
+    monkeypatch.setattr("meshwen.sequence.SequenceState.guesses", lambda _, count: [0] * count)
+    monkeypatch.setattr("meshwen.sequence.SequenceState.judge", lambda *_: None)
+    prompt = (1, 2, 3) * 3
+    asked = ({}, {"encoder_repetition_penalty": 1.1}, {"suppress_tokens": (5,)})
+    for one, expected in zip(asked, (True, True, False), strict=True):
+        found.clear()
+        params = SamplingParams(max_new_tokens=STEPS, **one)
+        (*_, last) = engine("1", drafts=3).run([Request(prompt, params)])
+        assert last.completion.tokens == answered(prompt, **one)
+        assert (4 in found) == expected
+
+
+def test_a_request_that_forbids_everything_is_an_error_of_its_own():
+    nothing = Request(PROMPTS[0], SamplingParams(suppress_tokens=range(TINY.vocab_size)))
+    other = Request(PROMPTS[0], SamplingParams(max_new_tokens=STEPS))
+    events = engine("1").run([nothing, other])
+    done = {e.request: e.completion for e in events if e.completion}
+    assert done[0].error == "the sampling parameters let nothing come as token 1 of the answer"
+    assert done[1].tokens == FIRST
+
+
+def test_a_length_counts_the_prompt():
+    (found,) = [
+        event.completion
+        for event in engine("1").run([Request(PROMPTS[0], SamplingParams(max_length=8))])
+        if event.completion
+    ]
+    assert (found.tokens, found.finish_reason) == (FIRST[:3], "length")
+    with pytest.raises(MeshwenError, match="prompt 1 has 5 tokens, but max_length is 5"):
+        engine("1").run([Request(PROMPTS[0], SamplingParams(max_length=5))])
+
+
+def test_a_forced_token_outside_the_vocabulary_is_refused():
+    for name, value in (("forced_bos_token_id", 263), ("forced_eos_token_id", (1, 263))):
+        with pytest.raises(MeshwenError, match=f"{name} 263 is outside the vocabulary of 263"):
+            engine("1").run([Request(PROMPTS[0], SamplingParams(**{name: value}))])
