@@ -8,8 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from meshwen.config import Qwen2Config
+from meshwen.errors import MeshwenError
 from meshwen.presets import preset
 from meshwen.rope import inverse_frequencies
 from meshwen.rope_scaling import RopeScaling
@@ -143,6 +146,40 @@ def test_frequencies_agree_with_transformers_to_the_last_bits(theta, head_dim, s
     theirs = qwen2.Qwen2RotaryEmbedding(transformers.Qwen2Config.from_dict(config.to_dict()))
     np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2.5e-7)
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
+# Numbers at the ends of what is taken, in every combination that is.
+SETTINGS = {
+    "factor": st.sampled_from([1.0, 1.5, 1e3, 2.0**30]),
+    "original_max_position_embeddings": st.sampled_from([1, 7, 2**20, 2**31 - 1]),
+    "beta_fast": st.sampled_from([1e-3, 1.0, 32.0, 1e6]),
+    "beta_slow": st.sampled_from([1e-3, 1.0, 32.0]),
+    "attention_factor": st.sampled_from([None, 5e-324, 1e-3, 1e3, 1e300]),
+    "mscale": st.sampled_from([None, -100.0, 0.0, 1e-3, 1e3, 1e300]),
+    "mscale_all_dim": st.sampled_from([None, -100.0, 0.0, 1e-3, 1e3]),
+    "truncate": st.booleans(),
+}
+PAIR = {"mscale_all_dim": 1.0}
+
+
+@given(
+    st.fixed_dictionaries(SETTINGS, optional={"rope_type": st.just("linear")}),
+    st.sampled_from([1.0, math.nextafter(1.0, 2.0), 1.001, 1e4, 1e28, 1e38]),
+    st.sampled_from([2, 4, 128]),
+)
+@example({"factor": 2.0**30, "original_max_position_embeddings": 1}, 1e38, 128)
+@example({"factor": 4.0, "original_max_position_embeddings": 1, "mscale": -1e2} | PAIR, 1e4, 4)
+@example({"factor": 4.0, "original_max_position_embeddings": 1, "beta_slow": 5e-324}, 1e4, 4)
+def test_whatever_numbers_are_taken_give_frequencies_and_a_factor(numbers, theta, head_dim):
+    try:
+        scaling = RopeScaling(**{"rope_type": "yarn"} | numbers)
+        config = config_with(theta, head_dim, scaling)
+    except MeshwenError:
+        return
+    with np.errstate(all="raise", under="ignore"):
+        frequencies, factor = inverse_frequencies(config)
+    assert ((frequencies >= 0) & (frequencies <= 1)).all()
+    assert 1e-3 <= factor <= 1e3
 
 
 @pytest.mark.torch

@@ -35,9 +35,9 @@ _LARGEST = {
     "max_position_embeddings": 2**31 - 1,
 }
 _LARGEST_QUERY = 2**20  # num_attention_heads x head_dim
-# What float32 holds, with room for the arithmetic.
+# What float32 holds, times a factor of RoPE scaling too.
 _EPSILONS = (1e-37, 1.0)
-_LARGEST_THETA = 1e30
+_LARGEST_THETA = 1e28
 
 
 class ConfigHead(TypedDict, total=False):
