@@ -279,6 +279,15 @@ def test_a_mesh_is_a_string_or_a_mesh(folder):
         assert model.generate("A\n", max_new_tokens=20)[0].text == ANSWER
 
 
+def test_what_a_user_should_know_of_a_checkpoint_is_a_warning(tmp_path):
+    folder = write_speller(tmp_path / "whole")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match=r'whole: .*quantization_config \("gptq"\) is not heeded'):
+        Qwen2ForCausalLM.from_pretrained(folder)
+
+
 def test_another_architecture_is_refused_in_one_line(tmp_path):
     llama = write_speller(tmp_path / "llama")
     settings = json.loads((llama / "config.json").read_text())
