@@ -610,10 +610,10 @@ FAULTS = (
         "tokenizer",
     ),
     _fault(
-        "tokenizer: a stranger's program runs here",
+        "tokenizer: a stranger's pattern runs here",
         "tokenizer_backend.py",
-        "return InProcess(content, where) if is_bounded(content) else InOwnProcess(content, where)",
-        "return InProcess(content, where)",
+        'pattern.get("Regex") in _SPLITS or',
+        '"Regex" in pattern or',
         "tokenizer_backend",
     ),
     _fault(
