@@ -243,7 +243,7 @@ _CPU_BFLOAT16_ROWS = 8
 XLA = "xla"
 
 
-def _compiler_options(plan: ParallelPlan) -> dict[str, str] | None:
+def _compiler_options(plan: ParallelPlan) -> dict[str, str | bool] | None:
     if not on_cpu(plan.mesh):
         return None
     return EXACT_COMPILER_OPTIONS if plan.exact else COMPILER_OPTIONS

@@ -26,7 +26,7 @@ from meshwen import kernels
 from meshwen.packing import AnyWeight, PackedWeight, column, unpacked_for
 
 # For the CPU: jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,9 @@ from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel, prod
 
 # For the CPU: only single matrix products go to YNNPACK, no reductions and nothing fused with them:
 # it would take those by their size.
-EXACT_COMPILER_OPTIONS = COMPILER_OPTIONS | {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+EXACT_COMPILER_OPTIONS: dict[str, str | bool] = COMPILER_OPTIONS | {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_enable_fast_math": False,  # Whatever the user's XLA_FLAGS say.
 }
 
 _LONGEST_SUM = 64  # products that one float32 matrix product adds up
