@@ -189,6 +189,10 @@ def test_logits_that_are_nan_are_an_error_for_who_asked(speller, monkeypatch):
     assert [next(stream) for _ in range(3)] == ["H", "i", " "]
     with pytest.raises(MeshwenError, match="token 4 of the answer are NaN"):
         next(stream)
+    held = speller.stream([newline], max_new_tokens=20, stop=" ?")  # Its last text comes with it.
+    assert [next(held) for _ in range(3)] == ["H", "i", " "]
+    with pytest.raises(MeshwenError, match="token 4 of the answer are NaN"):
+        next(held)
     *events, last = speller.events([newline], max_new_tokens=20)
     assert "".join(event.text for event in events) == last.completion.text == "Hi "
     assert (last.token, last.completion.finish_reason) == (NO_TOKEN, "error")

@@ -267,6 +267,27 @@ def test_an_interrupted_callback_loses_its_own_request_alone():
     assert found[-1].completion.tokens == greedy(PROMPTS[0])[0]
 
 
+def test_what_a_callback_raises_is_not_lost_with_an_interrupted_step():
+    shared, seen = engine(), []
+
+    def fails(event) -> None:
+        seen.append(event)
+        if len(seen) == 3:
+            raise ZeroDivisionError
+
+    def interrupted(event) -> None:
+        if len(seen) == 3:  # In the same step, and after it.
+            raise KeyboardInterrupt
+
+    shared.submit(request(PROMPTS[0]), fails)
+    shared.submit(request(PROMPTS[1]), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drain(shared)
+    with pytest.raises(ZeroDivisionError):
+        shared.step()
+    assert not shared.busy
+
+
 def test_a_request_that_comes_while_a_step_breaks_off_is_not_lost(monkeypatch):
     shared = engine()
     entered, leave = threading.Event(), threading.Event()

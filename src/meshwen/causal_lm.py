@@ -302,7 +302,8 @@ class Qwen2ForCausalLM:
         does.
         """
         events = self.events(prompt, **sampling)
-        return Stream(lambda: _next_text(events), events.close)
+        errors: list[str] = []
+        return Stream(lambda: _next_text(events, errors), events.close)
 
     def events(self, prompt: AnyPrompt, **sampling: Any) -> Stream[Event]:
         """As `stream`, but yields every token with its text, and errors as completions."""
@@ -354,12 +355,15 @@ def _dtype_name(dtype: DTypeLike) -> str:
     return str(name)
 
 
-def _next_text(events: Iterable[Event]) -> str | None:
+def _next_text(events: Iterable[Event], errors: list[str]) -> str | None:
+    """The next piece of text; `errors` keeps what is to be raised after the last one."""
     for event in events:
+        if event.completion is not None and event.completion.error is not None:
+            errors.append(event.completion.error)
         if event.text:
             return event.text
-        if event.completion is not None and event.completion.error is not None:
-            raise MeshwenError(event.completion.error)
+    if errors:
+        raise MeshwenError(errors.pop())
     return None
 
 

@@ -244,12 +244,17 @@ class Engine:
             self._scheduler.add(new)
             if dropped:
                 self._scheduler.drop_ended()
-            errors = self._scheduler.step()
+            self._scheduler.step()
         except BaseException as error:  # An interrupt too, wherever it comes.
+            self._take_errors()  # Before they are lost with the step.
             self._lose(error, told)
             raise
+        self._take_errors()
+
+    def _take_errors(self) -> None:
+        """Ends the requests whose `on_event` raised; `step` raises that."""
         with self._turns.changed:
-            for number, failure in errors:
+            for number, failure in self._scheduler.take_errors():
                 self._live.pop(number, None)
                 self._failures.append(failure)
 

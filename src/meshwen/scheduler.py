@@ -72,7 +72,7 @@ class Scheduler:
         self._cache: KVCache = ()
         self._length = 0  # Slots of the cache.
         self._reads = 0  # Chunks read since answers last got a token.
-        self._errors: list[tuple[int, Exception]] = []  # That an `on_event` raised in this step.
+        self._errors: list[tuple[int, Exception]] = []  # That an `on_event` raised.
         self.telling: int | None = None
 
     def add(self, sequences: Iterable[SequenceState]) -> None:
@@ -93,14 +93,11 @@ class Scheduler:
         longest = int(reading.lengths.max())
         return min(reading.start, longest), longest
 
-    def step(self) -> list[tuple[int, Exception]]:
+    def step(self) -> None:
         """Reads a chunk of a waiting prompt if a slot is free, then takes a step of each answer.
 
         While less than half of the slots answer, a few prompts are read first: a step of few
         answers costs almost what one of many does.
-
-        Returns:
-            What the `on_event` of requests raised, by their numbers; these are cancelled.
 
         Raises:
             BaseException: the step broke off and has taken the cache with it: call `forget`.
@@ -112,6 +109,13 @@ class Scheduler:
             self._reads = 0
             self._make_room_for_answers()
             self._decode()
+
+    def take_errors(self) -> list[tuple[int, Exception]]:
+        """What the `on_event` of requests raised since this was asked; these are cancelled.
+
+        Returns:
+            Their numbers, each with what was raised.
+        """
         errors, self._errors = self._errors, []
         return errors
 
