@@ -163,6 +163,24 @@ def test_sigterm_ends_a_chat_that_is_busy_with_an_answer():
         assert ended(process)[0] == 143
 
 
+def test_a_signal_that_only_a_prompt_heard_hides_no_later_one():
+    body = (
+        "interrupt._ECHO = 0",
+        "before = signal.set_wakeup_fd(-1)",  # As while a turn is typed.
+        "try:",
+        "    signal.raise_signal(signal.SIGINT)",
+        "except KeyboardInterrupt:",
+        "    signal.set_wakeup_fd(before)",
+        READY,
+        BUSY,
+    )
+    with program(*body, grace=0.2) as process:
+        ready(process)
+        time.sleep(0.2)  # It is in C now, so that no handler runs.
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_xla_compiles_ends_with_its_status(number, tmp_path):

@@ -30,6 +30,7 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _GRACE = 5.0  # seconds that the main thread has to end
 _LAST_WORDS = 1.0  # seconds for what is still to be written, maybe to a pipe that nobody reads
 _RETRY = 0.05  # seconds
+_ECHO = 1.0  # seconds within which the thread that watches hears of what the handler has seen
 _SHOW_CURSOR = "\x1b[?25h"  # A progress bar hides it.
 
 
@@ -86,7 +87,7 @@ class _Ending:
         self._number = 0
         self._deadline = 0.0
         self._error: Callable[[], BaseException | None] | None = None  # None: not raised yet.
-        self._early = False  # The handler ran before the thread that watches.
+        self._early: float | None = None  # When the handler ran before the thread that watches.
         self._closed = False
 
     def take_signals(self) -> None:
@@ -106,9 +107,11 @@ class _Ending:
 
     def _came(self, number: int) -> None:
         with self._lock:
-            if self._early:
-                self._early = False
-            elif self._closed or self._left() is not None:
+            early, self._early = self._early, None
+            # While a prompt is typed, asyncio hears in place of that thread.
+            if early is not None and time.monotonic() - early < _ECHO:
+                return
+            if self._closed or self._left() is not None:
                 _end_at_once(128 + number)
             else:
                 self._begin(number)
@@ -133,7 +136,7 @@ class _Ending:
                 return
             if self._left() is None:
                 self._begin(number)
-                self._early = True
+                self._early = time.monotonic()
             error = Interrupted() if number == signal.SIGINT else Terminated(128 + number)
             self._error = weakref.ref(error)
         try:
