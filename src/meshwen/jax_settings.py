@@ -19,6 +19,21 @@ from jax.sharding import Mesh
 
 from meshwen.errors import MeshwenError
 
+_TRANSFERS = ("host_to_device", "device_to_host", "device_to_device")
+# What the programs need, by how it is entered; and where `jax.config` shows what the caller has.
+# None there is JAX's default, which is what they need.
+_OWN: tuple[tuple[Callable[[Any], Any], Any, tuple[str, ...]], ...] = (
+    (jax.enable_x64, False, ("jax_enable_x64",)),
+    (jax.numpy_rank_promotion, "allow", ("jax_numpy_rank_promotion",)),
+    (jax.numpy_dtype_promotion, "standard", ("jax_numpy_dtype_promotion",)),
+    (jax.default_matmul_precision, None, ("jax_default_matmul_precision",)),
+    (
+        jax.transfer_guard,
+        "allow",
+        ("jax_transfer_guard", *(f"jax_transfer_guard_{way}" for way in _TRANSFERS)),
+    ),
+    (jax.disable_jit, False, ("jax_disable_jit",)),
+)
 # Settings that JAX offers no way to leave for a while, by what they have to be.
 _REQUIRED: dict[str, Any] = {
     "eager_constant_folding": False,  # Evaluates a device's index outside of the mesh.
@@ -39,15 +54,10 @@ def own_settings() -> Iterator[None]:
         # Outside of a trace only: there, JAX refuses it.
         if not jax.sharding.get_abstract_mesh().empty:
             settings.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
-        for setting in (
-            jax.enable_x64(False),
-            jax.numpy_rank_promotion("allow"),
-            jax.numpy_dtype_promotion("standard"),
-            jax.default_matmul_precision(None),
-            jax.transfer_guard("allow"),
-            jax.disable_jit(False),
-        ):
-            settings.enter_context(setting)
+        # Only what differs: to enter all takes as long as the rest of the host's work for a step.
+        for enter, needed, names in _OWN:
+            if any(getattr(jax.config, name) not in (needed, None) for name in names):
+                settings.enter_context(enter(needed))
         yield
 
 

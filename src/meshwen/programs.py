@@ -77,5 +77,7 @@ def _shape(argument: Any) -> Hashable:
 
     Where they do not, one function has several programs, which are kept or dropped together.
     """
+    while isinstance(argument, dict | tuple) and argument:  # Not `leaves`: weights have hundreds.
+        argument = next(iter(argument.values() if isinstance(argument, dict) else argument))
     leaves = jax.tree.leaves(argument)
     return getattr(leaves[0], "shape", leaves[0]) if leaves else None
