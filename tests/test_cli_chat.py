@@ -123,6 +123,10 @@ def test_an_answer_is_drawn_again_with_another_seed(chat, capsys, tmp_path):
     assert "nothing was said yet" in output.err
     assert chat("one", "/retry", arguments=("--temp", "0.001", "--seed", "7")) == 0
     assert "seed:" not in capsys.readouterr().err
+    assert chat("/set temperature 0.001", "/set top_k 3") == 0
+    assert capsys.readouterr().err.count("seed: ") == 1
+    assert chat("/set seed 7", "/set temperature 0.001") == 0
+    assert "seed:" not in capsys.readouterr().err
 
 
 def test_ctrl_c_while_a_prompt_is_read_stops_before_its_next_chunk(

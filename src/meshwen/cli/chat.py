@@ -147,15 +147,21 @@ def _take(line: str, conversation: Conversation, interactive: bool) -> bool:
 
 def _again(conversation: Conversation) -> str:
     """What to answer again."""
-    from meshwen.sampling_params import with_fresh_seed
-
     text = conversation.take_back()
     if conversation.sampling.temperature == 0:
         note("(at temperature 0 the answer is the same: /set temperature 0.7 draws others)")
-    elif not conversation.keeps_seed:
+    else:
+        _renew_seed(conversation)
+    return text
+
+
+def _renew_seed(conversation: Conversation) -> None:
+    """Takes a fresh seed where tokens are drawn, and says which, unless the user chose one."""
+    from meshwen.sampling_params import with_fresh_seed
+
+    if conversation.sampling.temperature > 0 and not conversation.keeps_seed:
         conversation.sampling = with_fresh_seed(conversation.sampling)
         note(f"seed: {conversation.sampling.seed}")
-    return text
 
 
 def _obey(command: str, argument: str, conversation: Conversation) -> bool:
@@ -197,8 +203,11 @@ def _set(argument: str, conversation: Conversation) -> None:
             value = text  # As for /set stop END.
         if name == "stop":
             value = tuple(value) if isinstance(value, list) else (text,) if text else ()
+        drew = conversation.sampling.temperature > 0
         conversation.sampling = replace(conversation.sampling, **{name: value})
         conversation.keeps_seed |= name == "seed"
+        if not drew:
+            _renew_seed(conversation)
         settings = {name: _settings(conversation.sampling)[name]}
     note("\n".join(f"{name} {to_json(value)}" for name, value in settings.items()))
 
