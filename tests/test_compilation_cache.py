@@ -86,9 +86,12 @@ def test_the_folder_is_its_users_alone_whatever_the_umask(tmp_path, monkeypatch)
     finally:
         os.umask(before)
     assert modes(tmp_path / "new") == {0o700}
-    os.chmod(first, 0o777)  # As earlier versions may have made it.
-    assert _own_folder() == first
-    assert modes(tmp_path / "new") == {0o700}
+    program = entry(Path(first), "program", 1, 1)
+    for mode, kept in ((0o755, True), (0o777, False)):  # As earlier versions may have made it.
+        os.chmod(first, mode)
+        assert _own_folder() == first
+        assert modes(tmp_path / "new") == {0o700}
+        assert program.exists() == kept
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import stat
 import zlib
 from contextlib import suppress
@@ -72,6 +73,8 @@ def _own_folder() -> str | None:
 def _make_private(folder: Path) -> None:
     """Makes a folder that its user alone may enter, or makes the one that is there such.
 
+    One that others could write to is emptied first.
+
     Raises:
         OSError: it is another's, or cannot be made or written to.
     """
@@ -81,7 +84,11 @@ def _make_private(folder: Path) -> None:
     found = folder.stat()
     if found.st_uid != os.getuid():
         raise PermissionError(f"it belongs to user {found.st_uid}, who could change the programs")
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o022:  # Others may have put programs there.
+        shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+    elif mode & 0o077:
         folder.chmod(0o700)
 
 
