@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     costs.register(config)
+    _take_interrupts()
     _keep_programs(config)
     if (seconds := config.getoption("seconds")) is not None:
         if not seconds > 0:
@@ -46,6 +48,12 @@ def pytest_configure(config):
         if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
             raise pytest.UsageError("--seconds is for a run in one process: leave out -n")
         config.pluginmanager.register(_Deadline(seconds))
+
+
+def _take_interrupts():
+    """Lets the programs that tests start take SIGINT: a shell's background jobs ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _keep_programs(config):
