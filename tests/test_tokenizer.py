@@ -210,6 +210,7 @@ def test_gguf_metadata_gives_the_same_ids(backend):
         ({"pre": "llama-bpe"}, "reads model 'gpt2' with pre-tokenizer 'qwen2' or"),
         ({"token_type": [1]}, "token_type has 1 entries for 591 tokens"),
         ({"eos_token_id": 10**6}, "eos_token_id is 1000000, which is no token's"),
+        ({"bos_token_id": 10**6, "add_bos_token": True}, "bos_token_id is 1000000, which is no"),
         ({"eos_token_id": "5"}, r'tokenizer.ggml.eos_token_id is "5"; expected an integer'),
         ({"tokens": ["a", 5]}, r"tokenizer.ggml.tokens\[1\] is 5; expected text"),
         ({"merges": ["a"]}, "merge 'a' is not two tokens"),
@@ -263,6 +264,12 @@ def test_without_tokenizer_json_the_config_decides_on_bos_and_eos(
     tokenizer = Tokenizer.from_folder(tmp_path)
     tokens = [tokenizer.id_to_token(i) for i in tokenizer.encode("a")]
     assert tokens == [BOS] * add_bos + ["a"] + ["<|im_end|>"] * add_eos
+
+
+def test_added_tokens_json_leaves_the_flags_of_tokenizer_json(folder, backend):
+    added = backend.get_added_tokens_decoder()
+    write_json(folder / "added_tokens.json", {token.content: i for i, token in added.items()})
+    assert_like_backend(Tokenizer.from_folder(folder), backend)
 
 
 def test_tokens_only_in_the_config_are_added(folder, backend):

@@ -132,6 +132,15 @@ def test_a_certificate_without_the_tokens_of_some_numerics_confirms_none(found):
     assert line.startswith("tokens: the first mesh generates others in fast")
 
 
+def test_tokens_in_numerics_that_a_certificate_has_not_are_no_difference(found):
+    rows = [row for row in found["rows"] if row["numerics"] == "exact"]
+    tokens = {"exact": found["generated"]["exact"]}
+    other = found | {"numerics": ["exact"], "generated": tokens, "rows": rows}
+    outcome = differences(other, found)["outcome"]
+    assert outcome
+    assert all(line.endswith("is not in the certificate") for line in outcome)
+
+
 def test_a_certificate_tells_another_environment(found):
     other = found | {"environment": found["environment"] | {"jax": "9.9"}}
     (line,) = differences(other, found)["environment"]

@@ -9,6 +9,7 @@ from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
+from meshwen.arguments import brief
 from meshwen.chat_template import templates_in_folder
 from meshwen.errors import MeshwenError
 from meshwen.json_files import TokenId, check_shape, read_json, read_text
@@ -148,8 +149,12 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         for name, index in named.items()
         if isinstance(index, int) and index in used  # Nothing needs one to pad with.
     }
-    if eos is not None and eos not in used:
-        raise MeshwenError(f"{where}: tokenizer.ggml.eos_token_id is {eos}, which is no token's")
+    bos = named["bos_token"] if metadata.get("tokenizer.ggml.add_bos_token") else None
+    for name, index in (("eos", eos), ("bos", bos)):
+        if index is not None and index not in used:
+            raise MeshwenError(
+                f"{where}: tokenizer.ggml.{name}_token_id is {brief(index)}, which is no token's"
+            )
     added.mark_special(special_tokens.values(), new=False)
     content = added.content()
     flags = (metadata.get(f"tokenizer.ggml.add_{name}_token") for name in ("bos", "eos"))
@@ -225,6 +230,8 @@ class _AddedTokens:
     def add(self, index: int, token: Token, source: Path | str) -> None:
         """Add a token, or take what another file says of one that is there.
 
+        Flags that the other file leaves out stay as they are.
+
         Raises:
             MeshwenError: the id is another token's, or the token has another id.
         """
@@ -236,7 +243,7 @@ class _AddedTokens:
         if known != index or (here is not None and here["content"] != text):
             other = f"{text!r} {known}" if known != index else f"{here['content']!r} that id"  # type: ignore[index]
             raise MeshwenError(f"{source} gives {text!r} the id {index}, {self._where} {other}")
-        self._tokens[index] = token
+        self._tokens[index] = {**here, **token} if here else token
 
     def mark_special(self, tokens: Iterable[str], *, new: bool) -> None:
         """Make tokens special, which resets their other flags as in transformers.
