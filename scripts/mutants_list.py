@@ -617,10 +617,17 @@ FAULTS = (
         "tokenizer_backend",
     ),
     _fault(
+        "tokenizer: added_tokens.json takes flags away",
+        "tokenizer_files.py",
+        "{**here, **token} if here else token",
+        "token",
+        "tokenizer",
+    ),
+    _fault(
         "tokenizer: the config's flags are not heeded",
         "tokenizer_files.py",
-        "        self._tokens[index] = token\n",
-        "        self._tokens.setdefault(index, token)\n",
+        "self._tokens[index] = {**here, **token} if here else token",
+        "self._tokens.setdefault(index, token)",
         "tokenizer",
     ),
     _fault(

@@ -132,6 +132,10 @@ def test_values_are_shown_short_and_printable():
     assert shown("\x1b[31m\u202e\n") == r'"\u001b[31m\u202e\n"'
     assert shown("é" * 100) == '"' + "é" * 56 + "..."
     assert shown({"a": {1}}) == '{"a": "{1}"}'
+    assert shown({(1, 2): 3}) == "a dict"
+    circle: list[Any] = []
+    circle.append(circle)
+    assert shown(circle) == "a list"
 
 
 def test_declaring_a_shape_imports_no_schema_library():

@@ -401,7 +401,11 @@ def test_without_a_config_nothing_is_special_and_no_chat_is_possible(folder, bac
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{", "tokenizer.json: not valid JSON"),
-        ("tokenizer.json", "{}", "tokenizer.json: model is missing: download it again"),
+        (
+            "tokenizer.json",
+            "{}",
+            "tokenizer.json: model is missing: it is damaged, or no",
+        ),
         ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config.json: found \[\]; expected an object"),
         ("tokenizer_config.json", '{"a":' * 10**5, "tokenizer_config.json: nested deeper"),

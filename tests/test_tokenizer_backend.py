@@ -68,6 +68,15 @@ HOSTILE = {
     "a pattern that is too large": sequence(
         "pre_tokenizer", "pretokenizers", split("(((a{1,9999}){1,9999}){1,9999}){1,9999}b"), BYTES
     ),
+    "two templates": sequence(
+        "post_processor", "processors", *[template(BEFORE, TEXT, BEFORE)] * 2
+    ),
+    "a second text": changed(
+        post_processor=template({"Sequence": {"id": "B", "type_id": 0}}, ids=())
+    ),
+    "megabytes of added tokens": changed(
+        added_tokens=[{"id": 257, "content": "x" * (1 << 24), "special": True}]
+    ),
     "a panic": changed(
         model={**QWEN2["model"], "continuing_subword_prefix": "é", "merges": ["a b", "ab é"]}
     ),

@@ -173,7 +173,10 @@ def to_json(
 
 def shown(value: Any, limit: int = 60) -> str:
     """A value as a short piece of a message, as JSON where it is; unprintables are escaped."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (TypeError, ValueError, RecursionError):  # Keys that are no text, or circles.
+        text = f"a {type(value).__name__}"
     text = text if len(text) <= limit else f"{text[: limit - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -42,6 +42,7 @@ _MODEL_OPTIONS = {
 }
 _MOST_STEPS = 8
 _MOST_AFFIXES = 64
+_MOST_ADDED = 1 << 20  # characters of all added tokens; each takes some hundred bytes of memory
 
 
 class Token(TypedDict):
@@ -180,6 +181,7 @@ def is_bounded(content: Content) -> bool:
     """Whether encoding takes time and memory in proportion to the text, whatever the text."""
     model = content["model"]
     before = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    after = _steps(content.get("post_processor"), "processors")
     return (
         not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
@@ -190,9 +192,10 @@ def is_bounded(content: Content) -> bool:
         and all(_is_bounded_split(step) for step in before)
         # Each one writes every byte as a character of one or two bytes.
         and sum(step.get("type") == "ByteLevel" for step in before) <= 1
-        and all(
-            _is_bounded_affix(step) for step in _steps(content.get("post_processor"), "processors")
-        )
+        and all(_is_bounded_affix(step) for step in after)
+        # The library panics where there are two.
+        and sum(step.get("type") == "TemplateProcessing" for step in after) <= 1
+        and sum(len(token["content"]) for token in content.get("added_tokens", [])) <= _MOST_ADDED
     )
 
 
@@ -223,7 +226,8 @@ def _is_bounded_affix(step: Mapping[str, Any]) -> bool:
         return step.get("type") == "ByteLevel"
     try:
         pieces = step["single"]
-        once = sum("Sequence" in piece for piece in pieces) == 1
+        # The library panics where there is no second text, B.
+        once = [one["Sequence"]["id"] for one in pieces if "Sequence" in one] == ["A"]
         affixes = [one["ids"] for one in step["special_tokens"].values()]
         return once and len(pieces) <= _MOST_AFFIXES and max(map(len, affixes), default=0) <= 1
     except (TypeError, KeyError, AttributeError):

@@ -29,6 +29,7 @@ GGUF_PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen", "default", None)
 GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED = 1, 3, 4, 5
 END_OF_TEXT = "<|endoftext|>"
 _NAMES = [f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")]
+_HINT = "it is damaged, or no byte-level BPE as Qwen2's is"
 _LIMIT_BYTES = 64 << 20  # tokenizer.json: 7 to 12 MB for 150,000 tokens.
 
 _Named = str | Token | None
@@ -87,7 +88,7 @@ def read_folder(folder: Path) -> TokenizerParts:
     special_tokens = {name: _text(named[name]) for name in _NAMES if named.get(name)}
     own = folder / "tokenizer.json"
     if has_own := _is_file(own):
-        content = read_json(own, Content, limit_bytes=_LIMIT_BYTES)
+        content = read_json(own, Content, hint=_HINT, limit_bytes=_LIMIT_BYTES)
         where = str(own)
     elif _is_file(folder / "vocab.json") and _is_file(folder / "merges.txt"):
         vocab = read_json(folder / "vocab.json", dict[str, TokenId])
@@ -150,10 +151,10 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         if isinstance(index, int) and index in used  # Nothing needs one to pad with.
     }
     bos = named["bos_token"] if metadata.get("tokenizer.ggml.add_bos_token") else None
-    for name, index in (("eos", eos), ("bos", bos)):
-        if index is not None and index not in used:
+    for name, needed in (("eos", eos), ("bos", bos)):
+        if needed is not None and needed not in used:
             raise MeshwenError(
-                f"{where}: tokenizer.ggml.{name}_token_id is {brief(index)}, which is no token's"
+                f"{where}: tokenizer.ggml.{name}_token_id is {brief(needed)}, which is no token's"
             )
     added.mark_special(special_tokens.values(), new=False)
     content = added.content()
