@@ -236,6 +236,28 @@ def test_logits_that_are_nan_are_an_error_of_their_request_and_of_no_other(mesh,
     assert (found.tokens, found.finish_reason) == (greedy(tuple(PROMPTS[0]))[0][:3], "error")
 
 
+def test_what_a_cancelled_request_left_does_not_reach_the_next_in_its_row(monkeypatch):
+    monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
+    runner, (following, other, _, long) = MeshModel(TINY, "1").runner, PROMPTS
+    bad = greedy(tuple(long))[0][2]
+    for prompt in (following, other):
+        assert bad not in (0, *prompt, *greedy(tuple(prompt))[0])
+    monkeypatch.setattr(runner, "params", with_nan(runner, bad))
+    ready, came = engine_of(runner, max_num_seqs=2), []
+
+    def cancel(_):  # In the step that has no token for the one that is cancelled.
+        if len(came) == 3:
+            ready.cancel(cancelled)
+
+    ready.submit(request(other, max_new_tokens=20), cancel)
+    cancelled = ready.submit(request(long), came.append)
+    while ready.busy and (len(came) < 3 or cancelled in ready._live):
+        ready.step()
+    assert tuple(event.token for event in came) == greedy(tuple(long))[0][:3]
+    (found,) = completions(ready.run([request(following)]))
+    assert (found.tokens, found.error) == (greedy(tuple(following))[0], None)
+
+
 def test_closing_the_events_early_leaves_the_engine_ready():
     ready = engine()
     events = ready.run([request(prompt) for prompt in PROMPTS])

@@ -329,7 +329,8 @@ class Scheduler:
         if not ended:
             return
         for row, one in enumerate(self._slots):
-            if one and one.finish_reason == "error":  # Its NaN must not reach the next in the row.
+            # NaN must not reach the next in the row; of a cancelled one it is not known.
+            if one and one.ended and one.finish_reason not in ("stop", "length"):
                 self._cache = self._runner.without_row(self._cache, row)
         self._slots = [None if s and s.number in ended else s for s in self._slots]
         if self._reading is not None:
