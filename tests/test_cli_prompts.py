@@ -96,6 +96,8 @@ def test_text_that_looks_like_json_stays_text(tmp_path, line):
 def test_a_byte_order_mark_is_no_part_of_a_prompt(stdin, tmp_path):
     (prompt,) = read_file(tmp_path, '\ufeff{"prompt_tokens": [1]}')
     assert prompt.content == [1]
+    joined = read_file(tmp_path, '\ufeffhi\n\ufeff{"prompt": "you"}\n\ufeff\n')  # By cat.
+    assert [prompt.content for prompt in joined] == ["hi", "you"]
     stdin("\ufeffhi".encode())
     (prompt,) = read_prompts("-", None)
     assert prompt.content == "hi"

@@ -157,7 +157,8 @@ def _read(path: str) -> str:
 def _parse_lines(path: str, text: str) -> list[Prompt]:
     """One prompt a line; blank lines hold none."""
     name = "stdin" if path == "-" else path
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    # A mark begins each of several files put one after the other.
+    lines = [line.removesuffix("\r").lstrip("\ufeff") for line in text.split("\n")]
     if sum(map(bool, map(str.strip, lines))) > 1 and _is_json(text):
         raise MeshwenError(f"{name} is one JSON value over several lines; {_JSON_LINES}")
     numbered = enumerate(lines, start=1)
