@@ -84,6 +84,7 @@ def test_the_harness_grades_zero_shot_reasoning(text, strict, flexible):
         ("18 or 19", False),
         ("", False),
         ("The final answer is $18$. I hope it is correct. \\boxed{9}", True),  # As Minerva ends.
+        (r"The final answer is $\boxed{18}$. I hope it is correct.", True),
         ("一共有18支笔。", True),
         ("3+15=18\uff0c所以共有18支", True),
         (r"\boxed{共18元}", True),

@@ -30,6 +30,8 @@ _SAME = {
 # --- Made plain: LaTeX
 # Spaces, sizes, units, and signs that say nothing of a number's value.
 _LATEX = re.compile(r"\\(?:[\\,;:! ()\[\]]|hspace\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[^{}]*\})|~")
+# Of those, what ends a line, a formula or the first half of a range keeps two numbers apart.
+_APART = re.compile(r"(?<=[0-9])(?:\\[\\)\]]|~)")
 # Commands that are words end where letters do: a digit may follow at once. Blanks take their
 # place, two, so that what stands around them stays apart.
 _LATEX_WORD = re.compile(
@@ -176,7 +178,7 @@ def _plain(text: str) -> str:
     """With ASCII's digits and signs, and without what LaTeX adds."""
     text = _FOREIGN.sub(lambda found: _ascii(found[0]), text)
     text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
-    text = _LATEX.sub("", text)
+    text = _LATEX.sub("", _APART.sub("  ", text))
     for _ in range(3):  # One in another.
         text = _WRAPPED.sub(r" \1 ", text)
     text = _FRACTION.sub(r" \3\1\2/\4\5 ", text)  # A whole number may stand before it: 2 1/2.

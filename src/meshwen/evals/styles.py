@@ -124,9 +124,9 @@ def _qwen_answer(text: str) -> str | None:
     "答案是", and else the last number.
     """
     before, hope, _ = text.partition("final answer is $")[2].partition("$. I hope")
+    found = boxed(before if hope else text)
     if hope:
-        return before.strip()
-    found = boxed(text)
+        return (before if found is None else found).strip()
     if found is not None:
         return found.strip()
     for phrase in _AFTER:
