@@ -4,6 +4,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
+import jax
 import numpy as np
 import pytest
 
@@ -262,6 +263,19 @@ def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
         assert found.tokens == other.tokens
         tolerance = 0 if numerics == "exact" else 1e-4
         np.testing.assert_allclose(found.logprobs, other.logprobs, rtol=0, atol=tolerance)
+
+
+def test_a_cache_that_grows_as_one_did_before_compiles_nothing(caplog, monkeypatch):
+    monkeypatch.setattr("meshwen.scheduler._AHEAD", 4)
+
+    def compiled() -> list[str]:
+        caplog.clear()
+        with jax.log_compiles():
+            completions(growing(SPLIT, "fast", 1000).run(LONG))
+        return [r.message for r in caplog.records if "Compiling" in r.message]
+
+    compiled()
+    assert compiled() == []
 
 
 # --- Memory and limits

@@ -157,11 +157,8 @@ def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) ->
     return Program(layers, out_shardings=cache_sharding(plan))()
 
 
-def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCache:
-    """The cache with more sequences (on each part of the batch) and slots, the new ones empty."""
-
-    def larger(layer: LayerCache) -> LayerCache:
-        return LayerCache(pad(layer.keys, axis=3), pad(layer.values, axis=2))
+def resized(plan: ParallelPlan, layer: LayerCache, *, batch: int, slots: int) -> LayerCache:
+    """A layer with more sequences (on each part of the batch) and slots, the new ones empty."""
 
     def pad(array: Array, axis: int) -> Array:
         parts, old = plan.data_devices, array.shape
@@ -170,8 +167,7 @@ def resized(cache: KVCache, plan: ParallelPlan, batch: int, slots: int) -> KVCac
         widths = [(0, new - now) for new, now in zip(shape, split.shape, strict=True)]
         return jnp.pad(split, widths).reshape(batch, *shape[2:])
 
-    one = Program(larger, out_shardings=cache_sharding(plan))  # A layer compiles sooner than all.
-    return tuple(one(layer) for layer in cache)
+    return LayerCache(pad(layer.keys, axis=3), pad(layer.values, axis=2))
 
 
 def without_row(cache: KVCache, row: Array) -> KVCache:

@@ -22,7 +22,14 @@ from jax.typing import ArrayLike
 from meshwen import kernels
 from meshwen.config import Qwen2Config
 from meshwen.jax_settings import Program
-from meshwen.kv_cache import KVCache, SequenceCache, cache_sharding, empty_cache, without_row
+from meshwen.kv_cache import (
+    KVCache,
+    SequenceCache,
+    cache_sharding,
+    empty_cache,
+    resized,
+    without_row,
+)
 from meshwen.model import Params, hidden_states, logits
 from meshwen.parallel.contractions import COMPILER_OPTIONS, TensorParallel
 from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
@@ -72,6 +79,14 @@ class ModelRunner:
         self._empty_cache = ShapedProgram(
             self._programs, lambda: Program(partial(empty_cache, plan), static_argnums=(0, 1, 2))
         )
+        self._resized = ShapedProgram(
+            self._programs,
+            lambda: Program(
+                partial(resized, plan),
+                static_argnames=("batch", "slots"),
+                out_shardings=cache_sharding(plan),
+            ),
+        )
         self._without_row = ShapedProgram(
             self._programs,
             lambda: Program(without_row, donate_argnums=0, out_shardings=cache_sharding(plan)),
@@ -88,6 +103,14 @@ class ModelRunner:
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache for `batch` sequences (a multiple of the plan's data devices)."""
         return self._empty_cache(batch, length, self.dtype)
+
+    def resized(self, cache: KVCache, batch: int, length: int) -> KVCache:
+        """The cache with more sequences (on each part of the batch) and slots, the new ones empty.
+
+        It is not donated: both exist for a moment.
+        """
+        # A layer compiles sooner than all.
+        return tuple(self._resized(layer, batch=batch, slots=length) for layer in cache)
 
     def without_row(self, cache: KVCache, row: int) -> KVCache:
         """The cache, donated, with a row as in an empty one."""

@@ -22,7 +22,7 @@ from meshwen.batch_sampler import BatchSampler
 from meshwen.buckets import bucket, chunks
 from meshwen.capacity import Capacity
 from meshwen.distributed import to_host
-from meshwen.kv_cache import KVCache, resized
+from meshwen.kv_cache import KVCache
 from meshwen.prefill import Prefill
 from meshwen.request import Request
 from meshwen.runner import ModelRunner
@@ -187,7 +187,7 @@ class Scheduler:
         old, new = (len(self._slots), self._length), (rows, length)
         if new == old or not self._capacity.holds(old, new):  # Both exist for a moment.
             return False
-        self._cache = resized(self._cache, self._plan, *new)
+        self._cache = self._runner.resized(self._cache, *new)
         self._slots = _more_rows(self._slots, rows, self._plan.data_devices)
         self._length, self._sampler = length, None
         return True
@@ -341,7 +341,7 @@ class Scheduler:
 def _more_rows(
     slots: list[SequenceState | None], rows: int, parts: int
 ) -> list[SequenceState | None]:
-    """The slots as `resized` lays them out."""
+    """The slots as `ModelRunner.resized` lays them out."""
     old, new = len(slots) // parts, rows // parts
     added: list[SequenceState | None] = [None] * (new - old)
     return [s for part in range(parts) for s in (*slots[part * old : (part + 1) * old], *added)]
