@@ -486,7 +486,7 @@ FAULTS = (
     _fault(
         "engine: NaN in a row reaches the row's next request",
         "scheduler.py",
-        'one.finish_reason == "error"',
+        'one.finish_reason not in ("stop", "length")',
         'one.finish_reason == "never"',
         "engine",
     ),
