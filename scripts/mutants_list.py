@@ -484,6 +484,13 @@ FAULTS = (
         "sampling",
     ),
     _fault(
+        "engine: what a callback raised is lost with an interrupted step",
+        "engine.py",
+        "            self._take_errors()  # Before they are lost with the step.\n",
+        "",
+        "engine_threads",
+    ),
+    _fault(
         "engine: NaN in a row reaches the row's next request",
         "scheduler.py",
         'one.finish_reason not in ("stop", "length")',
@@ -840,8 +847,8 @@ FAULTS = (
     _fault(
         "chat: an answer is drawn again with the same seed",
         "cli/chat.py",
-        "    elif not conversation.keeps_seed:\n",
-        "    elif False:\n",
+        "conversation.sampling = with_fresh_seed(conversation.sampling)",
+        "conversation.sampling = with_fresh_seed(conversation.sampling) and conversation.sampling",
         "cli_chat",
     ),
     _fault(
