@@ -28,7 +28,7 @@ def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
             f"of {found['problems']} problems, {found['any_correct']} with a right answer, "
             f"{found['majority_correct']} by majority"
         )
-    print(f"prompt style {run.settings['prompt_style']}: {run.settings['prompt_style_why']}")
+    write(f"prompt style {run.settings['prompt_style']}: {run.settings['prompt_style_why']}")
     rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
     before = found["answers_from_before"]
     write(rest + f", {before} answers from before" * bool(before))
