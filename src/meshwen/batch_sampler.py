@@ -49,7 +49,7 @@ class BatchSampler:
         """The rows of the next step, which the same sequences take."""
         if not self.constrained:
             return self.rows
-        forbidden = np.zeros((len(self.rows.seed), len(self.plan.axis_source("vocab"))), bool)
+        forbidden = np.zeros((len(self.rows.seed), self.plan.axis_length("vocab")), bool)
         for row, sequence in running.items():
             if sequence.constraints is not None:
                 sequence.constraints.forbid(forbidden[row])
@@ -58,7 +58,7 @@ class BatchSampler:
 
 def _mask(tokens: Mapping[int, Sequence[int]], size: int, plan: ParallelPlan) -> Array:
     """Which tokens each row has: bool [size, V padded]."""
-    mask = np.zeros((size, len(plan.axis_source("vocab"))), bool)
+    mask = np.zeros((size, plan.axis_length("vocab")), bool)
     for row, some in tokens.items():
         mask[row, list(some)] = True
     # Placed as a step returns it: the first step's program then serves all others.
