@@ -165,6 +165,8 @@ def test_the_last_box_counts(text, content):
         ("it costs 3%\u20135%", "5"),
         ("Remaining:\n\u2013 18 apples", "18"),
         ("it costs Rs.18", "Rs.18"),
+        ("in 3 200-gram bags", "200"),
+        ("a 12 000-dollar car", "12 000"),
     ],
 )
 def test_the_last_number_is_found_as_it_is_written(text, found):
