@@ -361,7 +361,16 @@ def test_a_ceiling_that_nobody_asked_for_ends_an_answer_where_memory_does(caplog
     assert [c.tokens[:STEPS] for c in found[:2]] == [greedy(tuple(p))[0] for p in PROMPTS[:2]]
     told = [r.getMessage() for r in caplog.records if "an answer ended" in r.getMessage()]
     assert len(told) == 1
-    assert "ended at 48 tokens" in told[0]
+    length = len(asked[0].prompt_tokens)
+    assert f"ended after {48 - length} of the 1000 tokens" in told[0]
+    assert "more than 48, the prompt's included" in told[0]
+
+
+def test_an_answer_that_its_length_ends_is_not_said_to_lack_memory(caplog):
+    running = engine_with_room_for(63)
+    (found,) = completions(running.run([request(PROMPTS[0], max_new_tokens=40, max_length=8)]))
+    assert (len(found.tokens), found.finish_reason) == (3, "length")
+    assert not [r for r in caplog.records if "an answer ended" in r.getMessage()]
 
 
 def test_memory_that_a_long_request_took_is_given_back():
@@ -378,7 +387,7 @@ def test_fewer_rows_than_were_asked_for_are_told(caplog):
     found = completions(engine_with_room_for(40, max_num_seqs=4).run([SHORT] * 3))
     assert len({one.tokens for one in found}) == 1
     (record,) = caplog.records
-    assert record.getMessage().startswith("only 2 sequences of 16 tokens fit")
+    assert "has room for 2 of 3 sequences of 16 tokens" in record.getMessage()
 
 
 def test_who_fails_to_take_a_token_loses_its_own_request_alone():

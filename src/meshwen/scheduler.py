@@ -121,9 +121,14 @@ class Scheduler:
 
     def limit(self, request: Request) -> int:
         """Tokens that the answer may have."""
+        allowed = self._allowed(request)
+        if request.sampling.max_new_tokens_asked:
+            return allowed
+        return min(allowed, self._capacity.longest - len(request.prompt_tokens))
+
+    def _allowed(self, request: Request) -> int:
+        """Tokens that the answer may have where memory suffices."""
         asked, longest = request.sampling, self._capacity.max_model_len
-        if not asked.max_new_tokens_asked:
-            longest = min(longest, self._capacity.longest)
         if asked.max_length is not None:
             longest = min(longest, asked.max_length)
         return min(asked.max_new_tokens, longest - len(request.prompt_tokens))
@@ -202,10 +207,10 @@ class Scheduler:
         wanted = min(self._capacity.max_num_seqs, len(self._waiting))
         if rows < wanted:
             logger.warning(
-                "only %d sequences of %d tokens fit the memory for the KV cache, not %d at once",
+                "the memory for the KV cache has room for %d of %d sequences of %d tokens at once",
                 rows,
-                length,
                 wanted,
+                length,
             )
 
     def _fits(self, sequence: SequenceState) -> bool:
@@ -314,14 +319,16 @@ class Scheduler:
 
     def _tell_of_memory(self, sequence: SequenceState) -> None:
         """Says once that answers end where memory does."""
-        length, asked = len(sequence.token_ids), sequence.request.sampling.max_new_tokens
-        if len(sequence.tokens) < asked and length < self._capacity.max_model_len:
+        allowed = self._allowed(sequence.request)
+        if len(sequence.tokens) < allowed:
             self._told = True
             logger.warning(
-                "an answer ended at %d tokens, its prompt included, before the %d that the model's "
-                "defaults allow it: there is no memory for a longer KV cache; use more devices",
-                length,
-                asked,
+                "an answer ended after %d of the %d tokens that the model's defaults allow it: "
+                "there is no memory for a KV cache of more than %d, the prompt's included; use "
+                "more devices",
+                len(sequence.tokens),
+                allowed,
+                len(sequence.token_ids),
             )
 
     def _free_slots(self) -> None:
