@@ -27,14 +27,19 @@ if TYPE_CHECKING:
     from meshwen.sampling_params import SamplingParams
 
 _HELP = """\
-/retry        forget the last answer, and answer again: with a new seed, unless --seed was given
-/set NAME X   change a setting, e.g. /set temperature 0.7; without NAME: show them
-/system TEXT  begin the conversation with this system message; without TEXT: with none
+/retry        forget the last answer, and answer again: with a new seed, unless
+              one was given
+/set NAME X   change a setting, e.g. /set temperature 0.7; without NAME: show
+              them
+/system TEXT  begin the conversation with this system message; without TEXT:
+              with none
 /reset        forget the conversation, but not the system message
-/save FILE    append the conversation to FILE: one JSON object, for --load and --prompts-file
+/save FILE    append the conversation to FILE: one JSON object, for --load and
+              --prompts-file
 /quit, /exit  leave; Ctrl-D does too
 //TEXT        say something that begins with a slash
-Alt-Enter     begin another line of a turn; what is pasted is one turn, whatever its lines
+Alt-Enter     begin another line of a turn; what is pasted is one turn, whatever
+              its lines
 Tab           complete a command; the arrows bring earlier turns back
 Ctrl-C        stop an answer; what has come of it stays in the conversation
 Ctrl-C twice  leave at once, whatever is running"""
@@ -194,8 +199,11 @@ def _set(argument: str, conversation: Conversation) -> None:
     """Changes a sampling parameter, or shows all."""
     settings = _settings(conversation.sampling)
     name, _, text = argument.partition(" ")
+    name = name.replace("-", "_")  # As the options are written.
     if name:
         if name not in settings:
+            if near := get_close_matches(name, settings, n=1):
+                raise MeshwenError(f"no setting {name}, did you mean {near[0]}: /set shows all")
             raise MeshwenError(f"no setting {name}; there are {', '.join(settings)}")
         try:
             value = parse_json(text, name)
