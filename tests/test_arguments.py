@@ -117,7 +117,7 @@ def test_numbers_of_every_library_become_pythons():
         ({"logprobs": 5}, "logprobs must be true or false, not 5"),
         ({"stop": 5}, "stop must be strings that are not empty, not 5"),
         ({"stop": b"x"}, "stop must be strings"),
-        ({"max_tokens": 5}, "unknown sampling parameter 'max_tokens'; there are max_new_tokens"),
+        ({"max_tokens": 5}, "'max_tokens', did you mean max_new_tokens; there are max_new_"),
     ],
 )
 def test_sampling_parameters_of_another_kind_are_named(given, message):

@@ -76,6 +76,7 @@ def error(capsys, arguments):
         (["generate", "hi", "-n", "many"], ", not 'many' (see --help)"),
         (["generate", "hi", "-p", "hi"], "the prompt is there twice"),
         (["chat", "--temp", "hot"], ", not 'hot' (see --help)"),
+        (["chat", "--dtype", "fp16"], "'--dtype': 'fp16' is not one of 'float32'"),
     ],
 )
 def test_what_the_user_must_change_is_said_in_one_line(capsys, arguments, message):

@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Self
 
 from meshwen.arguments import brief, number, token_ids, truth, whole_number
@@ -131,8 +132,11 @@ class SamplingParams:
         given = {name: value for name, value in given.items() if value is not None}
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
+            known.remove("max_new_tokens_asked")  # Not for a caller.
+            near = get_close_matches(unknown[0], known, n=1)
+            meant = f", did you mean {near[0]}" if near else ""
             raise MeshwenError(
-                f"unknown sampling parameter {unknown[0]!r}; there are {', '.join(known)}"
+                f"unknown sampling parameter {unknown[0]!r}{meant}; there are {', '.join(known)}"
             )
         values = sampling_values(generation_config, given)
         values.setdefault(

@@ -128,7 +128,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return USER_MUST_CHANGE, _one_line(str(error))
     # A usage error. Its class has lived in click and in typer, by version; this marks it in both.
     if callable(format_message := getattr(error, "format_message", None)):
-        return USER_MUST_CHANGE, f"{_one_line(format_message())}{_hint(error)} (see --help)"
+        message = _one_line(format_message()).replace(": Value error, ", ": ", 1)  # pydantic's.
+        return USER_MUST_CHANGE, f"{message}{_hint(error)} (see --help)"
     if isinstance(error, OSError) and error.strerror:  # The disk is full, a file may not be read.
         where = "cannot read or write" if error.filename is None else error.filename
         return USER_MUST_CHANGE, _one_line(f"{where}: {error.strerror}")

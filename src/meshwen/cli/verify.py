@@ -226,9 +226,11 @@ def _write(found: dict[str, Any], json_file: Path | None, html_file: Path | None
     from meshwen.verify.certificate_file import as_json
     from meshwen.verify.report_html import html_report
 
-    for file, text in ((json_file, as_json), (html_file, html_report)):
+    files = (("certificate", json_file, as_json), ("report", html_file, html_report))
+    for name, file, text in files:
         if file is not None:
             write_text(file, text(found))
+            note(f"the {name} is in {file}")
 
 
 def _numerics(given: NumericsChoice | None, before: dict[str, Any] | None) -> list[Any]:
