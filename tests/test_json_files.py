@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any, NotRequired
 
+import pydantic_core
 import pytest
 from typing_extensions import TypedDict
 
@@ -141,3 +142,12 @@ def test_values_are_shown_short_and_printable():
 def test_declaring_a_shape_imports_no_schema_library():
     code = "import meshwen.json_files, sys; sys.exit('pydantic' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ctrl_c_while_a_validator_is_built_is_ctrl_c(monkeypatch):
+    def interrupted(schema):
+        raise pydantic_core.SchemaError('Error building "literal" validator: Interrupted: ')
+
+    monkeypatch.setattr(pydantic_core, "SchemaValidator", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_shape([1], list[int | None], "here")

@@ -221,11 +221,16 @@ def _error(where: str, problem: str, hint: str) -> MeshwenError:
 def _validator(shape: Any) -> SchemaValidator:
     """What checks a shape, up to the first error in a list or dict: there may be millions."""
     from pydantic import TypeAdapter
-    from pydantic_core import SchemaValidator
+    from pydantic_core import SchemaError, SchemaValidator
 
-    schema = TypeAdapter(shape).core_schema
-    _fail_fast(schema)
-    return SchemaValidator(schema)
+    try:
+        schema = TypeAdapter(shape).core_schema
+        _fail_fast(schema)
+        return SchemaValidator(schema)
+    except SchemaError as error:  # pydantic makes one of Ctrl-C, too.
+        if "Interrupt" not in str(error):
+            raise
+        raise KeyboardInterrupt from None
 
 
 def _fail_fast(node: Any) -> None:
