@@ -144,6 +144,13 @@ def test_the_sandbox_refuses(template):
         render(template)
 
 
+def test_a_template_that_takes_no_parts_is_said_to():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    with pytest.raises(MeshwenError, match="; it may take contents as text only, not in parts"):
+        render("{{ 'a' + messages[0].content }}", parts)
+    assert render("{{ messages[0].content[0].text }}", parts) == "Hello"
+
+
 NEST = "{% set ns = namespace(x=[], y=[], s='ab') %}"
 HOSTILE = {
     "a range": "{% for i in range(10 ** 9) %}a{% endfor %}",

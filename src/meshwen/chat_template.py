@@ -116,7 +116,14 @@ class ChatTemplate:
             },
             "max_characters": OUTPUT_LIMIT_CHARACTERS,
         }
-        text = str(self._process.ask(request)["text"])
+        try:
+            text = str(self._process.ask(request)["text"])
+        except MeshwenError as error:
+            if any(isinstance(message.get("content"), list) for message in plain):
+                raise MeshwenError(
+                    f"{error}; it may take contents as text only, not in parts"
+                ) from None
+            raise
         return _before_tag(text) if continue_final_message else text
 
 
