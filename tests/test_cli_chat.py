@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
@@ -16,8 +17,14 @@ from prompt_toolkit.output import DummyOutput
 
 from meshwen.cli import chat as chat_module
 from meshwen.cli import main
+from meshwen.cli.conversation import Conversation
 from meshwen.cli.terminal_input import CommandCompleter, typed_turns
+from meshwen.request import Completion, Event, Timings
 from meshwen.runner import ModelRunner
+from meshwen.sampling import NO_TOKEN
+from meshwen.sampling_params import SamplingParams
+from meshwen.stream import Stream
+from meshwen.tokenizer import Tokenizer
 from speller import ANSWER, CONTEXT, load_once, write_speller
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -88,6 +95,8 @@ def test_settings_are_shown_and_changed(chat, capsys):
     lines = (
         "/set",
         "/set max_new_tokens 2",
+        '/set stop "H"',  # As it is shown.
+        "one",
         "/set stop H",
         "one",
         "/set stop",
@@ -97,7 +106,7 @@ def test_settings_are_shown_and_changed(chat, capsys):
     )
     assert chat(*lines, arguments=("--seed", "7")) == 0
     output = capsys.readouterr()
-    assert output.out == f"\n{ANSWER[:2]}\n"
+    assert output.out == f"\n\n{ANSWER[:2]}\n"
     for told in ("\ntop_p 1.0\n", "\nseed 7\n", "\nmax_new_tokens 2\n", '\nstop ["H"]\n'):
         assert told in output.err
     for line, words in (
@@ -110,6 +119,20 @@ def test_settings_are_shown_and_changed(chat, capsys):
     ):
         assert chat(line) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_turn_that_the_model_has_no_token_for_is_forgotten(speller):
+    timings = Timings(0.0, 0.0, 0.0)
+    failed = Completion((1,), (), "", "error", None, timings, error="logits are NaN")
+    events = iter([Event(0, NO_TOKEN, "", None, failed)])
+    engine = SimpleNamespace(
+        max_model_len=CONTEXT,
+        run=lambda requests: Stream(lambda: next(events, None), lambda: None),
+    )
+    tokenizer = Tokenizer.from_folder(speller)
+    conversation = Conversation(SimpleNamespace(engine=engine), tokenizer, SamplingParams())
+    assert [event.completion for event in conversation.say("one")] == [failed]
+    assert conversation.messages == []
 
 
 def test_an_answer_is_drawn_again_with_another_seed(chat, capsys, tmp_path):

@@ -210,7 +210,8 @@ def _set(argument: str, conversation: Conversation) -> None:
         except MeshwenError:
             value = text  # As for /set stop END.
         if name == "stop":
-            value = tuple(value) if isinstance(value, list) else (text,) if text else ()
+            one = value if isinstance(value, str) else text  # "END" is END: so it is shown.
+            value = tuple(value) if isinstance(value, list) else (one,) if text else ()
         drew = conversation.sampling.temperature > 0
         conversation.sampling = replace(conversation.sampling, **{name: value})
         conversation.keeps_seed |= name == "seed"

@@ -71,6 +71,7 @@ class Conversation:
             MeshwenError: the conversation no longer fits the context; it stays as it was.
         """
         from meshwen.request import Request
+        from meshwen.sampling import NO_TOKEN
 
         messages = [*self.messages, _message("user", text)]
         token_ids = self._tokenizer.encode_chat(messages, **self.template_fields)
@@ -87,7 +88,7 @@ class Conversation:
             request = Request(tuple(token_ids), self.sampling)
             with self._model.engine.run([request]) as self._running:
                 for event in self._running:
-                    answer, tokens = answer + event.text, tokens + 1
+                    answer, tokens = answer + event.text, tokens + (event.token != NO_TOKEN)
                     yield event
         finally:
             self._running = None
