@@ -145,6 +145,11 @@ def test_several_prompts_are_answered_in_order(speller):
     ]
 
 
+def test_every_prompt_has_what_an_iterator_gave_for_all(speller):
+    found = speller.generate(["H", "H"], max_new_tokens=20, stop=iter([ANSWER[2]]))
+    assert [c.text for c in found] == [ANSWER[1]] * 2
+
+
 def test_a_conversation_goes_through_the_chat_template(speller):
     conversation = [{"role": "user", "content": "hi"}]
     (found,) = speller.generate(conversation, max_new_tokens=20)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fsdecode
 from pathlib import Path
 from types import MappingProxyType
@@ -288,6 +288,8 @@ class Qwen2ForCausalLM:
                 logits are NaN or infinite (`engine.run` still gives the other answers).
         """
         several = several_prompts(prompts)
+        # An iterator has its items once, and every prompt needs them.
+        sampling = {k: list(v) if isinstance(v, Iterator) else v for k, v in sampling.items()}
         with self.engine.run([self.request(prompt, **sampling) for prompt in several]) as events:
             done = {e.request: e.completion for e in events if e.completion is not None}
         for number, completion in sorted(done.items()):
