@@ -283,6 +283,18 @@ def test_a_run_of_another_model_of_the_same_name_is_refused(tmp_path, capsys):
     assert "was made with weights_sha256" in capsys.readouterr().err
 
 
+def test_answers_that_were_graded_otherwise_are_refused(tmp_path, capsys):
+    out, altered = tmp_path / "run.jsonl", tmp_path / "altered.jsonl"
+    assert gsm8k("--out", out, "--limit", 1) == 0
+    header, line = out.read_text(encoding="utf-8").splitlines()
+    for change in ({"correct": False}, {"text": "#### -1"}, {"extracted": "0"}, {"gold": "0"}):
+        record = json.loads(line) | change
+        altered.write_text(f"{header}\n{json.dumps(record)}\n", encoding="utf-8")
+        capsys.readouterr()
+        assert gsm8k("--out", altered, "--limit", 1, "--resume") == 2
+        assert "the answer to problem 0 is not graded as its text" in capsys.readouterr().err
+
+
 def test_other_prompts_are_refused(tmp_path, capsys):
     """A run does not go on with another chat template, and does not begin without one."""
     out, model = tmp_path / "run.jsonl", tmp_path / "demo"

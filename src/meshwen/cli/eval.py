@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
+    from meshwen.evals.styles import PromptStyle
     from meshwen.quantization import Quantization
 
 app = typer.Typer()
@@ -287,7 +288,7 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
             "seed": sampling.seed,
         }
     run = _begin(out, settings, resume)
-    _check_prompts(run, questions)
+    _check_answers(run, questions, style)
     return _Begun(devices, numerics, questions, run)
 
 
@@ -352,9 +353,10 @@ def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
     return begun[0] if process_index() == 0 else UnwrittenRun.of(out, settings, records)
 
 
-def _check_prompts(run: RunFile, questions: Sequence[Question]) -> None:
-    """Refuses prompts that are not those of the answers so far, or of process 0."""
+def _check_answers(run: RunFile, questions: Sequence[Question], style: PromptStyle) -> None:
+    """Refuses answers so far to other prompts, or graded otherwise; and those of process 0."""
     from meshwen.distributed import gathered
+    from meshwen.evals.gsm8k import is_graded_so
 
     for one in questions:
         before = run.records.get(one.key)
@@ -362,6 +364,11 @@ def _check_prompts(run: RunFile, questions: Sequence[Question]) -> None:
             raise MeshwenError(
                 f"{run.path}: the prompt of problem {one.problem.number} was another: the model's "
                 "tokenizer or chat template has changed; give another file"
+            )
+        if before is not None and not is_graded_so(one, before, style):
+            raise MeshwenError(
+                f"{run.path}: the answer to problem {one.problem.number} is not graded as its text "
+                "would be: the file was edited or damaged, or the rules have changed; give another"
             )
     ours = _sha256([one.prompt_sha256 for one in questions])
     for index, theirs in enumerate(gathered(f"prompts of {run.path}", ours)):

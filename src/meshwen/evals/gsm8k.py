@@ -196,20 +196,37 @@ def _refusal(one: Question, request: Request, engine: Engine) -> str | None:
 
 
 def _record(one: Question, completion: Completion, style: PromptStyle) -> Record:
+    answer = {"tokens": list(completion.tokens), "text": completion.text}
+    return (
+        _asked(one)
+        | answer
+        | _graded(one, completion.text, style)
+        | {
+            "finish_reason": completion.finish_reason,
+            "logprob": math.fsum(completion.logprobs or ()),
+            "seconds": round(completion.timings.running_seconds, 3),
+        }
+    )
+
+
+def is_graded_so(one: Question, record: Record, style: PromptStyle) -> bool:
+    """Whether an answer in a run file has the gold answer and the grade that it would get now."""
+    expected = _graded(one, record["text"], style)
+    if record["finish_reason"] == "error":
+        expected |= {"extracted": None, "correct": False}
+    return all(record[name] == expected[name] for name in ("gold", "extracted", "correct"))
+
+
+def _graded(one: Question, text: str, style: PromptStyle) -> Record:
     gold = one.problem.gold
-    extracted = {name: extract(completion.text) for name, extract in style.extract.items()}
+    extracted = {name: extract(text) for name, extract in style.extract.items()}
     graded = {name: style.equal(found, gold) for name, found in extracted.items()}
     counts = next(iter(style.extract))
-    return _asked(one) | {
-        "tokens": list(completion.tokens),
-        "text": completion.text,
+    return {
         "extracted": extracted[counts],
         "gold": gold,
         "correct": graded[counts],
         "graded": graded,
-        "finish_reason": completion.finish_reason,
-        "logprob": math.fsum(completion.logprobs or ()),
-        "seconds": round(completion.timings.running_seconds, 3),
     }
 
 
