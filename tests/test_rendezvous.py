@@ -4,6 +4,8 @@
 import re
 import socket
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -124,3 +126,23 @@ def test_a_process_0_that_ends_while_others_wait_is_an_error(coordinator):
         with pytest.raises(MeshwenError, match="process 0 ended while it waited for the others"):
             rendezvous.join(coordinator, 2, 1, 5.0)
         answering.join(10)
+
+
+def test_who_sends_a_byte_at_a_time_holds_nobody_up(coordinator, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.3)
+    done = threading.Event()
+
+    def drip():
+        with rendezvous._connected(coordinator, 10.0) as connection, suppress(OSError):
+            while not done.wait(0.1):
+                connection.sendall(b" ")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    began = time.monotonic()
+    with pytest.raises(MeshwenError, match="not all of the 2 processes came within 1 s"):
+        rendezvous.gather(coordinator, 2, 1.0)
+    took = time.monotonic() - began
+    done.set()
+    dripping.join(10)
+    assert took < 10

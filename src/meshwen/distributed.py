@@ -116,7 +116,8 @@ def shared(name: str, make: Callable[[], Any]) -> Any:
         make: gives a value that JSON can hold.
 
     Raises:
-        MeshwenError: `make` raised it; in every process.
+        MeshwenError: `make` raised it, in every process. Of another exception the others get the
+            text.
     """
     if process_count() == 1:
         return make()
@@ -128,10 +129,12 @@ def shared(name: str, make: Callable[[], Any]) -> Any:
         return found["value"]
     try:
         value = make()
-    except MeshwenError as error:
-        client.key_value_set(key, json.dumps({"error": str(error)}))
+        text = json.dumps({"value": value})
+    except BaseException as error:
+        name = "" if isinstance(error, MeshwenError) else f"process 0: {type(error).__name__}: "
+        client.key_value_set(key, json.dumps({"error": f"{name}{error}"}))
         raise
-    client.key_value_set(key, json.dumps({"value": value}))
+    client.key_value_set(key, text)
     return value
 
 

@@ -310,12 +310,9 @@ class _Run:
         changed = self._engine._turns.changed
         with changed:
             self._engine._check_thread()
-            requests, self._requests = self._requests, None
-            if requests and self._engine._one_thread:
-                check_requests(requests)
-            for number, request in enumerate(requests or ()):
-                self._numbers[self._engine._add(request, self._came.append, self)] = number
         try:
+            with changed:
+                self._submit()
             while True:
                 with changed:
                     if self._ready():
@@ -327,10 +324,19 @@ class _Run:
             self.close()
             raise
 
+    def _submit(self) -> None:
+        """Submits the requests, the first time."""
+        requests, self._requests = self._requests, None
+        if requests and self._engine._one_thread:
+            check_requests(requests)
+        for number, request in enumerate(requests or ()):
+            self._numbers[self._engine._add(request, self._came.append, self)] = number
+
     def close(self) -> None:
         """Cancels what is unfinished; who waits in `pull` gets None."""
         with self._engine._turns.changed:
-            for number in list(self._numbers):
+            # Not by `_numbers`: an interrupt may have come before a request's was noted.
+            for number in [n for n, live in list(self._engine._live.items()) if live.run is self]:
                 self._engine._drop(number)
             self._requests, self.failure = None, None
             self._numbers.clear()

@@ -61,9 +61,8 @@ def join(coordinator: str, processes: int, index: int, timeout: float) -> None:
         MeshwenError: nobody answers, what listens is no process 0 that waits, or what it refuses.
     """
     with _connected(coordinator, timeout) as connection:
-        connection.settimeout(_MARGIN)
         try:
-            greeting = _line(connection)
+            greeting = _line(connection, _MARGIN)
         except OSError:
             greeting = b""
         if greeting != _GREETING:
@@ -73,10 +72,9 @@ def join(coordinator: str, processes: int, index: int, timeout: float) -> None:
                 "that each process has an id of its own"
             )
         hello = {"processes": processes, "index": index, "name": _name()}
-        connection.settimeout(timeout + _MARGIN)
         try:
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            verdict = json.loads(_line(connection))
+            verdict = json.loads(_line(connection, timeout + _MARGIN))
         except (OSError, ValueError):
             raise MeshwenError(
                 f"coordinator {coordinator}: process 0 ended while it waited for the others; look "
@@ -137,7 +135,7 @@ def _admit(
     other.settimeout(_PATIENCE)
     try:
         other.sendall(_GREETING)
-        hello: dict[str, Any] = json.loads(_line(other))
+        hello: dict[str, Any] = json.loads(_line(other, _PATIENCE))
         theirs, index, name = int(hello["processes"]), int(hello["index"]), str(hello["name"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
@@ -175,10 +173,13 @@ def _tell(came: dict[int, tuple[socket.socket, str]], verdict: dict[str, str]) -
             other.sendall(json.dumps(verdict).encode() + b"\n")
 
 
-def _line(connection: socket.socket) -> bytes:
-    """A line with its end, or what there is of it."""
-    found = b""
+def _line(connection: socket.socket, patience: float) -> bytes:
+    """A line with its end, or what there is of it; raises TimeoutError after so many seconds."""
+    found, deadline = b"", time.monotonic() + patience
     while not found.endswith(b"\n") and len(found) < _LONGEST:
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        connection.settimeout(left)
         if not (more := connection.recv(_LONGEST - len(found))):
             break
         found += more

@@ -213,7 +213,12 @@ def _set(argument: str, conversation: Conversation) -> None:
             one = value if isinstance(value, str) else text  # "END" is END: so it is shown.
             value = tuple(value) if isinstance(value, list) else (one,) if text else ()
         drew = conversation.sampling.temperature > 0
-        conversation.sampling = replace(conversation.sampling, **{name: value})
+        asked = conversation.sampling.max_new_tokens_asked or name in (
+            "max_new_tokens",
+            "max_length",
+        )
+        changed = {name: value, "max_new_tokens_asked": asked}
+        conversation.sampling = replace(conversation.sampling, **changed)
         conversation.keeps_seed |= name == "seed"
         if not drew:
             _renew_seed(conversation)

@@ -57,8 +57,8 @@ class PromptStyle:
         max_new_tokens: most tokens of an answer, unless another limit is asked for.
         extract: finds an answer in a text. The first is what counts; others are told beside it.
         equal: whether what was found is the reference answer.
-        grading: raised when `extract` or `equal` come to find or to hold something else, so that a
-            run is not gone on with by other rules.
+        grading: raised when answers come to end elsewhere, or `extract` or `equal` to find or to
+            hold something else, so that a run is not gone on with by other rules.
     """
 
     name: str
@@ -190,6 +190,7 @@ STYLES = {
                 "flexible-extract": _FLEXIBLE,
             },
             equal=_same_text,
+            grading=2,
         ),
         PromptStyle(
             name="lm-eval-cot-zeroshot",
@@ -203,6 +204,7 @@ STYLES = {
                 "strict-match": _first(r"The answer is (\-?[0-9\.\,]+)."),
             },
             equal=_same_text,
+            grading=2,
         ),
         PromptStyle(
             name="demo",
