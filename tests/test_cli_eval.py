@@ -17,6 +17,7 @@ import pytest
 from meshwen import capacity, demo
 from meshwen.cli import main
 from meshwen.cli.load import load_model
+from meshwen.errors import MeshwenError
 from meshwen.evals.gsm8k import summary
 from meshwen.evals.run_file import RunFile
 from speller import load_once
@@ -412,6 +413,17 @@ def test_few_solved_examples_are_refused(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     assert gsm8k("--out", out, "--prompt-style", "lm-eval", "--train", train, "--limit", 1) == 2
     assert "shows 5 solved examples, and there are only 4" in capsys.readouterr().err
+
+
+def test_solved_examples_that_cannot_be_had_name_a_style_without(tmp_path, monkeypatch, capsys):
+    def no_hub(split):
+        raise MeshwenError("no network")
+
+    monkeypatch.setattr("meshwen.evals.problems.hub_problems", no_hub)
+    assert gsm8k("--out", tmp_path / "r.jsonl", "--prompt-style", "lm-eval", "--limit", 1) == 2
+    err = capsys.readouterr().err
+    assert "style lm-eval shows solved examples, --train or the hub's: no network;" in err
+    assert "--prompt-style qwen-boxed needs none" in err
 
 
 def test_few_shot_prompts_have_solved_examples(tmp_path, capsys):

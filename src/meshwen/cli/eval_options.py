@@ -231,4 +231,12 @@ def _examples(train: Path | None, style: PromptStyle) -> Sequence[Problem]:
         if train is not None:
             raise MeshwenError(f"prompt style {style.name} has no solved examples: no --train")
         return []
-    return hub_problems("train") if train is None else read_problems(train)
+    if train is not None:
+        return read_problems(train)
+    try:
+        return hub_problems("train")
+    except MeshwenError as error:
+        raise MeshwenError(
+            f"prompt style {style.name} shows solved examples, --train or the hub's: {error}; "
+            "--prompt-style qwen-boxed needs none"
+        ) from None
