@@ -12,6 +12,7 @@ from meshwen import kernels
 from meshwen.cli import options
 from meshwen.cli.load import load_model, rounding_note
 from meshwen.parallel.mesh import make_mesh
+from needs_kernels import needs_kernels
 from tiny_model import ONE_LAYER, weights
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -56,11 +57,9 @@ def test_what_is_lost_of_the_files_numbers_is_said_as_it_is(kinds, kept, said):
     assert (said or "") in (found or "")
 
 
-@pytest.mark.parametrize("set_", [None, "avx2"])
-def test_int8_without_kernels_is_said_to_be_slow(monkeypatch, capsys, set_):
-    if set_ and kernels.instruction_set() is None:
-        pytest.skip("there are no kernels here")
-    if set_ is None:
+@pytest.mark.parametrize("with_kernels", [False, pytest.param(True, marks=needs_kernels)])
+def test_int8_without_kernels_is_said_to_be_slow(monkeypatch, capsys, with_kernels):
+    if not with_kernels:
         monkeypatch.setattr(kernels, "instruction_set", lambda: None)
     checkpoint = memory_checkpoint(
         ONE_LAYER, {n: a.astype(BFLOAT16) for n, a in weights().items() if "layers.1" not in n}
@@ -74,5 +73,5 @@ def test_int8_without_kernels_is_said_to_be_slow(monkeypatch, capsys, set_):
         quantization=options.Quantization.INT8,
     )
     said = " ".join(capsys.readouterr().err.split())
-    assert ("about 6 times on a CPU" in said) == (set_ is None)
+    assert ("about 6 times on a CPU" in said) == (not with_kernels)
     assert "a note of the checkpoint" in said

@@ -7,10 +7,10 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,13 +18,13 @@ from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
-from meshwen.cli.load import load_model, sampling_params
+from meshwen.cli.load import load_model, sampling_params, settings_shown
 from meshwen.cli.prompts import unheeded_fields
 from meshwen.errors import MeshwenError
 from meshwen.json_files import parse_json, to_json
 
 if TYPE_CHECKING:
-    from meshwen.sampling_params import SamplingParams
+    pass
 
 _HELP = """\
 /retry        forget the last answer, and answer again: with a new seed, unless
@@ -197,7 +197,7 @@ def _obey(command: str, argument: str, conversation: Conversation) -> bool:
 
 def _set(argument: str, conversation: Conversation) -> None:
     """Changes a sampling parameter, or shows all."""
-    settings = _settings(conversation.sampling)
+    settings = settings_shown(conversation.sampling)
     name, _, text = argument.partition(" ")
     name = name.replace("-", "_")  # As the options are written.
     if name:
@@ -222,13 +222,8 @@ def _set(argument: str, conversation: Conversation) -> None:
         conversation.keeps_seed |= name == "seed"
         if not drew:
             _renew_seed(conversation)
-        settings = {name: _settings(conversation.sampling)[name]}
+        settings = {name: settings_shown(conversation.sampling)[name]}
     note("\n".join(f"{name} {to_json(value)}" for name, value in settings.items()))
-
-
-def _settings(sampling: SamplingParams) -> dict[str, Any]:
-    left_out = ("logprobs", "max_new_tokens_asked")
-    return {name: value for name, value in asdict(sampling).items() if name not in left_out}
 
 
 def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
@@ -265,7 +260,7 @@ def _typed_turns() -> Iterator[str]:
     from meshwen.cli.terminal_input import typed_turns  # Not for a pipe.
     from meshwen.sampling_params import SamplingParams
 
-    return typed_turns(_COMMANDS, tuple(_settings(SamplingParams())))
+    return typed_turns(_COMMANDS, tuple(settings_shown(SamplingParams())))
 
 
 def _piped_lines() -> Iterator[str]:

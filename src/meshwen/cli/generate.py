@@ -11,7 +11,7 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
-from meshwen.cli.load import load_model, sampling_params
+from meshwen.cli.load import load_model, sampling_params, settings_shown
 from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
 from meshwen.json_files import to_json
@@ -158,7 +158,7 @@ def generate(
         "dtype": dtype.value,
         "numerics": numerics.value,
         "quantization": quantization and quantization.value,
-        "sampling": _sampling_dict(sampling),
+        "sampling": settings_shown(sampling),
     }
     with working(lambda: before_first_token(loaded.engine.prefilled)) as first_came:
         events = _telling(first_came, meter.watch(loaded.engine.run(requests)))
@@ -244,8 +244,3 @@ def _note_cut_off(
         note(f"cut off at max_length {longest}, see --max-new-tokens: {limited} {answers}")
     if full:
         note(f"cut off where the model's context of {context} tokens is full: {full} {answers}")
-
-
-def _sampling_dict(sampling: SamplingParams) -> dict[str, Any]:
-    left_out = ("logprobs", "max_new_tokens_asked")
-    return {name: value for name, value in asdict(sampling).items() if name not in left_out}

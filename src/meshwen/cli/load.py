@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli import options
@@ -48,6 +48,12 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
         params = replace(params, seed=shared("seed", lambda: with_fresh_seed(params).seed))
         note(f"seed: {params.seed} (--seed {params.seed} draws the same again)")
     return params
+
+
+def settings_shown(sampling: SamplingParams) -> dict[str, Any]:
+    """The sampling parameters that a user is told of, by name."""
+    left_out = ("logprobs", "max_new_tokens_asked")
+    return {name: value for name, value in asdict(sampling).items() if name not in left_out}
 
 
 def load_model(
