@@ -13,19 +13,25 @@ TARGETS = fuzzing.targets()
 EXAMPLES = 40
 
 
-@pytest.mark.parametrize("name", TARGETS)
+def marks(name):
+    """Readers that need torch are tried where torch is: by `make test-torch`."""
+    target = TARGETS[name]
+    absent = pytest.mark.skipif(target.missing, reason=f"needs the extra {target.needs}")
+    return [absent, pytest.mark.torch] if target.needs == "torch" else [absent]
+
+
+EACH = pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TARGETS])
+
+
+@EACH
 def test_a_file_that_was_not_altered_is_read(name, tmp_path):
     target = TARGETS[name]
-    if target.missing:
-        pytest.skip(f"{target.needs} is not installed")
     target.read(target.valid(), tmp_path)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@EACH
 def test_an_altered_file_is_read_or_refused_in_one_line(name):
     target = TARGETS[name]
-    if target.missing:
-        pytest.skip(f"{target.needs} is not installed")
 
     @seed(0)
     @settings(
@@ -42,10 +48,11 @@ def test_an_altered_file_is_read_or_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize(
-    "path", fuzzing.findings(), ids=lambda path: f"{path.parent.name}/{path.name}"
+    "path",
+    [
+        pytest.param(path, marks=marks(path.parent.name), id=f"{path.parent.name}/{path.name}")
+        for path in fuzzing.findings()
+    ],
 )
 def test_what_was_once_misread(path):
-    target = TARGETS[path.parent.name]
-    if target.missing:
-        pytest.skip(f"{target.needs} is not installed")
-    fuzzing.check(target, path.read_bytes())
+    fuzzing.check(TARGETS[path.parent.name], path.read_bytes())
