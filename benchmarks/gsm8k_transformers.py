@@ -21,7 +21,7 @@ from pathlib import Path
 from meshwen.evals.gsm8k import question
 from meshwen.evals.problems import read_problems
 from meshwen.evals.styles import prompt_style
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 
 SYSTEM_PROMPT = "You solve word problems."
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

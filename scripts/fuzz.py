@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import fuzzing
-from meshwen import contained
+from meshwen.common import contained
 
 LONGEST_S = 10.0
 _BATCH = 50

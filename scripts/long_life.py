@@ -17,11 +17,11 @@ import sys
 import jax
 
 from mesh_model import MeshModel
-from meshwen import runner
-from meshwen.capacity import Capacity
-from meshwen.engine import Engine
-from meshwen.request import Request
-from meshwen.sampling_params import SamplingParams
+from meshwen.cache.budget import Capacity
+from meshwen.engine import runner
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import SamplingParams
 from tiny_model import ONE_LAYER
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)

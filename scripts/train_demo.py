@@ -11,7 +11,8 @@ trained weights also depend on how XLA orders float32 sums on the machine.
 `--state FILE` saves the training state now and then and goes on from it; `--evaluate` only scores
 what is in `--out` on its held-out problems.
 
-The forward pass is `meshwen.model`, the one that serves; the gradient goes through it as it is.
+The forward pass is the one that serves, `meshwen.models.qwen2`; the gradient goes through it as
+it is.
 """
 
 import argparse
@@ -43,14 +44,14 @@ from demo_tokenizer import (
     write_tokenizer,
 )
 from meshwen.causal_lm import Qwen2ForCausalLM
-from meshwen.config import Qwen2Config
-from meshwen.model import hidden_states, logits
-from meshwen.parallel.contractions import TensorParallel
+from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import hidden_states, logits
+from meshwen.ops.contractions import TensorParallel
+from meshwen.ops.rotary import inverse_frequencies
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.rope import inverse_frequencies
-from meshwen.tokenizer import Tokenizer
-from meshwen.weights import Weight, declared_weights, unflatten
+from meshwen.tokenizer.tokenizer import Tokenizer
+from meshwen.weights.declaration import Weight, declared_weights, unflatten
 
 VOCABULARY = 1024
 LAYERS = 4

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 import costs
-from meshwen.compilation_cache import enable_compilation_cache
+from meshwen.runtime.compilation_cache import enable_compilation_cache
 
 # The largest mesh that is tested. JAX makes its devices when the first array is made, once.
 jax.config.update("jax_num_cpu_devices", 32)

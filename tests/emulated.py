@@ -3,7 +3,7 @@
 
 import re
 
-from meshwen import kernels
+from meshwen.ops.cpu import kernels
 
 # Adds up the two products of a pair, as `vdpbf16ps` does; it may round otherwise.
 _PAIRS = """

@@ -19,21 +19,21 @@ from hypothesis import strategies as st
 
 import speller
 from checkpoint_writers import CONFIG, float_gguf_tensors, random_weights, write_folder, write_gguf
-from meshwen.arguments import token_ids
 from meshwen.checkpoints import name_kind, open_checkpoint
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.prompts import read_prompts
-from meshwen.config import Qwen2Config
-from meshwen.contained import Contained
+from meshwen.common.arguments import token_ids
+from meshwen.common.contained import Contained
+from meshwen.common.json_files import parse_json
+from meshwen.common.paths import user_path
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.evals.problems import read_problems
 from meshwen.evals.run_file import FORMAT, RunFile
 from meshwen.evals.styles import STYLES
-from meshwen.json_files import parse_json
+from meshwen.models.config import Qwen2Config
 from meshwen.parallel.mesh import MeshSpec
-from meshwen.paths import user_path
-from meshwen.sampling_params import SamplingParams
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.verify.certificate_file import FORMAT as CERTIFICATE
 from meshwen.verify.certificate_file import as_json, read_certificate, with_hash
 from meshwen.verify.reference import read_golden
@@ -214,7 +214,7 @@ def _render(data: bytes, folder: Path) -> None:
 
 @cache
 def _templates() -> Contained:
-    return Contained("meshwen.chat_template_worker", "the chat template")
+    return Contained("meshwen.tokenizer.chat_template_worker", "the chat template")
 
 
 def _read_file(reader: Callable[[Path], object], data: bytes, folder: Path) -> None:

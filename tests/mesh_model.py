@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import reference
-from meshwen import kernels
+from meshwen.cache.kv_cache import KVCache
 from meshwen.checkpoints import Checkpoint, TensorSource
-from meshwen.config import Qwen2Config
-from meshwen.kv_cache import KVCache
-from meshwen.loading import load_params
-from meshwen.model import hidden_states, logits
-from meshwen.packing import AnyWeight, PackedWeight, unpacked
+from meshwen.engine.runner import ModelRunner
+from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import hidden_states, logits
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.packing import AnyWeight, PackedWeight, unpacked
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.runner import ModelRunner
 from meshwen.verify import hlo as verify_hlo
+from meshwen.weights.loading import load_params
 
 # 7B's 28 query and 4 key/value heads at 1/16 scale, with a vocabulary that no mesh divides.
 SMALL_7B = Qwen2Config(

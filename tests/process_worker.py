@@ -47,8 +47,8 @@ def observe(model: str, mesh: str, numerics: str) -> dict:
 
 
 if __name__ == "__main__":
-    from meshwen.compilation_cache import enable_compilation_cache
-    from meshwen.distributed import start
+    from meshwen.parallel.distributed import start
+    from meshwen.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
     address, index, output, model, *runs = sys.argv[1:]

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen2 in float64 numpy, to be obviously right: one sequence, head and query at a time.
 
-Deliberately unlike meshwen.model: weights are `[out, in]` as in a checkpoint, rotations are complex
-numbers, key/value heads are picked one by one, and what a query sees is a list of positions.
+Deliberately unlike meshwen.models.qwen2: weights are `[out, in]` as in a checkpoint, rotations are
+complex numbers, key/value heads are picked one by one, and what a query sees is a list of
+positions.
 """
 
 import math
 
 import numpy as np
 
-from meshwen.config import Qwen2Config
-from meshwen.rope_scaling import RopeScaling
+from meshwen.models.config import Qwen2Config
+from meshwen.models.rope_scaling import RopeScaling
 
 
 def tensor_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.checkpoints import Checkpoint
 from meshwen.cli.load import load_model
-from meshwen.tokenizer import byte_alphabet
+from meshwen.tokenizer.tokenizer import byte_alphabet
 
 ANSWER = "Hi \N{CHRISTMAS TREE}!"
 CONTEXT = 160

@@ -8,11 +8,11 @@ import pytest
 
 import reference
 from mesh_model import MemoryTensor, memory_checkpoint
-from meshwen import agreement
 from meshwen.checkpoints.digest import sample_sha256
+from meshwen.engine import agreement
+from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.request import Request
-from meshwen.sampling_params import SamplingParams
 from tiny_model import ONE_LAYER
 
 

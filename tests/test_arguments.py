@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 
 from meshwen import SamplingParams, make_mesh
-from meshwen.arguments import number, one_prompt, several_prompts, token_ids, truth, whole_number
-from meshwen.config import Qwen2Config
+from meshwen.common.arguments import (
+    number,
+    one_prompt,
+    several_prompts,
+    token_ids,
+    truth,
+    whole_number,
+)
+from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
-from meshwen.paths import exists, user_path
-from meshwen.tokenizer import Tokenizer
+from meshwen.models.config import Qwen2Config
+from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import write_tokenizer
 
 MESSAGE = {"role": "user", "content": "hi"}

@@ -12,10 +12,10 @@ from meshwen.bench.costs import decode_cost, prefill_cost
 from meshwen.bench.measure import Seconds
 from meshwen.bench.report_html import html_report
 from meshwen.cli import main
+from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.presets import preset
-from meshwen.weights import declared_weights
+from meshwen.weights.declaration import declared_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)

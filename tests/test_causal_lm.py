@@ -23,11 +23,11 @@ from meshwen import (
     Qwen2ForCausalLM,
     Request,
     SamplingParams,
-    presets,
 )
+from meshwen.engine.sampling import NO_TOKEN
 from meshwen.errors import MeshwenError
+from meshwen.models import presets
 from meshwen.parallel.mesh import make_mesh
-from meshwen.sampling import NO_TOKEN
 from speller import ANSWER, CONTEXT, answer_ids, chat_ids, token_ids, write_speller
 from tiny_model import TINY, greedy, weights
 

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from meshwen import chat_template, contained
-from meshwen.chat_template import ChatTemplate, templates_in_folder
+from meshwen.common import contained
 from meshwen.errors import MeshwenError
+from meshwen.tokenizer import chat_template
+from meshwen.tokenizer.chat_template import ChatTemplate, templates_in_folder
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATML = """\

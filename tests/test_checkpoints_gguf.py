@@ -21,13 +21,13 @@ from checkpoint_writers import (
     write_gguf,
 )
 from meshwen.checkpoints import open_checkpoint
-from meshwen.config import Qwen2Config
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.loading import load_params
+from meshwen.models.config import Qwen2Config
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.sampling_params import SamplingParams
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
+from meshwen.weights.loading import load_params
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 

@@ -26,7 +26,7 @@ from checkpoint_writers import (
 from meshwen.checkpoints import open_checkpoint
 from meshwen.checkpoints.hub import looks_like_hub_id
 from meshwen.errors import MeshwenError
-from meshwen.presets import preset
+from meshwen.models.presets import preset
 
 
 def error_of(path: object, **options: str) -> str:

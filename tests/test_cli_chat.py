@@ -19,12 +19,12 @@ from meshwen.cli import chat as chat_module
 from meshwen.cli import main
 from meshwen.cli.conversation import Conversation
 from meshwen.cli.terminal_input import CommandCompleter, typed_turns
-from meshwen.request import Completion, Event, Timings
-from meshwen.runner import ModelRunner
-from meshwen.sampling import NO_TOKEN
-from meshwen.sampling_params import SamplingParams
-from meshwen.stream import Stream
-from meshwen.tokenizer import Tokenizer
+from meshwen.engine.request import Completion, Event, Timings
+from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling import NO_TOKEN
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.stream import Stream
+from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import ANSWER, CONTEXT, load_once, write_speller
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -165,7 +165,7 @@ def test_ctrl_c_while_a_prompt_is_read_stops_before_its_next_chunk(
             signal.raise_signal(signal.SIGINT)
         return prefill(self, *arguments)
 
-    monkeypatch.setattr("meshwen.buckets._LONGEST_CHUNK", 16)
+    monkeypatch.setattr("meshwen.runtime.shape_buckets._LONGEST_CHUNK", 16)
     monkeypatch.setattr(ModelRunner, "prefill", interrupted)
     assert chat("x" * 60, f"/save {tmp_path / 'chats'}") == 2
     output = capsys.readouterr()

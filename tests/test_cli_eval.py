@@ -14,7 +14,8 @@ from html import escape
 
 import pytest
 
-from meshwen import capacity, demo
+from meshwen import demo
+from meshwen.cache import budget as capacity
 from meshwen.cli import main
 from meshwen.cli.load import load_model
 from meshwen.errors import MeshwenError
@@ -398,7 +399,7 @@ def test_a_problem_that_does_not_fit_is_counted_as_wrong_and_the_others_are_aske
     long = json.dumps({"question": "What is " + "1 + " * 90 + "1?", "answer": "#### 91"})
     data.write_text("\n".join([problems[0], long, problems[1]]))
     monkeypatch.setattr("meshwen.cli.eval.load_model", load_model)  # Looks at the free memory.
-    monkeypatch.setattr("meshwen.loading.free_bytes", lambda devices: 1 << 30)
+    monkeypatch.setattr("meshwen.weights.loading.free_bytes", lambda devices: 1 << 30)
     monkeypatch.setattr(capacity, "_free_host_bytes", lambda: 375_000)  # 390 slots.
     options = ("--data", data, "--max-new-tokens", 20, "--json")
     assert gsm8k("--out", tmp_path / "r.jsonl", *options) == 0

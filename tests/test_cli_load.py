@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mesh_model import MemoryTensor, memory_checkpoint
-from meshwen import kernels
 from meshwen.cli import options
 from meshwen.cli.load import load_model, rounding_note
+from meshwen.ops.cpu import kernels
 from meshwen.parallel.mesh import make_mesh
 from needs_kernels import needs_kernels
 from tiny_model import ONE_LAYER, weights

@@ -9,7 +9,7 @@ import pytest
 
 from meshwen.cli.prompts import read_prompts, unheeded_fields
 from meshwen.errors import MeshwenError
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import chat_ids, token_ids, write_speller
 
 

@@ -14,7 +14,7 @@ from meshwen.cli import main
 from meshwen.cli.console import harmless, note, working, write
 from meshwen.cli.files import check_writable, write_text
 from meshwen.errors import MeshwenError
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import write_speller
 
 EVIL = "a\x1b]0;title\x07\x1b[2J\rb\x7f\x9b31m\u202ec\u2066\x00"

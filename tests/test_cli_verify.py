@@ -10,9 +10,9 @@ import pytest
 from checkpoint_writers import random_weights, write_folder
 from meshwen.cli import main
 from meshwen.cli.options import parse_meshes
+from meshwen.engine.sampling import sample
 from meshwen.errors import MeshwenError
-from meshwen.parallel.exact import ExactTensorParallel
-from meshwen.sampling import sample
+from meshwen.ops.numerics.exact import ExactTensorParallel
 from meshwen.verify import parity
 from meshwen.verify.certificate_file import with_hash
 from meshwen.verify.faults import negated, with_changed_weight
@@ -83,7 +83,7 @@ def test_a_sampler_that_takes_other_tokens_breaks_a_promise(model, capsys, monke
         sampled = sample(*arguments)
         return sampled._replace(tokens=(sampled.tokens + 1) % 100)
 
-    monkeypatch.setattr("meshwen.runner.sample", wrong)
+    monkeypatch.setattr("meshwen.engine.runner.sample", wrong)
     assert main(["verify", "--model", model, *SHORT]) == 1
     assert "less likely than the likeliest" in capsys.readouterr().out
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from meshwen.compilation_cache import _own_folder, tidy
+from meshwen.runtime.compilation_cache import _own_folder, tidy
 
 SCRIPT = """
-from meshwen.compilation_cache import enable_compilation_cache
+from meshwen.runtime.compilation_cache import enable_compilation_cache
 enable_compilation_cache()
 import jax
 print(jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(4)).sum())
@@ -148,7 +148,9 @@ def test_a_file_is_read_again_only_after_a_change(tmp_path, monkeypatch):
     path = entry(tmp_path, "a", 10, 1)
     tidy(tmp_path)
     read = []
-    monkeypatch.setattr("meshwen.compilation_cache._is_whole", lambda path: read.append(path) or 1)
+    monkeypatch.setattr(
+        "meshwen.runtime.compilation_cache._is_whole", lambda path: read.append(path) or 1
+    )
     os.utime(tmp_path / ".tidied")
     tidy(tmp_path)
     assert read == []

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from meshwen.config import Qwen2Config, declared_quantization
 from meshwen.errors import MeshwenError
-from meshwen.presets import PRESETS, preset
-from meshwen.rope_scaling import RopeScaling
+from meshwen.models.config import Qwen2Config, declared_quantization
+from meshwen.models.presets import PRESETS, preset
+from meshwen.models.rope_scaling import RopeScaling
 
 # config.json of published checkpoints, as they were written.
 QWEN25_7B_INSTRUCT = {

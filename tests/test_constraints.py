@@ -8,12 +8,12 @@ import pytest
 
 import reference
 from mesh_model import MeshModel
-from meshwen.capacity import Capacity
-from meshwen.constraints import TokenConstraints
-from meshwen.engine import Engine
+from meshwen.cache.budget import Capacity
+from meshwen.engine.constraints import TokenConstraints
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.request import Request
-from meshwen.sampling_params import SamplingParams
 from tiny_model import STEPS, TINY, greedy, weights
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -187,8 +187,10 @@ def test_drafts_rest_where_each_would_need_constraints_of_its_own(monkeypatch):
         return decode(cache, tokens, *rest)
 
     monkeypatch.setattr(runner("1"), "decode", watched)
-    monkeypatch.setattr("meshwen.sequence.SequenceState.guesses", lambda _, count: [0] * count)
-    monkeypatch.setattr("meshwen.sequence.SequenceState.judge", lambda *_: None)
+    monkeypatch.setattr(
+        "meshwen.engine.sequence.SequenceState.guesses", lambda _, count: [0] * count
+    )
+    monkeypatch.setattr("meshwen.engine.sequence.SequenceState.judge", lambda *_: None)
     prompt = (1, 2, 3) * 3
     asked = ({}, {"encoder_repetition_penalty": 1.1}, {"suppress_tokens": (5,)})
     for one, expected in zip(asked, (True, True, False), strict=True):

@@ -22,8 +22,8 @@ import reference
 from checkpoint_writers import write_model
 from meshwen.checkpoints import open_checkpoint
 from meshwen.cli import main
-from meshwen.distributed import start
 from meshwen.errors import MeshwenError
+from meshwen.parallel.distributed import start
 from speller import write_tokenizer
 from tiny_model import ONE_LAYER
 
@@ -287,7 +287,7 @@ def test_process_0_does_not_wait_for_others_forever(port):
 def test_sigterm_ends_a_process_at_once(port):
     program = (
         "import time\n"
-        "from meshwen.distributed import start\n"
+        "from meshwen.parallel.distributed import start\n"
         f"start('127.0.0.1:{port}', 1, 0)\n"
         "print('joined', flush=True)\n"
         "time.sleep(60)\n"  # JAX's own service would let it end here, with status 0.

@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 
 import reference
 from mesh_model import MeshModel, random_tokens, with_nan
-from meshwen import Qwen2ForCausalLM, kernels
-from meshwen.capacity import Capacity
-from meshwen.engine import Engine
+from meshwen import Qwen2ForCausalLM
+from meshwen.cache.budget import Capacity
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Completion, Request
+from meshwen.engine.sampling import SamplerRows, SamplingMethod
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.sequence import StopText
 from meshwen.errors import MeshwenError
-from meshwen.request import Completion, Request
-from meshwen.sampling import SamplerRows, SamplingMethod
-from meshwen.sampling_params import SamplingParams
-from meshwen.sequence import StopText
+from meshwen.ops.cpu import kernels
 from needs_kernels import needs_kernels
 from speller import ANSWER, answer_ids, write_speller
 from tiny_model import STEPS, TINY, greedy, weights
@@ -214,7 +215,7 @@ def test_a_bad_prompt_is_counted_from_1_and_named_before_anything_runs(prompt, w
 @every_mesh
 def test_logits_that_are_nan_are_an_error_of_their_request_and_of_no_other(mesh, monkeypatch):
     if mesh == "1":  # What a kernel does not read, XLA multiplies with 0.
-        monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
+        monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     runner, used = MeshModel(TINY, mesh).runner, {0}  # 0 pads prompts.
     for prompt in PROMPTS:
         used |= {*prompt, *greedy(tuple(prompt))[0]}
@@ -237,7 +238,7 @@ def test_logits_that_are_nan_are_an_error_of_their_request_and_of_no_other(mesh,
 
 
 def test_what_a_cancelled_request_left_does_not_reach_the_next_in_its_row(monkeypatch):
-    monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
+    monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     runner, (following, other, _, long) = MeshModel(TINY, "1").runner, PROMPTS
     bad = greedy(tuple(long))[0][2]
     for prompt in (following, other):
@@ -291,7 +292,7 @@ def test_a_prompt_read_in_chunks_gives_what_one_pass_gives(mesh):
 
 
 def test_a_prompt_whose_scores_are_many_is_read_in_shorter_chunks(monkeypatch):
-    monkeypatch.setattr("meshwen.buckets._SCORE_BYTES", 1)
+    monkeypatch.setattr("meshwen.runtime.shape_buckets._SCORE_BYTES", 1)
     found = completions(engine().run([request(prompt, logprobs=True) for prompt in PROMPTS]))
     for completion, prompt in zip(found, PROMPTS, strict=True):
         tokens, logprobs = greedy(tuple(prompt))
@@ -365,7 +366,7 @@ def test_a_step_consumes_the_cache_it_is_given():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypatch):
     if not kernel:
-        monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
+        monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     runner = MeshModel(replace(TINY, head_dim=head_dim), "1", dtype=dtype).runner
     one, slots = np.zeros(1, np.int32), 64 if kernel else 16
     cache, hidden, ids = runner.empty_cache(4, 64), runner.empty_hidden(1), np.ones((1, 16))

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-import meshwen.capacity as capacity_module
+import meshwen.cache.budget as capacity_module
 from mesh_model import random_tokens, shared_model
-from meshwen.buckets import bucket
-from meshwen.capacity import Capacity
-from meshwen.engine import Engine, QueueFullError
+from meshwen.cache.budget import Capacity
+from meshwen.engine.engine import Engine, QueueFullError
+from meshwen.engine.request import Event, Request
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.request import Event, Request
-from meshwen.sampling_params import SamplingParams
+from meshwen.runtime.shape_buckets import bucket
 from test_engine import PROMPTS, SPLIT, completions, engine, model, request
 from tiny_model import STEPS, TINY, greedy
 
@@ -252,7 +252,7 @@ def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
     mesh, numerics, slots, shapes, monkeypatch
 ):
     expected = completions(growing(mesh, numerics, 1000).run(LONG))
-    monkeypatch.setattr("meshwen.scheduler._AHEAD", 4)
+    monkeypatch.setattr("meshwen.engine.scheduler._AHEAD", 4)
     running = growing(mesh, numerics, slots)
     seen, events = [], []
     for event in running.run(LONG):
@@ -266,7 +266,7 @@ def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
 
 
 def test_a_cache_that_grows_as_one_did_before_compiles_nothing(caplog, monkeypatch):
-    monkeypatch.setattr("meshwen.scheduler._AHEAD", 4)
+    monkeypatch.setattr("meshwen.engine.scheduler._AHEAD", 4)
 
     def compiled() -> list[str]:
         caplog.clear()

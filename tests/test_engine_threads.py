@@ -12,9 +12,9 @@ import pytest
 
 from mesh_model import random_tokens
 from meshwen import Qwen2ForCausalLM
-from meshwen.engine import Engine
+from meshwen.engine.engine import Engine
+from meshwen.engine.turns import Turns
 from meshwen.errors import MeshwenError
-from meshwen.turns import Turns
 from speller import write_speller
 from test_engine import SPLIT, completions, engine, model, request
 from test_engine_batching import drain

@@ -6,15 +6,15 @@ import json
 import pytest
 
 from meshwen.checkpoints import open_checkpoint
+from meshwen.engine.request import Completion, Event, Timings
+from meshwen.engine.sampling import NO_TOKEN
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.evals.default_style import default_style
 from meshwen.evals.gsm8k import Question, answer_all
 from meshwen.evals.run_file import RunFile
 from meshwen.evals.styles import STYLES, Problem, prompt_style, shots
-from meshwen.request import Completion, Event, Timings
-from meshwen.sampling import NO_TOKEN
-from meshwen.sampling_params import SamplingParams
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import TEMPLATE, write_speller
 
 PROBLEM = Problem(0, "How many?", "1+1=<<1+1=2>>2\n#### 2")

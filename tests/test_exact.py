@@ -20,7 +20,7 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.errors import MeshwenError
-from meshwen.parallel.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
+from meshwen.ops.numerics.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
 from meshwen.parallel.heads import PADDING, exact_head_layout
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -109,7 +109,7 @@ def test_a_prompt_read_in_chunks_or_token_by_token_gives_the_same_bits(config, d
 
 @every_dtype
 def test_bits_are_the_same_on_every_mesh_without_the_kernels_too(dtype, monkeypatch):
-    monkeypatch.setattr("meshwen.kernels.instruction_set", lambda: None)
+    monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     token_ids, V = random_tokens(HEADS_28, BATCH, LENGTH), HEADS_28.vocab_size
     one, eight = (MeshModel(HEADS_28, mesh, dtype, numerics="exact") for mesh in ("1", "1x8"))
     expected = one.logits(token_ids)[..., :V]

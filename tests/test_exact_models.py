@@ -11,15 +11,15 @@ import pytest
 
 from mesh_model import MeshModel, random_tokens
 from meshwen import Qwen2ForCausalLM
-from meshwen.capacity import Capacity
-from meshwen.config import Qwen2Config
-from meshwen.engine import Engine
-from meshwen.loading import dummy_params
+from meshwen.cache.budget import Capacity
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.models.config import Qwen2Config
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.request import Request
-from meshwen.runner import ModelRunner
-from meshwen.sampling_params import SamplingParams
+from meshwen.weights.loading import dummy_params
 from tiny_model import ONE_LAYER
 
 DTYPES = ("float32", "bfloat16")

@@ -10,8 +10,8 @@ from mesh_model import MeshModel
 from meshwen import Qwen2ForCausalLM, SamplingParams
 from meshwen.checkpoints import open_checkpoint
 from meshwen.cli.load import sampling_params
+from meshwen.engine.generation_config import GenerationConfig, check_generation_config, unheeded
 from meshwen.errors import MeshwenError
-from meshwen.generation_config import GenerationConfig, check_generation_config, unheeded
 from speller import write_speller
 from tiny_model import TINY
 
@@ -168,7 +168,7 @@ def test_every_key_of_transformers_is_known():
     heeded_or_named = [key for key in known if key not in GenerationConfig.__annotations__]
     assert set(heeded_or_named) >= {"num_beams", "guidance_scale"}
     # What is unknown would be named as well: so each key stands in one of the lists.
-    from meshwen import generation_config
+    from meshwen.engine import generation_config
 
     lists = {*generation_config._NO_MATTER, *generation_config._NEUTRAL}
     lists |= {*generation_config._FILTERS, "penalty_alpha", "cache_implementation"}

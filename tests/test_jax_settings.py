@@ -8,10 +8,10 @@ from jax.sharding import AxisType, Mesh
 
 import reference
 from mesh_model import memory_checkpoint
-from meshwen import jax_settings
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import make_mesh
+from meshwen.runtime import jax_settings
 from test_mesh import run_python
 from tiny_model import ONE_LAYER
 

@@ -10,8 +10,7 @@ import pydantic_core
 import pytest
 from typing_extensions import TypedDict
 
-from meshwen.errors import MeshwenError
-from meshwen.json_files import (
+from meshwen.common.json_files import (
     DEPTH_LIMIT,
     Finite,
     TokenId,
@@ -21,6 +20,7 @@ from meshwen.json_files import (
     shown,
     to_json,
 )
+from meshwen.errors import MeshwenError
 
 
 class Part(TypedDict):
@@ -140,7 +140,7 @@ def test_values_are_shown_short_and_printable():
 
 
 def test_declaring_a_shape_imports_no_schema_library():
-    code = "import meshwen.json_files, sys; sys.exit('pydantic' in sys.modules)"
+    code = "import meshwen.common.json_files, sys; sys.exit('pydantic' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

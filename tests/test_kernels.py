@@ -15,12 +15,12 @@ import pytest
 import reference
 from emulated import compile_anywhere
 from mesh_model import SMALL_7B, MeshModel, random_tokens
-from meshwen import kernels
-from meshwen.capacity import Capacity
-from meshwen.engine import Engine
-from meshwen.packing import PackedWeight
-from meshwen.request import Request
-from meshwen.sampling_params import SamplingParams
+from meshwen.cache.budget import Capacity
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.packing import PackedWeight
 from needs_kernels import needs_kernels
 
 pytestmark = needs_kernels
@@ -317,8 +317,8 @@ def test_threads_may_begin_at_the_same_time():
     # In a process of its own, where nothing is compiled yet.
     program = """
 import concurrent.futures as f, jax.numpy as jnp
-from meshwen import kernels
-from meshwen.packing import PackedWeight
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.packing import PackedWeight
 one = jnp.ones((4, 4), jnp.bfloat16)
 weight = PackedWeight.of(one, one.dtype)
 with f.ThreadPoolExecutor(8) as pool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mesh_model import SMALL_7B
-from meshwen.kv_cache import LayerCache, SequenceCache, cache_bytes_per_token, empty_cache
+from meshwen.cache.kv_cache import LayerCache, SequenceCache, cache_bytes_per_token, empty_cache
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 

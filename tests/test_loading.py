@@ -12,16 +12,16 @@ import pytest
 import reference
 from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, SMALL_HALF_B, memory_checkpoint, whole
-from meshwen import loading
 from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
-from meshwen.finite import check_finite
-from meshwen.loading import dummy_params, load_params
-from meshwen.packing import AnyWeight, PackedWeight
+from meshwen.ops.cpu.packing import AnyWeight, PackedWeight
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import declared_weights
+from meshwen.weights import loading
+from meshwen.weights.declaration import declared_weights
+from meshwen.weights.finite import check_finite
+from meshwen.weights.loading import dummy_params, load_params
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Nothing here divides by most meshes: 7 query and key/value pairs of heads, odd vocabulary and MLP.
@@ -109,7 +109,7 @@ def test_a_checkpoint_loads_bit_for_bit(checkpoint, mesh):
 
 def test_large_parts_are_packed_by_and_by(checkpoint, monkeypatch):
     dtype, weights, opened = checkpoint
-    monkeypatch.setattr("meshwen.loading._PACKED_ROWS", 32)
+    monkeypatch.setattr("meshwen.weights.loading._PACKED_ROWS", 32)
     arrays = by_name(load_params(opened, ParallelPlan(ODD, make_mesh("1")), dtype))
     for name, tensor in weights.items():
         assert same_bits(arrays[name], on_devices(name, tensor, ParallelPlan(ODD, make_mesh("1"))))

@@ -152,7 +152,7 @@ def run_python(program: str, **environment: str) -> str:
 
 def test_importing_starts_no_back_end_so_that_a_mesh_can_simulate_its_devices():
     program = """
-import meshwen, meshwen.loading, meshwen.model, meshwen.weights
+import meshwen, meshwen.weights.loading, meshwen.models.qwen2, meshwen.weights.declaration
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized())
 from meshwen.parallel.mesh import make_mesh

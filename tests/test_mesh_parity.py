@@ -19,10 +19,10 @@ from mesh_model import (
     whole,
     with_numbers,
 )
-from meshwen import kernels
+from meshwen.engine.sampling import SamplerRows, SamplingMethod
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.ops.cpu import kernels
 from meshwen.parallel.heads import PADDING
-from meshwen.sampling import SamplerRows, SamplingMethod
-from meshwen.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 # In units of the largest logit. float32 rounding gives 1e-6, whatever the order of the sums.

@@ -19,10 +19,10 @@ from mesh_model import (
     relative_error,
     shared_model,
 )
-from meshwen import kernels
-from meshwen.config import Qwen2Config, RopeScaling
-from meshwen.model import hidden_states, logits, rms_norm, rotate
-from meshwen.parallel.contractions import TensorParallel, product
+from meshwen.models.config import Qwen2Config, RopeScaling
+from meshwen.models.qwen2 import hidden_states, logits, rms_norm, rotate
+from meshwen.ops.contractions import TensorParallel, product
+from meshwen.ops.cpu import kernels
 
 # In units of the largest logit. float32 rounding gives 1e-6; a wrong model gives 1e-2 or more.
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from mesh_model import SMALL_7B
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import LOGICAL_AXIS_RULES, ParallelPlan
-from meshwen.weights import declared_weights
+from meshwen.weights.declaration import declared_weights
 
 MESHES = ("1", "3", "1x8", "2x4", "1x32", "data=2,model=4", "data=4")
 

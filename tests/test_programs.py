@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from mesh_model import MeshModel
-from meshwen import runner
-from meshwen.capacity import Capacity
-from meshwen.engine import Engine
-from meshwen.jax_settings import Program
-from meshwen.programs import ProgramTable, ShapedProgram
-from meshwen.request import Request
-from meshwen.sampling_params import SamplingParams
+from meshwen.cache.budget import Capacity
+from meshwen.engine import runner
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.runtime.jax_settings import Program
+from meshwen.runtime.programs import ProgramTable, ShapedProgram
 from tiny_model import ONE_LAYER
 
 pytestmark = pytest.mark.usefixtures("unoptimised")

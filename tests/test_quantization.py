@@ -22,14 +22,15 @@ from mesh_model import (
     relative_error,
     shared_model,
 )
-from meshwen import Qwen2ForCausalLM, kernels
+from meshwen import Qwen2ForCausalLM
 from meshwen.cli.app import app
 from meshwen.errors import MeshwenError
-from meshwen.loading import dummy_params
-from meshwen.packing import PackedWeight, unpacked
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.packing import PackedWeight, unpacked
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import placed_weights
+from meshwen.weights.declaration import placed_weights
+from meshwen.weights.loading import dummy_params
 from needs_kernels import needs_kernels
 
 bfloat16 = ml_dtypes.bfloat16

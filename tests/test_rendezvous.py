@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from meshwen import rendezvous
 from meshwen.errors import MeshwenError
+from meshwen.parallel import rendezvous
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from meshwen.engine.sampling import NO_TOKEN, SamplerRows, SamplingMethod, mark_seen, sample
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.parallel.contractions import TensorParallel
+from meshwen.ops.contractions import TensorParallel
 from meshwen.parallel.mesh import make_mesh, model_axes
-from meshwen.sampling import NO_TOKEN, SamplerRows, SamplingMethod, mark_seen, sample
-from meshwen.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 MESHES = ("1", "3", "2x4")  # One device; a vocabulary that does not divide; two axes.
@@ -472,7 +472,7 @@ def test_equal_scores_give_the_lowest_id_by_every_method(monkeypatch, mesh, cand
     def noise(seed, positions, ids, tp):
         return jnp.where(ids == 5, 1.0, 0.0)  # Makes token 5 as good as 9, the likeliest.
 
-    monkeypatch.setattr("meshwen.sampling._noise", noise)
+    monkeypatch.setattr("meshwen.engine.sampling._noise", noise)
     logits = np.full((1, 37), -1.0)
     logits[0, [5, 9]] = 1.0, 2.0
     params, method = [params_of(temperature=1.0)], SamplingMethod(candidates, False, False)
@@ -486,7 +486,7 @@ def test_noise_of_minus_infinity_brings_back_nothing_that_may_not_come(monkeypat
     def noise(seed, positions, ids, tp):
         return jnp.full((1, ids.shape[1]), -jnp.inf)
 
-    monkeypatch.setattr("meshwen.sampling._noise", noise)
+    monkeypatch.setattr("meshwen.engine.sampling._noise", noise)
     params, method = [params_of(temperature=1.0)], SamplingMethod(candidates, False, False)
     _compiled.cache_clear()
     forbidden = np.arange(37)[None] != 9

@@ -58,12 +58,20 @@ def test_a_fault_whose_place_has_gone_is_named(script):
 @pytest.mark.parametrize(
     ("changed", "first", "others"),
     [
-        ("tests/test_rope.py", ["test_rope"], []),
+        ("tests/test_rotary.py", ["test_rotary"], []),
         ("tests/speller.py", ["test_arguments"], ["test_cli_chat", "test_cli_generate"]),
-        ("src/meshwen/engine.py", ["test_engine", "test_engine_batching"], ["test_lookup"]),
+        (
+            "src/meshwen/engine/engine.py",
+            ["test_engine", "test_engine_batching"],
+            ["test_prompt_lookup"],
+        ),
         ("src/meshwen/cli/chat.py", ["test_chat_template", "test_cli_chat"], []),
-        ("src/meshwen/kernels/attention.ll", ["test_kernels"], ["test_quantization"]),
-        ("src/meshwen/parallel/exact.py", ["test_exact", "test_exact_models"], ["test_lookup"]),
+        ("src/meshwen/ops/cpu/kernels/attention.ll", ["test_kernels"], ["test_quantization"]),
+        (
+            "src/meshwen/ops/numerics/exact.py",
+            ["test_exact", "test_exact_models"],
+            ["test_prompt_lookup"],
+        ),
         ("src/meshwen/gone.py", [], []),
         ("scripts/check.py", ["test_scripts"], []),
         ("tests/conftest.py", ["test_heads"], []),

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from meshwen.errors import MeshwenError
-from meshwen.tokenizer import Tokenizer, byte_alphabet
+from meshwen.tokenizer.tokenizer import Tokenizer, byte_alphabet
 
 SPLIT = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""

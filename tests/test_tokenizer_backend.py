@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from meshwen import contained
+from meshwen.common import contained
 from meshwen.errors import MeshwenError
-from meshwen.tokenizer import Tokenizer
-from meshwen.tokenizer_backend import InOwnProcess, InProcess, build, encoder, is_bounded
-from meshwen.tokenizer_files import qwen2_content
+from meshwen.tokenizer.backend import InOwnProcess, InProcess, build, encoder, is_bounded
+from meshwen.tokenizer.files import qwen2_content
+from meshwen.tokenizer.tokenizer import Tokenizer
 
 ALPHABET = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 QWEN2 = qwen2_content(ALPHABET | {"ab": 256}, ["a b"])

@@ -8,10 +8,10 @@ import pytest
 
 import reference
 from mesh_model import SMALL_7B, SMALL_HALF_B
+from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.presets import preset
-from meshwen.weights import declared_weights, num_parameters, unflatten
+from meshwen.weights.declaration import declared_weights, num_parameters, unflatten
 
 ODD = replace(SMALL_HALF_B, head_dim=10, vocab_size=997, intermediate_size=301)
 # Parameters of the published checkpoints, as their safetensors headers add up.

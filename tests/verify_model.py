@@ -9,12 +9,12 @@ import numpy as np
 
 from mesh_model import memory_checkpoint
 from meshwen.checkpoints import Checkpoint
-from meshwen.loading import load_params
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.verify.localise import Prober, Trace
 from meshwen.verify.mesh_run import MeshRun, Observed
 from meshwen.verify.workload import Workload
+from meshwen.weights.loading import load_params
 from tiny_model import TINY, greedy, weights
 
 STEPS = 3

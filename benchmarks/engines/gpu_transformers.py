@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from with_transformers import Transformers
 
-from meshwen.presets import PRESETS, preset
+from meshwen.models.presets import PRESETS, preset
 
 PROMPTS = 5  # to read, of which the median counts
 

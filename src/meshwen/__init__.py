@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from meshwen.causal_lm import AutoModelForCausalLM, Qwen2ForCausalLM
-    from meshwen.compilation_cache import enable_compilation_cache
-    from meshwen.config import Qwen2Config
+    from meshwen.engine.request import Completion, Event, Request
+    from meshwen.engine.sampling_params import SamplingParams
     from meshwen.errors import MeshwenError
+    from meshwen.models.config import Qwen2Config
     from meshwen.parallel.mesh import make_mesh
-    from meshwen.request import Completion, Event, Request
-    from meshwen.sampling_params import SamplingParams
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.runtime.compilation_cache import enable_compilation_cache
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     __version__: str
 
@@ -41,15 +41,15 @@ __all__ = [
 
 _MODULES = {
     "AutoModelForCausalLM": "causal_lm",
-    "Completion": "request",
-    "Event": "request",
+    "Completion": "engine.request",
+    "Event": "engine.request",
     "MeshwenError": "errors",
-    "Qwen2Config": "config",
+    "Qwen2Config": "models.config",
     "Qwen2ForCausalLM": "causal_lm",
-    "Request": "request",
-    "SamplingParams": "sampling_params",
-    "Tokenizer": "tokenizer",
-    "enable_compilation_cache": "compilation_cache",
+    "Request": "engine.request",
+    "SamplingParams": "engine.sampling_params",
+    "Tokenizer": "tokenizer.tokenizer",
+    "enable_compilation_cache": "runtime.compilation_cache",
     "make_mesh": "parallel.mesh",
 }
 

@@ -16,26 +16,26 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from meshwen.agreement import check_model
-from meshwen.arguments import brief, one_prompt, several_prompts, whole_number
-from meshwen.buckets import bucket
-from meshwen.capacity import Capacity
+from meshwen.cache.budget import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
-from meshwen.config import Qwen2Config
-from meshwen.distributed import to_host
-from meshwen.engine import Engine
+from meshwen.common.arguments import brief, one_prompt, several_prompts, whole_number
+from meshwen.engine.agreement import check_model
+from meshwen.engine.engine import Engine
+from meshwen.engine.generation_config import check_generation_config, unheeded
+from meshwen.engine.request import Completion, Event, Request
+from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
+from meshwen.engine.stream import Stream
 from meshwen.errors import MeshwenError
-from meshwen.generation_config import check_generation_config, unheeded
-from meshwen.jax_settings import own_settings
-from meshwen.loading import Progress, dummy_params, load_params
+from meshwen.models.config import Qwen2Config
+from meshwen.ops.quant.int8 import QUANTIZATIONS, Quantization
+from meshwen.parallel.distributed import to_host
 from meshwen.parallel.mesh import make_mesh, mesh_label
 from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
-from meshwen.quantization import QUANTIZATIONS, Quantization
-from meshwen.request import Completion, Event, Request
-from meshwen.runner import ModelRunner
-from meshwen.sampling_params import SamplingParams, with_fresh_seed
-from meshwen.stream import Stream
-from meshwen.tokenizer import Tokenizer
+from meshwen.runtime.jax_settings import own_settings
+from meshwen.runtime.shape_buckets import bucket
+from meshwen.tokenizer.tokenizer import Tokenizer
+from meshwen.weights.loading import Progress, dummy_params, load_params
 
 DTYPES = ("bfloat16", "float32")
 
@@ -54,7 +54,7 @@ class Qwen2ForCausalLM:
         dtype: of weights, cached values, and the inputs of products with weights.
         generation_config: the checkpoint's sampling defaults, read-only.
         params: the weights, a nested dict by Hugging Face name; those that kernels multiply with,
-            or int8, as `meshwen.packing.PackedWeight`.
+            or int8, as `meshwen.ops.cpu.packing.PackedWeight`.
         runner: the compiled steps.
         engine: runs requests; `generate` and `stream` are short for it.
     """
@@ -123,15 +123,15 @@ class Qwen2ForCausalLM:
             dtype: "bfloat16" or "float32", by name or as `jnp.bfloat16`, of weights, cached
                 values, and the inputs of products with weights.
             numerics: "fast", or "exact" for the same bits on every mesh and in every batch: see
-                `meshwen.parallel.exact`.
+                `meshwen.ops.numerics.exact`.
             quantization: "int8" for weights in int8, with a scale for each 32 numbers, and with the
-                extra `cpu` also what is multiplied with them: see `meshwen.quantization`.
+                extra `cpu` also what is multiplied with them: see `meshwen.ops.quant.int8`.
             load_format: "auto", "safetensors", "torch", "gguf", or "dummy" for made-up weights.
             revision: branch, tag or commit of a hub id.
             max_num_seqs: requests that run at once; fewer where memory is short.
             max_model_len: the most tokens of prompt and answer; None: the model's context.
             prompt_lookup_num_tokens: how many tokens a step guesses from what came before, 0 to 15:
-                answers that repeat their prompt come faster. See `meshwen.lookup`.
+                answers that repeat their prompt come faster. See `meshwen.engine.prompt_lookup`.
             progress: called with the number of weights placed, and of all.
 
         Raises:

@@ -12,10 +12,10 @@ from math import prod
 
 import jax.numpy as jnp
 
-from meshwen.config import Qwen2Config
-from meshwen.kv_cache import cache_bytes_per_token
+from meshwen.cache.kv_cache import cache_bytes_per_token
+from meshwen.models.config import Qwen2Config
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import EMBEDDING, LM_HEAD, Weight, declared_weights
+from meshwen.weights.declaration import EMBEDDING, LM_HEAD, Weight, declared_weights
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Self
 import jax
 import numpy as np
 
-from meshwen.buckets import bucket
-from meshwen.engine import Engine
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling import SamplerRows, SamplingMethod
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.request import Request
-from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplerRows, SamplingMethod
-from meshwen.sampling_params import SamplingParams
+from meshwen.runtime.shape_buckets import bucket
 
 _GREEDY = SamplingMethod(candidates=1, penalize=False, logprobs=False)
 _WARM_UP = 2

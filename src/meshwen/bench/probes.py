@@ -15,12 +15,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshwen import kernels
-from meshwen.jax_settings import own_settings
-from meshwen.packing import AnyWeight, PackedWeight
+from meshwen.engine.runner import XLA, products
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.packing import AnyWeight, PackedWeight
+from meshwen.ops.quant.int8 import Quantization
 from meshwen.parallel.mesh import AnyMesh
-from meshwen.quantization import Quantization
-from meshwen.runner import XLA, products
+from meshwen.runtime.jax_settings import own_settings
 
 _READ_BYTES = 1 << 29  # of each device: far more than its caches hold
 _MATRIX = 4096  # rows and columns

@@ -14,13 +14,13 @@ import meshwen
 from meshwen.bench.costs import Cost, decode_cost, prefill_cost
 from meshwen.bench.measure import Seconds, decode, first_token, peak_bytes
 from meshwen.bench.probes import matrix_rate, read_bandwidth
-from meshwen.buckets import bucket
-from meshwen.capacity import Capacity
+from meshwen.cache.budget import Capacity
 from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.engine.runner import products
 from meshwen.errors import MeshwenError
+from meshwen.ops.quant.int8 import Quantization
 from meshwen.parallel.mesh import AnyMesh, mesh_label
-from meshwen.quantization import Quantization
-from meshwen.runner import products
+from meshwen.runtime.shape_buckets import bucket
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from meshwen.checkpoints.gguf_config import generation_dict, metadata_notes, rea
 from meshwen.checkpoints.hub import download, looks_like_hub_id
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
-from meshwen.config import Qwen2Config, config_file, declared_quantization, read_config
+from meshwen.common.json_files import read_json, shown
+from meshwen.common.paths import exists, user_path
+from meshwen.engine.generation_config import check_generation_config
 from meshwen.errors import MeshwenError
-from meshwen.generation_config import check_generation_config
-from meshwen.json_files import read_json, shown
-from meshwen.paths import exists, user_path
-from meshwen.presets import PRESETS, preset
+from meshwen.models.config import Qwen2Config, config_file, declared_quantization, read_config
+from meshwen.models.presets import PRESETS, preset
 
 __all__ = [
     "LOAD_FORMATS",

@@ -14,9 +14,9 @@ import numpy as np
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
-from meshwen.config import Qwen2Config
+from meshwen.common.json_files import read_json, shown
 from meshwen.errors import MeshwenError
-from meshwen.json_files import read_json, shown
+from meshwen.models.config import Qwen2Config
 
 Index = tuple[slice, ...]
 

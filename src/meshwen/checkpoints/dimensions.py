@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meshwen.checkpoints.base import TensorSource
-from meshwen.config import Qwen2Config
+from meshwen.common.units import count_text
 from meshwen.errors import MeshwenError
-from meshwen.units import count_text
+from meshwen.models.config import Qwen2Config
 
 # The smallest block format that is read has 2.6 bits a weight.
 _MOST_WEIGHTS_PER_BYTE = 4
@@ -22,8 +22,8 @@ def check_dimensions(
 ) -> None:
     """Refuses dimensions that the files cannot hold, before anything is sized by them.
 
-    That the tensors fit the config exactly is for `meshwen.loading.check_tensors` to say, which
-    looks at each.
+    That the tensors fit the config exactly is for `meshwen.weights.loading.check_tensors` to say,
+    which looks at each.
 
     Args:
         config: what the model is to be.

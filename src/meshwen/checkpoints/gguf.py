@@ -12,8 +12,8 @@ import numpy as np
 
 from meshwen.checkpoints.base import Index, MappedFile, MappedTensor, TensorSource
 from meshwen.checkpoints.gguf_header import DAMAGED, TensorInfo, read_header
+from meshwen.common.json_files import shown
 from meshwen.errors import MeshwenError
-from meshwen.json_files import shown
 
 MAGIC = b"GGUF"
 

@@ -13,11 +13,11 @@ from typing_extensions import TypedDict
 
 from meshwen.checkpoints.base import TensorSource
 from meshwen.checkpoints.dimensions import check_dimensions
-from meshwen.config import Qwen2Config
+from meshwen.common.json_files import Finite, check_shape, shown
 from meshwen.errors import MeshwenError
-from meshwen.json_files import Finite, check_shape, shown
+from meshwen.models.config import Qwen2Config
 
-# What is needed of the metadata; other keys may be anything. `meshwen.tokenizer_files` declares the
+# What is needed of the metadata; other keys may be anything. `meshwen.tokenizer.files` declares the
 # tokenizer's part.
 GgufMetadata = TypedDict(
     "GgufMetadata",

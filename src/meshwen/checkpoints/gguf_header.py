@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwen.json_files import shown
+from meshwen.common.json_files import shown
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9

@@ -20,9 +20,9 @@ from meshwen.checkpoints.base import (
     join_shards,
     shard_files,
 )
+from meshwen.common.json_files import parse_json
+from meshwen.common.units import bytes_text
 from meshwen.errors import MeshwenError
-from meshwen.json_files import parse_json
-from meshwen.units import bytes_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,8 +12,8 @@ import numpy as np
 
 from meshwen.checkpoints.base import Index, TensorSource, join_shards, shard_files
 from meshwen.checkpoints.torch_zip import Record, read_records
+from meshwen.common.json_files import shown
 from meshwen.errors import MeshwenError
-from meshwen.json_files import shown
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from meshwen.common.json_files import shown
 from meshwen.errors import MeshwenError
-from meshwen.json_files import shown
 
 _LARGEST_PICKLE = 1 << 24  # bytes: a hundred times that of Qwen2.5-72B
 _MOST_OBJECTS = 10**7

@@ -17,7 +17,6 @@ from typing import Annotated
 import typer
 
 import meshwen
-from meshwen.arguments import brief
 from meshwen.cli.bench import bench
 from meshwen.cli.chat import chat
 from meshwen.cli.console import note
@@ -28,6 +27,7 @@ from meshwen.cli.interrupt import INTERRUPTED
 from meshwen.cli.processes import over_processes
 from meshwen.cli.streams import check_stdout, drop_output, open_streams, output_failure
 from meshwen.cli.verify import verify
+from meshwen.common.arguments import brief
 from meshwen.errors import MeshwenError
 
 USER_MUST_CHANGE, DEFECT = 2, 3
@@ -114,8 +114,8 @@ def _run(arguments: list[str]) -> int:
 
 def _leave(status: int) -> None:
     """Parts from other processes, where the command joined any: at once where this one failed."""
-    if "meshwen.distributed" in sys.modules:  # Importing it takes its time.
-        from meshwen.distributed import leave, wait_for_others
+    if "meshwen.parallel.distributed" in sys.modules:  # Importing it takes its time.
+        from meshwen.parallel.distributed import leave, wait_for_others
 
         if status:
             leave(status)

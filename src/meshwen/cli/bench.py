@@ -15,9 +15,9 @@ from meshwen.cli.console import note, output_console, say, write
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
 from meshwen.cli.tables import PlainTable
+from meshwen.common.json_files import to_json
+from meshwen.common.units import bytes_text
 from meshwen.errors import MeshwenError
-from meshwen.json_files import to_json
-from meshwen.units import bytes_text
 
 if TYPE_CHECKING:
     from meshwen.bench.report import Machine, Row
@@ -62,9 +62,9 @@ def bench(
 
     from meshwen.bench.report import Machine, as_dict, measure
     from meshwen.checkpoints import open_checkpoint
-    from meshwen.distributed import process_index, shared
+    from meshwen.parallel.distributed import process_index, shared
     from meshwen.parallel.mesh import DATA_AXIS, make_mesh
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     batches, prompts = _sizes("--batch", batch), _sizes("--prompt-len", prompt_len)
     shared("report", lambda: check_writable(html))
@@ -118,7 +118,7 @@ def _sizes(option: str, text: str) -> list[int]:
 
 
 def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None:
-    from meshwen.runner import XLA
+    from meshwen.engine.runner import XLA
 
     console = output_console()
     say(

@@ -20,8 +20,8 @@ from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, sampling_params, settings_shown
 from meshwen.cli.prompts import unheeded_fields
+from meshwen.common.json_files import parse_json, to_json
 from meshwen.errors import MeshwenError
-from meshwen.json_files import parse_json, to_json
 
 if TYPE_CHECKING:
     pass
@@ -84,9 +84,9 @@ def chat(
     else to stderr.
     """
     from meshwen.checkpoints import open_checkpoint
+    from meshwen.engine.sampling_params import SamplingParams
     from meshwen.parallel.mesh import make_mesh
-    from meshwen.sampling_params import SamplingParams
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     given = {
         "max_new_tokens": max_new_tokens,
@@ -162,7 +162,7 @@ def _again(conversation: Conversation) -> str:
 
 def _renew_seed(conversation: Conversation) -> None:
     """Takes a fresh seed where tokens are drawn, and says which, unless the user chose one."""
-    from meshwen.sampling_params import with_fresh_seed
+    from meshwen.engine.sampling_params import with_fresh_seed
 
     if conversation.sampling.temperature > 0 and not conversation.keeps_seed:
         conversation.sampling = with_fresh_seed(conversation.sampling)
@@ -258,7 +258,7 @@ def _answer(text: str, conversation: Conversation, interactive: bool) -> None:
 def _typed_turns() -> Iterator[str]:
     """What is typed on the terminal, until Ctrl-D."""
     from meshwen.cli.terminal_input import typed_turns  # Not for a pipe.
-    from meshwen.sampling_params import SamplingParams
+    from meshwen.engine.sampling_params import SamplingParams
 
     return typed_turns(_COMMANDS, tuple(settings_shown(SamplingParams())))
 

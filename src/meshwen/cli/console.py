@@ -26,7 +26,7 @@ from rich.text import Text
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from meshwen.request import Completion, Event
+    from meshwen.engine.request import Completion, Event
 
 _PIPED_WIDTH = 100
 _SPEED_PERIOD = 600.0  # seconds over which progress is measured: an answer may take minutes

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli.prompts import Prompt, read_prompts
+from meshwen.common.json_files import shown, to_json
+from meshwen.common.paths import user_path
 from meshwen.errors import MeshwenError
-from meshwen.json_files import shown, to_json
-from meshwen.paths import user_path
 
 if TYPE_CHECKING:
     from meshwen.causal_lm import Qwen2ForCausalLM
-    from meshwen.request import Completion, Event
-    from meshwen.sampling_params import SamplingParams
-    from meshwen.stream import Stream
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.engine.request import Completion, Event
+    from meshwen.engine.sampling_params import SamplingParams
+    from meshwen.engine.stream import Stream
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
 
 class Conversation:
@@ -70,8 +70,8 @@ class Conversation:
         Raises:
             MeshwenError: the conversation no longer fits the context; it stays as it was.
         """
-        from meshwen.request import Request
-        from meshwen.sampling import NO_TOKEN
+        from meshwen.engine.request import Request
+        from meshwen.engine.sampling import NO_TOKEN
 
         messages = [*self.messages, _message("user", text)]
         token_ids = self._tokenizer.encode_chat(messages, **self.template_fields)

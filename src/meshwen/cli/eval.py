@@ -24,8 +24,8 @@ from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import load_model
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.processes import over_processes
+from meshwen.common.json_files import to_json
 from meshwen.errors import MeshwenError
-from meshwen.json_files import to_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
     from meshwen.evals.styles import PromptStyle
-    from meshwen.quantization import Quantization
+    from meshwen.ops.quant.int8 import Quantization
 
 app = typer.Typer()
 
@@ -90,7 +90,7 @@ def gsm8k(
     Every answer is in the run file as soon as it is whole: what was interrupted goes on with
     --resume.
     """
-    from meshwen.distributed import shared
+    from meshwen.parallel.distributed import shared
 
     _check_report(html, [out])
     shared("run files", lambda: _check_file(out, resume))
@@ -125,8 +125,8 @@ def meshes(
 
     Without --require, exact numerics has to give identical answers, and fast the same score.
     """
-    from meshwen.distributed import shared
     from meshwen.evals.compare import compare as compare_runs
+    from meshwen.parallel.distributed import shared
     from meshwen.parallel.mesh import make_mesh
 
     specs = parse_meshes(meshes)
@@ -245,12 +245,12 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
     import jax.numpy as jnp
 
     from meshwen.checkpoints import open_checkpoint
+    from meshwen.engine.runner import products
     from meshwen.evals.gsm8k import data_sha256, question
     from meshwen.evals.styles import shots
     from meshwen.parallel.mesh import make_mesh, mesh_label
     from meshwen.parallel.plan import ParallelPlan
-    from meshwen.runner import products
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     name, load_format, revision = asked.loading
     style, sampling, devices = asked.style, asked.sampling, make_mesh(mesh)
@@ -296,7 +296,7 @@ def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
     """Asks what the run file lacks: the run, of the problems asked alone, and its summary."""
     from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.gsm8k import answer_all, summary
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     run, questions = begun.run, begun.questions
     before = sum(one.key in run.records for one in questions)
@@ -340,8 +340,8 @@ def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
 
 def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
     """The run file, which process 0 writes; the others keep the same answers in memory."""
-    from meshwen.distributed import process_index, shared
     from meshwen.evals.run_file import RunFile, UnwrittenRun
+    from meshwen.parallel.distributed import process_index, shared
 
     begun: list[RunFile] = []
 
@@ -355,8 +355,8 @@ def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
 
 def _check_answers(run: RunFile, questions: Sequence[Question], style: PromptStyle) -> None:
     """Refuses answers so far to other prompts, or graded otherwise; and those of process 0."""
-    from meshwen.distributed import gathered
     from meshwen.evals.gsm8k import is_graded_so
+    from meshwen.parallel.distributed import gathered
 
     for one in questions:
         before = run.records.get(one.key)
@@ -384,14 +384,14 @@ def _sha256(*content: Any) -> str:
 
 
 def _check_report(path: Path | None, runs: Sequence[Path]) -> None:
-    from meshwen.distributed import shared
+    from meshwen.parallel.distributed import shared
 
     shared("report", lambda: check_writable(path, runs))
 
 
 def _write_report(path: Path, runs: Sequence[RunFile], compared: Sequence[Comparison]) -> None:
-    from meshwen.distributed import process_index
     from meshwen.evals.report_html import html_report
+    from meshwen.parallel.distributed import process_index
 
     if process_index():
         return

@@ -17,8 +17,8 @@ from meshwen.cli.signatures import parameters_of, set_parameters
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
+    from meshwen.engine.sampling_params import SamplingParams
     from meshwen.evals.styles import Problem, PromptStyle
-    from meshwen.sampling_params import SamplingParams
 
 _DEMO = "demo"
 
@@ -111,8 +111,8 @@ class Asked:
     @cached_property
     def weights_sha256(self) -> str:
         """Of the model's weights, which a folder's name does not tell; read once for all meshes."""
-        from meshwen.agreement import same_weights
         from meshwen.checkpoints import open_checkpoint
+        from meshwen.engine.agreement import same_weights
 
         name, load_format, revision = self.loading
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
@@ -138,10 +138,10 @@ def _asked(
     seed: Seed = 0,
 ) -> Asked:
     """Reads and checks what can be before any weight is; its parameters are options."""
-    from meshwen.distributed import shared
+    from meshwen.engine.sampling_params import SamplingParams
     from meshwen.evals.gsm8k import data_sha256
     from meshwen.evals.styles import prompt_style as style_of
-    from meshwen.sampling_params import SamplingParams
+    from meshwen.parallel.distributed import shared
 
     loading = (model, load_format, revision)
     name, why = shared("style", lambda: _style(prompt_style, loading))
@@ -188,7 +188,7 @@ def _style(given: str | None, loading: tuple[str, str, str | None]) -> tuple[str
     """The name of the prompt style, and why it is this one."""
     from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.default_style import default_style
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     if given is not None:
         return given, "asked for"
@@ -203,8 +203,8 @@ def _style(given: str | None, loading: tuple[str, str, str | None]) -> tuple[str
 
 def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Problem]:
     """Process 0 alone reads them: what it asks, all ask."""
-    from meshwen.distributed import shared
     from meshwen.evals.styles import Problem
+    from meshwen.parallel.distributed import shared
 
     return [Problem(**one) for one in shared(name, lambda: [asdict(one) for one in read()])]
 

@@ -13,13 +13,13 @@ from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.load import load_model, sampling_params, settings_shown
 from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
+from meshwen.common.json_files import to_json
 from meshwen.errors import MeshwenError
-from meshwen.json_files import to_json
 
 if TYPE_CHECKING:
-    from meshwen.request import Completion, Event
-    from meshwen.sampling_params import SamplingParams
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.engine.request import Completion, Event
+    from meshwen.engine.sampling_params import SamplingParams
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
 _ANSWER_FIELDS = {
     *("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings", "seed"),
@@ -95,11 +95,11 @@ def generate(
     Answers go to stdout, everything else to stderr.
     """
     from meshwen.checkpoints import open_checkpoint
-    from meshwen.distributed import shared
+    from meshwen.engine.request import Request, check_prompt
+    from meshwen.engine.sampling_params import SamplingParams
+    from meshwen.parallel.distributed import shared
     from meshwen.parallel.mesh import make_mesh, mesh_label
-    from meshwen.request import Request, check_prompt
-    from meshwen.sampling_params import SamplingParams
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
     if prompt is not None and prompt_option is not None:
         raise MeshwenError("the prompt is there twice, as an argument and as --prompt")

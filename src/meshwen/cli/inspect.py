@@ -10,9 +10,9 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console, progress_bar, write
+from meshwen.common.json_files import to_json
 from meshwen.errors import MeshwenError
-from meshwen.json_files import to_json
-from meshwen.presets import PRESETS
+from meshwen.models.presets import PRESETS
 
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh
@@ -64,9 +64,9 @@ def inspect(
     from meshwen.checkpoints import name_kind, open_checkpoint
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.cli.inspect_tables import print_inspection
-    from meshwen.loading import check_tensors
     from meshwen.parallel.plan import ParallelPlan
-    from meshwen.weights import declared_weights
+    from meshwen.weights.declaration import declared_weights
+    from meshwen.weights.loading import check_tensors
 
     abstract_mesh = _abstract_mesh(mesh)
     opened_as = _load_format(model, load_format, stats)

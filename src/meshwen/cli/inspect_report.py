@@ -13,13 +13,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from meshwen.cache.kv_cache import cache_bytes_per_token
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.cli.inspect_sums import sums_report
-from meshwen.kv_cache import cache_bytes_per_token
 from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights import Weight, declared_weights, num_parameters, placed_weights
+from meshwen.weights.declaration import Weight, declared_weights, num_parameters, placed_weights
 
 _ELEMENTS_AT_A_TIME = 1 << 22
 _PARTS = {

@@ -13,7 +13,7 @@ from rich.console import Console
 from meshwen.cli.console import say
 from meshwen.cli.inspect_report import TensorRow
 from meshwen.cli.tables import PlainTable, print_pairs
-from meshwen.units import bytes_text, count_text
+from meshwen.common.units import bytes_text, count_text
 
 _SHARED_FIELDS = ("architectures", "model_type", "hidden_act", "max_window_layers")
 _MOST_DEVICES = 64

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from meshwen.cli import options
 from meshwen.cli.console import note, progress_bar
+from meshwen.common.units import bytes_text, count_text
 from meshwen.errors import MeshwenError
-from meshwen.units import bytes_text, count_text
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from meshwen.causal_lm import Qwen2ForCausalLM
     from meshwen.checkpoints import Checkpoint
-    from meshwen.sampling_params import SamplingParams
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.engine.sampling_params import SamplingParams
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
 
 def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> SamplingParams:
@@ -31,9 +31,9 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
     Raises:
         MeshwenError: a value is impossible; names the checkpoint where that is not the user's.
     """
-    from meshwen.distributed import shared
-    from meshwen.generation_config import unheeded
-    from meshwen.sampling_params import SamplingParams, with_fresh_seed
+    from meshwen.engine.generation_config import unheeded
+    from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
+    from meshwen.parallel.distributed import shared
 
     SamplingParams.from_generation_config({}, **given)
     path = checkpoint.path
@@ -70,7 +70,7 @@ def load_model(
 ) -> Qwen2ForCausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
     from meshwen.causal_lm import Qwen2ForCausalLM
-    from meshwen.compilation_cache import enable_compilation_cache
+    from meshwen.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
     started = time.perf_counter()
@@ -127,9 +127,9 @@ def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
 
 
 def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
+    from meshwen.engine.runner import products
     from meshwen.parallel.mesh import mesh_label
-    from meshwen.runner import products
-    from meshwen.weights import num_parameters
+    from meshwen.weights.declaration import num_parameters
 
     plan, devices = model.plan, model.mesh.devices.flatten()
     kind = devices[0].device_kind

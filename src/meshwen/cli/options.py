@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshwen.errors import MeshwenError
-from meshwen.presets import PRESETS
+from meshwen.models.presets import PRESETS
 
 if TYPE_CHECKING:
     from meshwen.parallel.mesh import MeshSpec

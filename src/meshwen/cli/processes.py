@@ -93,7 +93,7 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
             return command(**own)
         if refusal is not None:
             raise MeshwenError(refusal)
-        from meshwen.distributed import process_index, start
+        from meshwen.parallel.distributed import process_index, start
 
         start(coordinator, num_processes, process_id, coordinator_timeout)
         _check_alike(own)
@@ -114,7 +114,7 @@ def _check_alike(own: Mapping[str, Any]) -> None:
     With other options they would wait for each other forever, with other kernels exact numerics
     would not be exact.
     """
-    from meshwen.agreement import check_environment, check_same
+    from meshwen.engine.agreement import check_environment, check_same
 
     check_environment()
     mine = {
@@ -128,7 +128,7 @@ def _check_alike(own: Mapping[str, Any]) -> None:
 @contextmanager
 def _others_named() -> Iterator[None]:
     """Adds to an unexpected error where it came, and that its cause may lie elsewhere."""
-    from meshwen.distributed import process_count, process_index
+    from meshwen.parallel.distributed import process_count, process_index
 
     try:
         yield

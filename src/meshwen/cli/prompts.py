@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meshwen.common.json_files import parse_json, shown
 from meshwen.errors import MeshwenError
-from meshwen.json_files import parse_json, shown
 
 if TYPE_CHECKING:
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
 
 _KINDS = ("prompt", "messages", "prompt_tokens")
 # Fields that the chat template gets beside the messages.

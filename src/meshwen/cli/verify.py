@@ -21,7 +21,7 @@ from meshwen.errors import MeshwenError
 if TYPE_CHECKING:
     from meshwen.checkpoints import Checkpoint
     from meshwen.cli.prompts import Prompt
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.tokenizer.tokenizer import Tokenizer
     from meshwen.verify.workload import Workload
 
 _MESHES = "1x1,1x8,2x4,8x4,1x32"
@@ -119,11 +119,11 @@ def verify(
     collectives of the compiled step are counted. Exit status 1 when a promise is broken, or the
     outcome is not the certificate's.
     """
-    from meshwen.agreement import check_model, same_weights
     from meshwen.checkpoints import open_checkpoint
     from meshwen.checkpoints.digest import weights_sha256
-    from meshwen.compilation_cache import enable_compilation_cache
-    from meshwen.distributed import process_count, process_index
+    from meshwen.engine.agreement import check_model, same_weights
+    from meshwen.parallel.distributed import process_count, process_index
+    from meshwen.runtime.compilation_cache import enable_compilation_cache
     from meshwen.verify.certificate import certificate, golden_comparison
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.reference import transformers_cases
@@ -199,7 +199,7 @@ def _check_together(
     max_new_tokens: int | None,
 ) -> None:
     """Refuses options that do not go together."""
-    from meshwen.distributed import process_count
+    from meshwen.parallel.distributed import process_count
 
     if against is not None and (prompts is not None or golden is not None or max_new_tokens):
         raise MeshwenError("--against has its own prompts; leave out what else names some")
@@ -214,7 +214,7 @@ def _check_together(
 
 def _read_together(against: Path | None, golden: Path | None) -> tuple[Any, Any]:
     """A certificate and reference outputs, where asked for, as process 0 reads them."""
-    from meshwen.distributed import shared
+    from meshwen.parallel.distributed import shared
     from meshwen.verify.certificate_file import read_certificate
     from meshwen.verify.reference import read_golden
 
@@ -251,7 +251,7 @@ def _workload(
     """What to run: a certificate's tokens, reference prompts, the user's, or the built-in ones."""
     import numpy as np
 
-    from meshwen.request import check_prompt
+    from meshwen.engine.request import check_prompt
     from meshwen.verify.workload import Workload, check_length
 
     tokens = None
@@ -273,8 +273,8 @@ def _workload(
 
 def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequence[int]]:
     from meshwen.cli.prompts import Prompt, unheeded_fields
-    from meshwen.distributed import shared
-    from meshwen.tokenizer import Tokenizer
+    from meshwen.parallel.distributed import shared
+    from meshwen.tokenizer.tokenizer import Tokenizer
     from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
 
     read = shared(
@@ -301,7 +301,7 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
 
 def _shared_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> list[list[int]]:
     """What process 0 makes of prompts: a template may give something else every time."""
-    from meshwen.distributed import shared
+    from meshwen.parallel.distributed import shared
 
     return shared(
         "token ids",

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from meshwen.cli.console import say
 from meshwen.cli.tables import PlainTable
-from meshwen.units import bytes_text, difference_text
+from meshwen.common.units import bytes_text, difference_text
 from meshwen.verify.picture import bytes_range, collectives_by_mesh, greedy_text, strip, worst
 
 _COLUMNS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from meshwen.checkpoints import Checkpoint
 from meshwen.errors import MeshwenError
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 
 _BASE, _INSTRUCT = "lm-eval", "qwen-boxed"
 _ANSWER = "an answer"

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from meshwen.engine import Engine
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Completion, Request
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.evals.numerals import number
 from meshwen.evals.run_file import Key, Record, RunFile
 from meshwen.evals.statistics import clustered_interval, wilson_interval
 from meshwen.evals.styles import Problem, PromptStyle
-from meshwen.request import Completion, Request
-from meshwen.sampling_params import SamplingParams
-from meshwen.tokenizer import Tokenizer
+from meshwen.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

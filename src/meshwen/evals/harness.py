@@ -23,10 +23,10 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.jax_settings import own_settings
-from meshwen.request import Request
-from meshwen.sampling_params import SamplingParams
+from meshwen.runtime.jax_settings import own_settings
 
 logger = logging.getLogger(__name__)
 

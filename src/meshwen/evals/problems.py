@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from meshwen.checkpoints.hub import dataset_file
+from meshwen.common.json_files import parse_json
 from meshwen.errors import MeshwenError
 from meshwen.evals.answers import gold_answer
 from meshwen.evals.numerals import number
 from meshwen.evals.styles import Problem
-from meshwen.json_files import parse_json
 
 
 def read_problems(path: Path) -> list[Problem]:

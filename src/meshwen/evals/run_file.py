@@ -20,9 +20,9 @@ from typing import Annotated, Any, NotRequired, Self
 from annotated_types import Ge
 from typing_extensions import TypedDict
 
+from meshwen.common.json_files import Finite, Shape, TokenId, check_shape, parse_json, to_json
+from meshwen.common.paths import exists
 from meshwen.errors import MeshwenError
-from meshwen.json_files import Finite, Shape, TokenId, check_shape, parse_json, to_json
-from meshwen.paths import exists
 
 try:
     import fcntl

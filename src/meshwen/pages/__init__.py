@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from meshwen.units import bytes_text, difference_text
+from meshwen.common.units import bytes_text, difference_text
 
 
 def render(name: str, *, script: str | None = None, **values: Any) -> str:

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from meshwen import jax_settings
-from meshwen.arguments import brief
-from meshwen.distributed import process_count
+from meshwen.common.arguments import brief
 from meshwen.errors import MeshwenError
+from meshwen.parallel.distributed import process_count
+from meshwen.runtime import jax_settings
 
 AnyMesh = Mesh | AbstractMesh
 

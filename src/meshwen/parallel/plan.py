@@ -18,12 +18,12 @@ from typing import Literal, get_args
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from meshwen import kernels
-from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.models.config import Qwen2Config
+from meshwen.ops.cpu import kernels
+from meshwen.ops.quant.int8 import QUANTIZATIONS, Quantization
 from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
 from meshwen.parallel.mesh import axes_size, data_axes, model_axes, on_cpu
-from meshwen.quantization import QUANTIZATIONS, Quantization
 
 # What each logical axis is split over: the mesh axes that carry the model, the batch, or none.
 # `query` and `key_value` are heads times head_dim, `heads` is key/value heads (of the cache).
@@ -55,8 +55,8 @@ class ParallelPlan:
     Attributes:
         config: the model's hyperparameters.
         mesh: abstract is enough to tell the layout, with no devices behind it.
-        numerics: "fast", or "exact": see `meshwen.parallel.exact`.
-        quantization: "int8", or None: see `meshwen.quantization`.
+        numerics: "fast", or "exact": see `meshwen.ops.numerics.exact`.
+        quantization: "int8", or None: see `meshwen.ops.quant.int8`.
 
     Raises:
         MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
@@ -91,7 +91,7 @@ class ParallelPlan:
 
     @cached_property
     def kernels(self) -> bool:
-        """Whether `meshwen.kernels` multiply with weights, in the place of XLA."""
+        """Whether `meshwen.ops.cpu.kernels` multiply with weights, in the place of XLA."""
         return on_cpu(self.mesh) and kernels.instruction_set() is not None
 
     @cached_property

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 import meshwen
-from meshwen import kernels
 from meshwen.checkpoints import Checkpoint
+from meshwen.ops.cpu import kernels
 from meshwen.verify.certificate_file import FORMAT, Certificate, with_hash
 from meshwen.verify.faults import FaultFound
 from meshwen.verify.parity import Outcome, Row

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
+from meshwen.common.json_files import TokenId, check_shape, read_json, to_json
 from meshwen.errors import MeshwenError
-from meshwen.json_files import TokenId, check_shape, read_json, to_json
 
 FORMAT = "meshwen-certificate-2"
 _HASH = "content_sha256"

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from meshwen.jax_settings import own_settings
-from meshwen.model import Params
-from meshwen.packing import AnyWeight, PackedWeight, unpacked
+from meshwen.models.qwen2 import Params
+from meshwen.ops.cpu.packing import AnyWeight, PackedWeight, unpacked
+from meshwen.runtime.jax_settings import own_settings
 from meshwen.verify.localise import Parting, Prober, RowHook, Trace, parting
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import compare

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from meshwen.config import Qwen2Config
-from meshwen.distributed import to_host
-from meshwen.model import Params, hidden_states, logits
-from meshwen.parallel.contractions import TensorParallel
+from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Params, hidden_states, logits
+from meshwen.ops.contractions import TensorParallel
+from meshwen.parallel.distributed import to_host
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import bits_equal
 

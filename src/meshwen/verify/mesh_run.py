@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from meshwen.config import Qwen2Config
-from meshwen.distributed import gathered, to_host
-from meshwen.jax_settings import Program
-from meshwen.kv_cache import KVCache
-from meshwen.model import Params, hidden_states, logits
-from meshwen.parallel.contractions import TensorParallel
+from meshwen.cache.kv_cache import KVCache
+from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling import SamplerRows, SamplingMethod
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Params, hidden_states, logits
+from meshwen.ops.contractions import TensorParallel
+from meshwen.parallel.distributed import gathered, to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.runner import ModelRunner
-from meshwen.sampling import SamplerRows, SamplingMethod
-from meshwen.sampling_params import SamplingParams
+from meshwen.runtime.jax_settings import Program
 from meshwen.verify.workload import Workload
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshwen.checkpoints import Checkpoint
-from meshwen.loading import dummy_params, load_params
 from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import Numerics, ParallelPlan
@@ -30,6 +29,7 @@ from meshwen.verify.promises import (
     broken_by_sampler,
 )
 from meshwen.verify.workload import Workload
+from meshwen.weights.loading import dummy_params, load_params
 
 
 @dataclass(frozen=True)

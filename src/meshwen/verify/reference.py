@@ -11,8 +11,8 @@ from annotated_types import Ge, MinLen
 from typing_extensions import TypedDict
 
 from meshwen.checkpoints import Checkpoint
+from meshwen.common.json_files import Finite, TokenId, read_json
 from meshwen.errors import MeshwenError
-from meshwen.json_files import Finite, TokenId, read_json
 
 _LIMIT_BYTES = 64 << 20
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from meshwen.common.units import bytes_text
 from meshwen.pages import render
-from meshwen.units import bytes_text
 from meshwen.verify.picture import (
     LARGEST,
     SMALLEST,

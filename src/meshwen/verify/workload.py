@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwen.buckets import bucket
-from meshwen.config import Qwen2Config
 from meshwen.errors import MeshwenError
+from meshwen.models.config import Qwen2Config
+from meshwen.runtime.shape_buckets import bucket
 
 # Of different lengths, so that rows of one batch end at different places.
 BUILT_IN_PROMPTS = (

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from meshwen.common.arguments import brief, token_ids
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.errors import MeshwenError
+from meshwen.models.config import Qwen2Config
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, as token ids, and how to continue it."""
+
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+
+    def __post_init__(self) -> None:
+        """Takes any sequence of whole numbers for token ids."""
+        ids = token_ids("prompt_tokens", self.prompt_tokens)
+        object.__setattr__(self, "prompt_tokens", ids)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a request's time went, in seconds.
+
+    Attributes:
+        queue_seconds: from its submission until its prompt began to be read.
+        time_to_first_token: from its submission, so with `queue_seconds` in it.
+        decode_seconds: from the first token to the last.
+    """
+
+    queue_seconds: float
+    time_to_first_token: float
+    decode_seconds: float
+
+    @property
+    def running_seconds(self) -> float:
+        """From when its prompt began to be read to the last token."""
+        return self.time_to_first_token - self.queue_seconds + self.decode_seconds
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request.
+
+    Attributes:
+        prompt_tokens: the prompt's ids.
+        tokens: the answer's ids, an end-of-text token included.
+        text: the answer without special tokens, and without the stop string that ended it.
+        finish_reason: "stop" at an end-of-text token or stop string, "length" at a limit,
+            "error" where the model gave no next token.
+        logprobs: log-probability of each token, when asked for.
+        timings: how long it took.
+        seed: that draws the same answer again; None where nothing was drawn (greedy).
+        error: what went wrong, in one line; `tokens` and `text` are what came before.
+    """
+
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None
+    timings: Timings
+    seed: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one request, or an error in a token's place.
+
+    Attributes:
+        request: the request's number, as `Engine.submit` or the order in `Engine.run` gave it.
+        token: its id; `meshwen.engine.sampling.NO_TOKEN`, -1, where there is an error instead.
+        text: what can be shown now: whole characters, and nothing that might begin a stop string.
+        logprob: of the token, when asked for.
+        completion: with a request's last token, the whole answer.
+    """
+
+    request: int
+    token: int
+    text: str
+    logprob: float | None
+    completion: Completion | None
+
+
+def check_prompt(
+    token_ids: Sequence[int], config: Qwen2Config, name: str, max_model_len: int | None = None
+) -> None:
+    """Refuses a prompt that the model cannot continue.
+
+    Args:
+        token_ids: the prompt.
+        config: the model's.
+        name: what to call the prompt: "prompt 3".
+        max_model_len: the most tokens of prompt and answer; None: the model's context.
+
+    Raises:
+        MeshwenError: it is empty, or leaves no room in the model's context, or has a token id
+            outside the vocabulary.
+    """
+    length, context = len(token_ids), max_model_len or config.context_length
+    if not length:
+        raise MeshwenError(f"{name} is empty; give it at least one token")
+    limit = "model's context" if context == config.context_length else "max_model_len"
+    if length >= context:
+        raise MeshwenError(
+            f"{name} has {length} tokens, but the {limit} is {context} tokens, the answer "
+            "included; shorten it"
+        )
+    for token in token_ids:
+        if not 0 <= token < config.vocab_size:
+            raise MeshwenError(
+                f"{name} has a token id outside the vocabulary of {config.vocab_size}: "
+                f"{brief(token)}"
+            )
+
+
+def check_sampling(request: Request, config: Qwen2Config, name: str) -> None:
+    """Refuses sampling parameters that do not fit a prompt or a model.
+
+    Args:
+        request: the prompt, and how to continue it.
+        config: the model's.
+        name: what to call the prompt: "prompt 3".
+
+    Raises:
+        MeshwenError: `max_length` leaves no room for an answer, or a forced token is outside the
+            vocabulary.
+    """
+    asked, length = request.sampling, len(request.prompt_tokens)
+    if asked.max_length is not None and length >= asked.max_length:
+        raise MeshwenError(
+            f"{name} has {length} tokens, but max_length is {asked.max_length} tokens, the answer "
+            "included; give max_new_tokens in its place"
+        )
+    bos = () if asked.forced_bos_token_id is None else (asked.forced_bos_token_id,)
+    for key, ids in (("bos", bos), ("eos", asked.forced_eos_token_id)):
+        if any(token >= config.vocab_size for token in ids):
+            raise MeshwenError(
+                f"forced_{key}_token_id {max(ids)} is outside the vocabulary of {config.vocab_size}"
+            )

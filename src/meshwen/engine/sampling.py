@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling: how a token is drawn from split logits.
+
+The vocabulary is split over the devices, and full logits are never gathered: each device offers its
+best candidates, and the few that are left decide. Noise is a function of the request's seed, the
+position and the token's id alone, so a seeded request draws the same tokens on every mesh, in every
+batch and by every method, as long as the logits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.ops.contractions import TensorParallel
+from meshwen.runtime.jax_settings import own_settings
+
+NO_TOKEN = -1  # Drawn where logits are not finite, or no token may come.
+
+_LONGEST_BLOCK = 128  # of logits, in the search for the largest
+_CANDIDATES = tuple(2 * 4**n for n in range(1, 16))  # 8, 32, 128, ...: few are compiled.
+# Factors of logits: within these, none below 2**63 overflows, and the noise decides between equal
+# ones alone.
+_LEAST_FACTOR, _MOST_FACTOR = 2.0**-64, 2.0**64
+
+
+@dataclass(frozen=True)
+class SamplingMethod:
+    """What a batch of requests needs compiled.
+
+    Attributes:
+        candidates: 1 for greedy, 0 to draw from the whole vocabulary by noise alone, else how many
+            of the likeliest tokens the filters can keep.
+        penalize: some request has a repetition penalty.
+        logprobs: some request wants log-probabilities.
+    """
+
+    candidates: int
+    penalize: bool
+    logprobs: bool
+
+    @classmethod
+    def of(cls, batch: Sequence[SamplingParams], vocab_size: int) -> Self:
+        """The method that serves all requests of a batch."""
+        needs = {_candidates(params, vocab_size) for params in batch}
+        candidates = needs.pop() if len(needs) == 1 else max(n or vocab_size for n in needs)
+        if 1 < candidates < vocab_size:
+            candidates = next(size for size in _CANDIDATES if size >= candidates)
+            candidates = min(candidates, vocab_size)
+        return cls(
+            candidates,
+            any(params.repetition_penalty != 1 for params in batch),
+            any(params.logprobs for params in batch),
+        )
+
+
+def _candidates(params: SamplingParams, vocab_size: int) -> int:
+    if params.temperature == 0:
+        return 1
+    if params.top_k:
+        return min(params.top_k, vocab_size)
+    return vocab_size if params.top_p < 1 or params.min_p > 0 else 0
+
+
+class SamplerRows(NamedTuple):
+    """The requests' parameters, a row each: all [B] but the masks, which are bool [B, V padded]."""
+
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    min_p: Array
+    repetition_penalty: Array
+    encoder_repetition_penalty: Array  # Its inverse, as it is applied to large logits.
+    seed: Array
+    forbidden: ArrayLike | None = None  # Tokens that may not come next.
+    prompt: ArrayLike | None = None  # The prompt's tokens, where one has a penalty of its own.
+
+    @classmethod
+    @own_settings()
+    def of(cls, batch: Sequence[SamplingParams]) -> SamplerRows:
+        """The rows of a batch, without masks."""
+
+        def column(values: Iterable[float], dtype: Any = jnp.float32) -> Array:
+            return jnp.array(list(values), dtype)
+
+        return cls(
+            column(p.temperature and _factor(p.temperature) for p in batch),
+            column(p.top_p for p in batch),
+            column((p.top_k for p in batch), jnp.int32),
+            column(p.min_p for p in batch),
+            column(_factor(p.repetition_penalty) for p in batch),
+            column(1 / _factor(p.encoder_repetition_penalty) for p in batch),
+            column((p.seed for p in batch), jnp.uint32),
+        )
+
+
+def _factor(number: float) -> float:
+    return min(max(number, _LEAST_FACTOR), _MOST_FACTOR)
+
+
+class Sampled(NamedTuple):
+    """One token a sequence."""
+
+    tokens: Array  # int32 [B]
+    logprobs: Array | None  # float32 [B]
+
+
+def sample(
+    logits: Array,
+    rows: SamplerRows,
+    positions: Array,
+    seen: Array | None,
+    vocab_size: int,
+    method: SamplingMethod,
+    tp: TensorParallel,
+) -> Sampled:
+    """Draws each sequence's next token; runs on every device under `shard_map`.
+
+    `NO_TOKEN` where a logit is not finite, or none is left that may come.
+
+    Args:
+        logits: float32 [B, V/n], this device's part of the (padded) vocabulary.
+        rows: the requests' parameters; of the masks, this device's part.
+        positions: int32 [B], the position that the token will have.
+        seen: bool [B, V/n], tokens that a repetition penalty applies to; None without penalties.
+        vocab_size: V before padding.
+        method: what the batch needs.
+        tp: the contractions, for the devices' order.
+    """
+    ids = tp.index() * logits.shape[1] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    finite = jnp.isfinite(logits)
+    if tp.devices * logits.shape[1] > vocab_size:
+        logits, finite = jnp.where(ids < vocab_size, logits, -jnp.inf), finite | (ids >= vocab_size)
+    raw = logits
+    if rows.prompt is not None:
+        inverse = rows.encoder_repetition_penalty[:, None]
+        kept = jnp.where(logits < 0, logits * inverse, logits / inverse)
+        logits = jnp.where(rows.prompt, kept, logits)
+    if method.penalize and seen is not None:
+        penalty = rows.repetition_penalty[:, None]
+        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(seen, penalized, logits)
+    if rows.forbidden is not None:
+        logits = jnp.where(rows.forbidden, -jnp.inf, logits)
+    # What is not finite becomes the largest, so that whoever looks for that finds it. (The largest
+    # of NaN and a number is now one, now the other.)
+    logits = jnp.where(finite, logits, jnp.inf)
+    if method.candidates:
+        values, choices = _likeliest(logits, ids, method.candidates, tp)
+        tokens = choices[:, 0]
+        if method.candidates > 1:
+            values, tokens = _draw(values, choices, rows, positions, tp)
+    else:
+        (scaled,) = tp.rounded((logits / rows.temperature[:, None],))
+        scores = _scores(scaled, _noise(rows.seed, positions, ids[None], tp))
+        values, choices = _likeliest(scores, ids, 1, tp)
+        tokens = choices[:, 0]
+    tokens = jnp.where(jnp.isfinite(values[:, 0]), tokens, NO_TOKEN)
+    return Sampled(tokens, _logprobs(raw, ids, tokens, tp) if method.logprobs else None)
+
+
+def mark_seen(seen: Array, tokens: Array, tp: TensorParallel) -> Array:
+    """`seen` [B, V/n] with one more token a sequence."""
+    ids = tp.index() * seen.shape[1] + jnp.arange(seen.shape[1], dtype=jnp.int32)
+    return seen | (ids == tokens[:, None])
+
+
+def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tuple[Array, Array]:
+    """The `count` largest logits of the whole vocabulary and their ids, largest first.
+
+    Equal logits stand in the order of their ids: on each device, and between devices because they
+    are gathered in the order of the vocabulary.
+
+    Returns:
+        float32 [B, count], int32 [B, count].
+    """
+    values, local = _largest(logits, count)
+    choices = ids[local]
+    if tp.axes:
+        values = lax.all_gather(values, tp.axes, axis=1, tiled=True)
+        choices = lax.all_gather(choices, tp.axes, axis=1, tiled=True)
+        values, order = _largest(values, count)
+        choices = jnp.take_along_axis(choices, order, axis=1)
+    return values, choices
+
+
+def _largest(x: Array, count: int) -> tuple[Array, Array]:
+    """The `count` largest numbers of each row, and their places: [B, N] -> two [B, count].
+
+    One, for which XLA's CPU back end would sort all, is found by blocks: the block that has it,
+    then its place there.
+    """
+    if count > 1:
+        return lax.top_k(x, min(count, x.shape[1]))
+    length = min(x.shape[1] & -x.shape[1], _LONGEST_BLOCK)  # a power of two that divides
+    blocks = x.reshape(x.shape[0], -1, length)
+    block = jnp.argmax(blocks.max(axis=2), axis=1, keepdims=True)
+    numbers = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
+    place = jnp.argmax(numbers, axis=1, keepdims=True)
+    return jnp.take_along_axis(numbers, place, axis=1), block * length + place
+
+
+def _draw(
+    values: Array, choices: Array, rows: SamplerRows, positions: Array, tp: TensorParallel
+) -> tuple[Array, Array]:
+    """Draws from candidates sorted by logit; filters as transformers orders them.
+
+    Returns:
+        The logits divided by the temperature, float32 [B, count], and the tokens, int32 [B].
+    """
+    greedy = rows.temperature == 0
+    temperature = jnp.where(greedy, 1, rows.temperature)[:, None]
+    rank = jnp.arange(values.shape[1])
+    top_k = jnp.where(rows.top_k == 0, values.shape[1], rows.top_k)[:, None]
+    (scaled,) = tp.rounded((values / temperature,))
+    scaled = jnp.where(rank < top_k, scaled, -jnp.inf)
+    # Sums whose order depends neither on the number of rows nor on that of the candidates: what a
+    # request draws is its own affair.
+    weights = tp.pointwise(jnp.exp, scaled - scaled[:, :1])
+    total = _tree_sum(weights)
+    probabilities = weights / total
+    before = (lax.associative_scan(jnp.add, weights, axis=1) - weights) / total
+    top_p = rows.top_p[:, None]
+    keep = (before < top_p) | (rank == 0) | (top_p >= 1)
+    kept = jnp.where(keep, probabilities, 0)
+    keep &= kept >= rows.min_p[:, None] * kept[:, :1]
+    scores = _scores(scaled, _noise(rows.seed, positions, choices, tp))
+    scores = jnp.where(keep, scores, -jnp.inf)
+    # Of equal scores the lowest id, as without filters: what else is in the batch decides whether
+    # there are any.
+    best = scores == scores.max(axis=1, keepdims=True)
+    drawn = jnp.where(best, choices, jnp.iinfo(jnp.int32).max).min(axis=1)
+    return scaled, jnp.where(greedy | ~best.any(axis=1), choices[:, 0], drawn)
+
+
+def _scores(scaled: Array, noise: Array) -> Array:
+    """Logits with noise; what is not finite keeps its place, whatever the noise."""
+    lowest = jnp.finfo(scaled.dtype).min
+    return jnp.where(jnp.isfinite(scaled), jnp.maximum(scaled + noise, lowest), scaled)
+
+
+def _tree_sum(x: Array) -> Array:
+    """The sum of each row, neighbours first, unchanged by zeros behind: [B, C] -> [B, 1]."""
+    while x.shape[1] > 1:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
+        x = x[:, ::2] + x[:, 1::2]
+    return x
+
+
+def _noise(seed: Array, positions: Array, ids: Array, tp: TensorParallel) -> Array:
+    """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
+
+    def row(seed: Array, position: Array, ids: Array) -> Array:
+        # Not `jax.random.key`, which adds a number of the caller's settings to the seed.
+        words = jnp.stack([jnp.zeros_like(seed), seed])
+        key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
+        bits = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(key, i))[0])(ids)
+        # Small numbers, which make large noise, are the finest; none is 0, whose noise is infinite.
+        return (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+
+    ids = jnp.broadcast_to(ids, (seed.shape[0], ids.shape[1]))
+    uniform = jax.vmap(row)(seed, positions, ids)
+    return tp.pointwise(lambda u: -jnp.log(-jnp.log1p(-u)), uniform)
+
+
+def _logprobs(logits: Array, ids: Array, tokens: Array, tp: TensorParallel) -> Array:
+    """Log-probabilities of the tokens: float32 [B]."""
+    shifted = logits - tp.largest(logits.max(axis=1))[:, None]
+    total = tp.vocabulary_sum(tp.pointwise(jnp.exp, shifted))
+    # One addend is not zero, so the sum is exact in any order.
+    chosen = tp.only(jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1))
+    return chosen - tp.pointwise(jnp.log, total)

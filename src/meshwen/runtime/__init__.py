@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How JAX is used: its settings, compiled programs and where they are kept, shape buckets."""

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights onto the devices: from a checkpoint, shard by shard, or made up (`dummy`)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise, product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding
+
+from meshwen.cache.budget import free_bytes
+from meshwen.checkpoints import Checkpoint, TensorSource, quantized_hint
+from meshwen.common.json_files import shown
+from meshwen.common.units import bytes_text
+from meshwen.errors import MeshwenError
+from meshwen.models.qwen2 import Params
+from meshwen.ops.cpu.packing import COLUMNS, AnyWeight, PackedWeight, packed
+from meshwen.parallel.heads import PADDING
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.runtime.jax_settings import Program, own_settings
+from meshwen.weights.declaration import (
+    EMBEDDING,
+    LM_HEAD,
+    Weight,
+    declared_weights,
+    placed_weights,
+    unflatten,
+)
+from meshwen.weights.finite import check_finite
+
+# Told the number of weights placed so far, and of all.
+Progress = Callable[[int, int], None]
+
+_TIED_ROWS = 4096
+_PACKED_ROWS = 8192  # whole panels; in int8 they are float32 meanwhile
+_TRANSPOSE_COLUMNS = 256  # A block that stays in cache: 8 times as fast on a large table.
+_ALIGNMENT = 64  # bytes, of XLA's CPU buffers
+# Buffers that old transformers versions wrote and that hold no parameter.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+def check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> None:
+    """Holds a checkpoint's tensors against the declared ones.
+
+    Raises:
+        MeshwenError: a tensor is missing, unexpected or of another shape; it is named.
+    """
+    if (problem := _misfit(checkpoint, weights, plan)) is None:
+        return
+    quantization = checkpoint.quantization
+    hint = f"; {quantized_hint(quantization)}" if quantization is not None else ""
+    raise MeshwenError(f"{checkpoint.path}: {problem}{hint}")
+
+
+def _misfit(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> str | None:
+    """What keeps a checkpoint's tensors from being the declared ones, None where they are."""
+    for weight in weights:
+        name, shape = weight.name, weight.shape(plan)
+        if name not in checkpoint.tensors:
+            return (
+                f"tensor {name} {list(shape)} is missing; "
+                "the checkpoint does not fit its config, or is incomplete"
+            )
+        source = checkpoint.tensors[name]
+        if not jnp.issubdtype(source.dtype, jnp.floating):
+            return (
+                f"tensor {name} is {source.dtype}, not floating-point: "
+                "the checkpoint is quantised in a way that is not supported"
+            )
+        if source.shape != shape:
+            return (
+                f"tensor {name} has shape {list(source.shape)}, "
+                f"but the config makes it {list(shape)}"
+            )
+    expected = {weight.name for weight in weights}
+    for name in checkpoint.tensors:
+        tied_copy = plan.config.tie_word_embeddings and name == LM_HEAD.name
+        if name not in expected and not tied_copy and not name.endswith(_IGNORED_SUFFIX):
+            return (
+                f"unexpected tensor {shown(name)} "
+                f"{list(checkpoint.tensors[name].shape)}; Qwen2 has no such weight"
+            )
+    return None
+
+
+def check_room(plan: ParallelPlan, dtype: jnp.dtype) -> None:
+    """Holds the bytes that weights take on a device against those that are free.
+
+    Raises:
+        MeshwenError: they do not fit; the process would be killed in the middle of loading.
+    """
+    needed = sum(
+        weight.nbytes(shape[::-1] if weight.transposed else shape, plan, jnp.dtype(dtype))
+        for weight in placed_weights(plan)
+        for shape in [weight.shard_shape(plan)]
+    )
+    if needed > (free := free_bytes(plan.mesh.local_devices)):
+        raise MeshwenError(
+            f"the weights need {bytes_text(needed)} on each device, of which {bytes_text(free)} "
+            "can be had: use more devices, int8, or a smaller model"
+        )
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    plan: ParallelPlan,
+    dtype: jnp.dtype,
+    progress: Progress = lambda done, total: None,
+) -> Params:
+    """Places a checkpoint's weights on the plan's devices, cast (nearest even) or quantised.
+
+    Every device's part is read straight from the file into its place, one after the other: apart
+    from the weights themselves no more than one device's part of one weight, and where it has to be
+    expanded, padded or packed a copy of it, is in memory.
+
+    Raises:
+        MeshwenError: a tensor is missing, unexpected or of another shape, or holds NaN or infinity;
+            or the weights do not fit the devices.
+    """
+    check_tensors(checkpoint, declared_weights(plan.config), plan)
+    if plan.config.tie_word_embeddings and LM_HEAD.name in checkpoint.tensors:
+        _check_tied(checkpoint)
+    check_room(plan, dtype)
+    weights = placed_weights(plan)
+
+    def leaves() -> Iterator[tuple[str, AnyWeight]]:
+        for done, weight in enumerate(weights):
+            progress(done, len(weights))
+            yield (
+                weight.path,
+                _place(checkpoint.tensors[weight.name], weight, plan, dtype, checkpoint.path),
+            )
+        progress(len(weights), len(weights))
+
+    return unflatten(leaves())
+
+
+def dummy_params(
+    plan: ParallelPlan,
+    dtype: jnp.dtype,
+    progress: Progress = lambda done, total: None,
+    seed: int = 0,
+) -> Params:
+    """Made-up weights: each a function of its name and position, so the same on every mesh.
+
+    Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices; where
+    they are packed, by way of the host. Raises MeshwenError when they do not fit the devices.
+    """
+    check_room(plan, dtype)
+    weights = placed_weights(plan)
+
+    def leaves() -> Iterator[tuple[str, AnyWeight]]:
+        for done, weight in enumerate(weights):
+            progress(done, len(weights))
+            yield weight.path, _dummy(weight, plan, dtype, seed)
+        progress(len(weights), len(weights))
+
+    return unflatten(leaves())
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """Refuses a head that is stored beside tied embeddings and differs from them."""
+    embedding, head = (checkpoint.tensors[name] for name in (EMBEDDING.name, LM_HEAD.name))
+    same = embedding.shape == head.shape and all(
+        _same(embedding.read((rows,)), head.read((rows,)))
+        for first in range(0, embedding.shape[0], _TIED_ROWS)
+        for rows in [slice(first, first + _TIED_ROWS)]
+    )
+    if not same:
+        raise MeshwenError(
+            f"{checkpoint.path}: the config ties {head.name} to {embedding.name}, but the two "
+            'differ; to use both, set "tie_word_embeddings": false in config.json'
+        )
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether numbers are equal, NaN to NaN: that is for `check_finite` to name."""
+    return np.array_equal(first, second) or np.array_equal(first, second, equal_nan=True)
+
+
+@own_settings()
+def _place(
+    source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, where: Path | None
+) -> AnyWeight:
+    shape, positions = weight.device_shape(plan), weight.positions(plan)
+    places = plan.sharding(*weight.device_axes).addressable_devices_indices_map(shape).items()
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        """One device's part, its axes in the checkpoint's order."""
+        assert index is not None  # Only a sharding that names no devices gives None.
+        wanted = [axis[i] for axis, i in zip(positions, index, strict=True)]
+        values = _read(source, wanted[::-1] if weight.transposed else wanted)
+        kept = np.dtype(np.float32) if weight.packed(plan) and plan.quantization else dtype
+        check_finite(values, kept, f"{where}: tensor {weight.name}")
+        return values
+
+    # One after the other: the host never holds more than one device's part.
+    if weight.packed(plan):
+        parts = [_packed_part(part(index), device, plan, dtype) for device, index in places]
+        return _packed_weight(parts, weight, plan, dtype)
+    arrays = []
+    for device, index in places:
+        own = part(index).T if weight.transposed else part(index)
+        arrays.append(jax.block_until_ready(jax.device_put(_copy(own, dtype), device)))
+    return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), arrays)
+
+
+_packed = Program(packed, static_argnums=(1, 2))
+
+
+def _packed_part(
+    part: np.ndarray, device: jax.Device, plan: ParallelPlan, dtype: jnp.dtype
+) -> list[Array]:
+    """Values, and scales, of one device's part [out, in], some rows at a time.
+
+    By the first device, for the others too: each would compile it for itself.
+    """
+    whole: list[np.ndarray] = []
+    for first in range(0, part.shape[0], _PACKED_ROWS):
+        block = _packed(part[first : first + _PACKED_ROWS], dtype, plan.quantization)
+        pieces = [np.asarray(piece) for piece in jax.tree.leaves(block)]
+        panels = -(-part.shape[0] // COLUMNS)
+        whole = whole or [_aligned((panels, *piece.shape[1:]), piece.dtype) for piece in pieces]
+        at = first // COLUMNS
+        for target, piece in zip(whole, pieces, strict=True):
+            target[at : at + len(piece)] = piece
+    return jax.block_until_ready(jax.device_put(whole, device))
+
+
+def _packed_weight(
+    parts: list[list[Array]], weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
+) -> PackedWeight:
+    """A weight of the parts of this process's devices."""
+    inputs, outputs = weight.shard_shape(plan)
+    whole_inputs, whole_outputs = weight.device_shape(plan)
+    shards = whole_outputs // outputs, whole_inputs // inputs
+
+    def whole(arrays: tuple[Array, ...]) -> Array:
+        panels, steps, *rest = arrays[0].shape
+        shape = (panels * shards[0], steps * shards[1], *rest)
+        return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), list(arrays))
+
+    values, *scales = (whole(arrays) for arrays in zip(*parts, strict=True))
+    return PackedWeight(values, scales[0] if scales else None, (inputs, outputs), dtype)
+
+
+def _read(source: TensorSource, wanted: list[np.ndarray]) -> np.ndarray:
+    """The tensor at the wanted positions of each axis, zeros where they are `PADDING`."""
+    runs = [list(_runs(positions)) for positions in wanted]
+    pieces = [
+        (tuple(target for target, _ in corner), tuple(original for _, original in corner))
+        for corner in product(*runs)
+    ]
+    shape = tuple(len(positions) for positions in wanted)
+    if len(pieces) == 1 and pieces[0][0] == tuple(slice(0, size) for size in shape):
+        return source.read(pieces[0][1])
+    part = np.zeros(shape, source.dtype)
+    for target, original in pieces:
+        part[target] = source.read(original)
+    return part
+
+
+def _runs(positions: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Runs of consecutive positions, padding left out: (slice of the part, of the original)."""
+    breaks = (np.diff(positions) != 1) | (positions[:-1] == PADDING)
+    edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(positions)]
+    for start, stop in pairwise(edges):
+        first = int(positions[start])
+        if first != PADDING:
+            yield slice(start, stop), slice(first, first + stop - start)
+
+
+def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+    """A row-major copy in `dtype`."""
+    result = _aligned(part.shape, dtype)
+    if part.flags.c_contiguous or part.ndim < 2:
+        result[...] = part
+        return result
+    for i in range(0, part.shape[1], _TRANSPOSE_COLUMNS):
+        block = slice(i, i + _TRANSPOSE_COLUMNS)
+        result[:, block] = part.T[block].astype(dtype).T
+    return result
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Memory that JAX's CPU back end takes as it is."""
+    nbytes = prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@own_settings()
+def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> AnyWeight:
+    positions = [
+        jax.device_put(positions.astype(np.int32), plan.sharding(axis))
+        for axis, positions in zip(weight.device_axes, weight.positions(plan), strict=True)
+    ]
+    whole = _fill(
+        positions,
+        np.uint32(zlib.crc32(weight.name.encode()) ^ seed),
+        mean=1.0 if weight.axes == ("embed",) else 0.0,  # Only norms have this one axis.
+        transposed=weight.transposed,
+        dtype=jnp.dtype(dtype),
+        sharding=plan.sharding(*weight.device_axes),
+    )
+    if not weight.packed(plan):
+        return whole
+    parts = [
+        _packed_part(np.asarray(shard.data).T, shard.device, plan, dtype)
+        for shard in whole.addressable_shards
+    ]
+    return _packed_weight(parts, weight, plan, dtype)
+
+
+# A function of the module, so that the weights of all layers share what is compiled.
+@partial(Program, static_argnames=("mean", "transposed", "dtype", "sharding"))
+def _fill(
+    positions: list[Array],
+    name_seed: Array,
+    mean: float,
+    transposed: bool,
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+) -> Array:
+    """Numbers hashed from `name_seed` and the positions in the checkpoint, zeros at `PADDING`."""
+    grid = jnp.meshgrid(*(positions[::-1] if transposed else positions), indexing="ij")
+    bits = name_seed
+    for position in grid:
+        bits = _mix(bits ^ position.astype(jnp.uint32))
+    uniform = (bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5
+    padding = jnp.stack([position == PADDING for position in grid]).any(axis=0)
+    value = jnp.where(padding, 0.0, mean + uniform * (0.02 * 12**0.5))
+    value = (value.T if transposed else value).astype(dtype)
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def _mix(bits: Array) -> Array:
+    """A 32-bit integer hash (the finaliser of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
