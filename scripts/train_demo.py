@@ -44,8 +44,7 @@ from demo_tokenizer import (
     write_tokenizer,
 )
 from meshwen.causal_lm import Qwen2ForCausalLM
-from meshwen.models.config import Qwen2Config
-from meshwen.models.qwen2 import hidden_states, logits
+from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits
 from meshwen.ops.contractions import TensorParallel
 from meshwen.ops.rotary import inverse_frequencies
 from meshwen.parallel.mesh import make_mesh

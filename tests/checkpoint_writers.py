@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 
 # A property is about values, not about how busy the machine is.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

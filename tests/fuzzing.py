@@ -31,7 +31,7 @@ from meshwen.errors import MeshwenError
 from meshwen.evals.problems import read_problems
 from meshwen.evals.run_file import FORMAT, RunFile
 from meshwen.evals.styles import STYLES
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.parallel.mesh import MeshSpec
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.verify.certificate_file import FORMAT as CERTIFICATE

@@ -15,8 +15,7 @@ import reference
 from meshwen.cache.kv_cache import KVCache
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.engine.runner import ModelRunner
-from meshwen.models.config import Qwen2Config
-from meshwen.models.qwen2 import hidden_states, logits
+from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits
 from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.packing import AnyWeight, PackedWeight, unpacked
 from meshwen.parallel.mesh import make_mesh

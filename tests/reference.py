@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.rope_scaling import RopeScaling
 
 

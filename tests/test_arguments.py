@@ -18,7 +18,7 @@ from meshwen.common.arguments import (
 )
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import write_tokenizer
 

@@ -23,7 +23,7 @@ from checkpoint_writers import (
 from meshwen.checkpoints import open_checkpoint
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.tokenizer.tokenizer import Tokenizer

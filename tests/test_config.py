@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config, declared_quantization
+from meshwen.models.config import ModelConfig, declared_quantization
 from meshwen.models.presets import PRESETS, preset
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.rope_scaling import RopeScaling
 
 # config.json of published checkpoints, as they were written.
@@ -200,6 +201,12 @@ def test_a_config_is_hashable_and_its_name_does_not_make_it_another():
     assert first != Qwen2Config.from_dict(QWEN25_7B_INSTRUCT)
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.hidden_size = 1  # type: ignore[misc]
+
+
+def test_the_base_class_reads_every_config_as_its_architectures():
+    config = ModelConfig.from_dict(QWEN25_7B_INSTRUCT)
+    assert type(config) is Qwen2Config
+    assert config == Qwen2Config.from_dict(QWEN25_7B_INSTRUCT)
 
 
 def test_head_dim_is_taken_when_given_and_derived_when_null():

@@ -16,7 +16,7 @@ from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.loading import dummy_params

@@ -19,8 +19,8 @@ from mesh_model import (
     relative_error,
     shared_model,
 )
-from meshwen.models.config import Qwen2Config, RopeScaling
-from meshwen.models.qwen2 import hidden_states, logits, rms_norm, rotate
+from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits, rms_norm, rotate
+from meshwen.models.rope_scaling import RopeScaling
 from meshwen.ops.contractions import TensorParallel, product
 from meshwen.ops.cpu import kernels
 

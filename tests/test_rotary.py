@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
 from meshwen.models.presets import preset
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.rope_scaling import RopeScaling
 from meshwen.ops.rotary import inverse_frequencies
 

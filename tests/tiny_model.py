@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 import reference
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 
 # No mesh divides its vocabulary or heads; one layer sees everything, the other a few tokens.
 TINY = Qwen2Config(

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from meshwen.checkpoints import open_checkpoint
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 
 _TYPES = {
     "float32": (np.dtype(np.float32), gguf.GGMLQuantizationType.F32),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from meshwen.engine.request import Completion, Event, Request
     from meshwen.engine.sampling_params import SamplingParams
     from meshwen.errors import MeshwenError
-    from meshwen.models.config import Qwen2Config
+    from meshwen.models.qwen2 import Qwen2Config
     from meshwen.parallel.mesh import make_mesh
     from meshwen.runtime.compilation_cache import enable_compilation_cache
     from meshwen.tokenizer.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ _MODULES = {
     "Completion": "engine.request",
     "Event": "engine.request",
     "MeshwenError": "errors",
-    "Qwen2Config": "models.config",
+    "Qwen2Config": "models.qwen2",
     "Qwen2ForCausalLM": "causal_lm",
     "Request": "engine.request",
     "SamplingParams": "engine.sampling_params",

@@ -27,7 +27,7 @@ from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
 from meshwen.engine.stream import Stream
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.ops.quant.int8 import QUANTIZATIONS, Quantization
 from meshwen.parallel.distributed import to_host
 from meshwen.parallel.mesh import make_mesh, mesh_label
@@ -375,7 +375,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _eos_token_ids(
-    config: Qwen2Config, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
+    config: ModelConfig, tokenizer: Tokenizer | None, generation_config: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """The tokens that end an answer: the first source that names any, as in transformers."""
     given = generation_config.get("eos_token_id")

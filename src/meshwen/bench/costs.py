@@ -13,7 +13,7 @@ from math import prod
 import jax.numpy as jnp
 
 from meshwen.cache.kv_cache import cache_bytes_per_token
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.declaration import EMBEDDING, LM_HEAD, Weight, declared_weights
 
@@ -77,7 +77,7 @@ def prefill_cost(plan: ParallelPlan, dtype: jnp.dtype, length: int) -> Cost:
     )
 
 
-def _attention_products(config: Qwen2Config) -> int:
+def _attention_products(config: ModelConfig) -> int:
     """Multiplications of a query token with one key and one value, in a layer."""
     return 2 * config.num_attention_heads * config.head_dim
 
@@ -90,7 +90,7 @@ def _weights(plan: ParallelPlan) -> list[Weight]:
     return [*body, tied if config.tie_word_embeddings else LM_HEAD]
 
 
-def _of_last_token(weights: list[Weight], config: Qwen2Config) -> list[Weight]:
+def _of_last_token(weights: list[Weight], config: ModelConfig) -> list[Weight]:
     """Those that only a prompt's last token meets: the last layer's but for keys and values."""
     last = f"model.layers.{config.num_hidden_layers - 1}."
     for_all = ("input_layernorm", "k_proj", "v_proj")

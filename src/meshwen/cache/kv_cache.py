@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program
 
@@ -175,7 +175,7 @@ def without_row(cache: KVCache, row: Array) -> KVCache:
     return jax.tree.map(lambda array: array.at[row].set(0), cache)
 
 
-def cache_bytes_per_token(config: Qwen2Config, heads: int, dtype: jnp.dtype) -> int:
+def cache_bytes_per_token(config: ModelConfig, heads: int, dtype: jnp.dtype) -> int:
     """Bytes of cache that one token takes for `heads` key/value heads, with values in `dtype`."""
     key_and_value = jnp.dtype(jnp.float32).itemsize + jnp.dtype(dtype).itemsize
     return config.num_hidden_layers * heads * config.head_dim * key_and_value

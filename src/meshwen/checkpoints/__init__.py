@@ -19,7 +19,7 @@ from meshwen.common.json_files import read_json, shown
 from meshwen.common.paths import exists, user_path
 from meshwen.engine.generation_config import check_generation_config
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config, config_file, declared_quantization, read_config
+from meshwen.models.config import ModelConfig, config_file, declared_quantization, read_config
 from meshwen.models.presets import PRESETS, preset
 
 __all__ = [
@@ -222,11 +222,11 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     )
 
 
-def _read_config(folder: Path, name: str) -> tuple[Qwen2Config, str | None]:
+def _read_config(folder: Path, name: str) -> tuple[ModelConfig, str | None]:
     """The config of a folder, and what quantisation it names."""
     file = config_file(folder)
     data = read_config(file)
-    return Qwen2Config.from_dict(data, name=name, where=str(file)), declared_quantization(data)
+    return ModelConfig.from_dict(data, name=name, where=str(file)), declared_quantization(data)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from meshwen.common.json_files import read_json, shown
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 
 Index = tuple[slice, ...]
 
@@ -131,7 +131,7 @@ class Checkpoint:
     name: str
     path: Path | None
     format: str | None
-    config: Qwen2Config
+    config: ModelConfig
     generation_config: dict[str, Any]
     tensors: Mapping[str, TensorSource]
     tokenizer_files: Path | Mapping[str, Any] | None

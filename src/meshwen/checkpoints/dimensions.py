@@ -9,7 +9,7 @@ from pathlib import Path
 from meshwen.checkpoints.base import TensorSource
 from meshwen.common.units import count_text
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 
 # The smallest block format that is read has 2.6 bits a weight.
 _MOST_WEIGHTS_PER_BYTE = 4
@@ -18,7 +18,7 @@ _FEW_WEIGHTS = 1 << 26
 
 
 def check_dimensions(
-    config: Qwen2Config, tensors: Mapping[str, TensorSource], nbytes: int, where: Path
+    config: ModelConfig, tensors: Mapping[str, TensorSource], nbytes: int, where: Path
 ) -> None:
     """Refuses dimensions that the files cannot hold, before anything is sized by them.
 

@@ -15,7 +15,7 @@ from meshwen.checkpoints.base import TensorSource
 from meshwen.checkpoints.dimensions import check_dimensions
 from meshwen.common.json_files import Finite, check_shape, shown
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 
 # What is needed of the metadata; other keys may be anything. `meshwen.tokenizer.files` declares the
 # tokenizer's part.
@@ -84,7 +84,7 @@ def read_metadata(
     tensors: Mapping[str, TensorSource],
     name: str,
     nbytes: int,
-) -> Qwen2Config:
+) -> ModelConfig:
     """The config of a GGUF file of so many bytes, once its metadata is known to be as it must.
 
     Raises MeshwenError, which names the file and the key, when it has not, and when the model is
@@ -98,7 +98,7 @@ def read_metadata(
     check_shape(metadata, GgufMetadata, str(path), hint=hint)
     try:
         data = _config_dict(metadata, tensors)
-        config = Qwen2Config.from_dict(data, name=name, where=str(path))
+        config = ModelConfig.from_dict(data, name=name, where=str(path))
         _check_heads(metadata, config)
         check_dimensions(config, tensors, nbytes, path)
     except MeshwenError as error:
@@ -129,7 +129,7 @@ def _config_dict(
     return config | {name: _number(value) for name, value in given.items() if value is not None}
 
 
-def _check_heads(metadata: Mapping[str, Any], config: Qwen2Config) -> None:
+def _check_heads(metadata: Mapping[str, Any], config: ModelConfig) -> None:
     for key in ("qwen2.attention.value_length", "qwen2.rope.dimension_count"):
         if metadata.get(key, config.head_dim) != config.head_dim:
             raise MeshwenError(

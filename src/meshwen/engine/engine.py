@@ -25,7 +25,7 @@ from meshwen.engine.sequence import SequenceState
 from meshwen.engine.stream import Stream
 from meshwen.engine.turns import Turns
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
 from meshwen.tokenizer.tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ class Engine:
         self._user: int | None = None  # The thread that called last.
 
     @property
-    def config(self) -> Qwen2Config:
+    def config(self) -> ModelConfig:
         """The model's hyperparameters."""
         return self._plan.config
 

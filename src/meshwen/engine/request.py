@@ -10,7 +10,7 @@ from typing import Literal
 from meshwen.common.arguments import brief, token_ids
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -94,7 +94,7 @@ class Event:
 
 
 def check_prompt(
-    token_ids: Sequence[int], config: Qwen2Config, name: str, max_model_len: int | None = None
+    token_ids: Sequence[int], config: ModelConfig, name: str, max_model_len: int | None = None
 ) -> None:
     """Refuses a prompt that the model cannot continue.
 
@@ -125,7 +125,7 @@ def check_prompt(
             )
 
 
-def check_sampling(request: Request, config: Qwen2Config, name: str) -> None:
+def check_sampling(request: Request, config: ModelConfig, name: str) -> None:
     """Refuses sampling parameters that do not fit a prompt or a model.
 
     Args:

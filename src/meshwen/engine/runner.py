@@ -28,7 +28,7 @@ from meshwen.cache.kv_cache import (
     without_row,
 )
 from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.models.qwen2 import Params, hidden_states, logits
 from meshwen.ops.contractions import COMPILER_OPTIONS, TensorParallel
 from meshwen.ops.cpu import kernels
@@ -304,7 +304,7 @@ def _fills_cores(mesh: AnyMesh) -> bool:
 
 
 def _logits_step(
-    params: Params, token_ids: Array, *, config: Qwen2Config, tp: TensorParallel
+    params: Params, token_ids: Array, *, config: ModelConfig, tp: TensorParallel
 ) -> Array:
     B, T = token_ids.shape
     x, _ = hidden_states(params, token_ids, jnp.zeros(B, jnp.int32), None, T, config, tp)
@@ -322,7 +322,7 @@ def _prefill_step(
     *,
     slots: int,
     parts: int,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
 ) -> tuple[Array, KVCache]:
     T, row = token_ids.shape[1], rows[0]
@@ -344,7 +344,7 @@ def _first_step(
     seen: Array | None,
     *,
     method: SamplingMethod,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
 ) -> Sampled:
     scores = logits(params, hidden, tp)
@@ -360,7 +360,7 @@ def _decode_step(
     seen: Array | None,
     *,
     method: SamplingMethod,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
 ) -> tuple[Sampled, Array | None, KVCache]:
     (B, T), slots = tokens.shape, cache[0].values.shape[2]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's hyperparameters, from a Hugging Face ``config.json`` or a named preset.
+"""A model's hyperparameters, from a Hugging Face ``config.json``: what architectures share.
 
-Field names and meanings are those of transformers' ``Qwen2Config``. The spellings of transformers 4
+Field names and meanings are those of transformers' configs. The spellings of transformers 4
 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and 5 (``rope_parameters``, ``dtype``) are both
 read. What this package cannot run exactly is refused, never guessed.
 """
@@ -10,18 +10,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Required, Self, cast
+from typing import Any, ClassVar, Required, Self, cast
 
 from typing_extensions import TypedDict
 
 from meshwen.common.json_files import Finite, check_shape, read_json, shown
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
+from meshwen.models.registry import ARCHITECTURES, architecture, find_model_type
 from meshwen.models.rope_scaling import RopeFile, RopeScaling, read_rope
 
-ARCHITECTURE = "Qwen2ForCausalLM"
-BASE_ARCHITECTURE = "Qwen2Model"  # The same without its head, which tied embeddings stand for.
-MODEL_TYPE = "qwen2"
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # A hundred times what has been published, and little enough to lay out in a moment.
@@ -38,13 +36,6 @@ _LARGEST_QUERY = 2**20  # num_attention_heads x head_dim
 # What float32 holds, times a factor of RoPE scaling too.
 _EPSILONS = (1e-37, 1.0)
 _LARGEST_THETA = 1e28
-
-
-class ConfigHead(TypedDict, total=False):
-    """What tells the architecture in a config.json."""
-
-    architectures: list[str] | str | None
-    model_type: str | None
 
 
 class _DualChunk(TypedDict, total=False):
@@ -83,8 +74,10 @@ class _SlidingFile(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2Config:
-    """Hyperparameters of one Qwen2.5 model; hashable, so that it can be a static argument of jit.
+class ModelConfig:
+    """Hyperparameters of one model; hashable, so that it can be a static argument of jit.
+
+    Each architecture has a subclass. This class reads the config of any, and returns its subclass.
 
     ``head_dim`` 0 means ``hidden_size // num_attention_heads`` and empty ``layer_types`` means full
     attention in every layer; both are filled in at construction, so readers always see the value.
@@ -94,6 +87,8 @@ class Qwen2Config:
 
     Raises MeshwenError at construction when the values contradict each other.
     """
+
+    model_type: ClassVar[str] = ""
 
     vocab_size: int
     hidden_size: int
@@ -220,13 +215,14 @@ class Qwen2Config:
         """
         data = check_shape(data, dict[str, Any], where)
         name = str(data.get("_name_or_path") or "") if name is None else name
+        found = cls._subclass(find_model_type(data, where), where)
         _refuse_unsupported(data, where)
         shape: ConfigFile = check_shape(cast(ConfigFile, data), ConfigFile, where)
         sliding_window, layer_types = _sliding_attention(data, where)
         try:
             max_positions = _max_positions(shape)
             rope_theta, rope_scaling = read_rope(data, max_positions)
-            return cls(
+            return found(
                 vocab_size=shape["vocab_size"],
                 hidden_size=shape["hidden_size"],
                 intermediate_size=shape["intermediate_size"],
@@ -250,14 +246,24 @@ class Qwen2Config:
         except MeshwenError as error:
             raise MeshwenError(f"{where}: {error}") from None
 
+    @classmethod
+    def _subclass(cls, model_type: str, where: str) -> type[Self]:
+        """The class for a ``model_type``: a subclass of this one, or this one itself."""
+        if cls.model_type and cls.model_type != model_type:
+            raise MeshwenError(
+                f'{where}: its model_type is "{model_type}"; {cls.__name__} reads '
+                f'"{cls.model_type}" only, ModelConfig reads every one'
+            )
+        return cls if cls.model_type else cast(type[Self], architecture(model_type).CONFIG)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a ``config.json`` that transformers and this class read."""
         data = {key: value for key, value in asdict(self).items() if key != "name"}
         sliding = [i for i, kind in enumerate(self.layer_types) if kind == "sliding_attention"]
         eos = list(self.eos_token_id)
         data.update(
-            architectures=[ARCHITECTURE],
-            model_type=MODEL_TYPE,
+            architectures=[ARCHITECTURES[self.model_type]],
+            model_type=self.model_type,
             hidden_act="silu",
             layer_types=list(self.layer_types),
             use_sliding_window=self.sliding_window is not None,
@@ -298,22 +304,6 @@ def declared_quantization(data: Mapping[str, Any]) -> str | None:
 
 def _refuse_unsupported(data: Mapping[str, Any], where: str) -> None:
     """Raise MeshwenError for a config whose model would not be the one this package computes."""
-    parts = {key: data[key] for key in ("architectures", "model_type") if key in data}
-    parts = check_shape(parts, cast(type[dict[str, Any]], ConfigHead), where)
-    found, model_type = parts.get("architectures") or [], parts.get("model_type")
-    found = [found] if isinstance(found, str) else found
-    known = {ARCHITECTURE, BASE_ARCHITECTURE} & set(found)
-    if (found and not known) or model_type not in (None, MODEL_TYPE):
-        raise MeshwenError(
-            f"{where}: architecture {shown(', '.join(found) or 'unnamed')} "
-            f"(model_type {shown(model_type)}) is not supported; supported: {ARCHITECTURE} "
-            f'(model_type "{MODEL_TYPE}")'
-        )
-    if not found and model_type is None:
-        raise MeshwenError(
-            f"{where}: neither architectures nor model_type is given; supported: {ARCHITECTURE} "
-            f'(model_type "{MODEL_TYPE}")'
-        )
     activation = data.get("hidden_act")
     if activation not in (None, "silu"):
         raise MeshwenError(

@@ -2,7 +2,7 @@
 """The published sizes of Qwen2.5, by name: configs without weights."""
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.qwen2 import Qwen2Config
 
 # hidden, intermediate, layers, query heads, kv heads, vocabulary, tied embeddings of the Instruct
 # models. The base models differ in two fields: rms_norm_eps is 1e-5 from 14B up, and

@@ -13,19 +13,30 @@ weights take their inputs in the weights' dtype and accumulate in float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from meshwen.cache.kv_cache import AnyCache, LayerCache, SequenceCache
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.ops.contractions import TensorParallel
 from meshwen.ops.rotary import inverse_frequencies
 
 Params = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config(ModelConfig):
+    """Hyperparameters of one Qwen2 or Qwen2.5 model."""
+
+    model_type: ClassVar[str] = "qwen2"
+
+
+CONFIG = Qwen2Config
 
 
 class Seen(NamedTuple):
@@ -42,7 +53,7 @@ def hidden_states(
     start: Array,
     cache: tuple[AnyCache, ...] | None,
     slots: int,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
     wanted: Array | None = None,
 ) -> tuple[Array, tuple[AnyCache, ...]]:
@@ -100,7 +111,7 @@ def decoder_layer(
     cache: AnyCache | None,
     wanted: Array | None,
     *,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
 ) -> tuple[Array, AnyCache | None]:
     """One pre-norm layer: [B, T, D] -> [B, T, D], or of the wanted tokens [B, 1, D]."""
@@ -181,7 +192,7 @@ def rms_norm(x: Array, weight: Array, eps: float, tp: TensorParallel) -> Array:
     return x * scale * weight.astype(jnp.float32)
 
 
-def rotary_tables(config: Qwen2Config, positions: Array, tp: TensorParallel) -> tuple[Array, Array]:
+def rotary_tables(config: ModelConfig, positions: Array, tp: TensorParallel) -> tuple[Array, Array]:
     """Cosines and sines of the rotary angles: int [B, T] -> two float32 [B, 1, T, H/2]."""
     frequencies, attention_factor = inverse_frequencies(config)
     (angles,) = tp.rounded((positions[:, None, :, None].astype(jnp.float32) * frequencies,))
@@ -198,7 +209,7 @@ def rotate(x: Array, rotary: tuple[Array, Array], tp: TensorParallel) -> Array:
     return jnp.concatenate([a - b, c + d], axis=-1)
 
 
-def _seen(positions: Array, slots: int, config: Qwen2Config, layer_type: str) -> Seen:
+def _seen(positions: Array, slots: int, config: ModelConfig, layer_type: str) -> Seen:
     """What a layer's queries at `positions` [B, T] see.
 
     A bias is a number to add, not a mask to select by: XLA's CPU back end (jax 0.10) takes half the

@@ -10,11 +10,11 @@ import math
 
 import numpy as np
 
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.models.rope_scaling import RopeScaling
 
 
-def inverse_frequencies(config: Qwen2Config) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Return a model's rotary frequencies, and the factor that scales its cosines and sines.
 
     Position p turns dimensions (i, i + head_dim/2) of a query or key by p * frequency[i] radians.
@@ -34,14 +34,14 @@ def inverse_frequencies(config: Qwen2Config) -> tuple[np.ndarray, float]:
 _ONE = np.float32(1.0)
 
 
-def _wavelengths(config: Qwen2Config) -> np.ndarray:
+def _wavelengths(config: ModelConfig) -> np.ndarray:
     """Return ``rope_theta ** (2i / head_dim)`` for each pair i: float32 [H/2], positions/radian."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     # In float64, because numpy's float32 power is off by one ulp where PyTorch's is not.
     return np.power(np.float64(config.rope_theta), exponents).astype(np.float32)
 
 
-def _yarn(wavelengths: np.ndarray, config: Qwen2Config, scaling: RopeScaling) -> np.ndarray:
+def _yarn(wavelengths: np.ndarray, config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
     """Return YaRN's "NTK-by-parts" frequencies, float32 [H/2] (arXiv 2309.00071, section 3.2).
 
     Pairs that turn more than ``beta_fast`` times in the original context keep their frequency,
@@ -55,7 +55,7 @@ def _yarn(wavelengths: np.ndarray, config: Qwen2Config, scaling: RopeScaling) ->
     return interpolated * (_ONE - kept) + _ONE / wavelengths * kept
 
 
-def _correction_range(config: Qwen2Config, scaling: RopeScaling) -> tuple[float, float]:
+def _correction_range(config: ModelConfig, scaling: RopeScaling) -> tuple[float, float]:
     """Return the pair indices between which YaRN blends, by the turns they make in the context."""
     assert scaling.original_max_position_embeddings is not None  # RopeScaling checks it
     context = scaling.original_max_position_embeddings

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.ops.cpu import kernels
 from meshwen.ops.quant.int8 import QUANTIZATIONS, Quantization
 from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
@@ -63,7 +63,7 @@ class ParallelPlan:
             no such quantization.
     """
 
-    config: Qwen2Config
+    config: ModelConfig
     mesh: Mesh | AbstractMesh
     numerics: Numerics = "fast"
     quantization: Quantization | None = None

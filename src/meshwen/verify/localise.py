@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.models.qwen2 import Params, hidden_states, logits
 from meshwen.ops.contractions import TensorParallel
 from meshwen.parallel.distributed import to_host
@@ -106,7 +106,7 @@ class Prober:
             lengths: Array,
             rows: Array,
             *,
-            config: Qwen2Config,
+            config: ModelConfig,
             tp: TensorParallel,
         ) -> tuple[Array, Array, Array]:
             return _probe(params, token_ids, lengths, rows, config, tp, row_hook)
@@ -187,7 +187,7 @@ def _probe(
     token_ids: Array,
     lengths: Array,
     rows: Array,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
     row_hook: RowHook | None,
 ) -> tuple[Array, Array, Array]:

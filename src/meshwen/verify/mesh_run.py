@@ -15,7 +15,7 @@ from meshwen.cache.kv_cache import KVCache
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.models.qwen2 import Params, hidden_states, logits
 from meshwen.ops.contractions import TensorParallel
 from meshwen.parallel.distributed import gathered, to_host
@@ -190,7 +190,7 @@ class MeshRun:
         return lowered.compile()
 
 
-def head_step(params: Params, hidden: Array, *, config: Qwen2Config, tp: TensorParallel) -> Array:
+def head_step(params: Params, hidden: Array, *, config: ModelConfig, tp: TensorParallel) -> Array:
     """Logits of final hidden states: float32 [B, D] -> float32 [B, V/n]."""
     return logits(params, hidden, tp)
 
@@ -201,7 +201,7 @@ def decode_logits_step(
     tokens: Array,
     positions: Array,
     *,
-    config: Qwen2Config,
+    config: ModelConfig,
     tp: TensorParallel,
 ) -> tuple[Array, KVCache]:
     """What the runner's decode step does, but with the logits in the sampler's place.

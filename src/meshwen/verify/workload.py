@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.runtime.shape_buckets import bucket
 
 # Of different lengths, so that rows of one batch end at different places.
@@ -96,7 +96,7 @@ class Workload:
         return np.concatenate([array, np.repeat(array[:1], extra, axis=0)])
 
 
-def check_length(prompts: Sequence[Sequence[int]], steps: int, config: Qwen2Config) -> None:
+def check_length(prompts: Sequence[Sequence[int]], steps: int, config: ModelConfig) -> None:
     """Refuses prompts that do not fit the model's context with what follows them."""
     longest = max(len(prompt) for prompt in prompts)
     if longest + steps > config.context_length:
@@ -106,7 +106,7 @@ def check_length(prompts: Sequence[Sequence[int]], steps: int, config: Qwen2Conf
         )
 
 
-def made_up_prompts(config: Qwen2Config) -> tuple[tuple[int, ...], ...]:
+def made_up_prompts(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
     """Prompts for a model without a tokenizer: some token ids, the same every time."""
     rng = np.random.default_rng(0)
     lengths = (21, 7, 33, 2)

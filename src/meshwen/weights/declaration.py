@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from meshwen.models.config import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.ops.cpu.packing import packed_bytes
 from meshwen.parallel.plan import ParallelPlan
 
@@ -114,7 +114,7 @@ _FINAL_NORM = Weight("model.norm.weight", ("embed",))
 LM_HEAD = _projection("lm_head", "vocab", "embed")
 
 
-def declared_weights(config: Qwen2Config) -> list[Weight]:
+def declared_weights(config: ModelConfig) -> list[Weight]:
     """Every weight of a model, in the order of its forward pass.
 
     With tied embeddings there is no `lm_head`: the model reads the embedding table twice.
