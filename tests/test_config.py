@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import ModelConfig, declared_quantization
+from meshwen.models.config import declared_quantization
 from meshwen.models.presets import PRESETS, preset
 from meshwen.models.qwen2 import Qwen2Config
+from meshwen.models.registry import config_from_dict, config_from_json
 from meshwen.models.rope_scaling import RopeScaling
 
 # config.json of published checkpoints, as they were written.
@@ -203,10 +204,18 @@ def test_a_config_is_hashable_and_its_name_does_not_make_it_another():
         first.hidden_size = 1  # type: ignore[misc]
 
 
-def test_the_base_class_reads_every_config_as_its_architectures():
-    config = ModelConfig.from_dict(QWEN25_7B_INSTRUCT)
-    assert type(config) is Qwen2Config
-    assert config == Qwen2Config.from_dict(QWEN25_7B_INSTRUCT)
+@pytest.mark.parametrize("dropped", ["architectures", "model_type"])
+def test_the_registry_reads_a_config_as_its_architectures(dropped):
+    for data in (QWEN25_7B_INSTRUCT, without(dropped)):
+        config = config_from_dict(data)
+        assert type(config) is Qwen2Config
+        assert config == Qwen2Config.from_dict(data)
+
+
+def test_the_registry_names_all_that_is_supported(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(MeshwenError, match=r'unnamed.*"llama".*supported: Qwen2ForCausalLM'):
+        config_from_json(tmp_path)
 
 
 def test_head_dim_is_taken_when_given_and_derived_when_null():

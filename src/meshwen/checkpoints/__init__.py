@@ -21,6 +21,7 @@ from meshwen.engine.generation_config import check_generation_config
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig, config_file, declared_quantization, read_config
 from meshwen.models.presets import PRESETS, preset
+from meshwen.models.registry import config_from_dict
 
 __all__ = [
     "LOAD_FORMATS",
@@ -226,7 +227,7 @@ def _read_config(folder: Path, name: str) -> tuple[ModelConfig, str | None]:
     """The config of a folder, and what quantisation it names."""
     file = config_file(folder)
     data = read_config(file)
-    return ModelConfig.from_dict(data, name=name, where=str(file)), declared_quantization(data)
+    return config_from_dict(data, name=name, where=str(file)), declared_quantization(data)
 
 
 @contextmanager

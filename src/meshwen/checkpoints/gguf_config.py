@@ -16,6 +16,7 @@ from meshwen.checkpoints.dimensions import check_dimensions
 from meshwen.common.json_files import Finite, check_shape, shown
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
+from meshwen.models.registry import config_from_dict
 
 # What is needed of the metadata; other keys may be anything. `meshwen.tokenizer.files` declares the
 # tokenizer's part.
@@ -98,7 +99,7 @@ def read_metadata(
     check_shape(metadata, GgufMetadata, str(path), hint=hint)
     try:
         data = _config_dict(metadata, tensors)
-        config = ModelConfig.from_dict(data, name=name, where=str(path))
+        config = config_from_dict(data, name=name, where=str(path))
         _check_heads(metadata, config)
         check_dimensions(config, tensors, nbytes, path)
     except MeshwenError as error:

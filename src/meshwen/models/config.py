@@ -7,7 +7,7 @@ read. What this package cannot run exactly is refused, never guessed.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Required, Self, cast
@@ -17,7 +17,6 @@ from typing_extensions import TypedDict
 from meshwen.common.json_files import Finite, check_shape, read_json, shown
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
-from meshwen.models.registry import ARCHITECTURES, architecture, find_model_type
 from meshwen.models.rope_scaling import RopeFile, RopeScaling, read_rope
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -36,6 +35,13 @@ _LARGEST_QUERY = 2**20  # num_attention_heads x head_dim
 # What float32 holds, times a factor of RoPE scaling too.
 _EPSILONS = (1e-37, 1.0)
 _LARGEST_THETA = 1e28
+
+
+class _Head(TypedDict, total=False):
+    """What names the architecture in a config.json."""
+
+    architectures: list[str] | str | None
+    model_type: str | None
 
 
 class _DualChunk(TypedDict, total=False):
@@ -77,7 +83,7 @@ class _SlidingFile(TypedDict, total=False):
 class ModelConfig:
     """Hyperparameters of one model; hashable, so that it can be a static argument of jit.
 
-    Each architecture has a subclass. This class reads the config of any, and returns its subclass.
+    Each architecture has a subclass; `meshwen.models.registry` finds the one of a config.json.
 
     ``head_dim`` 0 means ``hidden_size // num_attention_heads`` and empty ``layer_types`` means full
     attention in every layer; both are filled in at construction, so readers always see the value.
@@ -88,7 +94,9 @@ class ModelConfig:
     Raises MeshwenError at construction when the values contradict each other.
     """
 
-    model_type: ClassVar[str] = ""
+    # As a config.json names it.
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
 
     vocab_size: int
     hidden_size: int
@@ -196,9 +204,8 @@ class ModelConfig:
 
         Raises MeshwenError, which names the file, when it is missing, not JSON or not supported.
         """
-        file = config_file(user_path(path))
-        name = os.path.basename(os.path.dirname(os.path.abspath(file)))
-        return cls.from_dict(read_config(file), name=name, where=str(file))
+        file = config_file(path)
+        return cls.from_dict(read_config(file), name=folder_name(file), where=str(file))
 
     @classmethod
     def from_dict(
@@ -215,14 +222,16 @@ class ModelConfig:
         """
         data = check_shape(data, dict[str, Any], where)
         name = str(data.get("_name_or_path") or "") if name is None else name
-        found = cls._subclass(find_model_type(data, where), where)
+        named = named_architecture(data, where)
+        if not cls.is_named(*named):
+            raise unsupported(*named, [cls], where)
         _refuse_unsupported(data, where)
         shape: ConfigFile = check_shape(cast(ConfigFile, data), ConfigFile, where)
         sliding_window, layer_types = _sliding_attention(data, where)
         try:
             max_positions = _max_positions(shape)
             rope_theta, rope_scaling = read_rope(data, max_positions)
-            return found(
+            return cls(
                 vocab_size=shape["vocab_size"],
                 hidden_size=shape["hidden_size"],
                 intermediate_size=shape["intermediate_size"],
@@ -247,14 +256,15 @@ class ModelConfig:
             raise MeshwenError(f"{where}: {error}") from None
 
     @classmethod
-    def _subclass(cls, model_type: str, where: str) -> type[Self]:
-        """The class for a ``model_type``: a subclass of this one, or this one itself."""
-        if cls.model_type and cls.model_type != model_type:
-            raise MeshwenError(
-                f'{where}: its model_type is "{model_type}"; {cls.__name__} reads '
-                f'"{cls.model_type}" only, ModelConfig reads every one'
-            )
-        return cls if cls.model_type else cast(type[Self], architecture(model_type).CONFIG)
+    def is_named(cls, architectures: list[str], model_type: str | None) -> bool:
+        """Whether a config.json names this architecture.
+
+        Its base model (`Qwen2Model`) counts as it: the same without its head, which tied embeddings
+        stand for.
+        """
+        own = {cls.architecture, cls.architecture.replace("ForCausalLM", "Model")}
+        by_name = not architectures or not own.isdisjoint(architectures)
+        return by_name and model_type in (None, cls.model_type)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of a ``config.json`` that transformers and this class read."""
@@ -262,7 +272,7 @@ class ModelConfig:
         sliding = [i for i, kind in enumerate(self.layer_types) if kind == "sliding_attention"]
         eos = list(self.eos_token_id)
         data.update(
-            architectures=[ARCHITECTURES[self.model_type]],
+            architectures=[self.architecture],
             model_type=self.model_type,
             hidden_act="silu",
             layer_types=list(self.layer_types),
@@ -274,8 +284,9 @@ class ModelConfig:
         return data
 
 
-def config_file(path: Path) -> Path:
+def config_file(path: str | Path) -> Path:
     """The ``config.json`` of a folder, or the file itself; MeshwenError when it is not there."""
+    path = user_path(path)
     folder = exists(path) and path.is_dir()
     file = path / "config.json" if folder else path
     if not exists(file):
@@ -288,6 +299,35 @@ def config_file(path: Path) -> Path:
 def read_config(file: Path) -> dict[str, Any]:
     """The object in a ``config.json``. Raises MeshwenError when there is none."""
     return read_json(file, dict[str, Any])
+
+
+def folder_name(file: Path) -> str:
+    """The name of the folder that holds a file."""
+    return os.path.basename(os.path.dirname(os.path.abspath(file)))
+
+
+def named_architecture(data: Mapping[str, Any], where: str) -> tuple[list[str], str | None]:
+    """``architectures`` and ``model_type`` of a config.json; MeshwenError where it has neither."""
+    head = {key: data[key] for key in ("architectures", "model_type") if key in data}
+    head = check_shape(head, cast(type[dict[str, Any]], _Head), where)
+    names, model_type = head.get("architectures") or [], head.get("model_type")
+    if not names and model_type is None:
+        raise MeshwenError(f"{where}: neither architectures nor model_type is given")
+    return [names] if isinstance(names, str) else names, model_type
+
+
+def unsupported(
+    architectures: list[str],
+    model_type: str | None,
+    supported: Iterable[type[ModelConfig]],
+    where: str,
+) -> MeshwenError:
+    """The error for a config.json that names another architecture."""
+    own = ", ".join(f'{one.architecture} (model_type "{one.model_type}")' for one in supported)
+    return MeshwenError(
+        f"{where}: architecture {shown(', '.join(architectures) or 'unnamed')} "
+        f"(model_type {shown(model_type)}) is not supported; supported: {own}"
+    )
 
 
 def declared_quantization(data: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,7 @@ class Qwen2Config(ModelConfig):
     """Hyperparameters of one Qwen2 or Qwen2.5 model."""
 
     model_type: ClassVar[str] = "qwen2"
+    architecture: ClassVar[str] = "Qwen2ForCausalLM"
 
 
 CONFIG = Qwen2Config

@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architectures that can be run, each in a module of its own, imported when it is first needed.
+"""The architectures that can be run, each in a module of its own, imported when it is needed.
 
-To add one, write `meshwen/models/<model_type>.py` with what `Architecture` lists, and add a line to
-`ARCHITECTURES`.
+To add one, write `meshwen/models/<model_type>.py` with what `Architecture` lists, and add its line
+to `MODEL_TYPES`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
-from typing_extensions import TypedDict
+from meshwen.models.config import (
+    ModelConfig,
+    config_file,
+    folder_name,
+    named_architecture,
+    read_config,
+    unsupported,
+)
 
-from meshwen.common.json_files import check_shape, shown
-from meshwen.errors import MeshwenError
-
-if TYPE_CHECKING:
-    from meshwen.models.config import ModelConfig
-
-# `model_type` of a config.json, which names the module too, and its class in `architectures`.
-ARCHITECTURES = {
-    "qwen2": "Qwen2ForCausalLM",
-}
+# `model_type` of a config.json, and the name of the module.
+MODEL_TYPES = ("qwen2",)
 
 
 class Architecture(Protocol):
@@ -31,50 +29,34 @@ class Architecture(Protocol):
     CONFIG: type[ModelConfig]
 
 
-class _Head(TypedDict, total=False):
-    """What names the architecture in a config.json."""
-
-    architectures: list[str] | str | None
-    model_type: str | None
-
-
 def architecture(model_type: str) -> Architecture:
     """The module of an architecture. Imports it, and JAX with it."""
-    assert model_type in ARCHITECTURES
+    assert model_type in MODEL_TYPES
     return cast(Architecture, import_module(f"meshwen.models.{model_type}"))
 
 
-def find_model_type(data: Mapping[str, Any], where: str) -> str:
-    """The supported `model_type` that a config.json names, by itself or by `architectures`.
+def config_from_json(path: str | Path) -> ModelConfig:
+    """Reads a ``config.json``, or that of a folder, by its architecture: `ModelConfig.from_json`.
 
-    An architecture's base model (`Qwen2Model`) counts as it: the same without its head, which tied
-    embeddings stand for.
-
-    Args:
-        data: the contents of a config.json.
-        where: the file, for messages.
-
-    Raises:
-        MeshwenError: it names none, one that is not supported, or two that differ.
+    Raises MeshwenError, which names the file, when it is missing, not JSON or not supported.
     """
-    head = {key: data[key] for key in ("architectures", "model_type") if key in data}
-    head = check_shape(head, cast(type[dict[str, Any]], _Head), where)
-    names, named = head.get("architectures") or [], head.get("model_type")
-    names = [names] if isinstance(names, str) else names
-    if not names and named is None:
-        raise MeshwenError(
-            f"{where}: neither architectures nor model_type is given; supported: {_supported()}"
-        )
-    for model_type, class_name in ARCHITECTURES.items():
-        own_names = {class_name, class_name.replace("ForCausalLM", "Model")}
-        if named in (None, model_type) and (not names or own_names & set(names)):
-            return model_type
-    raise MeshwenError(
-        f"{where}: architecture {shown(', '.join(names) or 'unnamed')} (model_type "
-        f"{shown(named)}) is not supported; supported: {_supported()}"
-    )
+    file = config_file(path)
+    return config_from_dict(read_config(file), name=folder_name(file), where=str(file))
 
 
-def _supported() -> str:
-    pairs = ARCHITECTURES.items()
-    return ", ".join(f'{class_name} (model_type "{name}")' for name, class_name in pairs)
+def config_from_dict(
+    data: Mapping[str, Any], *, name: str | None = None, where: str = "config.json"
+) -> ModelConfig:
+    """Builds the config of whichever architecture is named: `ModelConfig.from_dict`.
+
+    Raises MeshwenError: none is named, or one that is not supported; or as `ModelConfig.from_dict`.
+    """
+    named = named_architecture(data, where)
+    model_type = named[1]
+    # Without a model_type, `architectures` tell.
+    candidates = [model_type] if model_type in MODEL_TYPES else MODEL_TYPES
+    for candidate in candidates:
+        config = architecture(candidate).CONFIG
+        if config.is_named(*named):
+            return config.from_dict(data, name=name, where=where)
+    raise unsupported(*named, [architecture(one).CONFIG for one in MODEL_TYPES], where)
