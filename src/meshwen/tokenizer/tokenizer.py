@@ -290,6 +290,9 @@ class StreamDecoder:
     UTF-8 come out as U+FFFD, by the same rule as `decode`, once no further byte can complete them.
     """
 
+    # Not `tokenizers.decoders.DecodeStream`: it loses a character that is incomplete at the end and
+    # holds back all that follows invalid bytes, at a cost that grows with each token.
+
     def __init__(self, tokenizer: Tokenizer):
         """Start a text."""
         self._token_bytes = tokenizer.token_bytes
