@@ -47,11 +47,11 @@ def test_each_part_of_the_package_imports_only_what_stands_below_it(capsys, monk
     assert kept, capsys.readouterr().out
 
 
-# Each is to go.
+# There is no other way to these: see the comments there.
 PRIVATE = {"meshwen/parallel/distributed.py": ["jax._src.distributed"]}
 
 
-def test_the_package_imports_nothing_private_of_jax():
+def test_the_package_imports_nothing_private_of_jax_but_what_has_no_public_name():
     found = {
         str(path.relative_to(PACKAGE.parent)): private
         for path in PACKAGE.rglob("*.py")

@@ -177,7 +177,7 @@ def to_host(array: Array) -> np.ndarray:
 
 def wait_for_others() -> None:
     """Parts from the others once all have come so far. Returns at once where there are none."""
-    if _state().client is not None:
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
 
@@ -186,7 +186,7 @@ def leave(status: int) -> None:
 
     Those end too: when they miss it, or when they fail alike. Returns where there are no others.
     """
-    if _state().client is None:
+    if not jax.distributed.is_initialized():
         return
     leaving = threading.Thread(target=_shut_down, daemon=True)
     leaving.start()
@@ -208,11 +208,10 @@ def _exit(status: int) -> NoReturn:
 
 
 def _state() -> Any:
-    """What JAX knows of the processes.
-
-    Its public functions tell it too, but start the back end first, whose simulated devices depend
-    on it.
-    """
+    """What JAX knows of the processes: their number, this one's, and the client of their store."""
+    # Not public, yet the only way: `jax.process_count` and `jax.experimental.multihost_utils` start
+    # the back end, whose simulated devices depend on the number, and nothing else hands out the
+    # store. It is what JAX's own checkpointing reads.
     from jax._src import distributed
 
     return distributed.global_state
