@@ -24,6 +24,7 @@ from meshwen import (
     Request,
     SamplingParams,
 )
+from meshwen.causal_lm import CausalLM
 from meshwen.engine.sampling import NO_TOKEN
 from meshwen.errors import MeshwenError
 from meshwen.models import presets
@@ -297,6 +298,17 @@ def test_what_a_user_should_know_of_a_checkpoint_is_a_warning(tmp_path):
         Qwen2ForCausalLM.from_pretrained(folder)
 
 
+def test_the_class_is_the_checkpoints_or_refused_in_one_line(folder):
+    class Other(CausalLM):
+        model_type = "other"
+
+    named = r"speller is a qwen2 model: load it with Qwen2ForCausalLM or AutoModel.*, not Other$"
+    with pytest.raises(MeshwenError, match=named):
+        Other.from_pretrained(folder)
+    model = meshwen.AutoModelForCausalLM.from_pretrained(folder, load_format="dummy")
+    assert type(model) is Qwen2ForCausalLM
+
+
 def test_another_architecture_is_refused_in_one_line(tmp_path):
     llama = write_speller(tmp_path / "llama")
     settings = json.loads((llama / "config.json").read_text())
@@ -424,6 +436,5 @@ def test_importing_starts_no_back_end():
 def test_the_public_names_are_there_and_no_others():
     assert dir(meshwen) == meshwen.__all__ == sorted(meshwen.__all__)
     assert all(getattr(meshwen, name).__name__ for name in meshwen.__all__)
-    assert meshwen.AutoModelForCausalLM is meshwen.Qwen2ForCausalLM
     with pytest.raises(AttributeError, match="'meshwen' has no attribute 'Gwen'"):
         meshwen.Gwen  # noqa: B018

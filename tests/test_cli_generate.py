@@ -178,7 +178,7 @@ def test_the_batch_size_reaches_the_engine(tmp_path, monkeypatch):
         sizes.append(max_num_seqs)
         raise MeshwenError("enough")
 
-    monkeypatch.setattr("meshwen.causal_lm.Qwen2ForCausalLM.from_checkpoint", load)
+    monkeypatch.setattr("meshwen.causal_lm.CausalLM.from_checkpoint", load)
     folder = str(write_speller(tmp_path))
     for arguments in ((), ("--batch-size", "3")):
         assert main(["generate", "hi", "--model", folder, *arguments]) == 2

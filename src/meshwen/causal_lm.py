@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Qwen2ForCausalLM`: a model as its users hold it."""
+"""`CausalLM`: a model as its users hold it, with a subclass for each architecture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fsdecode
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +43,11 @@ DTYPES = ("bfloat16", "float32")
 AnyPrompt = str | Iterable[int] | Sequence[Mapping[str, Any]]
 
 
-class Qwen2ForCausalLM:
-    """A Qwen2 model on a mesh; any thread may call it at any time, and callers share one batch.
+class CausalLM:
+    """A model on a mesh; any thread may call it at any time, and callers share one batch.
+
+    `from_pretrained` and `from_checkpoint` return the class of the checkpoint's architecture; those
+    of a subclass refuse every other architecture.
 
     Attributes (none can be replaced: what is compiled and running has been made from them):
         config: its hyperparameters.
@@ -58,6 +61,8 @@ class Qwen2ForCausalLM:
         runner: the compiled steps.
         engine: runs requests; `generate` and `stream` are short for it.
     """
+
+    model_type: ClassVar[str | None] = None  # Of a subclass: the architecture that it is for.
 
     def __init__(
         self,
@@ -135,8 +140,8 @@ class Qwen2ForCausalLM:
             progress: called with the number of weights placed, and of all.
 
         Raises:
-            MeshwenError: there is no such model, it is not a whole Qwen2 checkpoint, or the mesh
-                does not exist.
+            MeshwenError: there is no such model, it is not a whole checkpoint of an architecture
+                that this class is for, or the mesh does not exist.
         """
         dtype = _dtype_name(dtype)
         _check_choice("numerics", numerics, NUMERICS)
@@ -149,6 +154,7 @@ class Qwen2ForCausalLM:
         mesh = make_mesh(mesh, model_axes=model_axes, data_axes=data_axes)
         name = fsdecode(path_or_hub_id)
         with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+            cls._class_for(checkpoint)  # Refuses another architecture before anything is loaded.
             for note in checkpoint.notes:
                 warnings.warn(f"{name}: {note}", stacklevel=2)
             return cls.from_checkpoint(
@@ -183,7 +189,7 @@ class Qwen2ForCausalLM:
 
         A checkpoint that was opened without weights gets made-up ones. It may be closed afterwards.
         """
-        kind = jnp.dtype(dtype)
+        model_class, kind = cls._class_for(checkpoint), jnp.dtype(dtype)
         plan = ParallelPlan(checkpoint.config, make_mesh(mesh), numerics, quantization)
         settings = {
             "mesh": mesh_label(plan.mesh),
@@ -201,7 +207,7 @@ class Qwen2ForCausalLM:
         else:
             params = load_params(checkpoint, plan, kind, progress)
         runner = ModelRunner(plan, params, kind)
-        return cls(
+        return model_class(
             runner,
             tokenizer,
             checkpoint.generation_config,
@@ -209,6 +215,19 @@ class Qwen2ForCausalLM:
             max_model_len,
             prompt_lookup_num_tokens,
         )
+
+    @classmethod
+    def _class_for(cls, checkpoint: Checkpoint) -> type[Self]:
+        """The class of a checkpoint's architecture. Raises MeshwenError where this is another."""
+        config = checkpoint.config
+        if cls is CausalLM:  # An architecture may have no class of its own.
+            return cast(type[Self], _CLASSES.get(config.model_type, CausalLM))
+        if cls.model_type not in (None, config.model_type):
+            raise MeshwenError(
+                f"{checkpoint.path or checkpoint.name} is a {config.model_type} model: load it "
+                f"with {config.architecture} or AutoModelForCausalLM, not {cls.__name__}"
+            )
+        return cls
 
     @own_settings()
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
@@ -333,8 +352,20 @@ class Qwen2ForCausalLM:
         return Request(tuple(self.tokenizer.encode_chat(given)), params)
 
 
-# The checkpoint readers refuse every architecture but Qwen2, under either name.
-AutoModelForCausalLM = Qwen2ForCausalLM
+class Qwen2ForCausalLM(CausalLM):
+    """A Qwen2 or Qwen2.5 model."""
+
+    model_type = "qwen2"
+
+
+_CLASSES: dict[str | None, type[CausalLM]] = {one.model_type: one for one in (Qwen2ForCausalLM,)}
+
+
+class AutoModelForCausalLM:
+    """Loads a model of any architecture, as the class for it."""
+
+    from_pretrained = staticmethod(CausalLM.from_pretrained)
+    from_checkpoint = staticmethod(CausalLM.from_checkpoint)
 
 
 def _array(name: str, value: Any) -> np.ndarray:

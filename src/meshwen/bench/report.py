@@ -15,7 +15,7 @@ from meshwen.bench.costs import Cost, decode_cost, prefill_cost
 from meshwen.bench.measure import Seconds, decode, first_token, peak_bytes
 from meshwen.bench.probes import matrix_rate, read_bandwidth
 from meshwen.cache.budget import Capacity
-from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.causal_lm import CausalLM
 from meshwen.engine.runner import products
 from meshwen.errors import MeshwenError
 from meshwen.ops.quant.int8 import Quantization
@@ -80,7 +80,7 @@ class Row:
 
 
 def measure(
-    model: Qwen2ForCausalLM,
+    model: CausalLM,
     machine: Machine,
     batches: Sequence[int],
     prompts: Sequence[int],
@@ -124,7 +124,7 @@ def measure(
     return rows
 
 
-def _check_room(model: Qwen2ForCausalLM, batch: int, length: int) -> None:
+def _check_room(model: CausalLM, batch: int, length: int) -> None:
     capacity = Capacity.of(model.plan, model.dtype, batch)
     if not capacity.holds((batch, bucket(length))):
         raise MeshwenError(
@@ -134,7 +134,7 @@ def _check_room(model: Qwen2ForCausalLM, batch: int, length: int) -> None:
 
 
 def as_dict(
-    model: Qwen2ForCausalLM, machine: Machine, rows: Sequence[Row], settings: dict[str, Any]
+    model: CausalLM, machine: Machine, rows: Sequence[Row], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """All of a benchmark, as JSON can hold it."""
     devices = list(model.mesh.devices.flat)

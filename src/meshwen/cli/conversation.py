@@ -13,7 +13,7 @@ from meshwen.common.paths import user_path
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from meshwen.causal_lm import Qwen2ForCausalLM
+    from meshwen.causal_lm import CausalLM
     from meshwen.engine.request import Completion, Event
     from meshwen.engine.sampling_params import SamplingParams
     from meshwen.engine.stream import Stream
@@ -32,7 +32,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: Qwen2ForCausalLM,
+        model: CausalLM,
         tokenizer: Tokenizer,
         sampling: SamplingParams,
         before: Prompt | None = None,

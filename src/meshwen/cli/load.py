@@ -17,7 +17,7 @@ from meshwen.errors import MeshwenError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from meshwen.causal_lm import Qwen2ForCausalLM
+    from meshwen.causal_lm import CausalLM
     from meshwen.checkpoints import Checkpoint
     from meshwen.engine.sampling_params import SamplingParams
     from meshwen.tokenizer.tokenizer import Tokenizer
@@ -67,15 +67,15 @@ def load_model(
     max_num_seqs: int = 1,
     max_model_len: int | None = None,
     prompt_lookup_num_tokens: int = 0,
-) -> Qwen2ForCausalLM:
+) -> CausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
-    from meshwen.causal_lm import Qwen2ForCausalLM
+    from meshwen.causal_lm import CausalLM
     from meshwen.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
     started = time.perf_counter()
     with progress_bar("loading weights") as progress:
-        model = Qwen2ForCausalLM.from_checkpoint(
+        model = CausalLM.from_checkpoint(
             checkpoint,
             tokenizer,
             mesh=mesh,
@@ -126,7 +126,7 @@ def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
     return f"weights: rounded from {several} to bfloat16 (--dtype float32 keeps them)"
 
 
-def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
+def _note_layout(model: CausalLM, seconds: float) -> None:
     from meshwen.engine.runner import products
     from meshwen.parallel.mesh import mesh_label
     from meshwen.weights.declaration import num_parameters
@@ -151,7 +151,7 @@ def _note_layout(model: Qwen2ForCausalLM, seconds: float) -> None:
     )
 
 
-def weight_bytes_per_device(model: Qwen2ForCausalLM) -> int:
+def weight_bytes_per_device(model: CausalLM) -> int:
     """Bytes of weights on each device."""
     from meshwen.cli.inspect_report import weight_report
 

@@ -22,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.causal_lm import CausalLM
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
@@ -39,7 +39,7 @@ class MeshwenLM(TemplateLM):
     """A model of meshwen's, as the harness holds it.
 
     Args:
-        pretrained: what `Qwen2ForCausalLM.from_pretrained` takes.
+        pretrained: what `CausalLM.from_pretrained` takes.
         batch_size: answers that are generated at once; "auto" is 32. Log-probabilities come one
             text at a time, in one pass whose attention scores grow with the square of its length:
             `max_model_len` cuts the windows of long texts.
@@ -62,7 +62,7 @@ class MeshwenLM(TemplateLM):
         for name in {"mesh", "revision"} & options.keys():  # The harness makes numbers of digits.
             options[name] = str(options[name])
         rows = 32 if str(batch_size).startswith("auto") else int(batch_size)
-        self._model = Qwen2ForCausalLM.from_pretrained(pretrained, max_num_seqs=rows, **options)
+        self._model = CausalLM.from_pretrained(pretrained, max_num_seqs=rows, **options)
         if self._model.tokenizer is None:
             raise MeshwenError(f"{pretrained} has no tokenizer, so the harness cannot use it")
         self._tokenizer = self._model.tokenizer
