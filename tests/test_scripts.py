@@ -75,7 +75,7 @@ def test_a_fault_whose_place_has_gone_is_named(script):
         ("src/meshwen/gone.py", [], []),
         ("scripts/check.py", ["test_scripts"], []),
         ("tests/conftest.py", ["test_heads"], []),
-        ("docs/design.md", [], []),
+        ("docs/architecture.md", [], []),
     ],
 )
 def test_the_tests_near_a_change_come_the_nearest_first(script, changed, first, others):
