@@ -678,7 +678,7 @@ FAULTS = (
     ),
     _fault(
         "inspect: bytes of a device without padding",
-        "cli/inspect_report.py",
+        "weights/sizes.py",
         "shape = weight.shard_shape(plan)[:: -1 if weight.transposed else 1]",
         "shape = tuple(n // plan.model_devices for n in weight.shape(plan)[:1])"
         " + weight.shape(plan)[1:]",

@@ -322,7 +322,7 @@ def test_another_architecture_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"dtype": "float16"}, "dtype 'float16' is not one of bfloat16, float32"),
+        ({"dtype": "float16"}, "dtype 'float16' is not one of float32, bfloat16"),
         ({"numerics": "loose"}, "numerics 'loose' is not one of"),
         ({"load_format": "zip"}, "load_format 'zip' is not one of auto, .*dummy"),
         ({"mesh": "2y4"}, "mesh '2y4' does not parse"),

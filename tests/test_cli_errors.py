@@ -9,9 +9,9 @@ from importlib import metadata
 import pytest
 
 from meshwen.causal_lm import Qwen2ForCausalLM
-from meshwen.checkpoints import LOAD_FORMATS
 from meshwen.cli import app, main
 from meshwen.cli.options import LoadFormat
+from meshwen.common.choices import LOAD_FORMATS
 from meshwen.errors import MeshwenError
 from speller import write_speller
 

@@ -19,6 +19,14 @@ from jax.typing import ArrayLike, DTypeLike
 from meshwen.cache.budget import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.common.arguments import brief, one_prompt, several_prompts, whole_number
+from meshwen.common.choices import (
+    DTYPES,
+    NUMERICS,
+    QUANTIZATIONS,
+    Numerics,
+    Quantization,
+    check_choice,
+)
 from meshwen.engine.agreement import check_model
 from meshwen.engine.engine import Engine
 from meshwen.engine.generation_config import check_generation_config, unheeded
@@ -28,16 +36,13 @@ from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
 from meshwen.engine.stream import Stream
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
-from meshwen.ops.quant.int8 import QUANTIZATIONS, Quantization
 from meshwen.parallel.distributed import to_host
 from meshwen.parallel.mesh import make_mesh, mesh_label
-from meshwen.parallel.plan import NUMERICS, Numerics, ParallelPlan
+from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import own_settings
 from meshwen.runtime.shape_buckets import bucket
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.loading import Progress, dummy_params, load_params
-
-DTYPES = ("bfloat16", "float32")
 
 # Text, token ids, or the messages of a conversation.
 AnyPrompt = str | Iterable[int] | Sequence[Mapping[str, Any]]
@@ -144,9 +149,9 @@ class CausalLM:
                 that this class is for, or the mesh does not exist.
         """
         dtype = _dtype_name(dtype)
-        _check_choice("numerics", numerics, NUMERICS)
+        check_choice("numerics", numerics, NUMERICS)
         if quantization is not None:
-            _check_choice("quantization", quantization, QUANTIZATIONS)
+            check_choice("quantization", quantization, QUANTIZATIONS)
         if progress is not None and not callable(progress):
             raise MeshwenError(f"progress must be a function, not {brief(progress)}")
         if not isinstance(path_or_hub_id, str | PathLike):
@@ -398,11 +403,6 @@ def _next_text(events: Iterable[Event], errors: list[str]) -> str | None:
     if errors:
         raise MeshwenError(errors.pop())
     return None
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MeshwenError(f"{name} {brief(value)} is not one of {', '.join(choices)}")
 
 
 def _eos_token_ids(

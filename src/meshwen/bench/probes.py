@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meshwen.common.choices import Quantization
 from meshwen.engine.runner import XLA, products
 from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.packing import AnyWeight, PackedWeight
-from meshwen.ops.quant.int8 import Quantization
 from meshwen.parallel.mesh import AnyMesh
 from meshwen.runtime.jax_settings import own_settings
 

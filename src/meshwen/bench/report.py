@@ -16,9 +16,9 @@ from meshwen.bench.measure import Seconds, decode, first_token, peak_bytes
 from meshwen.bench.probes import matrix_rate, read_bandwidth
 from meshwen.cache.budget import Capacity
 from meshwen.causal_lm import CausalLM
+from meshwen.common.choices import Quantization
 from meshwen.engine.runner import products
 from meshwen.errors import MeshwenError
-from meshwen.ops.quant.int8 import Quantization
 from meshwen.parallel.mesh import AnyMesh, mesh_label
 from meshwen.runtime.shape_buckets import bucket
 

@@ -15,6 +15,7 @@ from meshwen.checkpoints.gguf_config import generation_dict, metadata_notes, rea
 from meshwen.checkpoints.hub import download, looks_like_hub_id
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
+from meshwen.common.choices import LOAD_FORMATS, check_choice
 from meshwen.common.json_files import read_json, shown
 from meshwen.common.paths import exists, user_path
 from meshwen.engine.generation_config import check_generation_config
@@ -24,15 +25,12 @@ from meshwen.models.presets import PRESETS, preset
 from meshwen.models.registry import config_from_dict
 
 __all__ = [
-    "LOAD_FORMATS",
     "Checkpoint",
     "TensorSource",
     "name_kind",
     "open_checkpoint",
     "quantized_hint",
 ]
-
-LOAD_FORMATS = ("auto", "safetensors", "torch", "gguf", "dummy")
 
 
 def open_checkpoint(
@@ -53,8 +51,7 @@ def open_checkpoint(
     Raises MeshwenError, in one line, when there is nothing to open, when a file is missing or
     corrupt, and when the model is not a Qwen2.
     """
-    if load_format not in LOAD_FORMATS:
-        raise MeshwenError(f"load_format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
+    check_choice("load_format", load_format, LOAD_FORMATS)
     try:
         return _open(name, load_format, revision)
     except OSError as error:  # Such as a folder that may not be entered.

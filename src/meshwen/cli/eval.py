@@ -30,11 +30,11 @@ from meshwen.errors import MeshwenError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from meshwen.common.choices import Quantization
     from meshwen.evals.compare import Comparison
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
     from meshwen.evals.styles import PromptStyle
-    from meshwen.ops.quant.int8 import Quantization
 
 app = typer.Typer()
 

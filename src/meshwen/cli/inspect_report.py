@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,20 +15,14 @@ import numpy as np
 from meshwen.cache.kv_cache import cache_bytes_per_token
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.cli.inspect_sums import sums_report
+from meshwen.common.units import percent_more
 from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import Weight, declared_weights, num_parameters, placed_weights
+from meshwen.weights.declaration import Weight, declared_weights, num_parameters
+from meshwen.weights.sizes import weight_bytes
 
 _ELEMENTS_AT_A_TIME = 1 << 22
-_PARTS = {
-    "embedding": r"embed_tokens",
-    "query and output projections": r"[qo]_proj",
-    "key and value projections": r"[kv]_proj",
-    "MLP": r"mlp\.",
-    "norms": r"norm",
-    "output head": r"lm_head",
-}
 
 
 @dataclass(frozen=True)
@@ -127,35 +120,11 @@ def head_report(plan: ParallelPlan) -> dict[str, Any]:
         "query_slots_per_key_value_head": heads.group_slots,
         "query_slots": slots,
         "padded_query_slots": heads.padded_query_slots,
-        "query_cost_percent": _percent(slots, heads.query_heads),
+        "query_cost_percent": percent_more(slots, heads.query_heads),
         "key_value_copies": heads.key_value_copies,
-        "key_value_cost_percent": _percent(heads.key_value_copies, 1),
+        "key_value_cost_percent": percent_more(heads.key_value_copies, 1),
         "device_key_value_heads": named_slots(heads.key_value_slots()),
         "device_query_heads": named_slots(heads.query_slots()),
-    }
-
-
-def weight_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
-    """Bytes of weights: on each device, on all devices, and of the model without a mesh."""
-    parts: dict[str, Any] = {part: {"model": 0, "per_device": 0} for part in _PARTS}
-    for weight in declared_weights(plan.config):
-        shape = weight.shape(plan)
-        parts[_part(weight.name)]["model"] += weight.nbytes(shape, plan, dtype)
-    for weight in placed_weights(plan):
-        shape = weight.shard_shape(plan)[:: -1 if weight.transposed else 1]
-        parts[_part(weight.name)]["per_device"] += weight.nbytes(shape, plan, dtype)
-    parts = {name: part for name, part in parts.items() if part["model"]}
-    for part in parts.values():
-        part["cost_percent"] = _percent(part["per_device"] * plan.model_devices, part["model"])
-    model = sum(part["model"] for part in parts.values())
-    per_device = sum(part["per_device"] for part in parts.values())
-    devices = plan.model_devices * plan.data_devices
-    return {
-        "model": model,
-        "per_device": per_device,
-        "all_devices": per_device * devices,
-        "cost_percent": _percent(per_device * plan.model_devices, model),
-        "parts": parts,
     }
 
 
@@ -169,7 +138,7 @@ def cache_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
         "model_per_token": model,
         "per_device_per_token": per_device,
         "per_device_full_context": per_device * c.context_length,
-        "cost_percent": _percent(per_device * plan.model_devices, model),
+        "cost_percent": percent_more(per_device * plan.model_devices, model),
     }
 
 
@@ -189,7 +158,7 @@ def inspection(
         "quantization": plan.quantization,
         "tensors": [_row_dict(row) for row in rows],
         "head_layout": head_report(plan),
-        "weights": weight_report(plan, kept),
+        "weights": weight_bytes(plan, kept),
         "kv_cache": cache_report(plan, kept),
         "sums": sums_report(plan),
     }
@@ -221,11 +190,3 @@ def _row(
             shard_shape=weight.shard_shape(plan),
         )
     return row
-
-
-def _part(name: str) -> str:
-    return next(part for part, pattern in _PARTS.items() if re.search(pattern, name))
-
-
-def _percent(found: float, ideal: float) -> float:
-    return round((found / ideal - 1) * 100, 2)

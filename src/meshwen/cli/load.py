@@ -130,6 +130,7 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
     from meshwen.engine.runner import products
     from meshwen.parallel.mesh import mesh_label
     from meshwen.weights.declaration import num_parameters
+    from meshwen.weights.sizes import weight_bytes
 
     plan, devices = model.plan, model.mesh.devices.flatten()
     kind = devices[0].device_kind
@@ -144,15 +145,9 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
         f"in {plan.quantization or model.dtype}, loaded in {seconds:.1f} s; "
         f"products by {products(model.mesh, model.dtype, plan.quantization)}"
     )
+    held = weight_bytes(plan, model.dtype)["per_device"]
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "
-        f"each holds {bytes_text(weight_bytes_per_device(model))} of weights; "
+        f"each holds {bytes_text(held)} of weights; "
         f"kv heads: {heads.local_key_value_heads}, {slots}"
     )
-
-
-def weight_bytes_per_device(model: CausalLM) -> int:
-    """Bytes of weights on each device."""
-    from meshwen.cli.inspect_report import weight_report
-
-    return int(weight_report(model.plan, model.dtype)["per_device"])

@@ -23,6 +23,11 @@ def count_text(count: int) -> str:
     return str(count)
 
 
+def percent_more(found: float, ideal: float) -> float:
+    """By how many percent something is more than the ideal, with two decimals."""
+    return round((found / ideal - 1) * 100, 2)
+
+
 def difference_text(value: float) -> str:
     """A difference with two digits, 1.2e-06; 0 only where there is none."""
     return "0" if value == 0 else f"{value:.1e}"

@@ -27,13 +27,13 @@ from meshwen.cache.kv_cache import (
     resized,
     without_row,
 )
+from meshwen.common.choices import Quantization
 from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod, mark_seen, sample
 from meshwen.models.config import ModelConfig
 from meshwen.models.qwen2 import Params, hidden_states, logits
 from meshwen.ops.contractions import COMPILER_OPTIONS, TensorParallel
 from meshwen.ops.cpu import kernels
 from meshwen.ops.numerics.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
-from meshwen.ops.quant.int8 import Quantization
 from meshwen.parallel.mesh import AnyMesh, on_cpu
 from meshwen.parallel.plan import LEAVES, ParallelPlan
 from meshwen.runtime.jax_settings import Program

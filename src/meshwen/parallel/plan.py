@@ -13,15 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Literal, get_args
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from meshwen.common.choices import NUMERICS, QUANTIZATIONS, Numerics, Quantization, check_choice
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
 from meshwen.ops.cpu import kernels
-from meshwen.ops.quant.int8 import QUANTIZATIONS, Quantization
 from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
 from meshwen.parallel.mesh import axes_size, data_axes, model_axes, on_cpu
 
@@ -39,9 +38,6 @@ LOGICAL_AXIS_RULES: dict[str, str] = {
     "length": REPLICATED,
     "head_dim": REPLICATED,
 }
-
-Numerics = Literal["fast", "exact"]
-NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 
 # Into how many leaves exact numerics cuts the MLP's inner dimension and the vocabulary, whatever
 # the mesh: a mesh may split the model over any number of devices that divides it.
@@ -69,12 +65,9 @@ class ParallelPlan:
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise MeshwenError(
-                f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
-            )
-        if self.numerics not in NUMERICS:
-            raise MeshwenError(f"numerics {self.numerics!r} is not one of {', '.join(NUMERICS)}")
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_choice("numerics", self.numerics, NUMERICS)
         if not self.exact:
             return
         if LEAVES % self.model_devices:

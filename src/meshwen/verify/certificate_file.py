@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
+from meshwen.common.choices import DType, Numerics
 from meshwen.common.json_files import TokenId, check_shape, read_json, to_json
 from meshwen.errors import MeshwenError
 
@@ -20,7 +21,6 @@ _HINT = "give a file that this version's verify --json wrote"
 
 Certificate = dict[str, Any]
 _Tokens = Annotated[list[Annotated[list[TokenId], MinLen(1)]], MinLen(1)]
-_Numerics = Literal["fast", "exact"]
 
 
 class _Header(TypedDict):
@@ -34,7 +34,7 @@ class _LogitHashes(TypedDict):
 
 class _Row(TypedDict):
     mesh: str
-    numerics: _Numerics
+    numerics: Numerics
     logits_sha256: _LogitHashes
     hlo_sha256: str
 
@@ -45,12 +45,12 @@ class _Content(TypedDict):
     ok: bool
     broken: list[str]
     weights_sha256: str
-    dtype: Literal["float32", "bfloat16"]
-    numerics: Annotated[list[_Numerics], MinLen(1)]
+    dtype: DType
+    numerics: Annotated[list[Numerics], MinLen(1)]
     meshes: Annotated[list[str], MinLen(1)]
     prompts: _Tokens
     tokens: _Tokens
-    generated: dict[_Numerics, _Tokens]
+    generated: dict[Numerics, _Tokens]
     rows: list[_Row]
     environment: dict[str, str]
     content_sha256: str

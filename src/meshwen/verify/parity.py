@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshwen.checkpoints import Checkpoint
+from meshwen.common.choices import Numerics
 from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import MeshSpec, make_mesh
-from meshwen.parallel.plan import Numerics, ParallelPlan
+from meshwen.parallel.plan import ParallelPlan
 from meshwen.verify.faults import FaultFound, self_test
 from meshwen.verify.hlo import Collective, collectives, fingerprint, summary
 from meshwen.verify.localise import Parting, Prober, Trace, divergence, parting

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from meshwen.ops.quant.int8 import GROUP, Quantization, dequantized, quantized
+from meshwen.common.choices import Quantization
+from meshwen.ops.quant.int8 import GROUP, dequantized, quantized
 
 COLUMNS = 32  # of a panel
 STEP = 4  # bytes of a column

@@ -12,14 +12,9 @@ change, and they do not cross devices.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-Quantization = Literal["int8"]
-QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 GROUP = 32  # numbers that share a scale
 

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings that take one of a few words, each with its words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from meshwen.common.arguments import brief
+from meshwen.errors import MeshwenError
+
+DType = Literal["float32", "bfloat16"]
+Numerics = Literal["fast", "exact"]
+Quantization = Literal["int8"]
+LoadFormat = Literal["auto", "safetensors", "torch", "gguf", "dummy"]
+
+DTYPES: tuple[DType, ...] = get_args(DType)
+NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuses a value that is none of the choices.
+
+    Raises:
+        MeshwenError: naming the value and the choices.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise MeshwenError(f"{name} {brief(value)} is not one of {', '.join(choices)}")
