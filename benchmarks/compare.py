@@ -5,7 +5,7 @@
 
 Each engine runs in a process and a virtual environment of its own, which is made at the first use
 (llama.cpp is compiled then, for minutes). All are loaded before the first measurement; then they
-take turns, one measuring while the others wait, in several rounds. What counts is the least of the
+take turns, one measuring while the others wait, in several rounds. The result is the least of the
 rounds' medians; nothing else should run. Needs the extra `gguf`, and a folder in Hugging Face's
 format with room for one more copy of its weights in float32 beside it in the temporary directory.
 """
@@ -193,8 +193,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", default="1,8,32", type=numbers, help="sequences that decode")
     parser.add_argument("--length", default=64, type=int, help="tokens of each before decoding")
     parser.add_argument("--steps", default=8, type=int, help="of decoding, a round")
-    parser.add_argument("--prompt", default="512", type=numbers, help="tokens of prompts to read")
-    parser.add_argument("--runs", default=3, type=int, help="prompts to read, a round")
+    parser.add_argument(
+        "--prompt", default="512", type=numbers, help="tokens of prompts to prefill"
+    )
+    parser.add_argument("--runs", default=3, type=int, help="prompts to prefill, a round")
     parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument(
         "--peers",

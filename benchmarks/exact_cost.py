@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--batch", default="1,8,32", help="sequences that decode together")
     parser.add_argument("--length", default=64, type=int, help="tokens of each before decoding")
-    parser.add_argument("--prompt", default=512, type=int, help="tokens of the prompt to read")
+    parser.add_argument("--prompt", default=512, type=int, help="tokens of the prompt to prefill")
     return parser.parse_args()
 
 

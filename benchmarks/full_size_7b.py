@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the full-size Qwen2.5-7B, with made-up weights, on simulated devices of this machine.
+"""Runs the full-size Qwen2.5-7B, with dummy weights, on simulated devices of this machine.
 
     python benchmarks/full_size_7b.py 1x8
     python benchmarks/full_size_7b.py 1x32

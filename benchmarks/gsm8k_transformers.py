@@ -5,8 +5,8 @@
     python benchmarks/gsm8k_transformers.py --model PATH --data test.jsonl --dtype float32 --tokens
 
 Both get the same prompts (style qwen-boxed), batch size and limit of tokens, and answer greedily;
-each runs in a process of its own, one after the other. The first form tells tokens per second,
-prompts read and programs compiled included. With --tokens answers are compared too: exit status 1
+each runs in a process of its own, one after the other. The first form prints tokens per second,
+prefill and compilation included. With --tokens answers are compared too: exit status 1
 unless every answer has the same tokens up to a place where transformers' own two likeliest tokens
 are less than --margin apart, beyond which either may follow. (Margins cost transformers time, so
 its speed is not to be taken from there.) Needs the extra `transformers`.

@@ -6,7 +6,7 @@
 #
 # Uses the machine's own Python and jax (PYTHON names another), which need this package's
 # dependencies, but not the package. Writes what it finds to FOLDER (gpu-check): the demo model's
-# answers against a CPU's, a benchmark of 7B with made-up weights, and the same of transformers where
+# answers against a CPU's, a benchmark of 7B with dummy weights, and the same of transformers where
 # that is installed. Exit status 1: an answer differs, or a target is missed. MODEL, BATCH and
 # PROMPTS name another size, and PLATFORM=cpu tries the script itself where there is no GPU.
 set -eu

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers on one GPU: decode steps and prompts of a published size with made-up weights.
+"""transformers on one GPU: decode steps and prompts of a published size with dummy weights.
 
     python benchmarks/engines/gpu_transformers.py --model qwen2.5-7b --batch 1,8,64
 
@@ -16,12 +16,12 @@ from with_transformers import Transformers
 
 from meshwen.models.presets import PRESETS, preset
 
-PROMPTS = 5  # to read, of which the median counts
+PROMPTS = 5  # to prefill, of which the median counts
 
 
 def main() -> None:
     options = parse_arguments()
-    engine = Transformers(made_up(options.model, options.device))
+    engine = Transformers(dummy_model(options.model, options.device))
     rows = [
         {"phase": "prefill", "batch": 1, "length": n, "seconds": engine.prefill(n, PROMPTS)}
         for n in options.prompt_len
@@ -41,7 +41,7 @@ def decode(engine: Transformers, batch: int, length: int, steps: int) -> float |
         return None
 
 
-def made_up(name: str, device: str) -> Qwen2ForCausalLM:
+def dummy_model(name: str, device: str) -> Qwen2ForCausalLM:
     """A model in bfloat16 whose weights mean nothing."""
     size = preset(name)
     config = Qwen2Config(

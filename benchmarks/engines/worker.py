@@ -3,7 +3,7 @@
 
 Runs in the virtual environment of that engine, so it needs the standard library alone. Each line
 it reads is a measurement, {"decode": [batch, length, steps]} or {"prefill": [length, runs]}; it
-answers each with a line, {"seconds": the median} or {"error": why it cannot}. MODULE has
+answers each with a line, {"seconds": the median} or {"error": the reason}. MODULE has
 `load(model, dtype)`, which returns an `Engine`.
 """
 
@@ -20,7 +20,7 @@ WARM_UP = 2
 
 
 class Engine(Protocol):
-    """A loaded model. What it decodes and reads does not matter, only how many tokens."""
+    """A loaded model. Which tokens it computes does not matter, only how many."""
 
     def decode(self, batch: int, length: int, steps: int) -> float:
         """Seconds of a greedy step of `batch` sequences that start with `length` tokens each."""
@@ -50,7 +50,7 @@ def main() -> None:
         ((what, arguments),) = json.loads(line).items()
         try:
             answer = {"seconds": getattr(engine, what)(*arguments)}
-        except Exception as error:  # Any library's: the parent tells it and goes on.
+        except Exception as error:  # Any library's: the parent reports it and goes on.
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)
 
