@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strangers' programs, held in processes of their own with bounds on time and memory.
+"""Untrusted programs, run in processes of their own with limits on time and memory.
 
-A checkpoint brings programs: a chat template, and a tokenizer's patterns and steps. A process is
-what bounds them soundly: one comparison of nested lists, one regular expression or one padded
-string can take hours or all memory inside a single C call that no thread can interrupt, and a panic
-of the tokenizers library writes to the process's own stderr.
+A checkpoint brings programs: a chat template, and a tokenizer's patterns and steps. Only a process
+limits them reliably: one comparison of nested lists, one regular expression or one padded string
+can take hours or all memory inside a single C call that no thread can interrupt, and a panic of the
+tokenizers library writes to the process's own stderr.
+
+It is a plain subprocess that exchanges lines of JSON. The pools of `multiprocessing`, and what
+builds on it, import the user's main script again, which fails where that script has no
+`if __name__ == "__main__"`, and unpickle what the untrusted side sends.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other side of `contained.py`: a process that answers one JSON request a line, in bounds.
+"""The other side of `contained.py`: a process that answers one JSON request a line, within limits.
 
 The watchdog is a C thread that ends the process even while one long C call holds the interpreter,
 and the memory limit is the operating system's. Neither can be had for one thread of the caller's
@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 Reply = dict[str, Any]
 
 
 def serve(reply_to: Callable[[dict[str, Any]], Reply]) -> None:
-    """Say that it runs, then answer requests until standard input closes.
+    """Report that it runs, then answer requests until standard input closes.
 
     Args:
         reply_to: returns a reply, or raises whatever went wrong; the reply is then
@@ -42,22 +43,19 @@ def serve(reply_to: Callable[[dict[str, Any]], Reply]) -> None:
 
 
 def problem(text: str) -> Reply:
-    """The reply that says what went wrong, in one short line."""
+    """The reply for a failure, in one short line."""
     return {"error": " ".join(text[:500].split())}
 
 
 def limit_memory(size: int) -> None:
-    """Cap this process's address space at `size` bytes where the system can (not on Windows)."""
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return
-    try:
+    """Cap this process's address space at `size` bytes where the system can."""
+    # Windows has no such module, and macOS may refuse; the time limit still holds.
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         soft = size if hard == resource.RLIM_INFINITY else min(size, hard)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    except (OSError, ValueError):  # macOS may refuse; the time limit still holds
-        return
 
 
 def send(reply: Reply) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process in which a checkpoint's unusual tokenizer runs; `tokenizer_backend.py` starts it."""
+"""The process in which a checkpoint's unusual tokenizer runs; `backend.py` starts it."""
 
 from typing import Any
 
