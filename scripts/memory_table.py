@@ -19,7 +19,7 @@ from meshwen.models.presets import PRESETS
 MESHES = ("1", "1x8", "1x32")
 BEGIN, END = "<!-- memory table: begin -->\n", "<!-- memory table: end -->\n"
 HEAD = """\
-| size (`inspect` name) | weights, bfloat16, GB | weights, int8, GB | KV cache a 1,000 tokens, MB |
+| size | weights in bfloat16, GB | weights in int8, GB | KV cache of 1,000 tokens, MB |
 |---|---|---|---|
 """
 
