@@ -12,6 +12,7 @@ import numpy as np
 
 from meshwen.checkpoints.base import Index, MappedFile, MappedTensor, TensorSource
 from meshwen.checkpoints.gguf_header import DAMAGED, TensorInfo, read_header
+from meshwen.checkpoints.gguf_names import hugging_face_name
 from meshwen.common.json_files import shown
 from meshwen.errors import MeshwenError
 
@@ -28,23 +29,6 @@ _SUPPORTED = (*_PLAIN, *_BLOCKS, *_SUPER_BLOCKS)
 
 # The package's arithmetic is fastest, by measurement, when its temporaries stay in the cache.
 _ELEMENTS_AT_A_TIME = 1 << 16
-
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,8 +70,8 @@ class BlockTensor(TensorSource):
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource], MappedFile]:
     """The metadata by key, the tensors by Hugging Face name, and the file to close.
 
-    Metadata values are plain Python: strings, numbers, booleans, lists. A tensor whose name is not
-    one of a Qwen2's keeps the name that it has in the file.
+    Metadata values are plain Python: strings, numbers, booleans, lists. A tensor that the
+    architecture does not have keeps the name that it has in the file.
 
     Raises MeshwenError when the gguf package is missing, when the file is truncated, corrupt or one
     part of several, and when a tensor has a type that cannot be read.
@@ -105,9 +89,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource], Mapp
             "first"
         )
     tensors: dict[str, TensorSource] = {}
+    architecture = str(header.metadata.get("general.architecture"))
     expected = 0
     for info in header.tensors:
-        source = _tensor(file, info, header.data_start)
+        source = _tensor(file, info, header.data_start, architecture)
         if info.offset != expected:  # As in ggml: no gaps, nothing twice.
             raise MeshwenError(
                 f"{path}: {shown(info.name)} begins at byte {info.offset} of the weights, and not "
@@ -120,7 +105,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource], Mapp
     return header.metadata, tensors, file
 
 
-def _tensor(file: MappedFile, info: TensorInfo, data_start: int) -> TensorSource:
+def _tensor(file: MappedFile, info: TensorInfo, data_start: int, architecture: str) -> TensorSource:
     constants, quants = _gguf_package()
     try:
         kind = constants.GGMLQuantizationType(info.type_id)
@@ -138,7 +123,7 @@ def _tensor(file: MappedFile, info: TensorInfo, data_start: int) -> TensorSource
             f"whole {kind.name} blocks of {block_elements}: download it again"
         )
     place: dict[str, Any] = {
-        "name": hugging_face_name(info.name),
+        "name": hugging_face_name(info.name, architecture),
         "shape": info.shape,
         "nbytes": math.prod(info.shape) // block_elements * block_bytes,
         "file": file,
@@ -169,13 +154,3 @@ def _gguf_package() -> tuple[Any, Any]:
             'reading GGUF files needs the gguf package: pip install "meshwen[gguf]"'
         ) from None
     return constants, quants
-
-
-def hugging_face_name(name: str) -> str:
-    """The Hugging Face name of a Qwen2 tensor of a GGUF file; any other name as it is."""
-    match name.split("."):
-        case [tensor, kind] if tensor in _NAMES:
-            return f"{_NAMES[tensor]}.{kind}"
-        case ["blk", layer, tensor, kind] if tensor in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[tensor]}.{kind}"
-    return name

@@ -5,71 +5,74 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Required
+from typing import Any, Required, cast
 
 import numpy as np
 from typing_extensions import TypedDict
 
 from meshwen.checkpoints.base import TensorSource
 from meshwen.checkpoints.dimensions import check_dimensions
+from meshwen.checkpoints.gguf_names import LAYER_NAMES
 from meshwen.common.json_files import Finite, check_shape, shown
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
 from meshwen.models.registry import config_from_dict
 
-# What is needed of the metadata; other keys may be anything. `meshwen.tokenizer.files` declares the
-# tokenizer's part.
-GgufMetadata = TypedDict(
-    "GgufMetadata",
-    {
-        "qwen2.embedding_length": Required[int],
-        "qwen2.feed_forward_length": Required[int],
-        "qwen2.block_count": Required[int],
-        "qwen2.context_length": Required[int],
-        "qwen2.attention.head_count": Required[int],
-        "qwen2.attention.head_count_kv": Required[int],
-        "qwen2.attention.layer_norm_rms_epsilon": Required[Finite],
-        "qwen2.attention.key_length": int,
-        "qwen2.attention.value_length": int,
-        "qwen2.attention.causal": bool,
-        "qwen2.rope.dimension_count": int,
-        "qwen2.rope.freq_base": Finite,
-        "qwen2.rope.scale_linear": Finite,
-        "qwen2.rope.scaling.type": str,
-        "qwen2.rope.scaling.factor": Finite,
-        "qwen2.rope.scaling.original_context_length": int,
-        "qwen2.rope.scaling.attn_factor": Finite,
-        "qwen2.rope.scaling.yarn_attn_factor": Finite,
-        "qwen2.rope.scaling.yarn_ext_factor": Finite,
-        "qwen2.rope.scaling.yarn_beta_fast": Finite,
-        "qwen2.rope.scaling.yarn_beta_slow": Finite,
-        "general.sampling.temp": Finite,
-        "general.sampling.top_k": int,
-        "general.sampling.top_p": Finite,
-        "general.sampling.min_p": Finite,
-        "general.sampling.penalty_repeat": Finite,
-        "tokenizer.ggml.tokens": list[str],
-        "tokenizer.ggml.eos_token_id": int,
-        "tokenizer.ggml.eot_token_id": int,
-    },
-    total=False,
-)
+# What is needed of the metadata: keys of the architecture, such as `qwen2.block_count`, and others.
+# All else may be anything. `meshwen.tokenizer.files` declares the tokenizer's part.
+_OWN_KEYS = {
+    "embedding_length": Required[int],
+    "feed_forward_length": Required[int],
+    "block_count": Required[int],
+    "context_length": Required[int],
+    "attention.head_count": Required[int],
+    "attention.head_count_kv": Required[int],
+    "attention.layer_norm_rms_epsilon": Required[Finite],
+    "attention.key_length": int,
+    "attention.value_length": int,
+    "attention.causal": bool,
+    "rope.dimension_count": int,
+    "rope.freq_base": Finite,
+    "rope.scale_linear": Finite,
+    "rope.scaling.type": str,
+    "rope.scaling.factor": Finite,
+    "rope.scaling.original_context_length": int,
+    "rope.scaling.attn_factor": Finite,
+    "rope.scaling.yarn_attn_factor": Finite,
+    "rope.scaling.yarn_ext_factor": Finite,
+    "rope.scaling.yarn_beta_fast": Finite,
+    "rope.scaling.yarn_beta_slow": Finite,
+}
+_OTHER_KEYS = {
+    "general.sampling.temp": Finite,
+    "general.sampling.top_k": int,
+    "general.sampling.top_p": Finite,
+    "general.sampling.min_p": Finite,
+    "general.sampling.penalty_repeat": Finite,
+    "tokenizer.ggml.tokens": list[str],
+    "tokenizer.ggml.eos_token_id": int,
+    "tokenizer.ggml.eot_token_id": int,
+}
 
+# What a config.json calls keys of the architecture, and others.
 _CONFIG_KEYS = {
-    "hidden_size": "qwen2.embedding_length",
-    "intermediate_size": "qwen2.feed_forward_length",
-    "num_hidden_layers": "qwen2.block_count",
-    "num_attention_heads": "qwen2.attention.head_count",
-    "num_key_value_heads": "qwen2.attention.head_count_kv",
-    "max_position_embeddings": "qwen2.context_length",
-    "rms_norm_eps": "qwen2.attention.layer_norm_rms_epsilon",
-    "head_dim": "qwen2.attention.key_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+}
+_TOKEN_KEYS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-_IN_MESSAGES = _CONFIG_KEYS | {"rope_theta": "qwen2.rope.freq_base"}
 _SAMPLING_KEYS = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -88,68 +91,105 @@ def read_metadata(
 ) -> ModelConfig:
     """The config of a GGUF file of so many bytes, once its metadata is known to be as it must.
 
-    Raises MeshwenError, which names the file and the key, when it has not, and when the model is
-    not a Qwen2.
+    Raises MeshwenError, which names the file and the key, when it has not, and when the model's
+    architecture is not supported.
     """
-    if (architecture := metadata.get("general.architecture")) != "qwen2":
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in LAYER_NAMES:
         raise MeshwenError(
-            f"{path}: its architecture is {shown(architecture)}; only qwen2 is supported"
+            f"{path}: its architecture is {shown(architecture)}, which is not supported; "
+            f"supported: {', '.join(LAYER_NAMES)}"
         )
-    hint = "download it again"
-    check_shape(metadata, GgufMetadata, str(path), hint=hint)
+    check_shape(metadata, _shape(architecture), str(path), hint="download it again")
+    own = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
     try:
-        data = _config_dict(metadata, tensors)
+        data = _config_dict(architecture, own, metadata, tensors)
         config = config_from_dict(data, name=name, where=str(path))
-        _check_heads(metadata, config)
+        _check_heads(own, config)
         check_dimensions(config, tensors, nbytes, path)
     except MeshwenError as error:
         message = str(error).removeprefix(f"{path}: ")
-        for key, theirs in _IN_MESSAGES.items():
-            message = re.sub(rf"\b{key}\b", theirs, message)
-        raise MeshwenError(f"{path}: {message}") from None
+        raise MeshwenError(f"{path}: {_in_gguf_words(message, architecture)}") from None
     return config
 
 
+@cache
+def _shape(architecture: str) -> type[dict[str, Any]]:
+    """What the metadata of an architecture must be, as a TypedDict."""
+    own = {f"{architecture}.{key}": kind for key, kind in _OWN_KEYS.items()}
+    make: Any = TypedDict  # mypy wants the keys as a literal.
+    return cast(type[dict[str, Any]], make("GgufMetadata", own | _OTHER_KEYS, total=False))
+
+
+def _in_gguf_words(message: str, architecture: str) -> str:
+    """A message about a config.json with the file's own keys in it."""
+    names = {key: f"{architecture}.{own}" for key, own in _CONFIG_KEYS.items()} | _TOKEN_KEYS
+    for key, theirs in names.items():
+        message = re.sub(rf"\b{key}\b", theirs, message)
+    return message
+
+
 def _config_dict(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource]
+    architecture: str,
+    own: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, TensorSource],
 ) -> dict[str, Any]:
-    """What a GGUF file says about the model, in the words of a config.json."""
+    """What a GGUF file says about the model, in the words of a config.json.
+
+    Args:
+        architecture: the file's.
+        own: the architecture's metadata, by key without `qwen2.`.
+        metadata: all of it.
+        tensors: by Hugging Face name.
+    """
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         raise MeshwenError("it has no token_embd.weight: it is not a whole model")
     config = {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": architecture,
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "torch_dtype": embedding.dtype.name,
-        "rope_theta": _number(metadata.get("qwen2.rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(metadata),
+        "rope_theta": 10000.0,  # llama.cpp's default.
+        "rope_scaling": _rope_scaling(architecture, own),
     }
-    given = {name: metadata.get(key) for name, key in _CONFIG_KEYS.items()}
+    given = {name: own.get(key) for name, key in _CONFIG_KEYS.items()}
+    given |= {name: metadata.get(key) for name, key in _TOKEN_KEYS.items()}
     return config | {name: _number(value) for name, value in given.items() if value is not None}
 
 
-def _check_heads(metadata: Mapping[str, Any], config: ModelConfig) -> None:
-    for key in ("qwen2.attention.value_length", "qwen2.rope.dimension_count"):
-        if metadata.get(key, config.head_dim) != config.head_dim:
+def _check_heads(own: Mapping[str, Any], config: ModelConfig) -> None:
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, config.head_dim) != config.head_dim:
             raise MeshwenError(
-                f"its {key} is {metadata[key]}, and its heads have {config.head_dim} dimensions, "
-                "which is not supported"
+                f"its {config.model_type}.{key} is {own[key]}, and its heads have "
+                f"{config.head_dim} dimensions, which is not supported"
             )
-    if metadata.get("qwen2.attention.causal", True) is not True:
-        raise MeshwenError("its qwen2.attention.causal is false, which is not supported")
+    if own.get("attention.causal", True) is not True:
+        raise MeshwenError(
+            f"its {config.model_type}.attention.causal is false, which is not supported"
+        )
 
 
-def _rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    prefix = "qwen2.rope.scaling."
-    # These change the result in ways that transformers has no name for.
-    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
-        if metadata.get(prefix + key, 1.0) != 1.0:
-            raise MeshwenError(f"its {prefix}{key} is not 1, which is not supported")
-    if metadata.get("qwen2.rope.scale_linear", 1.0) != 1.0:
-        raise MeshwenError("its qwen2.rope.scale_linear is not 1, which is not supported")
-    kind = metadata.get(prefix + "type", "none")
+# They change the result in ways that transformers has no name for.
+_ONLY_ONE = (
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scale_linear",
+)
+
+
+def _rope_scaling(architecture: str, own: Mapping[str, Any]) -> dict[str, Any] | None:
+    for key in _ONLY_ONE:
+        if own.get(key, 1.0) != 1.0:
+            raise MeshwenError(f"its {architecture}.{key} is not 1, which is not supported")
+    kind = own.get("rope.scaling.type", "none")
     if kind == "none":
         return None
     names = {
@@ -158,7 +198,7 @@ def _rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "beta_fast": "yarn_beta_fast",
         "beta_slow": "yarn_beta_slow",
     }
-    given = {name: metadata.get(prefix + key) for name, key in names.items()}
+    given = {name: own.get(f"rope.scaling.{key}") for name, key in names.items()}
     numbers = {name: _number(value) for name, value in given.items() if value is not None}
     return {"rope_type": kind, **numbers}
 
@@ -189,7 +229,7 @@ def metadata_notes(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     if "tokenizer.ggml.tokens" in metadata and pre in (None, "default"):
         return (
             f"its metadata names {'no' if pre is None else 'a default'} pre-tokenizer "
-            "(tokenizer.ggml.pre): text is split as for every Qwen2",
+            "(tokenizer.ggml.pre): text is split as Qwen2 does",
         )
     return ()
 
