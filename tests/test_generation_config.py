@@ -9,8 +9,9 @@ import pytest
 from mesh_model import MeshModel
 from meshwen import Qwen2ForCausalLM, SamplingParams
 from meshwen.checkpoints import open_checkpoint
+from meshwen.checkpoints.generation_config import GenerationConfig, check_generation_config
 from meshwen.cli.load import sampling_params
-from meshwen.engine.generation_config import GenerationConfig, check_generation_config, unheeded
+from meshwen.engine.generation_config import unheeded
 from meshwen.errors import MeshwenError
 from speller import write_speller
 from tiny_model import TINY

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from meshwen.cache.budget import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
+from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.common.arguments import brief, one_prompt, several_prompts, whole_number
 from meshwen.common.choices import (
     DTYPES,
@@ -29,7 +30,7 @@ from meshwen.common.choices import (
 )
 from meshwen.engine.agreement import check_model
 from meshwen.engine.engine import Engine
-from meshwen.engine.generation_config import check_generation_config, unheeded
+from meshwen.engine.generation_config import unheeded
 from meshwen.engine.request import Completion, Event, Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed

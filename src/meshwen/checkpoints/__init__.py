@@ -10,6 +10,7 @@ from typing import Any, Literal
 from meshwen import demo
 from meshwen.checkpoints.base import Checkpoint, TensorSource, with_model_prefix
 from meshwen.checkpoints.dimensions import check_dimensions
+from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.checkpoints.gguf import MAGIC, read_gguf
 from meshwen.checkpoints.gguf_config import generation_dict, metadata_notes, read_metadata
 from meshwen.checkpoints.hub import download, looks_like_hub_id
@@ -18,7 +19,6 @@ from meshwen.checkpoints.torch_bin import find_torch, read_torch
 from meshwen.common.choices import LOAD_FORMATS, check_choice
 from meshwen.common.json_files import read_json, shown
 from meshwen.common.paths import exists, user_path
-from meshwen.engine.generation_config import check_generation_config
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig, config_file, declared_quantization, read_config
 from meshwen.models.presets import PRESETS, preset

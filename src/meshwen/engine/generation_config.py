@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's generation_config.json says, as far as tokens depend on it.
+"""What a checkpoint's generation_config.json makes of sampling.
 
-Keys mean what they do in transformers' `GenerationConfig`. Those that a `SamplingParams` has a
-field for are heeded. Of the others each is known to change no token, or is named to the user.
+Of the keys that no `SamplingParams` has a field for, each is known to change no token, or is named
+to the user.
 """
 
 from __future__ import annotations
@@ -10,44 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from typing_extensions import TypedDict
-
-from meshwen.common.json_files import TokenId, check_shape, shown
-
-
-class GenerationConfig(TypedDict, total=False):
-    """The keys that are heeded; null stands for "not given"."""
-
-    do_sample: bool | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    encoder_repetition_penalty: float | None
-    max_new_tokens: int | None
-    max_length: int | None
-    min_new_tokens: int | None
-    min_length: int | None
-    no_repeat_ngram_size: int | None
-    encoder_no_repeat_ngram_size: int | None
-    eos_token_id: TokenId | list[TokenId] | None
-    forced_bos_token_id: TokenId | None
-    forced_eos_token_id: TokenId | list[TokenId] | None
-    suppress_tokens: list[TokenId] | None
-    begin_suppress_tokens: list[TokenId] | None
-    bad_words_ids: list[list[TokenId]] | None
-    stop_strings: str | list[str] | None
-
-
-def check_generation_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config itself, once what is heeded of it is known to have the right types.
-
-    Raises:
-        MeshwenError: a key has not; names it, its value, and `where`.
-    """
-    check_shape(config, GenerationConfig, where)
-    return config
+from meshwen.checkpoints.generation_config import GenerationConfig
+from meshwen.common.json_files import shown
 
 
 def sampling_values(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

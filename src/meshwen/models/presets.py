@@ -2,7 +2,8 @@
 """The published sizes of Qwen2.5, by name: configs without weights."""
 
 from meshwen.errors import MeshwenError
-from meshwen.models.qwen2 import Qwen2Config
+from meshwen.models.config import ModelConfig
+from meshwen.models.registry import architecture
 
 # hidden, intermediate, layers, query heads, kv heads, vocabulary, tied embeddings of the Instruct
 # models. The base models differ in two fields: rms_norm_eps is 1e-5 from 14B up, and
@@ -20,7 +21,7 @@ _PUBLISHED = {
 PRESETS = tuple(_PUBLISHED)
 
 
-def preset(name: str) -> Qwen2Config:
+def preset(name: str) -> ModelConfig:
     """Return the config of a published Qwen2.5 Instruct size, e.g. ``qwen2.5-7b`` (any case).
 
     Raises MeshwenError, which lists the names, when there is no such preset.
@@ -29,7 +30,7 @@ def preset(name: str) -> Qwen2Config:
     if key not in _PUBLISHED:
         raise MeshwenError(f"no preset named {name!r}; presets: {', '.join(PRESETS)}")
     hidden, intermediate, layers, heads, kv_heads, vocab, tied = _PUBLISHED[key]
-    return Qwen2Config(
+    return architecture("qwen2").CONFIG(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
