@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
 import costs
@@ -21,6 +22,9 @@ from meshwen.runtime.compilation_cache import enable_compilation_cache
 
 # The largest mesh that is tested. JAX makes its devices when the first array is made, once.
 jax.config.update("jax_num_cpu_devices", 32)
+
+# Modules whose arrays are checked against the shapes and dtypes that their signatures declare.
+SHAPED = ["meshwen.verify.metrics"]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FETCH = SHARED / "real-model" / "fetch"
@@ -36,9 +40,14 @@ def pytest_addoption(parser):
     group.addoption(
         "--optimised", action="store_true", help="let XLA optimise the programs of all tests"
     )
+    group.addoption(
+        "--shapes", action="store_true", help="check arrays against the shapes of signatures"
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("shapes"):  # Before the modules are imported.
+        jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
     costs.register(config)
     _take_interrupts()
     _keep_programs(config)

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float32, Integer
+
+Logits = Float32[np.ndarray, "prompts positions vocab"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,8 @@ class Difference:
     smallest_gap: float
 
 
-def compare(reference: np.ndarray, found: np.ndarray) -> Difference:
-    """Compares logits, a prompt at a time so that little memory is needed.
-
-    Args:
-        reference: float32 [prompts, positions, vocab].
-        found: the same shape.
-    """
+def compare(reference: Logits, found: Logits) -> Difference:
+    """Compares logits, a prompt at a time so that little memory is needed."""
     assert reference.shape == found.shape
     rows = [_compare_prompt(r, f) for r, f in zip(reference, found, strict=True)]
     largest, total, kl, gaps, same = (np.stack(column) for column in zip(*rows, strict=True))
@@ -96,12 +94,8 @@ def bits_equal(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.array_equal(bits, others))
 
 
-def sampler_shortfall(logits: np.ndarray, tokens: np.ndarray) -> float:
+def sampler_shortfall(logits: Logits, tokens: Integer[np.ndarray, "prompts positions"]) -> float:
     """By how much the largest logit exceeds that of a greedy sampler's token, at worst.
-
-    Args:
-        logits: float32 [prompts, positions, vocab].
-        tokens: int [prompts, positions].
 
     Returns:
         0 where every token is the likeliest, else in units of the largest logit; infinity for a
