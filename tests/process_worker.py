@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one of several processes does for a test: runs a model on meshes, and tells what came."""
+"""One of several processes in a test: runs a model on meshes, and reports the results."""
 
 import json
 import sys

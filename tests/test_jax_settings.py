@@ -17,7 +17,7 @@ from tiny_model import ONE_LAYER
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 IDS = [[5, 11, 3, 70, 8, 8, 200], [9, 1, 2, 3, 4, 250, 6]]
-# What would stop the programs, or change what they give, if they heeded it.
+# What would stop the programs, or change what they give, if they followed it.
 SETTINGS = {
     "jax_enable_x64": True,
     "jax_numpy_rank_promotion": "raise",

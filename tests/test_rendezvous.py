@@ -20,8 +20,8 @@ def coordinator():
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def outcomes(coordinator, told, others, timeout=20.0):
-    """What process 0 and each other (how many it was told of, its id) raise, as text; "" if none.
+def outcomes(coordinator, given, others, timeout=20.0):
+    """What process 0 and each other (the number it was given, its id) raise, as text; "" if none.
 
     The others come one after the other.
     """
@@ -34,7 +34,7 @@ def outcomes(coordinator, told, others, timeout=20.0):
         except MeshwenError as error:
             found[key] = str(error)
 
-    threads = [threading.Thread(target=run, args=("first", rendezvous.gather, told, timeout))]
+    threads = [threading.Thread(target=run, args=("first", rendezvous.gather, given, timeout))]
     threads += [
         threading.Thread(target=run, args=(n, rendezvous.join, processes, index, timeout))
         for n, (processes, index) in enumerate(others)
@@ -54,7 +54,7 @@ def test_processes_of_one_mind_meet_and_leave_the_port_free(coordinator):
 def test_another_number_of_processes_is_told_to_all(coordinator):
     found = outcomes(coordinator, 2, [(3, 1)])
     assert len(set(found)) == 1
-    assert re.search("process 0 was told of 2 processes, process 1 .* of 3", found[0])
+    assert re.search("process 0 was started with 2 processes, process 1 .* with 3", found[0])
 
 
 def test_an_id_that_was_given_twice_is_told_to_both_who_have_it_and_to_process_0(coordinator):

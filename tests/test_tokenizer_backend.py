@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers as strangers' programs: usual ones run here, others are contained; none runs on."""
+"""Tokenizers as untrusted programs: usual ones run here, others are contained; none runs on."""
 
 import json
 from copy import deepcopy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON in and out: strangers' files read within bounds and held against a declared shape.
+"""JSON in and out: untrusted files are read within limits and checked against a declared shape.
 
 A shape is a `TypedDict` (of typing_extensions) with the constraints of annotated_types, so that
 declaring one imports no schema library; pydantic checks values against it, strictly: no text is

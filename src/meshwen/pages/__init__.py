@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports as HTML files that need nothing else: what they look like, and how they are filled in."""
+"""Reports as HTML files that need nothing else: what they look like, and how they are filled in.
+
+The templates draw the plots, as SVG in the page's own colours, light and dark, and readable on a
+phone. Plotting libraries write fixed colours or fetch scripts, and leave placing labels to us.
+"""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@
   const answers = [...document.querySelectorAll("details.answer")];
   const texts = answers.map((one) => one.textContent.toLowerCase());
   const apply = () => {
-    const wanted = words.value.toLowerCase();
+    const text = words.value.toLowerCase();
     let count = 0;
     answers.forEach((one, at) => {
       const kinds = one.dataset.kinds.split(" ");
-      const seen = kinds.includes(kind.value) && texts[at].includes(wanted);
-      one.hidden = !seen;
-      count += seen;
+      const shown = kinds.includes(kind.value) && texts[at].includes(text);
+      one.hidden = !shown;
+      count += shown;
     });
     shown.textContent = `${count} of ${answers.length} shown`;
   };

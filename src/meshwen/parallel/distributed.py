@@ -176,7 +176,7 @@ def to_host(array: Array) -> np.ndarray:
 
 
 def wait_for_others() -> None:
-    """Parts from the others once all have come so far. Returns at once where there are none."""
+    """Leaves the others once all have come this far. Returns at once where there are none."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 

@@ -3,7 +3,7 @@
 
 JAX waits for days for a process that never comes, and a second one of the same number ends those
 that are at work. So process 0 first listens at the coordinator's address itself, hears from each of
-the others how many they are and which it is, and tells all of them whether that fits.
+the others how many they are and which it is, and reports to all of them whether that fits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _MARGIN = 10.0  # seconds after which one more than process 0 has waited for it 
 
 
 def gather(coordinator: str, processes: int, timeout: float) -> None:
-    """Process 0's part: waits for all others, and tells each whether they fit.
+    """Process 0's part: waits for all others, and reports to each whether they fit.
 
     Raises:
-        MeshwenError: the port is taken, not all came in time, one was told of another number of
-            processes, or two have the same id.
+        MeshwenError: the port is taken, not all came in time, one was started with another number
+            of processes, or two have the same id.
     """
     deadline = time.monotonic() + timeout
     with ExitStack() as opened:
@@ -44,10 +44,10 @@ def gather(coordinator: str, processes: int, timeout: float) -> None:
                 opened.enter_context(other)
                 _admit(other, processes, came)
         except MeshwenError as error:
-            _tell(came, {"error": str(error)})
+            _report(came, {"error": str(error)})
             raise
         listener.close()  # Nobody must take it for JAX's.
-        _tell(came, {})
+        _report(came, {})
         for other, _ in came.values():  # They close first: the port is free at once.
             other.settimeout(_PATIENCE)
             with suppress(OSError):
@@ -55,7 +55,7 @@ def gather(coordinator: str, processes: int, timeout: float) -> None:
 
 
 def join(coordinator: str, processes: int, index: int, timeout: float) -> None:
-    """The others' part: tells process 0 who this is, and waits for its word.
+    """The others' part: reports to process 0 who this is, and waits for its verdict.
 
     Raises:
         MeshwenError: nobody answers, what listens is no process 0 that waits, or what it refuses.
@@ -145,8 +145,8 @@ def _admit(
     came[index] = other, name
     if theirs != processes:
         raise MeshwenError(
-            f"process 0 was told of {processes} processes, process {index} ({name}) of {theirs}: "
-            "give the same number to all"
+            f"process 0 was started with {processes} processes, process {index} ({name}) with "
+            f"{theirs}: give the same number to all"
         )
     if before is not None and not _has_left(before[0]):
         came[-1] = before  # Both hear of it.
@@ -166,7 +166,7 @@ def _has_left(connection: socket.socket) -> bool:
         return True
 
 
-def _tell(came: dict[int, tuple[socket.socket, str]], verdict: dict[str, str]) -> None:
+def _report(came: dict[int, tuple[socket.socket, str]], verdict: dict[str, str]) -> None:
     for other, _ in came.values():
         with suppress(OSError):
             other.settimeout(_PATIENCE)

@@ -43,7 +43,7 @@ _REQUIRED: dict[str, Any] = {
     "jax_no_tracing": False,
     "jax_no_execution": False,
 }
-# jax issue 39103: a sum over the result of a batched product is cut short.
+# jax issue 39103: a sum over the result of a batched matmul is cut short.
 _MISCOMPILES_ON_CPUS = "0.10.2"
 
 

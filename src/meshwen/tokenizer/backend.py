@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a tokenizer.json's content to what encodes text: the tokenizers library, within bounds.
+"""From a tokenizer.json's content to what encodes text: the tokenizers library, within limits.
 
-A tokenizer.json is a stranger's program: normalisers that each double the text, post-processors
+A tokenizer.json is an untrusted program: normalisers that each double the text, post-processors
 that do so, regular expressions that backtrack for hours, values on which the library panics. What
 Qwen2's and similar tokenizers consist of is bounded by construction and runs in this process.
 Anything else runs in a process of its own (`contained.py`): as right, some 0.2 ms slower a text.

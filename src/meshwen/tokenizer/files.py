@@ -50,7 +50,7 @@ class _SpecialTokens(TypedDict):
 
 
 class _Config(_SpecialTokens):
-    """The keys of tokenizer_config.json that are heeded."""
+    """The keys of tokenizer_config.json that are used."""
 
     added_tokens_decoder: NotRequired[dict[str, Token] | None]
     add_bos_token: NotRequired[bool | None]

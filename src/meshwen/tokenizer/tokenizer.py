@@ -112,7 +112,7 @@ class Tokenizer:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What tells it from others, as JSON can hold it; of its merges, what becomes of a text."""
+        """What identifies it, as JSON can hold it: of its merges, a probe text's ids."""
         templates, variables = self._chat_template.content
         return {
             "vocabulary": self._ids,

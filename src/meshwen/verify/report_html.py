@@ -55,7 +55,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _devices_heads(heads: dict[str, Any]) -> list[list[tuple[int | None, list[int | None]]]]:
-    """Of each device, each key/value head with its query heads; None is a padded slot."""
+    """Of each device, each key/value head with its query heads; None is a padded head."""
     pairs = zip(heads["key_value"], heads["query"], strict=True)
     return [list(zip(kv, query, strict=True)) for kv, query in pairs][:_MOST_DEVICES]
 
