@@ -11,9 +11,9 @@
     let count = 0;
     answers.forEach((one, at) => {
       const kinds = one.dataset.kinds.split(" ");
-      const shown = kinds.includes(kind.value) && texts[at].includes(text);
-      one.hidden = !shown;
-      count += shown;
+      const matches = kinds.includes(kind.value) && texts[at].includes(text);
+      one.hidden = !matches;
+      count += matches;
     });
     shown.textContent = `${count} of ${answers.length} shown`;
   };
