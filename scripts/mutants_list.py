@@ -854,8 +854,8 @@ FAULTS = (
     _fault(
         "prompts: tools do not reach the template",
         "cli/prompts.py",
-        "tokenizer.encode_chat(self._messages(system), **self.template_fields)",
-        "tokenizer.encode_chat(self._messages(system))",
+        "variables = {**(template_kwargs or {}), **self.template_fields}",
+        "variables = {**(template_kwargs or {})}",
         "cli_prompts",
     ),
     _fault(

@@ -159,6 +159,19 @@ def test_a_conversation_goes_through_the_chat_template(speller):
     assert speller.request([*conversation]).prompt_tokens == found.prompt_tokens
 
 
+def test_chat_template_kwargs_reach_the_template_or_are_refused(speller):
+    conversation, off = [{"role": "user", "content": "hi"}], {"enable_thinking": False}
+    (found,) = speller.generate(conversation, chat_template_kwargs=off, max_new_tokens=1)
+    thought = token_ids("<think></think>")
+    assert found.prompt_tokens == (*chat_ids(("user", "hi")), *thought)
+    for wrong in ([("enable_thinking", False)], {1: 2}, {"messages": []}):
+        with pytest.raises(MeshwenError, match="chat_template_kwargs"):
+            speller.request(conversation, chat_template_kwargs=wrong)
+    for prompt in ("hi", [1, 2]):
+        with pytest.raises(MeshwenError, match="are for conversations, and this prompt is t"):
+            speller.request(prompt, chat_template_kwargs=off)
+
+
 def test_no_prompts_give_no_completions(speller):
     assert speller.generate([]) == []
 

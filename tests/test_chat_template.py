@@ -303,6 +303,68 @@ def test_a_folder_gives_named_templates_and_its_files_override_them(tmp_path):
         templates_in_folder(tmp_path, {"chat_template": [{"name": "default"}]})
 
 
+# What Qwen3's template does with thoughts: those of earlier turns are left out, those that answer
+# the last question stay, and `enable_thinking` false gives the answer an empty one.
+THINKING = """\
+{%- set ns = namespace(last=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set ns.last = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set text = message.content if message.content is string else '' %}
+    {%- set thought = message.reasoning_content or '' %}
+    {%- if not thought and '</think>' in text %}
+        {%- set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1] %}
+        {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last and thought %}
+        {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- text + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+THOUGHTS = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "<think>\nIt is 4.\n</think>\n\n4"},
+    {"role": "user", "content": "And 3?"},
+    {"role": "assistant", "content": "7", "reasoning_content": "4 + 3"},
+]
+
+
+def test_thoughts_are_the_templates_to_keep_and_to_switch_off():
+    template = ChatTemplate({"default": THINKING}, {})
+    said = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    asked = "<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n"
+    whole = "<think>\n4 + 3\n</think>\n\n7<|im_end|>\n"
+    assert template.render(THOUGHTS, add_generation_prompt=False) == said + asked + whole
+    for switch, shown in (({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")):
+        assert template.render(THOUGHTS[:3], **switch) == said + asked + shown
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("switch", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_thoughts_are_those_of_transformers(switch):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    for messages, open_turn in ((THOUGHTS, False), (THOUGHTS[:3], True)):
+        (theirs,), _ = utils.render_jinja_template(
+            conversations=[messages],
+            chat_template=THINKING,
+            add_generation_prompt=open_turn,
+            **switch,
+        )
+        ours = ChatTemplate({"default": THINKING}, {})
+        assert ours.render(messages, add_generation_prompt=open_turn, **switch) == theirs
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("tools", [None, [TOOL]], ids=["no tools", "tools"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])

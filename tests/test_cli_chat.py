@@ -82,6 +82,19 @@ def test_tools_of_a_loaded_conversation_stay(chat, capsys, tmp_path):
     assert r'the system message "\udc80" is not valid Unicode' in told
 
 
+def test_template_kwargs_are_in_force_for_every_turn(chat, monkeypatch):
+    given, encode_chat = [], Tokenizer.encode_chat
+
+    def spy(self, messages, **variables):
+        given.append(variables)
+        return encode_chat(self, messages, **variables)
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", spy)
+    thinking = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    assert chat("one", "two", arguments=("--max-new-tokens", "1", *thinking)) == 0
+    assert given == [{"enable_thinking": False}] * 2
+
+
 def test_reset_keeps_the_system_message(chat, capsys, tmp_path):
     path = tmp_path / "chats.jsonl"
     lines = ("one", "/reset", "two", f"/save {path}", "/system", f"/save {path}")

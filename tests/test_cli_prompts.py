@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from meshwen.cli.prompts import read_prompts, unheeded_fields
+from meshwen.cli.prompts import read_prompts, read_template_kwargs, unheeded_fields
 from meshwen.errors import MeshwenError
 from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import chat_ids, token_ids, write_speller
@@ -118,6 +118,21 @@ def test_tools_and_documents_reach_the_template(tmp_path):
     assert list(without.token_ids(tokenizer, raw=False, system=None)) == token_ids("None None hi")
     with pytest.raises(MeshwenError, match="line 1: tools need the chat template, which --raw"):
         one.token_ids(tokenizer, raw=True, system=None)
+
+
+def test_template_kwargs_reach_the_template_beside_a_prompts_own_fields(tokenizer, tmp_path):
+    variables = read_template_kwargs('{"enable_thinking": false}')
+    said = '{"messages": [{"role": "user", "content": "hi"}]}'
+    text, messages, ids = read_file(tmp_path, f'hi\n{said}\n{{"prompt_tokens": [1]}}')
+    expected = [*chat_ids(("user", "hi")), *token_ids("<think></think>")]
+    assert list(text.token_ids(tokenizer, template_kwargs=variables)) == expected
+    assert list(messages.token_ids(tokenizer, template_kwargs=variables)) == expected
+    with pytest.raises(MeshwenError, match="line 3: --chat-template-kwargs needs the chat temp"):
+        ids.token_ids(tokenizer, template_kwargs=variables)
+    assert read_template_kwargs(None) == {}
+    for wrong in ("[1]", "{", '{"tokenize": true}'):
+        with pytest.raises(MeshwenError, match=r"chat.template.kwargs"):
+            read_template_kwargs(wrong)
 
 
 def test_fields_that_change_nothing_are_named(tmp_path):

@@ -42,6 +42,7 @@ from meshwen.parallel.mesh import make_mesh, mesh_label
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import own_settings
 from meshwen.runtime.shape_buckets import bucket
+from meshwen.tokenizer.chat_template import check_template_kwargs
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.loading import Progress, dummy_params, load_params
 
@@ -302,6 +303,8 @@ class CausalLM:
                 array), or a conversation, a list of `{"role": ..., "content": ...}`, which goes
                 through the chat template.
             sampling: fields of `SamplingParams`; what is not given is the checkpoint's default.
+                Also `chat_template_kwargs`, further variables for the chat template of
+                conversations, such as `{"enable_thinking": False}`.
                 Without a `seed`, whatever is drawn is drawn anew for each prompt and call; the
                 completion has the seed. (Over several processes, which must draw alike, it is 0.)
 
@@ -336,11 +339,18 @@ class CausalLM:
         """As `stream`, but yields every token with its text, and errors as completions."""
         return self.engine.run([self.request(prompt, **sampling)])
 
-    def request(self, prompt: AnyPrompt, **sampling: Any) -> Request:
+    def request(
+        self,
+        prompt: AnyPrompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Request:
         """A request to the engine, with the checkpoint's sampling defaults.
 
         What would change tokens and is not heeded of them is told once, as a warning.
         """
+        variables = check_template_kwargs(chat_template_kwargs or {})
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
         if sampling.get("seed") is None and not self.mesh.is_multi_process:
             params = with_fresh_seed(params)
@@ -349,13 +359,18 @@ class CausalLM:
             self._told.add(lost)
             warnings.warn(f"generation_config: {lost}", stacklevel=2)
         given = one_prompt(prompt)
+        if variables and isinstance(given, tuple | str):
+            raise MeshwenError(
+                "chat_template_kwargs are for conversations, and this prompt is "
+                f"{'text' if isinstance(given, str) else 'token ids'}: leave them out"
+            )
         if isinstance(given, tuple):
             return Request(given, params)
         if self.tokenizer is None:
             raise MeshwenError("this model has no tokenizer: give prompts as token ids")
         if isinstance(given, str):
             return Request(tuple(self.tokenizer.encode(given)), params)
-        return Request(tuple(self.tokenizer.encode_chat(given)), params)
+        return Request(tuple(self.tokenizer.encode_chat(given, **variables)), params)
 
 
 class Qwen2ForCausalLM(CausalLM):

@@ -19,7 +19,7 @@ from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, sampling_params, settings_shown
-from meshwen.cli.prompts import unheeded_fields
+from meshwen.cli.prompts import read_template_kwargs, unheeded_fields
 from meshwen.common.json_files import parse_json, to_json
 from meshwen.errors import MeshwenError
 
@@ -67,6 +67,7 @@ def chat(
     max_model_len: options.MaxModelLen = None,
     prompt_lookup_num_tokens: options.PromptLookupNumTokens = 0,
     system: options.System = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
     load: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +100,7 @@ def chat(
         "stop": stop,
     }
     SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
+    variables = read_template_kwargs(chat_template_kwargs)
     if sys.stdin is None:  # Closed, as `<&-` does.
         raise MeshwenError("there is nothing to answer: stdin is closed")
     devices = make_mesh(mesh)
@@ -121,6 +123,7 @@ def chat(
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
     conversation = Conversation(loaded, tokenizer, sampling, before)
+    conversation.template_kwargs = variables
     conversation.keeps_seed = seed is not None
     if system is not None:
         conversation.set_system(system)

@@ -26,6 +26,7 @@ class Conversation:
     Attributes:
         messages: `{"role": ..., "content": ...}`, the system message first if there is one.
         template_fields: what the chat template gets beside them, such as `tools`.
+        template_kwargs: further variables for the chat template, which are not saved.
         sampling: how answers are drawn.
         keeps_seed: the user chose the seed: other answers are not drawn with others.
     """
@@ -42,6 +43,7 @@ class Conversation:
         self._running: Stream[Event] | None = None
         self._last: str | None = None  # What the user said.
         self.keeps_seed = False
+        self.template_kwargs: dict[str, Any] = {}
         self.messages: list[Any] = [] if before is None else [*before.content]
         self.template_fields = {} if before is None else before.template_fields
 
@@ -74,7 +76,9 @@ class Conversation:
         from meshwen.engine.sampling import NO_TOKEN
 
         messages = [*self.messages, _message("user", text)]
-        token_ids = self._tokenizer.encode_chat(messages, **self.template_fields)
+        token_ids = self._tokenizer.encode_chat(
+            messages, **self.template_kwargs | self.template_fields
+        )
         context = self._model.engine.max_model_len
         if len(token_ids) >= context:
             raise MeshwenError(

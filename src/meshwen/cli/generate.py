@@ -12,7 +12,7 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.load import load_model, sampling_params, settings_shown
-from meshwen.cli.prompts import Prompt, read_prompts, unheeded_fields
+from meshwen.cli.prompts import Prompt, read_prompts, read_template_kwargs, unheeded_fields
 from meshwen.common.json_files import to_json
 from meshwen.errors import MeshwenError
 
@@ -65,6 +65,7 @@ def generate(
     max_model_len: options.MaxModelLen = None,
     prompt_lookup_num_tokens: options.PromptLookupNumTokens = 0,
     system: options.System = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
     ] = False,
@@ -106,6 +107,9 @@ def generate(
     prompt = prompt_option if prompt is None else prompt
     if raw and system is not None:
         raise MeshwenError("--system needs the chat template, which --raw leaves out")
+    if raw and chat_template_kwargs is not None:
+        raise MeshwenError("--chat-template-kwargs needs the chat template, which --raw leaves out")
+    variables = read_template_kwargs(chat_template_kwargs)
     if logprobs and not as_json:
         raise MeshwenError("--logprobs shows in the JSON output: add --json")
     given = {
@@ -135,7 +139,10 @@ def generate(
         # Rendered once: a template may give something else every time.
         token_ids = shared(
             "token ids",
-            lambda: [list(p.token_ids(tokenizer, raw=raw, system=system)) for p in prompts],
+            lambda: [
+                list(p.token_ids(tokenizer, raw=raw, system=system, template_kwargs=variables))
+                for p in prompts
+            ],
         )
         for one, ids in zip(prompts, token_ids, strict=True):
             check_prompt(ids, checkpoint.config, one.where, max_model_len)

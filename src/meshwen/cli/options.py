@@ -193,6 +193,15 @@ System = Annotated[
     str | None,
     typer.Option("--system", help="The system message.", show_default=False),
 ]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="Variables for the chat template, such as '{\"enable_thinking\": false}'.",
+        show_default=False,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

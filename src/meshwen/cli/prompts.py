@@ -63,7 +63,12 @@ class Prompt:
         return text if len(text) <= 70 else f"{text[:67]}..."
 
     def token_ids(
-        self, tokenizer: Tokenizer | None, *, raw: bool, system: str | None
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
         """The prompt's token ids.
 
@@ -71,12 +76,18 @@ class Prompt:
             tokenizer: the model's; None for a model without one.
             raw: encode text as it is, instead of as a user's message in the chat template.
             system: what the conversation begins with, where it has no system message.
+            template_kwargs: further variables for the chat template.
 
         Raises:
             MeshwenError: the prompt does not fit the options or the model; names its place.
         """
         if self.is_token_ids:
             self._refuse_template_fields("prompt_tokens do without")
+            if template_kwargs:
+                raise MeshwenError(
+                    f"{self.where}: --chat-template-kwargs needs the chat template, which "
+                    "prompt_tokens do without"
+                )
             return tuple(self.content)
         if tokenizer is None:
             raise MeshwenError(
@@ -90,7 +101,8 @@ class Prompt:
         try:
             if raw:
                 return tuple(tokenizer.encode(str(self.content)))
-            return tuple(tokenizer.encode_chat(self._messages(system), **self.template_fields))
+            variables = {**(template_kwargs or {}), **self.template_fields}
+            return tuple(tokenizer.encode_chat(self._messages(system), **variables))
         except MeshwenError as error:
             raise MeshwenError(f"{self.where}: {error}") from error
 
@@ -113,6 +125,13 @@ class Prompt:
         if system is None or messages[0].get("role") == "system":
             return messages
         return [{"role": "system", "content": system}, *messages]
+
+
+def read_template_kwargs(text: str | None) -> dict[str, Any]:
+    """The object of --chat-template-kwargs, {} without one; MeshwenError where it is none."""
+    from meshwen.tokenizer.chat_template import check_template_kwargs
+
+    return {} if text is None else check_template_kwargs(parse_json(text, "--chat-template-kwargs"))
 
 
 def read_prompts(argument: str | None, prompts_file: str | None) -> list[Prompt]:

@@ -127,8 +127,26 @@ class ChatTemplate:
         return _before_tag(text) if continue_final_message else text
 
 
+# What is given in other ways.
+_NO_VARIABLES = {"messages", "conversation", "self", "tokenize"}
 # What transformers marks the end of the message with that is to be continued.
 _END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+def check_template_kwargs(given: Any) -> dict[str, Any]:
+    """Return further variables of a template by name, such as `{"enable_thinking": False}`.
+
+    Raises:
+        MeshwenError: they are no mapping of names, or one is no variable of a template's.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise MeshwenError(
+            "chat_template_kwargs must be an object such as "
+            f'{{"enable_thinking": false}}, not {shown(given)}'
+        )
+    if taken := _NO_VARIABLES & set(given):
+        raise MeshwenError(f"chat_template_kwargs cannot set {min(taken)}")
+    return dict(given)
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
