@@ -17,8 +17,8 @@ import sys
 import jax
 
 from mesh_model import MeshModel
-from meshwen.cache.budget import Capacity
 from meshwen.engine import runner
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
@@ -61,8 +61,7 @@ def main(rounds: int, kept: int) -> None:
     print("rounds  programs  maps  MB")
     for number in range(1, rounds + 1):
         # An engine of its own makes a cache of its own size.
-        capacity = Capacity.of(model.plan, model.dtype, 8)
-        for _ in Engine(model, None, (), capacity).run(requests(draw)):
+        for _ in Engine(model, None, (), cache_budget(model, 8)).run(requests(draw)):
             pass
         if number % max(1, rounds // 10) == 0:
             maps, megabytes = maps_and_megabytes()

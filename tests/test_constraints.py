@@ -8,7 +8,7 @@ import pytest
 
 import reference
 from mesh_model import MeshModel
-from meshwen.cache.budget import Capacity
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.constraints import TokenConstraints
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
@@ -136,8 +136,8 @@ def runner(mesh):
 
 
 def engine(mesh, eos=(), drafts=0):
-    capacity = Capacity.of(runner(mesh).plan, runner(mesh).dtype, 8)
-    return Engine(runner(mesh), None, eos, capacity, prompt_lookup_num_tokens=drafts)
+    budget = cache_budget(runner(mesh), 8)
+    return Engine(runner(mesh), None, eos, budget, prompt_lookup_num_tokens=drafts)
 
 
 def answered(prompt, eos=(), **asked) -> tuple[int, ...]:
@@ -188,9 +188,8 @@ def test_drafts_rest_where_each_would_need_constraints_of_its_own(monkeypatch):
 
     monkeypatch.setattr(runner("1"), "decode", watched)
     monkeypatch.setattr(
-        "meshwen.engine.sequence.SequenceState.guesses", lambda _, count: [0] * count
+        "meshwen.engine.prompt_lookup.SequenceLookup.drafts", lambda _, count: [0] * count
     )
-    monkeypatch.setattr("meshwen.engine.sequence.SequenceState.judge", lambda *_: None)
     prompt = (1, 2, 3) * 3
     asked = ({}, {"encoder_repetition_penalty": 1.1}, {"suppress_tokens": (5,)})
     for one, expected in zip(asked, (True, True, False), strict=True):

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import reference
 from mesh_model import MeshModel, random_tokens, with_nan
 from meshwen import Qwen2ForCausalLM
-from meshwen.cache.budget import Capacity
+from meshwen.engine.answer_text import StopText
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Completion, Request
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.engine.sequence import StopText
 from meshwen.errors import MeshwenError
 from meshwen.ops.cpu import kernels
 from needs_kernels import needs_kernels
@@ -46,7 +46,7 @@ def engine(mesh="1", eos=(), max_num_seqs=4, config=TINY) -> Engine:
 
 
 def engine_of(runner, eos=(), max_num_seqs=4) -> Engine:
-    return Engine(runner, None, eos, Capacity.of(runner.plan, runner.dtype, max_num_seqs))
+    return Engine(runner, None, eos, cache_budget(runner, max_num_seqs))
 
 
 def request(prompt, **sampling) -> Request:
@@ -252,7 +252,7 @@ def test_what_a_cancelled_request_left_does_not_reach_the_next_in_its_row(monkey
 
     ready.submit(request(other, max_new_tokens=20), cancel)
     cancelled = ready.submit(request(long), came.append)
-    while ready.busy and (len(came) < 3 or cancelled in ready._live):
+    while ready.busy and (len(came) < 3 or cancelled in ready._requests.live):
         ready.step()
     assert tuple(event.token for event in came) == greedy(tuple(long))[0][:3]
     (found,) = completions(ready.run([request(following)]))
@@ -455,8 +455,7 @@ def test_a_stop_string_ends_the_answer_at_the_token_that_completes_it(speller, s
     ],
 )
 def test_stop_strings_see_special_tokens_and_texts_do_not(speller, stop, text, tokens, reason):
-    capacity = Capacity.of(speller.plan, speller.dtype, 8)
-    without_eos = Engine(speller.runner, speller.tokenizer, (), capacity)
+    without_eos = Engine(speller.runner, speller.tokenizer, (), cache_budget(speller.runner, 8))
     prompt = speller.tokenizer.encode("\n")
     events = list(without_eos.run([request(prompt, stop=stop, max_new_tokens=9)]))
     completion = events[-1].completion

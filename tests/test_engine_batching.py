@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: slots, the queue, cancellation, a cache that grows, and memory."""
+"""Continuous batching: rows, the queue, cancellation, a cache that grows, and memory."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-import meshwen.cache.budget as capacity_module
 from mesh_model import random_tokens, shared_model
-from meshwen.cache.budget import Capacity
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine, QueueFullError
 from meshwen.engine.request import Event, Request
 from meshwen.engine.sampling_params import SamplingParams
@@ -35,10 +34,10 @@ def drain(running: Engine) -> None:
     pytest.fail("the engine is still busy after 1000 steps")
 
 
-# --- Slots
+# --- Rows
 
 
-def test_a_free_slot_is_filled_while_the_other_answers_go_on():
+def test_a_free_row_is_filled_while_the_other_answers_go_on():
     limits = [STEPS, 1, 2, 1]
     requests = [request(p, max_new_tokens=n) for p, n in zip(PROMPTS, limits, strict=True)]
     events = list(engine(max_num_seqs=2).run(requests))
@@ -79,9 +78,7 @@ def test_two_runs_on_one_engine_each_get_their_own():
 
 
 def test_a_full_queue_refuses_and_run_waits_for_room():
-    running = Engine(
-        model().runner, None, (), Capacity.of(model().plan, model().runner.dtype, 1), max_waiting=1
-    )
+    running = Engine(model().runner, None, (), cache_budget(model().runner, 1), max_waiting=1)
     events = []
     running.submit(request(PROMPTS[0]), events.append)
     with pytest.raises(QueueFullError, match="1 requests wait"):
@@ -92,7 +89,7 @@ def test_a_full_queue_refuses_and_run_waits_for_room():
     assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in PROMPTS]
 
 
-def test_times_tell_waiting_from_running():
+def test_timings_separate_waiting_from_running():
     events = list(engine(max_num_seqs=1).run([request(p) for p in PROMPTS[:3]]))
     timings = [c.timings for c in completions(events)]
     for one in timings:
@@ -103,7 +100,7 @@ def test_times_tell_waiting_from_running():
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_cancelled_request_gives_nothing_more_and_its_slot_is_free(steps):
+def test_a_cancelled_request_gives_nothing_more_and_its_row_is_free(steps):
     running, events = engine(max_num_seqs=1), []
     numbers = [running.submit(request(p), events.append) for p in PROMPTS[:2]]
     for _ in range(steps):
@@ -115,7 +112,7 @@ def test_a_cancelled_request_gives_nothing_more_and_its_slot_is_free(steps):
     assert tokens_of(events) == {numbers[1]: greedy(tuple(PROMPTS[1]))[0]}
 
 
-def test_a_request_may_be_cancelled_while_its_prompt_is_read():
+def test_a_request_may_be_cancelled_while_its_prompt_is_prefilled():
     long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()
     running, events = engine(max_num_seqs=1), []
     number = running.submit(request(long), events.append)
@@ -126,13 +123,13 @@ def test_a_request_may_be_cancelled_while_its_prompt_is_read():
     assert tokens_of(events) == {other: greedy(tuple(PROMPTS[0]))[0]}
 
 
-def test_a_run_given_up_while_a_long_prompt_is_read_leaves_room_for_a_shorter_one():
+def test_a_run_given_up_while_a_long_prompt_is_prefilled_leaves_room_for_a_shorter_one():
     long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()
     running = engine(max_num_seqs=2)
     begun = running.run([request(PROMPTS[0]), request(long)])
     next(begun)
     for _ in range(2):
-        running.step()  # The long prompt's first chunk is read.
+        running.step()  # The long prompt's first chunk is prefilled.
     begun.close()
     assert not running.busy
     found = completions(running.run([request(PROMPTS[0])]))
@@ -170,7 +167,7 @@ def test_a_step_that_breaks_off_leaves_the_engine_ready(monkeypatch):
     running.submit(request(PROMPTS[0]), events.append)
     running.step()
     with monkeypatch.context() as broken:
-        broken.setattr(running._scheduler._runner, "decode", lambda *_: 1 / 0)
+        broken.setattr(running._core.runner, "decode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             running.step()
     assert not running.busy
@@ -178,12 +175,12 @@ def test_a_step_that_breaks_off_leaves_the_engine_ready(monkeypatch):
     assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in PROMPTS]
 
 
-def test_a_run_whose_requests_another_run_lost_says_so(monkeypatch):
+def test_a_run_whose_requests_another_run_lost_raises(monkeypatch):
     shared = engine(max_num_seqs=2)
     first, second = (shared.run([request(p)]) for p in PROMPTS[:2])
     next(first)
     with monkeypatch.context() as broken:
-        broken.setattr(shared._scheduler._runner, "prefill", lambda *_: 1 / 0)
+        broken.setattr(shared._core.runner, "prefill", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(second)
     with pytest.raises(MeshwenError, match="requests were lost"):
@@ -194,7 +191,7 @@ def test_a_cache_that_could_not_be_made_is_made_the_next_time(monkeypatch):
     running = engine(max_num_seqs=2)
     list(running.run([request(PROMPTS[0])]))
     with monkeypatch.context() as broken:
-        broken.setattr(running._scheduler._runner, "empty_cache", lambda *_: 1 / 0)
+        broken.setattr(running._core.runner, "empty_cache", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(running.run([request(PROMPTS[3])]))
     found = completions(running.run([request(PROMPTS[0])]))
@@ -224,40 +221,40 @@ def test_a_ceiling_reserves_nothing(asked):
     other = running.submit(request(PROMPTS[1]), events.append)
     while other not in tokens_of(events):
         running.step()
-    assert running._scheduler._length == bucket(len(PROMPTS[0]) + 256)
+    assert running._core.cache.length == bucket(len(PROMPTS[0]) + 256)
     running.cancel(number)
 
 
 LONG = [request(p, max_new_tokens=24, logprobs=True) for p in PROMPTS[:2]]
 
 
-def growing(mesh: str, numerics: str, slots: int) -> Engine:
-    """An engine whose cache may have so many slots in all its rows of a part of the batch."""
+def growing(mesh: str, numerics: str, positions: int) -> Engine:
+    """An engine whose cache may have so many positions in all its rows of a part of the batch."""
     config = replace(TINY, num_hidden_layers=1, layer_types=("full_attention",))
     runner = shared_model(config, mesh, numerics=numerics).runner
-    token_bytes = Capacity.of(runner.plan, runner.dtype, 2).token_bytes
-    parts = runner.plan.data_devices
-    return Engine(runner, None, (), Capacity(2, 1100, parts, token_bytes, slots * token_bytes))
+    budget = cache_budget(runner, 2)
+    budget = replace(budget, cache_bytes=positions * budget.token_bytes)
+    return Engine(runner, None, (), budget)
 
 
-# With memory it grows; without, answers wait, and are read again when others have ended.
+# With memory it grows; without, answers wait, and are prefilled again when others have ended.
 @pytest.mark.parametrize(
-    ("mesh", "numerics", "slots", "shapes"),
+    ("mesh", "numerics", "positions", "shapes"),
     [
         (SPLIT, "fast", 1000, [(2, 16), (2, 32)]),
         ("1", "exact", 40, [(2, 16), (1, 24), (1, 32)]),
     ],
 )
 def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
-    mesh, numerics, slots, shapes, monkeypatch
+    mesh, numerics, positions, shapes, monkeypatch
 ):
     expected = completions(growing(mesh, numerics, 1000).run(LONG))
-    monkeypatch.setattr("meshwen.engine.scheduler._AHEAD", 4)
-    running = growing(mesh, numerics, slots)
+    monkeypatch.setattr("meshwen.engine.limits._AHEAD", 4)
+    running = growing(mesh, numerics, positions)
     seen, events = [], []
     for event in running.run(LONG):
         events.append(event)
-        seen.append((len(running._scheduler._slots), running._scheduler._length))
+        seen.append((running._core.cache.rows, running._core.cache.length))
     assert list(dict.fromkeys(seen)) == shapes
     for found, other in zip(completions(events), expected, strict=True):
         assert found.tokens == other.tokens
@@ -266,7 +263,7 @@ def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
 
 
 def test_a_cache_that_grows_as_one_did_before_compiles_nothing(caplog, monkeypatch):
-    monkeypatch.setattr("meshwen.engine.scheduler._AHEAD", 4)
+    monkeypatch.setattr("meshwen.engine.limits._AHEAD", 4)
 
     def compiled() -> list[str]:
         caplog.clear()
@@ -281,33 +278,8 @@ def test_a_cache_that_grows_as_one_did_before_compiles_nothing(caplog, monkeypat
 # --- Memory and limits
 
 
-def capacity(mesh="1", **values) -> Capacity:
-    values = {"max_num_seqs": 6, "max_model_len": 64, "cache_bytes": 10**9} | values
-    plan = model(mesh).plan
-    return Capacity(parts=plan.data_devices, token_bytes=100, **values)
-
-
-def test_rows_are_powers_of_two_up_to_what_may_run():
-    assert [capacity().rows(n, 64) for n in (1, 2, 3, 5, 100)] == [1, 2, 4, 6, 6]
-    assert [capacity(SPLIT).rows(n, 64) for n in (1, 2, 3, 5, 100)] == [2, 2, 4, 6, 6]
-
-
-def test_fewer_rows_where_memory_is_short_and_none_is_an_error():
-    assert capacity(cache_bytes=5 * 6400).rows(100, 64) == 4
-    assert capacity(cache_bytes=6400).rows(100, 64) == 1
-    with pytest.raises(MeshwenError, match=r"64 tokens needs 0.00 GB .* lower max_new_tokens"):
-        capacity(cache_bytes=6399).rows(1, 64)
-
-
-@pytest.mark.parametrize("length", [1, TINY.max_position_embeddings + 1])
-def test_an_impossible_max_model_len_is_refused(length):
-    plan = model().plan
-    with pytest.raises(MeshwenError, match=r"max_model_len must be from 2 to .* context of 1100"):
-        Capacity.of(plan, model().runner.dtype, 1, length)
-
-
 def test_max_model_len_limits_prompt_and_answer():
-    limited = Engine(model().runner, None, (), capacity(max_model_len=8))
+    limited = Engine(model().runner, None, (), cache_budget(model().runner, 6, max_model_len=8))
     (found,) = completions(limited.run([request(PROMPTS[0], max_new_tokens=50)]))
     assert found.tokens == greedy(tuple(PROMPTS[0]))[0][:3]
     assert found.finish_reason == "length"
@@ -315,10 +287,10 @@ def test_max_model_len_limits_prompt_and_answer():
         limited.run([request(PROMPTS[2])])
 
 
-def engine_with_room_for(slots: int, max_num_seqs: int = 2) -> Engine:
-    """An engine whose cache may have so many slots in all its rows."""
-    token_bytes = Capacity.of(model().plan, model().runner.dtype, 2).token_bytes
-    small = Capacity(max_num_seqs, 1100, 1, token_bytes, slots * token_bytes)
+def engine_with_room_for(positions: int, max_num_seqs: int = 2) -> Engine:
+    """An engine whose cache may have so many positions in all its rows."""
+    budget = cache_budget(model().runner, max_num_seqs)
+    small = replace(budget, cache_bytes=positions * budget.token_bytes)
     return Engine(model().runner, None, (), small)
 
 
@@ -359,11 +331,11 @@ def test_a_ceiling_that_nobody_asked_for_ends_an_answer_where_memory_does(caplog
     assert [len(c.prompt_tokens) + len(c.tokens) for c in found] == [48, 48, 5]
     assert {c.finish_reason for c in found} == {"length"}
     assert [c.tokens[:STEPS] for c in found[:2]] == [greedy(tuple(p))[0] for p in PROMPTS[:2]]
-    told = [r.getMessage() for r in caplog.records if "an answer ended" in r.getMessage()]
-    assert len(told) == 1
+    warned = [r.getMessage() for r in caplog.records if "an answer ended" in r.getMessage()]
+    assert len(warned) == 1
     length = len(asked[0].prompt_tokens)
-    assert f"ended after {48 - length} of the 1000 tokens" in told[0]
-    assert "more than 48, the prompt's included" in told[0]
+    assert f"ended after {48 - length} of the 1000 tokens" in warned[0]
+    assert "more than 48, the prompt's included" in warned[0]
 
 
 def test_an_answer_that_its_length_ends_is_not_said_to_lack_memory(caplog):
@@ -377,13 +349,13 @@ def test_memory_that_a_long_request_took_is_given_back():
     running, events = engine(), []
     running.submit(request([1] * 900, max_new_tokens=1), events.append)
     drain(running)
-    long = running._scheduler._length
+    long = running._core.cache.length
     running.submit(SHORT, events.append)
     running.step()
-    assert running._scheduler._length < long
+    assert running._core.cache.length < long
 
 
-def test_fewer_rows_than_were_asked_for_are_told(caplog):
+def test_fewer_rows_than_were_asked_for_are_warned_of(caplog):
     found = completions(engine_with_room_for(40, max_num_seqs=4).run([SHORT] * 3))
     assert len({one.tokens for one in found}) == 1
     (record,) = caplog.records
@@ -408,34 +380,6 @@ def test_who_fails_to_take_a_token_loses_its_own_request_alone():
     assert tokens_of(events) == {first: greedy(tuple(PROMPTS[0]))[0]}
 
 
-def test_a_control_groups_limit_is_kept(tmp_path):
-    own, root = tmp_path / "cgroup", tmp_path / "fs"
-    group = root / "pod" / "container"
-    group.mkdir(parents=True)
-    own.write_text("4:memory:/other\n0::/pod/container\n")
-    files = {"active_file": 100, "inactive_file": 50, "anon": 7}
-    for folder, limit, used in ((group, "max", 600), (group.parent, "1000", 600)):
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text("".join(f"{k} {v}\n" for k, v in files.items()))
-    assert list(capacity_module._control_groups_leave(own, root)) == [550]
-    assert list(capacity_module._control_groups_leave(tmp_path / "none", root)) == []
-
-
-@pytest.mark.parametrize("path", ["/docker/a", "/seen/by/the/host/alone"])
-def test_a_limit_of_cgroup_v1_is_kept(tmp_path, path):
-    own, root = tmp_path / "cgroup", tmp_path / "fs"
-    own.write_text(f"5:cpu,cpuacct:/\n4:hugetlb,memory:{path}\n1:name=systemd:/\n0::/none\n")
-    stat = "active_file 1\ninactive_file 2\ntotal_active_file 100\ntotal_inactive_file 50\n"
-    unlimited = 0x7FFFFFFFFFFFF000
-    for folder, limit in ((root / "memory", 1000), (root / "memory/docker/a", unlimited)):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
-        (folder / "memory.usage_in_bytes").write_text("600\n")
-        (folder / "memory.stat").write_text(stat)
-    assert min(capacity_module._control_groups_leave(own, root)) == 550
-
-
 def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old_ones():
     running, events = engine_with_room_for(40), []  # Two rows of 16, not three.
     for _ in range(2):
@@ -443,4 +387,4 @@ def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old
         running.step()
     drain(running)
     assert len(tokens_of(events)) == 2
-    assert len(running._scheduler._slots) == 1
+    assert running._core.cache.rows == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model, many callers: threads, event loops, callbacks and generators in turns."""
+"""One model, many callers: threads, event loops, callbacks and interleaved generators."""
 
 import asyncio
 import threading
@@ -13,7 +13,6 @@ import pytest
 from mesh_model import random_tokens
 from meshwen import Qwen2ForCausalLM
 from meshwen.engine.engine import Engine
-from meshwen.engine.turns import Turns
 from meshwen.errors import MeshwenError
 from speller import write_speller
 from test_engine import SPLIT, completions, engine, model, request
@@ -60,9 +59,9 @@ def wait_until(condition) -> None:
         time.sleep(0.001)
 
 
-def in_line(shared: Engine, count: int) -> None:
-    """Waits until so many callers wait for their turn, or have it."""
-    wait_until(lambda: len(shared._turns._line) == count)
+def queued(shared: Engine, count: int) -> None:
+    """Waits until so many callers wait for the lock, or hold it."""
+    wait_until(lambda: len(shared._lock._queue) == count)
 
 
 # --- The right tokens
@@ -85,12 +84,12 @@ def test_200_calls_from_4_threads_give_each_its_own_tokens():
 
 def test_callers_share_the_batch(monkeypatch):
     shared, calls = engine(), []
-    runner = shared._scheduler._runner
+    runner = shared._core.runner
     decode = runner.decode
     monkeypatch.setattr(runner, "decode", lambda *a: calls.append(1) or decode(*a))
     with shared.exclusive():
         asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
-        in_line(shared, 5)
+        queued(shared, 5)
     assert [tokens(events) for events in results(asked)] == [[greedy(p)[0]] for p in PROMPTS]
     assert len(calls) < 2 * (STEPS - 1)  # One after the other they take four times as many.
 
@@ -115,12 +114,12 @@ def test_logits_wait_until_no_step_runs():
     shared = tiny()
     with shared.engine.exclusive():
         asked = start(shared, np.array([PROMPTS[0]]))
-        in_line(shared.engine, 2)
+        queued(shared.engine, 2)
         assert not asked.done()
     assert asked.result(PATIENCE).shape == (1, len(PROMPTS[0]), TINY.vocab_size)
 
 
-def test_streams_in_one_thread_advance_by_turns_and_unequally():
+def test_streams_in_one_thread_advance_interleaved_and_unequally():
     shared = tiny()
     streams = [shared.events(p, max_new_tokens=STEPS, temperature=0) for p in PROMPTS[:2]]
     begun = [next(streams[0]) for _ in range(3)]
@@ -141,7 +140,7 @@ def test_one_stream_may_be_shared_by_threads():
 
 
 @pytest.mark.parametrize("give_up", ["close", "drop", "with"])
-def test_who_gives_up_a_stream_frees_its_slot(give_up):
+def test_who_gives_up_a_stream_frees_its_row(give_up):
     shared = tiny()
     events = shared.events(PROMPTS[0], max_new_tokens=500)
     next(events)
@@ -163,7 +162,7 @@ def test_closing_a_stream_wakes_who_waits_for_it():
     events = shared.run([request(PROMPTS[0])])
     with shared.exclusive():  # So that no step can end its waiting.
         waiting = start(list, events)
-        in_line(shared, 2)
+        queued(shared, 2)
         events.close()
         assert waiting.result(PATIENCE) == []
 
@@ -213,14 +212,14 @@ def test_what_a_callback_raises_reaches_step_and_no_reader():
     assert not shared.busy
 
 
-def test_a_step_that_breaks_off_is_told_to_all_whose_requests_it_took(monkeypatch):
+def test_a_step_that_breaks_off_is_reported_to_all_whose_requests_it_took(monkeypatch):
     shared = engine()
     with monkeypatch.context() as broken:
-        broken.setattr(shared._scheduler._runner, "prefill", lambda *_: 1 / 0)
+        broken.setattr(shared._core.runner, "prefill", lambda *_: 1 / 0)
         with shared.exclusive():
             asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
             shared.submit(request(PROMPTS[0]), lambda event: None)
-            in_line(shared, 5)
+            queued(shared, 5)
         found = results(asked)
     lost = [one for one in found if isinstance(one, MeshwenError)]
     assert [type(one) for one in found if one not in lost] == [ZeroDivisionError]
@@ -234,17 +233,17 @@ def test_a_step_that_breaks_off_is_told_to_all_whose_requests_it_took(monkeypatc
 @pytest.mark.parametrize("place", ["prefill", "decode"])
 def test_an_interrupted_step_ends_only_the_requests_of_who_took_it(place, monkeypatch):
     shared, interrupts = engine(), [KeyboardInterrupt]
-    whole = getattr(shared._scheduler._runner, place)
+    whole = getattr(shared._core.runner, place)
 
     def once(*arguments):
         if interrupts:
             raise interrupts.pop()
         return whole(*arguments)
 
-    monkeypatch.setattr(shared._scheduler._runner, place, once)
+    monkeypatch.setattr(shared._core.runner, place, once)
     with shared.exclusive():
         asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
-        in_line(shared, 5)
+        queued(shared, 5)
     found = results(asked)
     (ended,) = [n for n, one in enumerate(found) if isinstance(one, KeyboardInterrupt)]
     expected = [[greedy(p)[0]] for p in PROMPTS]
@@ -298,17 +297,17 @@ def test_a_request_that_comes_while_a_step_breaks_off_is_not_lost(monkeypatch):
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(shared._scheduler._runner, "prefill", breaks)
+        broken.setattr(shared._core.runner, "prefill", breaks)
         first = start(list, shared.run([request(PROMPTS[0])]))
         assert entered.wait(PATIENCE)
         second = start(list, shared.run([request(PROMPTS[1])]))
-        in_line(shared, 2)
+        queued(shared, 2)
     leave.set()
     assert isinstance(first.exception(PATIENCE), ZeroDivisionError)
     assert tokens(second.result(PATIENCE)) == [greedy(PROMPTS[1])[0]]
 
 
-def test_a_callback_may_submit_and_is_told_that_it_cannot_step():
+def test_a_callback_may_submit_and_is_refused_a_step():
     shared, found, refused = tiny(), [], []
 
     def on_event(event) -> None:
@@ -330,22 +329,6 @@ def test_a_callback_may_submit_and_is_told_that_it_cannot_step():
     assert len(refused) == 3
     assert found[-1].completion.tokens == greedy(PROMPTS[1])[0]
     assert not shared.engine.busy
-
-
-def test_turns_come_in_the_order_in_which_they_were_asked_for():
-    turns, order = Turns(), []
-
-    def take(name: int) -> None:
-        with turns.take() as mine:
-            order.append((name, mine))
-
-    with turns.take():
-        waiting = []
-        for name in range(5):
-            waiting.append(start(take, name))
-            wait_until(lambda: len(turns._line) == len(waiting) + 1)
-    results(waiting)
-    assert order == [(name, True) for name in range(5)]
 
 
 def test_a_mesh_of_several_processes_is_for_one_thread():

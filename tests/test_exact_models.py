@@ -11,7 +11,7 @@ import pytest
 
 from mesh_model import MeshModel, random_tokens
 from meshwen import Qwen2ForCausalLM
-from meshwen.cache.budget import Capacity
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
@@ -56,8 +56,8 @@ SEEDED = replace(GREEDY, temperature=0.7, top_p=0.9, top_k=20, repetition_penalt
 
 def run(model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int) -> dict[int, tuple]:
     """By request: tokens and log-probabilities, the same numbers only if the same bits."""
-    capacity = Capacity.of(model.plan, model.dtype, batch)
-    engine, numbers = Engine(model.runner, None, (), capacity), list(requests)
+    engine = Engine(model.runner, None, (), cache_budget(model.runner, batch))
+    numbers = list(requests)
     events = engine.run(list(requests.values()))
     done = {numbers[e.request]: e.completion for e in events if e.completion}
     return {number: (one.tokens, one.logprobs) for number, one in done.items()}

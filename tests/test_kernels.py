@@ -15,7 +15,7 @@ import pytest
 import reference
 from emulated import compile_anywhere
 from mesh_model import SMALL_7B, MeshModel, random_tokens
-from meshwen.cache.budget import Capacity
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
@@ -414,7 +414,7 @@ def test_the_engine_draws_what_is_likeliest_where_all_is_read_at_once():
     requests = [Request(tuple(prompt), sampling) for prompt in prompts]
     model = MeshModel(SLIDING, "1", jnp.bfloat16, weights)
     runner = model.runner
-    engine = Engine(runner, None, [], Capacity.of(runner.plan, runner.dtype, 3, 32))
+    engine = Engine(runner, None, [], cache_budget(runner, 3, 32))
     answers = {e.request: e.completion.tokens for e in engine.run(requests) if e.completion}
     for number, prompt in enumerate(prompts):
         whole = np.array([[*prompt, *answers[number]]])

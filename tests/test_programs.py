@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mesh_model import MeshModel
-from meshwen.cache.budget import Capacity
 from meshwen.engine import runner
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
@@ -82,7 +82,7 @@ def test_a_model_that_keeps_few_programs_answers_alike(monkeypatch):
         model = MeshModel(ONE_LAYER, "1").runner
         answers = []
         for request in requests:
-            engine = Engine(model, None, (), Capacity.of(model.plan, model.dtype, 1))
+            engine = Engine(model, None, (), cache_budget(model, 1))
             answers += [event.token for event in engine.run([request])]
         found.append(answers)
         assert 3 <= len(model._programs) <= limit

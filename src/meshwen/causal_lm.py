@@ -16,7 +16,6 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from meshwen.cache.budget import Capacity
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.common.arguments import brief, one_prompt, several_prompts, whole_number
@@ -29,6 +28,7 @@ from meshwen.common.choices import (
     check_choice,
 )
 from meshwen.engine.agreement import check_model
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.generation_config import unheeded
 from meshwen.engine.request import Completion, Event, Request
@@ -91,9 +91,9 @@ class CausalLM:
         max_num_seqs = whole_number("max_num_seqs", max_num_seqs)
         if max_model_len is not None:
             max_model_len = whole_number("max_model_len", max_model_len)
-        guessed = whole_number("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
-        capacity = Capacity.of(self.plan, self.dtype, max_num_seqs, max_model_len)
-        self.engine = Engine(runner, tokenizer, eos, capacity, prompt_lookup_num_tokens=guessed)
+        drafts = whole_number("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
+        budget = cache_budget(runner, max_num_seqs, max_model_len)
+        self.engine = Engine(runner, tokenizer, eos, budget, prompt_lookup_num_tokens=drafts)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses another value for what there is: it would change nothing, or only a part."""
@@ -142,8 +142,9 @@ class CausalLM:
             revision: branch, tag or commit of a hub id.
             max_num_seqs: requests that run at once; fewer where memory is short.
             max_model_len: the most tokens of prompt and answer; None: the model's context.
-            prompt_lookup_num_tokens: how many tokens a step guesses from what came before, 0 to 15:
-                answers that repeat their prompt come faster. See `meshwen.engine.prompt_lookup`.
+            prompt_lookup_num_tokens: draft tokens of a step, 0 to 15, looked up in what came
+                before: answers that repeat their prompt come faster. See
+                `meshwen.engine.prompt_lookup`.
             progress: called with the number of weights placed, and of all.
 
         Raises:

@@ -14,9 +14,9 @@ import meshwen
 from meshwen.bench.costs import Cost, decode_cost, prefill_cost
 from meshwen.bench.measure import Seconds, decode, first_token, peak_bytes
 from meshwen.bench.probes import matrix_rate, read_bandwidth
-from meshwen.cache.budget import Capacity
 from meshwen.causal_lm import CausalLM
 from meshwen.common.choices import Quantization
+from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.runner import products
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import AnyMesh, mesh_label
@@ -125,8 +125,8 @@ def measure(
 
 
 def _check_room(model: CausalLM, batch: int, length: int) -> None:
-    capacity = Capacity.of(model.plan, model.dtype, batch)
-    if not capacity.holds((batch, bucket(length))):
+    budget = cache_budget(model.runner, batch)
+    if not budget.holds((batch, bucket(length))):
         raise MeshwenError(
             f"the KV cache of {batch} sequences of {length} tokens does not fit into the memory: "
             "lower --batch or --prompt-len"

@@ -17,7 +17,6 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from meshwen.cache.budget import free_bytes
 from meshwen.checkpoints import Checkpoint, TensorSource, quantized_hint
 from meshwen.common.json_files import shown
 from meshwen.common.units import bytes_text
@@ -27,6 +26,7 @@ from meshwen.ops.cpu.packing import COLUMNS, AnyWeight, PackedWeight, packed
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program, own_settings
+from meshwen.runtime.memory import free_bytes
 from meshwen.weights.declaration import (
     EMBEDDING,
     LM_HEAD,

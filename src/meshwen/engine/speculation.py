@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding: draft tokens that a decode step checks along with the newest tokens.
+
+A step samples the token that follows the newest one and each draft. As long as a draft is the token
+that was sampled in its place, what was sampled after it counts too. The answer is that of decoding
+without drafts, in exact numerics to the bit; in fast numerics a step of several tokens may round
+otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from meshwen.engine.batch_sampler import BatchSampler
+from meshwen.engine.sequence import SequenceState
+from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
+
+# The most drafts of a sequence in a step. A step writes to rows that are being prefilled, too; the
+# next chunk of the prompt, which is never shorter, overwrites it there.
+MOST_DRAFTS = SMALLEST_BUCKET - 1
+# The most tokens of a step with drafts: with more, its matmuls take longer than to read weights.
+_MOST_TOKENS = 32
+
+
+class Drafter(Protocol):
+    """Proposes draft tokens: from a lookup, or from a smaller model that runs beside.
+
+    Between two calls a sequence may have got tokens, another row, or nothing at all; other
+    sequences may have come and gone. What a drafter keeps of a sequence it brings up to date by the
+    tokens of the `SequenceState`, which only grow.
+    """
+
+    def propose(
+        self, sequences: Mapping[int, SequenceState], count: int
+    ) -> Mapping[int, Sequence[int]]:
+        """Draft tokens for a decode step.
+
+        Args:
+            sequences: those of the step, by their row in the batch.
+            count: the most drafts of each.
+
+        Returns:
+            By row, tokens that may follow the sequence's newest one, in their order. A row may be
+            left out.
+        """
+
+    def report_accepted(self, sequence: SequenceState, count: int) -> None:
+        """Called after each step in which a sequence had drafts, before it gets its tokens.
+
+        Args:
+            sequence: the sequence.
+            count: how many of its drafts the model agreed with.
+        """
+
+
+class Speculation:
+    """Decides when there are drafts, and which of them count.
+
+    Args:
+        drafter: proposes them.
+        num_tokens: the most drafts of a sequence in a step, up to `MOST_DRAFTS`; 0: none.
+    """
+
+    def __init__(self, drafter: Drafter, num_tokens: int):
+        assert 0 <= num_tokens <= MOST_DRAFTS
+        self.num_tokens = num_tokens
+        self._drafter = drafter
+
+    def drafts(
+        self,
+        sequences: Mapping[int, SequenceState],
+        rows: int,
+        length: int,
+        sampler: BatchSampler,
+    ) -> dict[int, Sequence[int]]:
+        """Drafts for a decode step, by row; empty where it should have none.
+
+        Args:
+            sequences: those of the step, by row.
+            rows: of the batch, used or not.
+            length: positions of a row of the cache.
+            sampler: that of the step.
+        """
+        if not self._useful(sequences, rows, length, sampler):
+            return {}
+        proposed = self._drafter.propose(sequences, self.num_tokens)
+        return {row: drafts for row, drafts in proposed.items() if len(drafts)}
+
+    def _useful(
+        self,
+        sequences: Mapping[int, SequenceState],
+        rows: int,
+        length: int,
+        sampler: BatchSampler,
+    ) -> bool:
+        """Whether a step may have drafts: all the reasons against them."""
+        if not self.num_tokens:
+            return False
+        # Each draft would need masks of its own.
+        if sampler.method.penalize or sampler.constrained:
+            return False
+        if rows * (1 + self.num_tokens) > _MOST_TOKENS:
+            return False
+        # A step writes equally many tokens to every row, which has to have room for them.
+        last = max((one.position for one in sequences.values()), default=0) + self.num_tokens
+        return last < length
+
+    def accept(self, sequence: SequenceState, drafts: Sequence[int], sampled: Sequence[int]) -> int:
+        """How many of a sequence's drafts are right; the drafter learns it too.
+
+        Args:
+            sequence: the sequence.
+            drafts: what was proposed to follow its newest token.
+            sampled: what the step sampled after the newest token and after each draft.
+        """
+        if not len(drafts):
+            return 0
+        wrong = (i for i, draft in enumerate(drafts) if draft != sampled[i])
+        count = next(wrong, len(drafts))
+        self._drafter.report_accepted(sequence, count)
+        return count

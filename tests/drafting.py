@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers with draft tokens, in exact numerics: what the tests of speculation share."""
+
+import numpy as np
+
+from mesh_model import shared_model
+from meshwen.engine.cache_budget import cache_budget
+from meshwen.engine.engine import Engine
+from meshwen.engine.request import Request
+from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.speculation import Drafter, Speculation
+from tiny_model import ONE_LAYER
+
+GREEDY = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
+CONTEXT = 70
+
+
+class CountingRunner:
+    """A runner that notes the tokens a sequence has in each decode step."""
+
+    def __init__(self, runner: ModelRunner):
+        self._runner, self.steps = runner, []
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def decode(self, cache, tokens, *rest):
+        self.steps.append(tokens.shape[1])
+        return self._runner.decode(cache, tokens, *rest)
+
+
+def run(
+    prompts,
+    sampling,
+    drafts,
+    mesh="1",
+    rows=2,
+    dtype=np.float32,
+    config=ONE_LAYER,
+    eos=(),
+    drafter: Drafter | None = None,
+):
+    """Completions by request in exact numerics, and the tokens of each step.
+
+    `sampling` is that of all prompts, or a list of each one's.
+    """
+    runner = CountingRunner(shared_model(config, mesh, dtype, "exact").runner)
+    budget = cache_budget(runner, rows, CONTEXT)
+    engine = Engine(runner, None, eos, budget, prompt_lookup_num_tokens=drafts)
+    if drafter is not None:
+        engine._core.speculation = Speculation(drafter, drafts)
+    each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    requests = [Request(tuple(p), one) for p, one in zip(prompts, each, strict=True)]
+    done = {e.request: e.completion for e in engine.run(requests) if e.completion}
+    return [done[i] for i in range(len(prompts))], runner.steps
+
+
+def repeating(length: int, seed: int) -> list[int]:
+    part = np.random.default_rng(seed).integers(0, ONE_LAYER.vocab_size, 7).tolist()
+    return (part * 20)[:length]
+
+
+# Of few lengths: all tests share two rows of one cache, and what is compiled for it.
+PROMPTS = [repeating(25, 0), [7, 8, 9], repeating(32, 1), repeating(28, 2), [3] * 30]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sampled tokens to events, and what their callbacks raise."""
+
+import pytest
+
+from meshwen.engine.delivery import Delivery
+from meshwen.engine.sampling import NO_TOKEN
+from sequences import sequence
+
+
+def begun(**options):
+    """A sequence whose prefill has begun, and its events."""
+    events = []
+    one = sequence(on_event=events.append, **options)
+    one.timer.begin()
+    return one, events
+
+
+def test_tokens_become_events_and_the_last_has_the_whole_answer():
+    one, events = begun(number=3, limit=2, logprobs=True, temperature=1.0, seed=9)
+    delivery = Delivery()
+    delivery.deliver(one, 5, -0.5)
+    delivery.deliver(one, 6, -1.5)
+    assert [(e.request, e.token, e.logprob) for e in events] == [(3, 5, -0.5), (3, 6, -1.5)]
+    first, last = (e.completion for e in events)
+    assert first is None
+    assert (last.tokens, last.logprobs, last.seed) == ((5, 6), (-0.5, -1.5), 9)
+    assert (last.finish_reason, last.error, last.prompt_tokens) == ("length", None, (1, 2, 3))
+    assert one.ended
+
+
+def test_log_probabilities_go_to_those_who_asked():
+    one, events = begun(limit=1)
+    Delivery().deliver(one, 5, -0.5)
+    assert (events[0].logprob, events[0].completion.logprobs) == (None, None)
+
+
+def test_an_end_of_text_token_is_a_stop_also_at_the_limit():
+    one, events = begun(limit=1, eos=(5,))
+    Delivery().deliver(one, 5, None)
+    assert events[0].completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("token", "logprob"), [(NO_TOKEN, None), (5, float("nan"))])
+def test_no_token_is_an_error_in_its_place(token, logprob):
+    one, events = begun(tokens=[4], logprobs=True)
+    Delivery().deliver(one, token, logprob)
+    ((event),) = events
+    assert event.token == NO_TOKEN
+    assert (event.completion.finish_reason, event.completion.tokens) == ("error", (4,))
+    assert "token 2 of the answer are NaN" in event.completion.error
+
+
+def test_no_token_under_constraints_that_forbid_all_says_so():
+    one, events = begun(suppress_tokens=range(100))
+    Delivery().deliver(one, NO_TOKEN, None)
+    assert events[0].completion.error == (
+        "the sampling parameters let nothing come as token 1 of the answer"
+    )
+
+
+def test_what_a_callback_raises_cancels_its_own_request_alone():
+    delivery, running = Delivery(), []
+
+    def fails(event):
+        running.append(delivery.delivering)
+        raise OSError("gone")
+
+    bad, (good, events) = sequence(4, on_event=fails), begun(number=5)
+    delivery.deliver(bad, 7, None)
+    delivery.deliver(good, 8, None)
+    assert (bad.cancelled, good.cancelled, running) == (True, False, [4])
+    assert [e.token for e in events] == [8]
+    ((number, error),) = delivery.take_errors()
+    assert (number, str(error)) == (4, "gone")
+    assert delivery.take_errors() == []
+    assert delivery.delivering is None
+
+
+def test_an_interrupt_leaves_whose_callback_was_running():
+    delivery = Delivery()
+
+    def interrupted(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        delivery.deliver(sequence(4, on_event=interrupted), 7, None)
+    assert delivery.delivering == 4
+    assert delivery.take_errors() == []
+    delivery.clear()
+    assert delivery.delivering is None

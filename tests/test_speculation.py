@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When steps have draft tokens, which of them count, and that no answer depends on them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drafting import GREEDY, PROMPTS, run
+from meshwen.engine.request import Completion
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.speculation import Speculation
+from sequences import sequence
+from tiny_model import ONE_LAYER
+
+SAMPLED = SamplingParams(max_new_tokens=40, temperature=0.7, top_p=0.9, seed=3, logprobs=True)
+WHOLE = SamplingParams(max_new_tokens=30, temperature=0.4, seed=5, logprobs=True)
+
+
+class Constant:
+    """Drafts of one kind, and a note of what became of them."""
+
+    def __init__(self, drafts=(7, 8, 9)):
+        self.drafts, self.asked, self.reported = drafts, [], []
+
+    def propose(self, sequences, count):
+        self.asked.append((sorted(sequences), count))
+        return dict.fromkeys(sequences, self.drafts[:count])
+
+    def report_accepted(self, sequence, count):
+        self.reported.append((sequence.number, count))
+
+
+def sampler(penalize=False, constrained=False):
+    return SimpleNamespace(method=SimpleNamespace(penalize=penalize), constrained=constrained)
+
+
+def test_each_row_gets_what_the_drafter_proposes():
+    drafter = Constant()
+    running = {0: sequence(0), 3: sequence(1)}
+    found = Speculation(drafter, 2).drafts(running, 4, 100, sampler())
+    assert found == {0: (7, 8), 3: (7, 8)}
+    assert drafter.asked == [([0, 3], 2)]
+    assert Speculation(Constant(()), 2).drafts(running, 4, 100, sampler()) == {}
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "rows", "length", "options", "any_drafts"),
+    [
+        (3, 8, 100, {}, True),
+        (0, 8, 100, {}, False),
+        (3, 9, 100, {}, False),  # 36 tokens.
+        (3, 8, 100, {"penalize": True}, False),
+        (3, 8, 100, {"constrained": True}, False),
+        (3, 8, 6, {}, True),  # The newest token is at position 2, the last draft at 5.
+        (3, 8, 5, {}, False),
+    ],
+)
+def test_there_are_no_drafts_where_they_cannot_or_should_not_be(
+    num_tokens, rows, length, options, any_drafts
+):
+    drafter = Constant()
+    speculation = Speculation(drafter, num_tokens)
+    found = speculation.drafts({0: sequence()}, rows, length, sampler(**options))
+    assert bool(found) == bool(drafter.asked) == any_drafts
+
+
+@pytest.mark.parametrize(
+    ("sampled", "accepted"),
+    [((7, 8, 9, 1), 3), ((7, 8, 1, 9), 2), ((1, 8, 9, 1), 0), ((7, 1, 9, 1), 1)],
+)
+def test_drafts_count_up_to_the_first_wrong_one(sampled, accepted):
+    drafter = Constant()
+    assert Speculation(drafter, 3).accept(sequence(4), (7, 8, 9), sampled) == accepted
+    assert drafter.reported == [(4, accepted)]
+
+
+def test_nothing_is_reported_of_a_row_without_drafts():
+    drafter = Constant()
+    assert Speculation(drafter, 3).accept(sequence(), (), (7, 8, 9, 1)) == 0
+    assert drafter.reported == []
+
+
+# --- In answers
+
+
+class Scripted:
+    """Drafts those answers, but for every `wrong`-th token; of odd requests one token less."""
+
+    def __init__(self, answers: list[Completion], wrong: int):
+        self._answers, self._wrong = answers, wrong
+        self.accepted = 0
+
+    def propose(self, sequences, count):
+        return {row: self._drafts(one, count - one.number % 2) for row, one in sequences.items()}
+
+    def _drafts(self, sequence, count):
+        answer = [*self._answers[sequence.number].tokens, *[0] * count]
+        at = len(sequence.tokens)
+        return [
+            (answer[i] + (i % self._wrong == 0)) % ONE_LAYER.vocab_size
+            for i in range(at, at + count)
+        ]
+
+    def report_accepted(self, sequence, count):
+        self.accepted += count
+
+
+# Another kind of layer, and heads that kernels need not pad.
+WIDE = replace(ONE_LAYER, head_dim=32, layer_types=("full_attention",))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "config", "sampling"),
+    [
+        ("1", np.float32, ONE_LAYER, GREEDY),
+        ("1", np.float32, ONE_LAYER, SAMPLED),
+        ("data=2,model=2", jnp.bfloat16, WIDE, WHOLE),
+    ],
+    ids=["greedy", "top-p", "whole, on a mesh"],
+)
+def test_exact_answers_are_the_same_to_the_bit_and_take_fewer_steps(mesh, dtype, config, sampling):
+    plain, steps = run(PROMPTS, sampling, 0, mesh, dtype=dtype, config=config)
+    for wrong in (4, 7, 100):
+        drafter = Scripted(plain, wrong)
+        options = {"dtype": dtype, "config": config, "drafter": drafter}
+        drafted, fewer = run(PROMPTS, sampling, 5, mesh, **options)
+        assert [c.tokens for c in drafted] == [c.tokens for c in plain]
+        assert [c.logprobs for c in drafted] == [c.logprobs for c in plain]
+        assert set(steps) == {1}
+        assert 6 in fewer
+        assert len(fewer) < 0.5 * len(steps)
+        assert drafter.accepted
