@@ -40,6 +40,8 @@ def test_each_part_of_the_package_imports_only_what_stands_below_it(capsys, monk
     """The parts, in their order, are in pyproject.toml."""
     linter = pytest.importorskip("importlinter.cli", reason="import-linter is not installed")
     monkeypatch.syspath_prepend(PACKAGE.parent)
+    # Its own would disable all loggers that there are, for the tests that follow too.
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
     kept = (
         linter.lint_imports(str(ROOT / "pyproject.toml"), cache_dir=None)
         == linter.EXIT_STATUS_SUCCESS
