@@ -431,8 +431,8 @@ FAULTS = (
     _fault(
         "engine: only the first end-of-text token counts",
         "causal_lm.py",
-        "return tuple(given or config.eos_token_id",
-        "return tuple((given or ())[:1] or config.eos_token_id",
+        "return tuple(given or self.config.eos_token_id",
+        "return tuple((given or ())[:1] or self.config.eos_token_id",
         "causal_lm",
     ),
     _fault(

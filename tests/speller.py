@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.checkpoints import Checkpoint
 from meshwen.cli.load import load_model
+from meshwen.engine.options import EngineOptions
 from meshwen.tokenizer.tokenizer import byte_alphabet
 
 ANSWER = "Hi \N{CHRISTMAS TREE}!"
@@ -94,10 +95,10 @@ def load_once() -> Callable[..., Qwen2ForCausalLM]:
     """The command line's `load_model`, keeping models: what one test compiles serves the next."""
     models = {}
 
-    def load(checkpoint: Checkpoint, tokenizer: object, **options: object) -> Qwen2ForCausalLM:
-        key = (checkpoint.path, checkpoint.format, *sorted(options.items()))
+    def load(checkpoint: Checkpoint, tokenizer: object, options: EngineOptions) -> Qwen2ForCausalLM:
+        key = (checkpoint.path, checkpoint.format, options)
         if key not in models:
-            models[key] = load_model(checkpoint, tokenizer, **options)
+            models[key] = load_model(checkpoint, tokenizer, options)
         return models[key]
 
     return load

@@ -25,6 +25,7 @@ from meshwen import (
     SamplingParams,
 )
 from meshwen.causal_lm import CausalLM
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.sampling import NO_TOKEN
 from meshwen.errors import MeshwenError
 from meshwen.models import presets
@@ -357,7 +358,7 @@ def test_sizes_that_are_no_numbers_are_named():
     for name in ("max_num_seqs", "max_model_len", "prompt_lookup_num_tokens"):
         for value in ("8", 1.5, True):
             with pytest.raises(MeshwenError, match=f"{name} must be a whole number, not {value!r}"):
-                Qwen2ForCausalLM(MeshModel(TINY, "1").runner, None, {}, **{name: value})
+                EngineOptions(**{name: value})
 
 
 def test_requests_that_are_none_are_named():

@@ -174,8 +174,8 @@ def test_text_that_stdout_cannot_encode_comes_out_escaped(speller, monkeypatch):
 def test_the_batch_size_reaches_the_engine(tmp_path, monkeypatch):
     sizes = []
 
-    def load(*_, max_num_seqs, **__):
-        sizes.append(max_num_seqs)
+    def load(checkpoint, tokenizer, options, progress):
+        sizes.append(options.max_num_seqs)
         raise MeshwenError("enough")
 
     monkeypatch.setattr("meshwen.causal_lm.CausalLM.from_checkpoint", load)

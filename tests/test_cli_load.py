@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from mesh_model import MemoryTensor, memory_checkpoint
-from meshwen.cli import options
 from meshwen.cli.load import load_model, rounding_note
+from meshwen.engine.options import EngineOptions
 from meshwen.ops.cpu import kernels
-from meshwen.parallel.mesh import make_mesh
 from needs_kernels import needs_kernels
 from tiny_model import ONE_LAYER, weights
 
@@ -67,10 +66,7 @@ def test_int8_without_kernels_is_said_to_be_slow(monkeypatch, capsys, with_kerne
     load_model(
         replace(checkpoint, notes=("a note of the checkpoint",)),
         None,
-        mesh=make_mesh("1"),
-        dtype=options.DType.BFLOAT16,
-        numerics=options.Numerics.FAST,
-        quantization=options.Quantization.INT8,
+        EngineOptions(quantization="int8"),
     )
     said = " ".join(capsys.readouterr().err.split())
     assert ("about 6 times on a CPU" in said) == (not with_kernels)

@@ -13,6 +13,7 @@ import pytest
 from mesh_model import random_tokens
 from meshwen import Qwen2ForCausalLM
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from speller import write_speller
 from test_engine import SPLIT, completions, engine, model, request
@@ -26,7 +27,7 @@ PATIENCE = 120  # seconds: what should end has hung
 
 
 def tiny(mesh="1") -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(model(mesh).runner, None, {}, max_num_seqs=4)
+    return Qwen2ForCausalLM(model(mesh).runner, None, {}, EngineOptions(max_num_seqs=4))
 
 
 def tokens(events) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 import reference
 from mesh_model import memory_checkpoint
 from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import make_mesh
 from meshwen.runtime import jax_settings
@@ -34,10 +35,8 @@ SETTINGS = {
 def observe(mesh: str | Mesh, numerics: str) -> tuple:
     """Loads a model; gives tokens, their log-probabilities, and logits."""
     checkpoint = memory_checkpoint(ONE_LAYER, reference.random_weights(ONE_LAYER))
-    mesh = make_mesh(mesh)
-    model = Qwen2ForCausalLM.from_checkpoint(
-        checkpoint, None, mesh=mesh, dtype="float32", numerics=numerics
-    )
+    options = EngineOptions(mesh=make_mesh(mesh), dtype="float32", numerics=numerics)
+    model = Qwen2ForCausalLM.from_checkpoint(checkpoint, None, options)
     answers = model.generate(IDS, max_new_tokens=4, temperature=0.9, seed=3, logprobs=True)
     mask = np.ones((2, 7), int)
     mask[1, :2] = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,24 +14,23 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console, say, write
 from meshwen.cli.files import check_writable, write_text
-from meshwen.cli.load import load_model
+from meshwen.cli.load import load_model, opened
+from meshwen.cli.option_groups import with_groups
 from meshwen.cli.tables import PlainTable
 from meshwen.common.json_files import to_json
 from meshwen.common.units import bytes_text
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.bench.report import Machine, Row
 
 
+@with_groups(engine=options.engine_options(*options.LOADING))
 def bench(
     model: options.Model = "demo",
-    mesh: options.Mesh = "1",
-    dtype: options.Dtype = options.DType.BFLOAT16,
-    numerics: options.NumericsOption = options.Numerics.FAST,
-    quantization: options.QuantizationOption = None,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
+    *,
+    engine: EngineOptions,
     batch: Annotated[str, typer.Option("--batch", help="Sequences that decode together.")] = "1,8",
     prompt_len: Annotated[
         str, typer.Option("--prompt-len", help="Tokens of a prompt, and before decoding.")
@@ -61,18 +61,17 @@ def bench(
     import jax.numpy as jnp
 
     from meshwen.bench.report import Machine, as_dict, measure
-    from meshwen.checkpoints import open_checkpoint
     from meshwen.parallel.distributed import process_index, shared
-    from meshwen.parallel.mesh import DATA_AXIS, make_mesh
+    from meshwen.parallel.mesh import DATA_AXIS
     from meshwen.tokenizer.tokenizer import Tokenizer
 
     batches, prompts = _sizes("--batch", batch), _sizes("--prompt-len", prompt_len)
     shared("report", lambda: check_writable(html))
-    devices = make_mesh(mesh)
+    devices = engine.make_mesh()
     parts = devices.shape.get(DATA_AXIS, 1)
     if wrong := [size for size in batches if size % parts]:
         raise MeshwenError(f"--batch {wrong[0]} is no multiple of the mesh's {parts} parts")
-    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+    with opened(model, engine) as checkpoint:
         context = checkpoint.config.context_length
         if max(prompts) + gen_len > context:
             raise MeshwenError(
@@ -80,24 +79,18 @@ def bench(
                 f"context of {context} tokens"
             )
         note("measuring what the machine can do")
-        machine = Machine.of(
-            devices, jnp.dtype(dtype.value), quantization.value if quantization else None
-        )
+        machine = Machine.of(devices, jnp.dtype(engine.dtype), engine.quantization)
         loaded = load_model(
             checkpoint,
             Tokenizer.from_checkpoint(checkpoint),
-            mesh=devices,
-            dtype=dtype,
-            numerics=numerics,
-            quantization=quantization,
-            max_num_seqs=max(batches),
+            replace(engine, max_num_seqs=max(batches)),
         )
     rows = measure(loaded, machine, batches, prompts, gen_len, runs, note)
     settings = {
         "model": loaded.config.name,
-        "dtype": dtype.value,
-        "numerics": numerics.value,
-        "quantization": loaded.plan.quantization,
+        "dtype": engine.dtype,
+        "numerics": engine.numerics,
+        "quantization": engine.quantization,
     }
     found = as_dict(loaded, machine, rows, settings)
     if as_json:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,13 +18,12 @@ from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
-from meshwen.cli.load import load_model, sampling_params, settings_shown
+from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
+from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import read_template_kwargs, unheeded_fields
 from meshwen.common.json_files import parse_json, to_json
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
-
-if TYPE_CHECKING:
-    pass
 
 _HELP = """\
 /retry        forget the last answer, and answer again: with a new seed, unless
@@ -48,24 +47,15 @@ _LEAVE = ("/quit", "/exit")
 _COMMANDS = ("/help", "/reset", "/retry", "/save", "/set", "/system", *_LEAVE)
 
 
+@with_groups(
+    engine=options.engine_options(*options.LOADING, "max_model_len", "prompt_lookup_num_tokens"),
+    given=options.sampling_options(*options.SAMPLING),
+)
 def chat(
     model: options.Model = "demo",
-    mesh: options.Mesh = "1",
-    dtype: options.Dtype = options.DType.BFLOAT16,
-    numerics: options.NumericsOption = options.Numerics.FAST,
-    quantization: options.QuantizationOption = None,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    max_model_len: options.MaxModelLen = None,
-    prompt_lookup_num_tokens: options.PromptLookupNumTokens = 0,
+    *,
+    engine: EngineOptions,
+    given: Mapping[str, Any],
     system: options.System = None,
     chat_template_kwargs: options.ChatTemplateKwargs = None,
     load: Annotated[
@@ -84,47 +74,24 @@ def chat(
     From a pipe, each line is a turn; /help lists the commands. Answers go to stdout, everything
     else to stderr.
     """
-    from meshwen.checkpoints import open_checkpoint
-    from meshwen.engine.sampling_params import SamplingParams
-    from meshwen.parallel.mesh import make_mesh
     from meshwen.tokenizer.tokenizer import Tokenizer
 
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-    }
-    SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
     variables = read_template_kwargs(chat_template_kwargs)
     if sys.stdin is None:  # Closed, as `<&-` does.
         raise MeshwenError("there is nothing to answer: stdin is closed")
-    devices = make_mesh(mesh)
+    engine.make_mesh()  # Refuses what does not parse, or has not the devices, before loading.
     before = None if load is None else load_conversation(load)
     if before is not None and (told := unheeded_fields([before], returned=False)):
         note(told)
-    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+    with opened(model, engine) as checkpoint:
         sampling = sampling_params(checkpoint, given)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError("the model has no tokenizer, so it cannot chat")
-        loaded = load_model(
-            checkpoint,
-            tokenizer,
-            mesh=devices,
-            dtype=dtype,
-            numerics=numerics,
-            quantization=quantization,
-            max_model_len=max_model_len,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        )
+        loaded = load_model(checkpoint, tokenizer, replace(engine, max_num_seqs=1))
     conversation = Conversation(loaded, tokenizer, sampling, before)
     conversation.template_kwargs = variables
-    conversation.keeps_seed = seed is not None
+    conversation.keeps_seed = given["seed"] is not None
     if system is not None:
         conversation.set_system(system)
     interactive = sys.stdin.isatty()

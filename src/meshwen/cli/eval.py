@@ -18,19 +18,18 @@ import typer
 import meshwen
 from meshwen.cli import options
 from meshwen.cli.console import note, progress_bar, write
-from meshwen.cli.eval_options import Asked, evaluating
+from meshwen.cli.eval_options import Asked, asking
 from meshwen.cli.eval_tables import print_comparison, print_meshes, print_summary
 from meshwen.cli.files import check_writable, write_text
-from meshwen.cli.load import load_model
+from meshwen.cli.load import load_model, opened
+from meshwen.cli.option_groups import with_groups
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.processes import over_processes
 from meshwen.common.json_files import to_json
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from meshwen.common.choices import Quantization
     from meshwen.evals.compare import Comparison
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
@@ -74,12 +73,11 @@ Require = Annotated[
 
 @app.command()
 @over_processes
-@evaluating
+@with_groups(asked=asking("mesh", "numerics"))
 def gsm8k(
-    asked: Asked,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The run file to write.")],
-    mesh: options.Mesh = "1",
-    numerics: options.NumericsOption = options.Numerics.FAST,
+    *,
+    asked: Asked,
     resume: Resume = False,
     html: Html = None,
     as_json: AsJson = False,
@@ -94,7 +92,7 @@ def gsm8k(
 
     _check_report(html, [out])
     shared("run files", lambda: _check_file(out, resume))
-    run, found = _answered(asked, _begun(asked, mesh, numerics, out, resume))
+    run, found = _answered(asked, _begun(asked, asked.engine, out, resume))
     if as_json:
         write(to_json(found | {"settings": dict(run.settings)}))
     else:
@@ -105,16 +103,16 @@ def gsm8k(
 
 @app.command()
 @over_processes
-@evaluating
+@with_groups(asked=asking(numerics="exact"))
 def meshes(
-    asked: Asked,
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Gets a run file of each mesh.")
     ],
     meshes: Annotated[
         str, typer.Option("--meshes", help="The others are held against the first.")
     ] = "1x1,1x8,2x4,8x4,1x32",
-    numerics: options.NumericsOption = options.Numerics.EXACT,
+    *,
+    asked: Asked,
     resume: Resume = False,
     require: Require = None,
     html: Html = None,
@@ -136,7 +134,7 @@ def meshes(
     shared("run files", lambda: _check_folder(out, paths, resume))
     # All of them first: a mesh or a file that is refused is not to be heard of after hours.
     begun = [
-        _begun(asked, str(spec), numerics, path, resume)
+        _begun(asked, replace(asked.engine, mesh=str(spec)), path, resume)
         for spec, path in zip(specs, paths, strict=True)
     ]
     results = [_answered(asked, one) for one in begun]
@@ -152,7 +150,7 @@ def meshes(
         print_meshes(results, compared)
     if html is not None:
         _write_report(html, [run for run, _ in results], compared[1:])
-    exact = numerics is options.Numerics.EXACT
+    exact = asked.engine.numerics == "exact"
     default = Requirement.IDENTICAL if exact else Requirement.SAME_SCORE
     required = require or default
     pairs = zip(specs, compared, strict=True)
@@ -233,30 +231,26 @@ def _kept(require: Requirement, found: Comparison) -> bool:
 class _Begun:
     """An evaluation on one mesh, before any weight is read."""
 
-    mesh: Mesh
-    numerics: options.Numerics
+    engine: EngineOptions
     questions: Sequence[Question]
     run: RunFile
 
 
-def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resume: bool) -> _Begun:
+def _begun(asked: Asked, engine: EngineOptions, out: Path, resume: bool) -> _Begun:
     """Refuses what can be refused now, and opens the run file."""
     import jax
     import jax.numpy as jnp
 
-    from meshwen.checkpoints import open_checkpoint
     from meshwen.engine.runner import products
     from meshwen.evals.gsm8k import data_sha256, question
     from meshwen.evals.styles import shots
-    from meshwen.parallel.mesh import make_mesh, mesh_label
+    from meshwen.parallel.mesh import mesh_label
     from meshwen.parallel.plan import ParallelPlan
     from meshwen.tokenizer.tokenizer import Tokenizer
 
-    name, load_format, revision = asked.loading
-    style, sampling, devices = asked.style, asked.sampling, make_mesh(mesh)
-    quantization: Quantization | None = asked.quantization.value if asked.quantization else None
-    with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
-        _ = ParallelPlan(checkpoint.config, devices, numerics.value, quantization).heads
+    style, sampling, devices = asked.style, asked.sampling, engine.make_mesh()
+    with opened(asked.model, engine) as checkpoint:
+        _ = ParallelPlan(checkpoint.config, devices, engine.numerics, engine.quantization).heads
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
@@ -266,22 +260,22 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
         settings = {
             "model": checkpoint.name,
             "weights_sha256": asked.weights_sha256,
-            "revision": revision,
-            "load_format": str(load_format),
+            "revision": engine.revision,
+            "load_format": engine.load_format,
             "config_sha256": _sha256(checkpoint.config.to_dict(), checkpoint.generation_config),
             "meshwen": meshwen.__version__,
             "jax": jax.__version__,
             "mesh": mesh_label(devices),
-            "dtype": asked.dtype.value,
-            "quantization": quantization,
-            "products": products(devices, jnp.dtype(asked.dtype.value), quantization),
-            "numerics": numerics.value,
+            "dtype": engine.dtype,
+            "quantization": engine.quantization,
+            "products": products(devices, jnp.dtype(engine.dtype), engine.quantization),
+            "numerics": engine.numerics,
             "prompt_style": style.name,
             "prompt_style_why": asked.style_why,
             "grading": style.grading,
             "data_sha256": asked.data_sha256,
             "train_sha256": data_sha256(asked.examples) if asked.examples else None,
-            "max_model_len": asked.capacity[1],
+            "max_model_len": engine.max_model_len,
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "samples": asked.samples,
@@ -289,29 +283,18 @@ def _begun(asked: Asked, mesh: str, numerics: options.Numerics, out: Path, resum
         }
     run = _begin(out, settings, resume)
     _check_answers(run, questions, style)
-    return _Begun(devices, numerics, questions, run)
+    return _Begun(engine, questions, run)
 
 
 def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
     """Asks what the run file lacks: the run, of the problems asked alone, and its summary."""
-    from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.gsm8k import answer_all, summary
     from meshwen.tokenizer.tokenizer import Tokenizer
 
     run, questions = begun.run, begun.questions
     before = sum(one.key in run.records for one in questions)
-    name, load_format, revision = asked.loading
-    with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
-        loaded = load_model(
-            checkpoint,
-            Tokenizer.from_checkpoint(checkpoint),
-            mesh=begun.mesh,
-            dtype=asked.dtype,
-            numerics=begun.numerics,
-            quantization=asked.quantization,
-            max_num_seqs=asked.capacity[0],
-            max_model_len=asked.capacity[1],
-        )
+    with opened(asked.model, begun.engine) as checkpoint:
+        loaded = load_model(checkpoint, Tokenizer.from_checkpoint(checkpoint), begun.engine)
     started = time.perf_counter()
     try:
         with progress_bar("answering") as bar:

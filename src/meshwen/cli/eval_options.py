@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, wraps
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +13,13 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import note
-from meshwen.cli.signatures import parameters_of, set_parameters
+from meshwen.cli.load import opened
+from meshwen.cli.option_groups import group, with_groups
+from meshwen.engine.options import EngineOptions
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from meshwen.engine.sampling_params import SamplingParams
     from meshwen.evals.styles import Problem, PromptStyle
 
 _DEMO = "demo"
@@ -55,38 +57,34 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Only so many problems.", show_default=False)
 ]
 Offset = Annotated[int, typer.Option("--offset", min=0, help="Leave out the first ones.")]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        "--max-tokens",
-        "-n",
-        min=1,
-        help="Most tokens of an answer. Default: 256 for lm-eval's styles, as there; else 512.",
-        show_default=False,
-    ),
-]
-Temperature = Annotated[
-    float, typer.Option("--temperature", "--temp", help="0: the likeliest token.")
-]
 Samples = Annotated[
     int,
     typer.Option(
         "--samples", min=1, help="Answers to each problem, each drawn with a seed of its own."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
+_DRAWING = group(
+    dict,
+    {
+        "max_new_tokens": options.flag(
+            SamplingParams,
+            "max_new_tokens",
+            default=None,
+            help="Most tokens of an answer. Default: 256 for lm-eval's styles, as there; else 512.",
+        ),
+        "temperature": options.flag(SamplingParams, "temperature", help="0: the likeliest token."),
+        "seed": options.flag(SamplingParams, "seed", help="Of what is drawn."),
+    },
+)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is evaluated, whatever the mesh and the numerics.
+    """What is evaluated.
 
     Attributes:
-        loading: options of `open_checkpoint`: model, load format, revision.
-        dtype: of weights and products.
-        quantization: of weights, if any.
-        capacity: the most problems that are answered at once, and the most tokens of each.
+        model: its name.
+        engine: how it is loaded and run; where there are several meshes, but for the mesh.
         style: how problems are asked and graded.
         style_why: why in this style.
         sampling: how answers are drawn.
@@ -96,10 +94,8 @@ class Asked:
         examples: those that solved examples are drawn from.
     """
 
-    loading: tuple[str, str, str | None]
-    dtype: options.DType
-    quantization: options.Quantization | None
-    capacity: tuple[int, int | None]
+    model: str
+    engine: EngineOptions
     style: PromptStyle
     style_why: str
     sampling: SamplingParams
@@ -111,91 +107,75 @@ class Asked:
     @cached_property
     def weights_sha256(self) -> str:
         """Of the model's weights, which a folder's name does not tell; read once for all meshes."""
-        from meshwen.checkpoints import open_checkpoint
         from meshwen.engine.agreement import same_weights
 
-        name, load_format, revision = self.loading
-        with open_checkpoint(name, load_format=load_format, revision=revision) as checkpoint:
+        with opened(self.model, self.engine) as checkpoint:
             return same_weights(checkpoint)
+
+
+def asking(*names: str, **defaults: Any) -> Callable[..., Asked]:
+    """The group of options of every command that asks: the command gets `Asked`.
+
+    Args:
+        names: fields of `EngineOptions` that are options beside those of all these commands.
+        defaults: the same, with other defaults.
+    """
+    shared = ("dtype", "quantization", "load_format", "revision", "max_model_len")
+    engine = options.engine_options(*shared, *names, max_num_seqs=32, **defaults)
+    return with_groups(engine=engine, drawing=_DRAWING)(_asked)
 
 
 def _asked(
     model: options.Model = _DEMO,
-    dtype: options.Dtype = options.DType.BFLOAT16,
-    quantization: options.QuantizationOption = None,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
+    *,
+    engine: EngineOptions,
     data: Data = None,
     train: Train = None,
     prompt_style: Style = None,
     limit: Limit = None,
     offset: Offset = 0,
-    max_num_seqs: options.MaxNumSeqs = 32,
-    max_model_len: options.MaxModelLen = None,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = 0.0,
+    drawing: Mapping[str, Any],
     samples: Samples = 1,
-    seed: Seed = 0,
 ) -> Asked:
     """Reads and checks what can be before any weight is; its parameters are options."""
-    from meshwen.engine.sampling_params import SamplingParams
     from meshwen.evals.gsm8k import data_sha256
     from meshwen.evals.styles import prompt_style as style_of
     from meshwen.parallel.distributed import shared
 
-    loading = (model, load_format, revision)
-    name, why = shared("style", lambda: _style(prompt_style, loading))
+    name, why = shared("style", lambda: _style(prompt_style, model, engine))
     style = style_of(name)
-    longest = style.max_new_tokens if max_new_tokens is None else max_new_tokens
-    sampling = SamplingParams(max_new_tokens=longest, temperature=temperature, seed=seed)
-    if samples > 1 and temperature == 0:
+    given = {name: value for name, value in drawing.items() if value is not None}
+    sampling = SamplingParams(**{"max_new_tokens": style.max_new_tokens} | given)
+    if samples > 1 and sampling.temperature == 0:
         raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
-    problems = _together("problems", lambda: _problems(data, loading))
+    problems = _together("problems", lambda: _problems(data, model, engine))
     examples = _together("examples", lambda: _examples(train, style))
     chosen = problems[offset : None if limit is None else offset + limit]
     if not chosen:
         raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
-    digest, capacity = data_sha256(problems), (max_num_seqs, max_model_len)
     return Asked(
-        loading,
-        dtype,
-        quantization,
-        capacity,
-        style,
-        why,
-        sampling,
-        samples,
-        chosen,
-        digest,
-        examples,
+        model=model,
+        engine=engine,
+        style=style,
+        style_why=why,
+        sampling=sampling,
+        samples=samples,
+        problems=chosen,
+        data_sha256=data_sha256(problems),
+        examples=examples,
     )
 
 
-def evaluating(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command with `_asked`'s options, which gets what comes of them as its first argument."""
-    asked = parameters_of(_asked)
-    _, *own = parameters_of(command)
-
-    @wraps(command)
-    def run(**given: Any) -> Any:
-        return command(_asked(**{p.name: given.pop(p.name) for p in asked}), **given)
-
-    set_parameters(run, [*own, *asked])
-    return run
-
-
-def _style(given: str | None, loading: tuple[str, str, str | None]) -> tuple[str, str]:
+def _style(given: str | None, model: str, engine: EngineOptions) -> tuple[str, str]:
     """The name of the prompt style, and why it is this one."""
-    from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.default_style import default_style
     from meshwen.tokenizer.tokenizer import Tokenizer
 
     if given is not None:
         return given, "asked for"
-    model, load_format, revision = loading
     if model == _DEMO:
         return _DEMO, "the demo model's own"
-    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+    with opened(model, engine) as checkpoint:
         name, why = default_style(checkpoint, Tokenizer.from_checkpoint(checkpoint))
     note(f"prompt style {name}: {why}")
     return name, why
@@ -209,17 +189,15 @@ def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Prob
     return [Problem(**one) for one in shared(name, lambda: [asdict(one) for one in read()])]
 
 
-def _problems(data: Path | None, loading: tuple[str, str, str | None]) -> Sequence[Problem]:
+def _problems(data: Path | None, model: str, engine: EngineOptions) -> Sequence[Problem]:
     from meshwen import demo
-    from meshwen.checkpoints import open_checkpoint
     from meshwen.evals.problems import hub_problems, read_problems
 
     if data is not None:
         return read_problems(data)
-    model, load_format, revision = loading
     if model == _DEMO:
         return read_problems(demo.path() / "heldout.jsonl")
-    with open_checkpoint(model, load_format=load_format, revision=revision):
+    with opened(model, engine):
         pass  # A model that is not there is to be heard of before the hub is asked for data.
     return hub_problems("test")
 

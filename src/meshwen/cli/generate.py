@@ -5,20 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
-from meshwen.cli.load import load_model, sampling_params, settings_shown
+from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
+from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import Prompt, read_prompts, read_template_kwargs, unheeded_fields
 from meshwen.common.json_files import to_json
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from meshwen.engine.request import Completion, Event
+    from meshwen.causal_lm import CausalLM
+    from meshwen.engine.request import Completion, Event, Request
     from meshwen.engine.sampling_params import SamplingParams
+    from meshwen.parallel.mesh import AnyMesh
     from meshwen.tokenizer.tokenizer import Tokenizer
 
 _ANSWER_FIELDS = {
@@ -33,6 +38,12 @@ _ANSWER_FIELDS = {
 }
 
 
+@with_groups(
+    engine=options.engine_options(
+        *options.LOADING, "max_num_seqs", "max_model_len", "prompt_lookup_num_tokens"
+    ),
+    given=options.sampling_options(*options.SAMPLING, "logprobs"),
+)
 def generate(
     prompt: Annotated[
         str | None,
@@ -47,23 +58,9 @@ def generate(
         typer.Option("--prompt", "-p", help="The same, as an option.", show_default=False),
     ] = None,
     model: options.Model = "demo",
-    mesh: options.Mesh = "1",
-    dtype: options.Dtype = options.DType.BFLOAT16,
-    numerics: options.NumericsOption = options.Numerics.FAST,
-    quantization: options.QuantizationOption = None,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    max_num_seqs: options.MaxNumSeqs = 8,
-    max_model_len: options.MaxModelLen = None,
-    prompt_lookup_num_tokens: options.PromptLookupNumTokens = 0,
+    *,
+    engine: EngineOptions,
+    given: Mapping[str, Any],
     system: options.System = None,
     chat_template_kwargs: options.ChatTemplateKwargs = None,
     raw: Annotated[
@@ -80,9 +77,6 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="With --json, each token's log-probability.")
-    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a prompt, on a line each.")
     ] = False,
@@ -95,86 +89,28 @@ def generate(
 
     Answers go to stdout, everything else to stderr.
     """
-    from meshwen.checkpoints import open_checkpoint
-    from meshwen.engine.request import Request, check_prompt
-    from meshwen.engine.sampling_params import SamplingParams
-    from meshwen.parallel.distributed import shared
-    from meshwen.parallel.mesh import make_mesh, mesh_label
-    from meshwen.tokenizer.tokenizer import Tokenizer
-
     if prompt is not None and prompt_option is not None:
         raise MeshwenError("the prompt is there twice, as an argument and as --prompt")
-    prompt = prompt_option if prompt is None else prompt
     if raw and system is not None:
         raise MeshwenError("--system needs the chat template, which --raw leaves out")
     if raw and chat_template_kwargs is not None:
         raise MeshwenError("--chat-template-kwargs needs the chat template, which --raw leaves out")
-    variables = read_template_kwargs(chat_template_kwargs)
-    if logprobs and not as_json:
+    if given["logprobs"] and not as_json:
         raise MeshwenError("--logprobs shows in the JSON output: add --json")
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-        "logprobs": logprobs,
-    }
-    SamplingParams.from_generation_config({}, **given)  # Impossible values fail before loading.
-    devices = make_mesh(mesh)
-    # Process 0 alone reads them: what it is asked, all answer.
-    read = shared("prompts", lambda: [asdict(p) for p in read_prompts(prompt, prompts_file)])
-    prompts = [Prompt(**fields) for fields in read]
+    variables = read_template_kwargs(chat_template_kwargs)
+    render = partial(Prompt.token_ids, raw=raw, system=system, template_kwargs=variables)
+    engine.make_mesh()  # Refuses what does not parse, or has not the devices, before any prompt.
+    prompts = _prompts(prompt_option if prompt is None else prompt, prompts_file, as_json)
+    loaded, sampling, requests = _loaded(model, engine, given, prompts, render)
+    show = _write_answers
     if as_json:
-        _check_extra_fields(prompts)
-    if told := unheeded_fields(prompts, returned=as_json):
-        note(told)
-    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
-        # Whatever can be refused is refused before any weight is read.
-        sampling = sampling_params(checkpoint, given)
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        # Rendered once: a template may give something else every time.
-        token_ids = shared(
-            "token ids",
-            lambda: [
-                list(p.token_ids(tokenizer, raw=raw, system=system, template_kwargs=variables))
-                for p in prompts
-            ],
-        )
-        for one, ids in zip(prompts, token_ids, strict=True):
-            check_prompt(ids, checkpoint.config, one.where, max_model_len)
-        loaded = load_model(
-            checkpoint,
-            tokenizer,
-            mesh=devices,
-            dtype=dtype,
-            numerics=numerics,
-            quantization=quantization,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        )
-    requests = [Request(ids, sampling) for ids in token_ids]
+        show = partial(_write_json, settings=_settings(model, engine, loaded.mesh, sampling))
+    elif len(prompts) == 1 and not no_stream:
+        show = _write_stream
     meter = Meter()
-    settings = {
-        "model": model,
-        "mesh": mesh_label(loaded.mesh),
-        "dtype": dtype.value,
-        "numerics": numerics.value,
-        "quantization": quantization and quantization.value,
-        "sampling": settings_shown(sampling),
-    }
     with working(lambda: before_first_token(loaded.engine.prefilled)) as first_came:
-        events = _telling(first_came, meter.watch(loaded.engine.run(requests)))
-        if as_json:
-            _write_json(events, prompts, settings)
-        elif len(prompts) == 1 and not no_stream:
-            _write_stream(events, tokenizer)
-        else:
-            _write_answers(events, prompts, tokenizer)
+        events = _reporting(first_came, meter.watch(loaded.engine.run(requests)))
+        show(events, prompts, loaded.tokenizer)
     _note_cut_off(meter.completions, sampling, loaded.engine.max_model_len)
     note(meter.summary())
     for number, error in sorted(meter.errors.items()):
@@ -182,8 +118,60 @@ def generate(
         raise MeshwenError(f"{count if len(prompts) > 1 else ''}{prompts[number].where}: {error}")
 
 
-def _telling(came: Callable[[], None], events: Iterable[Event]) -> Iterator[Event]:
-    """Passes events on, and tells of each before."""
+def _prompts(argument: str | None, file: str | None, as_json: bool) -> list[Prompt]:
+    """What is asked: process 0 alone reads it, and all answer."""
+    from meshwen.parallel.distributed import shared
+
+    read = shared("prompts", lambda: [asdict(p) for p in read_prompts(argument, file)])
+    prompts = [Prompt(**fields) for fields in read]
+    if as_json:
+        _check_extra_fields(prompts)
+    if told := unheeded_fields(prompts, returned=as_json):
+        note(told)
+    return prompts
+
+
+def _loaded(
+    model: str,
+    engine: EngineOptions,
+    given: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    render: Callable[[Prompt, Tokenizer | None], Sequence[int]],
+) -> tuple[CausalLM, SamplingParams, list[Request]]:
+    """The model, and what it is asked; what can be refused is, before any weight is read."""
+    from meshwen.engine.request import Request, check_prompt
+    from meshwen.parallel.distributed import shared
+    from meshwen.tokenizer.tokenizer import Tokenizer
+
+    with opened(model, engine) as checkpoint:
+        sampling = sampling_params(checkpoint, given)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        # Rendered once: a template may give something else every time.
+        token_ids = shared("token ids", lambda: [list(render(p, tokenizer)) for p in prompts])
+        for one, ids in zip(prompts, token_ids, strict=True):
+            check_prompt(ids, checkpoint.config, one.where, engine.max_model_len)
+        loaded = load_model(checkpoint, tokenizer, engine)
+    return loaded, sampling, [Request(ids, sampling) for ids in token_ids]
+
+
+def _settings(
+    model: str, engine: EngineOptions, mesh: AnyMesh, sampling: SamplingParams
+) -> dict[str, Any]:
+    """What an answer's JSON says of how it came to be."""
+    from meshwen.parallel.mesh import mesh_label
+
+    return {
+        "model": model,
+        "mesh": mesh_label(mesh),
+        "dtype": engine.dtype,
+        "numerics": engine.numerics,
+        "quantization": engine.quantization,
+        "sampling": settings_shown(sampling),
+    }
+
+
+def _reporting(came: Callable[[], None], events: Iterable[Event]) -> Iterator[Event]:
+    """Passes events on, and reports each before."""
     for event in events:
         came()
         yield event
@@ -199,7 +187,10 @@ def _check_extra_fields(prompts: Sequence[Prompt]) -> None:
 
 
 def _write_json(
-    events: Iterable[Event], prompts: Sequence[Prompt], settings: Mapping[str, Any]
+    events: Iterable[Event],
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer | None,
+    settings: Mapping[str, Any],
 ) -> None:
     for number, completion in _in_order(events):
         answer = asdict(completion)
@@ -209,7 +200,9 @@ def _write_json(
         write(to_json({**prompts[number].extra, **answer, **settings}))
 
 
-def _write_stream(events: Iterable[Event], tokenizer: Tokenizer | None) -> None:
+def _write_stream(
+    events: Iterable[Event], prompts: Sequence[Prompt], tokenizer: Tokenizer | None
+) -> None:
     for event in events:
         text = event.text if tokenizer or event.token < 0 else f"{event.token} "
         write(text, end="")

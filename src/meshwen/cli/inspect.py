@@ -10,7 +10,10 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console, progress_bar, write
+from meshwen.cli.option_groups import with_groups
+from meshwen.common.choices import LoadFormat
 from meshwen.common.json_files import to_json
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from meshwen.models.presets import PRESETS
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from meshwen.cli.inspect_report import TensorRow
 
 
+@with_groups(engine=options.engine_options(*options.LOADING))
 def inspect(
     model: Annotated[
         str,
@@ -31,12 +35,8 @@ def inspect(
             show_default=False,
         ),
     ],
-    mesh: options.Mesh = "1",
-    dtype: options.Dtype = options.DType.BFLOAT16,
-    numerics: options.NumericsOption = options.Numerics.FAST,
-    quantization: options.QuantizationOption = None,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
+    *,
+    engine: EngineOptions,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -68,28 +68,23 @@ def inspect(
     from meshwen.weights.declaration import declared_weights
     from meshwen.weights.loading import check_tensors
 
-    abstract_mesh = _abstract_mesh(mesh)
-    opened_as = _load_format(model, load_format, stats)
-    with open_checkpoint(model, load_format=opened_as, revision=revision) as checkpoint:
-        if opened_as != load_format and name_kind(model) == "hub":
+    abstract_mesh = _abstract_mesh(str(engine.mesh))
+    opened_as = _load_format(model, engine.load_format, stats)
+    with open_checkpoint(model, load_format=opened_as, revision=engine.revision) as checkpoint:
+        if opened_as != engine.load_format and name_kind(model) == "hub":
             note(
                 f"{model}: its config alone; --stats, or --load-format safetensors, downloads the "
                 "weights and looks at them too"
             )
         for text in checkpoint.notes:
             note(text)
-        plan = ParallelPlan(
-            checkpoint.config,
-            abstract_mesh,
-            numerics.value,
-            quantization.value if quantization else None,
-        )
+        plan = ParallelPlan(checkpoint.config, abstract_mesh, engine.numerics, engine.quantization)
         rows = tensor_rows(plan, checkpoint.tensors, "*" if pattern is None else pattern)
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")
         if stats:
             rows = _with_stats(rows, model, checkpoint)
-        report = inspection(plan, checkpoint, rows, dtype.value)
+        report = inspection(plan, checkpoint, rows, str(engine.dtype))
         if as_json:
             write(to_json(report))
         else:
@@ -109,14 +104,14 @@ def _abstract_mesh(text: str) -> AbstractMesh:
     return AbstractMesh(sizes, names)
 
 
-def _load_format(model: str, load_format: options.LoadFormat, stats: bool) -> str:
+def _load_format(model: str, load_format: LoadFormat, stats: bool) -> LoadFormat:
     """What to open: a preset has no weights, and a hub id's are downloaded only if asked for."""
     from meshwen.checkpoints import name_kind
 
     kind = name_kind(model)
     config_alone = kind == "preset" or (kind == "hub" and not stats)
-    if config_alone and load_format is options.LoadFormat.AUTO:
-        return options.LoadFormat.DUMMY
+    if config_alone and load_format == "auto":
+        return "dummy"
     return load_format
 
 

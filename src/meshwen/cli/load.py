@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from meshwen.cli import options
 from meshwen.cli.console import note, progress_bar
 from meshwen.common.units import bytes_text, count_text
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from meshwen.causal_lm import CausalLM
     from meshwen.checkpoints import Checkpoint
+    from meshwen.engine.options import EngineOptions
     from meshwen.engine.sampling_params import SamplingParams
     from meshwen.tokenizer.tokenizer import Tokenizer
 
@@ -56,17 +54,15 @@ def settings_shown(sampling: SamplingParams) -> dict[str, Any]:
     return {name: value for name, value in asdict(sampling).items() if name not in left_out}
 
 
+def opened(model: str, options: EngineOptions) -> Checkpoint:
+    """The checkpoint of this name, without its weights read."""
+    from meshwen.checkpoints import open_checkpoint
+
+    return open_checkpoint(model, load_format=options.load_format, revision=options.revision)
+
+
 def load_model(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer | None,
-    *,
-    mesh: Mesh,
-    dtype: options.DType,
-    numerics: options.Numerics,
-    quantization: options.Quantization | None = None,
-    max_num_seqs: int = 1,
-    max_model_len: int | None = None,
-    prompt_lookup_num_tokens: int = 0,
+    checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: EngineOptions
 ) -> CausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
     from meshwen.causal_lm import CausalLM
@@ -75,20 +71,9 @@ def load_model(
     enable_compilation_cache()
     started = time.perf_counter()
     with progress_bar("loading weights") as progress:
-        model = CausalLM.from_checkpoint(
-            checkpoint,
-            tokenizer,
-            mesh=mesh,
-            dtype=dtype.value,
-            numerics=numerics.value,
-            quantization=quantization.value if quantization else None,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-            progress=progress,
-        )
+        model = CausalLM.from_checkpoint(checkpoint, tokenizer, options, progress)
     _note_layout(model, time.perf_counter() - started)
-    if quantization and not model.runner.tp.kernels:
+    if options.quantization and not model.runner.tp.kernels:
         note(
             "int8 saves memory here, but takes longer than bfloat16 (about 6 times on a CPU): XLA "
             "multiplies with the numbers that it stands for; on an x86 CPU, the extra cpu has "
@@ -98,7 +83,7 @@ def load_model(
         note("weights: random, as --load-format dummy asks; the answers mean nothing")
     for text in checkpoint.notes:
         note(text)
-    if rounding := rounding_note(checkpoint, quantization.value if quantization else dtype.value):
+    if rounding := rounding_note(checkpoint, options.quantization or str(options.dtype)):
         note(rounding)
     return model
 

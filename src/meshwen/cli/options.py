@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that commands share, declared once so that they are spelled and explained alike."""
+"""The options that commands share, made from what declares them in Python.
+
+`EngineOptions` and `SamplingParams` say what there is, with defaults, limits and help; this file
+adds what is the command line's own: short forms of flags, and what stands for "not given".
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meshwen.cli.option_groups import group
+from meshwen.common.options import Option, options_of
+from meshwen.engine.options import EngineOptions
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.models.presets import PRESETS
 
@@ -19,176 +28,31 @@ MODEL_HELP = (
     f"With --load-format dummy also {', '.join(PRESETS)}."
 )
 
+# Other flags of an option, after its name.
+_FLAGS = {
+    "max_num_seqs": ("--batch-size",),
+    "max_new_tokens": ("--max-tokens", "-n"),
+    "temperature": ("--temp",),
+}
+# What is to be said of a sampling option on the command line alone.
+_MORE_HELP = {
+    "max_new_tokens": "Default, here and for all below: what the checkpoint's "
+    "generation_config.json says, or 256 tokens if it says nothing.",
+    "temperature": "Without a generation_config.json that says otherwise: 0.",
+    "seed": "Default: a fresh one, which is printed.",
+    "stop": "Repeatable.",
+    "logprobs": "Shows with --json.",
+}
 
-class DType(StrEnum):
-    """What weights, products and the values of the KV cache are kept in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Quantization(StrEnum):
-    """What weights are rounded to."""
-
-    INT8 = "int8"
-
-
-class LoadFormat(StrEnum):
-    """What the weights are read from."""
-
-    AUTO = "auto"
-    SAFETENSORS = "safetensors"
-    TORCH = "torch"
-    GGUF = "gguf"
-    DUMMY = "dummy"
-
-
-class Numerics(StrEnum):
-    """How products are summed over the devices."""
-
-    FAST = "fast"
-    EXACT = "exact"
-
+# The options that say what is loaded, and how it lies on which devices.
+LOADING = ("mesh", "dtype", "numerics", "quantization", "load_format", "revision")
+# Those that say how a text is continued.
+SAMPLING = (
+    *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "stop"),
+)
 
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Mesh = Annotated[
-    str,
-    typer.Option(
-        "--mesh",
-        help="Devices: 8, 1x8, 2x4 split the model; data=2,model=4 splits the batch too. "
-        "On a CPU, devices are simulated.",
-    ),
-]
-Dtype = Annotated[
-    DType,
-    typer.Option(
-        "--dtype",
-        help="What weights, products and the KV cache's values are kept in (its keys: float32).",
-    ),
-]
-NumericsOption = Annotated[
-    Numerics,
-    typer.Option(
-        "--numerics",
-        help="fast, or exact: the same bits on every mesh and in every batch.",
-    ),
-]
-QuantizationOption = Annotated[
-    Quantization | None,
-    typer.Option(
-        "--quantization",
-        help="int8: weights, and with the extra cpu what is multiplied with them, are rounded to a "
-        "byte each. With the extra faster than bfloat16, and a little less exact; without it about "
-        "6 times slower on a CPU.",
-        show_default=False,
-    ),
-]
-LoadFormatOption = Annotated[
-    LoadFormat,
-    typer.Option("--load-format", help="What to read weights from; dummy makes random weights up."),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit of a hub id.", show_default=False),
-]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-new-tokens",
-        "--max-tokens",
-        "-n",
-        help="Most tokens of an answer. Default, here and for all below: what "
-        "the checkpoint's generation_config.json says, or 256 tokens if it says nothing.",
-        show_default=False,
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        "--temp",
-        help="0 takes the likeliest token, and no repetition penalty unless one is given. "
-        "Without a generation_config.json that says otherwise: 0.",
-        show_default=False,
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        help="Sample from the likeliest tokens that make up this probability.",
-        show_default=False,
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        help="Sample from this many likeliest tokens; 0: from all.",
-        show_default=False,
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        help="Drop tokens below this share of the likeliest token's probability.",
-        show_default=False,
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty",
-        help="Above 1: makes tokens that were there already less likely.",
-        show_default=False,
-    ),
-]
-MaxNumSeqs = Annotated[
-    int,
-    typer.Option(
-        "--max-num-seqs",
-        "--batch-size",
-        min=1,
-        help="Prompts to answer at the same time; fewer where memory is short.",
-    ),
-]
-MaxModelLen = Annotated[
-    int | None,
-    typer.Option(
-        "--max-model-len",
-        min=2,
-        help="Most tokens of a prompt and its answer. Default: the model's context.",
-        show_default=False,
-    ),
-]
-PromptLookupNumTokens = Annotated[
-    int,
-    typer.Option(
-        "--prompt-lookup-num-tokens",
-        min=0,
-        max=15,
-        help="Guess so many tokens a step from what came before: answers that repeat their prompt "
-        "come faster, e.g. with 7. 0: none.",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed",
-        help="The same seed draws the same answer. Default: a fresh one, which is printed.",
-        show_default=False,
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help="End the answer before this text, or special token; repeatable.",
-        show_default=False,
-    ),
-]
 System = Annotated[
     str | None,
     typer.Option("--system", help="The system message.", show_default=False),
@@ -203,6 +67,92 @@ ChatTemplateKwargs = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def flag(kind: type, name: str, *, default: Any = ..., **changes: Any) -> tuple[Any, Any]:
+    """The command-line option of a field of `EngineOptions` or `SamplingParams`.
+
+    Args:
+        kind: the dataclass.
+        name: of the field.
+        default: another default than the field's.
+        changes: other fields of its `Option`, such as another help text.
+
+    Returns:
+        The annotation and the default of a parameter, as typer reads them.
+    """
+    one = replace(options_of(kind)[name], **changes)
+    if default is ...:
+        default = {f.name: f.default for f in fields(kind)}[name]
+    declared = typer.Option(
+        f"--{name.replace('_', '-')}",
+        *_FLAGS.get(name, ()),
+        help=one.help,
+        show_default=default is not None and default is not False,
+        metavar=_metavar(one),
+        autocompletion=(lambda: [*one.choices]) if one.choices else None,
+        callback=_check(one, name),
+    )
+    annotation: Any = str if one.type is object else one.type
+    if one.many:
+        annotation = list[annotation]
+    return Annotated[annotation | None if default is None else annotation, declared], default
+
+
+def engine_options(*names: str, **defaults: Any) -> Callable[..., EngineOptions]:
+    """A group of options of which a command gets `EngineOptions`.
+
+    Args:
+        names: the fields that are options; the others have their defaults.
+        defaults: further ones, with other defaults.
+    """
+    options = {name: flag(EngineOptions, name) for name in names}
+    options |= {name: flag(EngineOptions, name, default=new) for name, new in defaults.items()}
+    order = [name for name in options_of(EngineOptions) if name in options]
+    return group(EngineOptions, {name: options[name] for name in order})
+
+
+def one_option(kind: type, name: str, **changes: Any) -> Callable[..., Any]:
+    """A single option with another default or help, or further choices; arguments as `flag`'s."""
+    return group(lambda **given: given[name], {name: flag(kind, name, **changes)})
+
+
+def sampling_options(*names: str) -> Callable[..., Mapping[str, Any]]:
+    """A group of the sampling options: a command gets them by name, None where not given."""
+    options = {}
+    for name, one in options_of(SamplingParams).items():
+        if name in names:
+            text = f"{one.help} {_MORE_HELP.get(name, '')}".rstrip()
+            default = False if one.type is bool else None
+            options[name] = flag(SamplingParams, name, default=default, help=text)
+    return group(_checked_sampling, options)
+
+
+def _checked_sampling(**given: Any) -> Mapping[str, Any]:
+    """What was given, unless it is impossible: that is to be heard before anything is loaded."""
+    SamplingParams.from_generation_config({}, **given)
+    return given
+
+
+def _metavar(one: Option) -> str | None:
+    """What stands for the value in the help; None: typer's own."""
+    if one.many:
+        return "TEXT"
+    if one.range:
+        return f"<int, {one.range}>"
+    return f"<{'|'.join(one.choices)}>" if one.choices else None
+
+
+def _check(one: Option, name: str) -> Callable[[Any], Any] | None:
+    """Refuses a value in the words of the Python API, with the flag before them."""
+
+    def checked(value: Any) -> Any:
+        try:
+            return None if value is None else one.checked(name, value)
+        except MeshwenError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return checked if one.choices or one.range else None
 
 
 def parse_meshes(text: str) -> list[MeshSpec]:

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from functools import wraps
-from inspect import Parameter
 from typing import Annotated, Any
 
 import typer
 
-from meshwen.cli.signatures import parameters_of, set_parameters
+from meshwen.cli.option_groups import with_groups
 from meshwen.errors import MeshwenError
 
 Coordinator = Annotated[
@@ -45,12 +45,31 @@ CoordinatorTimeout = Annotated[
         help="How long to wait for the other processes to be started.",
     ),
 ]
-_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "coordinator": (Coordinator, None),
-    "num_processes": (NumProcesses, None),
-    "process_id": (ProcessId, None),
-    "coordinator_timeout": (CoordinatorTimeout, 60.0),
-}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those that run a command together, and which of them this one is."""
+
+    coordinator: str
+    count: int | None
+    index: int | None
+    timeout: float
+
+
+def _processes(
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    coordinator_timeout: CoordinatorTimeout = 60.0,
+) -> Processes | None:
+    """The processes to join; None: this is the only one. Its parameters are options."""
+    if coordinator is not None:
+        return Processes(coordinator, num_processes, process_id, coordinator_timeout)
+    if num_processes is not None or process_id is not None:
+        raise MeshwenError("--num-processes and --process-id need --coordinator HOST:PORT")
+    return None
+
 
 # What may differ between machines (where files lie), or is read or written by process 0 alone.
 _OWN_AFFAIR = {
@@ -79,32 +98,20 @@ def over_processes(command: Callable[..., Any], refusal: str | None = None) -> C
         refusal: why it has to run in one process, if it does: then the options say so.
     """
 
+    @with_groups(processes=_processes)
     @wraps(command)
-    def run(
-        coordinator: str | None,
-        num_processes: int | None,
-        process_id: int | None,
-        coordinator_timeout: float,
-        **own: Any,
-    ) -> Any:
-        if coordinator is None:
-            if num_processes is not None or process_id is not None:
-                raise MeshwenError("--num-processes and --process-id need --coordinator HOST:PORT")
+    def run(processes: Processes | None, **own: Any) -> Any:
+        if processes is None:
             return command(**own)
         if refusal is not None:
             raise MeshwenError(refusal)
         from meshwen.parallel.distributed import process_index, start
 
-        start(coordinator, num_processes, process_id, coordinator_timeout)
+        start(processes.coordinator, processes.count, processes.index, processes.timeout)
         _check_alike(own)
         with _others_named(), _own_output() if process_index() == 0 else _no_output():
             return command(**own)
 
-    added = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=option)
-        for name, (option, default) in _OPTIONS.items()
-    ]
-    set_parameters(run, [*parameters_of(command), *added])
     return run
 
 

@@ -15,7 +15,12 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import note, output_console, say, working, write
 from meshwen.cli.files import check_writable, write_text
+from meshwen.cli.load import opened
+from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import read_prompts
+from meshwen.common.choices import NUMERICS
+from meshwen.engine.options import EngineOptions
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 _MESHES = "1x1,1x8,2x4,8x4,1x32"
 _STEPS = 16
+_BOTH = "both"  # What --numerics may be, besides one of them.
 
 
 class Reference(StrEnum):
@@ -34,18 +40,30 @@ class Reference(StrEnum):
     TRANSFORMERS = "transformers"
 
 
-class NumericsChoice(StrEnum):
-    """Which numerics to check."""
-
-    FAST = "fast"
-    EXACT = "exact"
-    BOTH = "both"
-
-
 def _file(option: str, help_text: str) -> Any:
     return typer.Option(option, metavar="FILE", help=help_text, show_default=False)
 
 
+@with_groups(
+    loading=options.engine_options("load_format", "revision"),
+    numerics=options.one_option(
+        EngineOptions, "numerics", default=None, choices=(*NUMERICS, _BOTH), help="Default: both."
+    ),
+    dtype=options.one_option(
+        EngineOptions,
+        "dtype",
+        default=None,
+        help="What weights, matmul inputs and the KV cache's values are kept in. Default: float32, "
+        "whose bounds are the tightest.",
+    ),
+    max_new_tokens=options.one_option(
+        SamplingParams,
+        "max_new_tokens",
+        default=None,
+        help="Tokens after each prompt, past an end of text too. Default: as many as --golden has, "
+        f"or {_STEPS}.",
+    ),
+)
 def verify(
     model: options.Model = "demo",
     meshes: Annotated[
@@ -57,36 +75,14 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    numerics: Annotated[
-        NumericsChoice | None,
-        typer.Option("--numerics", help="Default: both.", show_default=False),
-    ] = None,
-    dtype: Annotated[
-        options.DType | None,
-        typer.Option(
-            "--dtype",
-            help="What weights, products and the KV cache's values are kept in. Default: float32, "
-            "whose bounds are the tightest.",
-            show_default=False,
-        ),
-    ] = None,
-    load_format: options.LoadFormatOption = options.LoadFormat.AUTO,
-    revision: options.Revision = None,
+    *,
+    numerics: str | None,
+    dtype: str | None,
+    loading: EngineOptions,
     prompts: Annotated[
         str | None, _file("--prompts", "Prompts, a line each, as generate's --prompts-file.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "--max-tokens",
-            "-n",
-            min=1,
-            help="Tokens after each prompt, past an end of text too. Default: as many as "
-            f"--golden has, or {_STEPS}.",
-            show_default=False,
-        ),
-    ] = None,
+    max_new_tokens: int | None,
     golden: Annotated[
         Path | None,
         _file(
@@ -119,7 +115,6 @@ def verify(
     collectives of the compiled step are counted. Exit status 1 when a promise is broken, or the
     outcome is not the certificate's.
     """
-    from meshwen.checkpoints import open_checkpoint
     from meshwen.checkpoints.digest import weights_sha256
     from meshwen.engine.agreement import check_model, same_weights
     from meshwen.parallel.distributed import process_count, process_index
@@ -135,12 +130,12 @@ def verify(
     specs = options.parse_meshes(meshes)
     if len(specs) == 1 and against is None:
         note("only one mesh: it is held against itself, whole sequences against the cache")
-    kind = str(dtype or (before["dtype"] if before else options.DType.FLOAT32))
+    kind = dtype or (before["dtype"] if before else "float32")
     chosen = _numerics(numerics, before)
     for file in (json_file, html_file):
         check_writable(file)
     enable_compilation_cache()
-    with open_checkpoint(model, load_format=load_format, revision=revision) as checkpoint:
+    with opened(model, loading) as checkpoint:
         digest = None
         if process_count() > 1:
             check_model(checkpoint, None, {}, exact="exact" in chosen)
@@ -233,12 +228,10 @@ def _write(found: dict[str, Any], json_file: Path | None, html_file: Path | None
             note(f"the {name} is in {file}")
 
 
-def _numerics(given: NumericsChoice | None, before: dict[str, Any] | None) -> list[Any]:
+def _numerics(given: str | None, before: dict[str, Any] | None) -> list[Any]:
     if given is None and before is not None:
         return list(before["numerics"])
-    if given is None or given is NumericsChoice.BOTH:
-        return ["fast", "exact"]
-    return [given.value]
+    return [*NUMERICS] if given in (None, _BOTH) else [given]
 
 
 def _workload(

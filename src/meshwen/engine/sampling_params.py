@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, Self
 
 from meshwen.common.arguments import brief, number, token_ids, truth, whole_number
+from meshwen.common.options import documented, option
 from meshwen.engine.generation_config import sampling_values
 from meshwen.errors import MeshwenError
 
@@ -19,58 +20,69 @@ from meshwen.errors import MeshwenError
 class SamplingParams:
     """How one request is continued.
 
-    Attributes:
-        max_new_tokens: at most so many tokens.
-        max_new_tokens_asked: someone asked for that many: a request that memory has no room for is
-            refused. Else, as for a checkpoint's default, an answer may end where memory does.
-        temperature: 0 takes the likeliest token (greedy).
-        top_p: keep the likeliest tokens that together reach this probability (arXiv 1904.09751).
-        top_k: keep this many of the likeliest tokens; 0 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest (arXiv 2407.01082).
-        repetition_penalty: divides positive and multiplies negative logits of tokens that the
-            prompt or the answer has already (arXiv 1909.05858); 1 changes nothing.
-        encoder_repetition_penalty: multiplies positive and divides negative logits of the prompt's
-            tokens: above 1, the answer keeps to them.
-        max_length: at most so many tokens of prompt and answer; None: no such limit.
-        min_new_tokens: no end-of-text token before so many others; stop strings end the answer.
-        min_length: the same, the prompt counted.
-        no_repeat_ngram_size: no run of so many tokens twice, the prompt's counted; 0: any.
-        encoder_no_repeat_ngram_size: no run of so many of the prompt's tokens in a row; 0: any.
-        suppress_tokens: ids that never come.
-        begin_suppress_tokens: ids that do not come first.
-        bad_words_ids: runs of ids that never come whole.
-        forced_bos_token_id: what follows a prompt of one token.
-        forced_eos_token_id: ids one of which is the last that `max_new_tokens` leaves room for.
-        seed: of the noise; 0 to 2**32 - 1. The same seed draws the same tokens. Who asks a model
-            or the command line without one gets a fresh one: see `with_fresh_seed`.
-        stop: strings at which the answer ends; they are not part of its text. Special tokens, which
-            are not either, are found as they are written: "<|im_end|>".
-        logprobs: whether to give each token's log-probability under the unmodified logits.
+    `top_p` is nucleus sampling (arXiv 1904.09751), `min_p` arXiv 2407.01082. `repetition_penalty`
+    divides positive and multiplies negative logits of the tokens of prompt and answer (arXiv
+    1909.05858); `encoder_repetition_penalty` multiplies and divides those of the prompt's.
 
     Raises MeshwenError at construction when a value is impossible.
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = option(256, "Most tokens of an answer.", type=int, least=1)
+    # Whether someone asked for that many: then a request that memory has no room for is refused;
+    # else, as for a checkpoint's default, an answer may end where memory does.
     max_new_tokens_asked: bool = field(default=True, compare=False)
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    encoder_repetition_penalty: float = 1.0
-    max_length: int | None = None
-    min_new_tokens: int = 0
-    min_length: int = 0
-    no_repeat_ngram_size: int = 0
-    encoder_no_repeat_ngram_size: int = 0
-    suppress_tokens: tuple[int, ...] = ()
-    begin_suppress_tokens: tuple[int, ...] = ()
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: tuple[int, ...] = ()
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False
+    temperature: float = option(
+        0.0,
+        "0 takes the likeliest token, and no repetition penalty unless one is given.",
+        type=float,
+    )
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens that make up this probability.", type=float
+    )
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", type=int)
+    min_p: float = option(
+        0.0, "Drop tokens below this share of the likeliest token's probability.", type=float
+    )
+    repetition_penalty: float = option(
+        1.0, "Above 1: makes tokens that were there already less likely.", type=float
+    )
+    encoder_repetition_penalty: float = option(
+        1.0, "Above 1: makes the prompt's tokens more likely.", type=float
+    )
+    max_length: int | None = option(
+        None, "Most tokens of a prompt and its answer. None: no such limit.", type=int
+    )
+    min_new_tokens: int = option(
+        0, "No end-of-text token before so many others; stop strings end the answer.", type=int
+    )
+    min_length: int = option(0, "The same, the prompt counted.", type=int)
+    no_repeat_ngram_size: int = option(
+        0, "No run of so many tokens twice, the prompt's counted; 0: any.", type=int
+    )
+    encoder_no_repeat_ngram_size: int = option(
+        0, "No run of so many of the prompt's tokens in a row; 0: any.", type=int
+    )
+    suppress_tokens: tuple[int, ...] = option((), "Ids that never come.", type=int, many=True)
+    begin_suppress_tokens: tuple[int, ...] = option(
+        (), "Ids that do not come first.", type=int, many=True
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] = option(
+        (), "Runs of ids that never come whole.", type=tuple, many=True
+    )
+    forced_bos_token_id: int | None = option(None, "What follows a prompt of one token.", type=int)
+    forced_eos_token_id: tuple[int, ...] = option(
+        (),
+        "Ids one of which is the last that max_new_tokens leaves room for.",
+        type=int,
+        many=True,
+    )
+    seed: int = option(0, "The same seed draws the same answer.", type=int)
+    stop: tuple[str, ...] = option(
+        (), "End the answer before this text, or special token.", many=True
+    )
+    logprobs: bool = option(
+        False, "Each token's log-probability, under the unmodified logits.", type=bool
+    )
 
     def __post_init__(self) -> None:
         """Checks the values, and makes tuples of lists."""
@@ -146,6 +158,9 @@ class SamplingParams:
         several = isinstance(stop, Iterable) and not isinstance(stop, str | bytes)
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if several else stop
         return cls(**values)
+
+
+documented(SamplingParams, "Attributes, with their defaults")(SamplingParams)
 
 
 def with_fresh_seed(params: SamplingParams) -> SamplingParams:

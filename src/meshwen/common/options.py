@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of a dataclass that users set: declared once, for Python and for the command line."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from meshwen.common.arguments import brief, whole_number
+from meshwen.common.choices import check_choice
+from meshwen.errors import MeshwenError
+
+_KEY = "option"
+Documented = TypeVar("Documented", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Option:
+    """What may be asked of a field, and what it means.
+
+    Attributes:
+        help: what it means, in a sentence or two.
+        type: of one value: str, int, float or bool; object: any, which text can name.
+        choices: the words that it may be; none: any.
+        least: the least that it may be, if a whole number.
+        most: the most.
+        many: it is a list of such values.
+    """
+
+    help: str
+    type: type = str
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int | None = None
+    many: bool = False
+
+    @property
+    def range(self) -> str:
+        """The numbers allowed: "at least 1"; "" where any is."""
+        if self.least is None:
+            return ""
+        return (
+            f"at least {self.least}" if self.most is None else f"from {self.least} to {self.most}"
+        )
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value, where it is a text, one of the choices, or a whole number in the range.
+
+        Raises:
+            MeshwenError: it is not.
+        """
+        if self.choices:
+            check_choice(name, value, self.choices)
+        elif self.type is str and not isinstance(value, str):
+            raise MeshwenError(f"{name} must be text, not {brief(value)}")
+        if not self.range:
+            return value
+        found = whole_number(name, value)
+        if found < (self.least or 0) or (self.most is not None and found > self.most):
+            raise MeshwenError(f"{name} must be {self.range}, not {found}")
+        return found
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that users set.
+
+    Args:
+        default: its default.
+        help: what it means.
+        limits: further fields of `Option`.
+    """
+    return field(default=default, metadata={_KEY: Option(help, **limits)})
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """The options among a dataclass's fields, by name, in their order."""
+    return {f.name: f.metadata[_KEY] for f in fields(kind) if _KEY in f.metadata}
+
+
+def documented(kind: type, heading: str) -> Callable[[Documented], Documented]:
+    """Appends the options of a dataclass, with their defaults, to the docstring of what takes them.
+
+    So `help()` shows the text that the command line shows, and nobody writes it twice.
+    """
+    defaults = {f.name: f.default for f in fields(kind)}
+    lines = [
+        textwrap.fill(
+            f"{name} ({defaults[name]!r}): {one.help}",
+            width=96,
+            initial_indent="    ",
+            subsequent_indent="        ",
+        )
+        for name, one in options_of(kind).items()
+    ]
+
+    def append(target: Documented) -> Documented:
+        text = textwrap.dedent(f"    {target.__doc__ or ''}").rstrip()
+        target.__doc__ = "\n".join([text, "", f"{heading}:", *lines])
+        return target
+
+    return append

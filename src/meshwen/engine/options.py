@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`EngineOptions`: how a model is loaded and run, for `from_pretrained` and for every command.
+
+Importing this imports no JAX: `meshwen --help` shows the same texts, and is to be quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from typing_extensions import TypedDict
+
+from meshwen.common.arguments import brief
+from meshwen.common.choices import (
+    DTYPES,
+    LOAD_FORMATS,
+    NUMERICS,
+    QUANTIZATIONS,
+    DType,
+    LoadFormat,
+    Numerics,
+    Quantization,
+)
+from meshwen.common.options import documented, option, options_of
+from meshwen.errors import MeshwenError
+from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is loaded onto a mesh and run there.
+
+    `mesh` may also be a number or a JAX mesh, with axes of either type; its devices are looked for
+    when `make_mesh` is called. `dtype` may also be a type of JAX's, numpy's or torch's; the
+    attribute is its name.
+
+    Raises MeshwenError at construction when any other value is impossible.
+    """
+
+    mesh: str | int | Mesh = option(
+        "1",
+        "Devices: 8, 1x8, 2x4 split the model; data=2,model=4 splits the batch too. On a CPU, "
+        "devices are simulated.",
+        type=object,
+    )
+    model_axes: str | Sequence[str] | None = option(
+        None,
+        "The axis, or axes, of a JAX mesh that split the model. None: those named model (or "
+        "model0, model1, ...).",
+        type=object,
+    )
+    data_axes: str | Sequence[str] | None = option(
+        None, "The axis, or axes, of a JAX mesh that split the batch. None: data.", type=object
+    )
+    dtype: DType | DTypeLike = option(
+        "bfloat16",
+        "What weights, matmul inputs and the KV cache's values are kept in (its keys: float32).",
+        choices=DTYPES,
+    )
+    numerics: Numerics = option(
+        "fast",
+        "fast, or exact: the same bits on every mesh and in every batch.",
+        choices=NUMERICS,
+    )
+    quantization: Quantization | None = option(
+        None,
+        "int8: weights, and with the extra cpu what is multiplied with them, are rounded to a "
+        "byte each. With the extra faster than bfloat16, and a little less exact; without it about "
+        "6 times slower on a CPU.",
+        choices=QUANTIZATIONS,
+    )
+    load_format: LoadFormat = option(
+        "auto", "What to read weights from; dummy makes random weights up.", choices=LOAD_FORMATS
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    max_num_seqs: int = option(
+        8,
+        "Prompts to answer at the same time; fewer where memory is short.",
+        type=int,
+        least=1,
+    )
+    max_model_len: int | None = option(
+        None,
+        "Most tokens of a prompt and its answer. Default: the model's context.",
+        type=int,
+        least=2,
+    )
+    prompt_lookup_num_tokens: int = option(
+        0,
+        "Draft so many tokens a step from what came before: answers that repeat their prompt come "
+        "faster, e.g. with 7. 0: none.",
+        type=int,
+        least=0,
+        most=SMALLEST_BUCKET - 1,
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the values, and makes plain ints, words and tuples of them."""
+        options = options_of(EngineOptions)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "dtype":
+                value = dtype_name(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            if value is not None or f.default is not None:
+                value = options[f.name].checked(f.name, value)
+            object.__setattr__(self, f.name, value)
+
+    def make_mesh(self) -> Mesh:
+        """The JAX mesh.
+
+        Raises:
+            MeshwenError: it does not parse, or there are too few devices: see
+                `meshwen.parallel.mesh.make_mesh`.
+        """
+        from meshwen.parallel.mesh import make_mesh  # Imports JAX.
+
+        return make_mesh(self.mesh, model_axes=self.model_axes, data_axes=self.data_axes)
+
+    def compared(self) -> dict[str, Any]:
+        """What must be alike in all processes of a run, by name; JSON.
+
+        The mesh and the checkpoint's files are left out: they are compared as what they are.
+        """
+        left_out = ("mesh", "model_axes", "data_axes", "load_format", "revision")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+
+documented(EngineOptions, "Attributes, with their defaults")(EngineOptions)
+
+
+class EngineKeywords(TypedDict, total=False):
+    """The fields of `EngineOptions` as keyword arguments, for type checkers and editors."""
+
+    mesh: str | int | Mesh
+    model_axes: str | Sequence[str] | None
+    data_axes: str | Sequence[str] | None
+    dtype: DType | DTypeLike
+    numerics: Numerics
+    quantization: Quantization | None
+    load_format: LoadFormat
+    revision: str | None
+    max_num_seqs: int
+    max_model_len: int | None
+    prompt_lookup_num_tokens: int
+
+
+def dtype_name(dtype: DTypeLike | None) -> str:
+    """The name of a dtype, which may be a type of JAX's, numpy's or torch's.
+
+    Raises:
+        MeshwenError: it is none that weights are kept in.
+    """
+    name: Any = dtype
+    if not isinstance(dtype, str):
+        own = getattr(dtype, "dtype", dtype)  # Of jnp.float32; numpy's types have a descriptor.
+        try:
+            name = np.dtype(own if isinstance(own, np.dtype) else dtype).name
+        except TypeError:
+            name = str(dtype).removeprefix("torch.")
+    if dtype is None or name not in DTYPES:
+        raise MeshwenError(f"dtype {brief(dtype)} is not one of {', '.join(DTYPES)}")
+    return str(name)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch of token ids with padding, as a user gives it, and as the logits step takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from meshwen.errors import MeshwenError
+from meshwen.models.config import ModelConfig
+from meshwen.runtime.shape_buckets import bucket
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids whose padding stands behind them: no token sees it, and all begin at position 0.
+
+    Attributes:
+        ids: int [batch, sequence].
+        order: int [batch, sequence], where each of them stood in what the user gave.
+    """
+
+    ids: np.ndarray
+    order: np.ndarray
+
+    @classmethod
+    def of(
+        cls, input_ids: ArrayLike, attention_mask: ArrayLike | None, config: ModelConfig
+    ) -> Self:
+        """Checks what a user gave.
+
+        Args:
+            input_ids: int [batch, sequence].
+            attention_mask: int or bool [batch, sequence], 0 at padding; None: no padding.
+            config: the model's.
+
+        Raises:
+            MeshwenError: they are not a batch, an id is outside the vocabulary, or a sequence is
+                longer than the model's context.
+        """
+        ids = _array("input_ids", input_ids)
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+            raise MeshwenError(
+                f"input_ids must be int [batch, sequence], not {ids.dtype} {ids.shape}"
+            )
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise MeshwenError(
+                f"input_ids must be from 0 to {config.vocab_size - 1}, but one is {wrong}"
+            )
+        mask = _array(
+            "attention_mask", np.ones_like(ids) if attention_mask is None else attention_mask
+        )
+        if mask.dtype.kind not in "biuf":
+            raise MeshwenError(f"attention_mask must be int or bool, not {mask.dtype}")
+        if mask.shape != ids.shape:
+            raise MeshwenError(
+                f"attention_mask {mask.shape} must have the shape {ids.shape} of input_ids"
+            )
+        longest = (mask != 0).sum(axis=1).max()
+        if longest > config.context_length:
+            raise MeshwenError(
+                f"input_ids has a sequence of {longest} tokens, but the model's "
+                f"context is {config.context_length} tokens"
+            )
+        order = np.argsort(mask == 0, axis=1, kind="stable")
+        return cls(np.take_along_axis(ids, order, axis=1), order)
+
+    def padded(self, rows: int) -> np.ndarray:
+        """The ids, int32, with rows up to a multiple, and a length that few programs have."""
+        batch, length = self.ids.shape
+        extra = ((0, -batch % rows), (0, bucket(length) - length))
+        return np.pad(self.ids, extra).astype(np.int32)
+
+    def restored(self, logits: Array) -> Array:
+        """Logits of `padded` ids, in the order and the shape of what the user gave.
+
+        Args:
+            logits: [batch, sequence, vocab_size], or more rows and positions.
+        """
+        batch, length = self.ids.shape
+        logits = logits[:batch, :length]
+        if (np.diff(self.order, axis=1) == 1).all():
+            return logits
+        return jnp.take_along_axis(logits, self.order.argsort(axis=1)[..., None], axis=1)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise MeshwenError(f"{name} must have rows of one length: {error}") from None

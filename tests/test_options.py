@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options are declared once: Python, the commands and their help say the same of each."""
+
+import re
+from dataclasses import fields
+
+import pytest
+import typer
+
+from meshwen import AutoModelForCausalLM
+from meshwen.cli import main
+from meshwen.cli.app import app
+from meshwen.cli.option_groups import group, with_groups
+from meshwen.common.options import options_of
+from meshwen.engine.options import EngineKeywords, EngineOptions
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.errors import MeshwenError
+
+LOADING = {"mesh", "dtype", "numerics", "quantization", "load_format", "revision"}
+SAMPLING = {
+    *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "stop"),
+}
+PROCESSES = {"coordinator", "num_processes", "process_id", "coordinator_timeout"}
+ASKING = {
+    *(LOADING - {"mesh"}),
+    *("model", "data", "train", "prompt_style", "limit", "offset", "max_num_seqs", "max_model_len"),
+    *("max_new_tokens", "temperature", "samples", "seed", "out", "resume", "html", "json"),
+}
+# Every option of every command.
+COMMANDS = {
+    "generate": LOADING
+    | SAMPLING
+    | PROCESSES
+    | {"prompt", "model", "max_num_seqs", "max_model_len", "prompt_lookup_num_tokens", "system"}
+    | {"chat_template_kwargs", "raw", "prompts_file", "logprobs", "json", "no_stream"},
+    "chat": LOADING
+    | SAMPLING
+    | PROCESSES
+    | {"model", "max_model_len", "prompt_lookup_num_tokens", "system", "load"}
+    | {"chat_template_kwargs"},
+    "bench": LOADING
+    | PROCESSES
+    | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"},
+    "inspect": LOADING | {"filter", "stats", "json"},
+    "verify": (LOADING - {"mesh", "quantization"})
+    | PROCESSES
+    | {"model", "meshes", "prompts", "max_new_tokens", "golden", "reference", "json", "html"}
+    | {"against", "self_test"},
+    "eval gsm8k": ASKING | PROCESSES | {"mesh"},
+    "eval meshes": ASKING | PROCESSES | {"meshes", "require"},
+    "eval compare": {"require", "html", "json"},
+}
+# What a command says otherwise, and why it is not the same option.
+ANOTHER_DEFAULT = {
+    ("eval gsm8k", "max_num_seqs"): 32,
+    ("eval meshes", "max_num_seqs"): 32,
+    ("eval meshes", "numerics"): "exact",
+    ("verify", "numerics"): None,  # Both.
+    ("verify", "dtype"): None,  # The certificate's.
+}
+ANOTHER_HELP = {
+    *(("verify", name) for name in ("numerics", "dtype", "max_new_tokens")),
+    *((f"eval {one}", name) for one in ("gsm8k", "meshes") for name in SAMPLING),
+}
+
+
+def parameters(command):
+    found = typer.main.get_command(app)
+    for name in command.split():
+        found = found.commands[name]
+    return {
+        max(one.opts, key=len).removeprefix("--").replace("-", "_"): one
+        for one in found.params
+        if one.opts[0].startswith("-")
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_its_options_and_no_others(command):
+    found = parameters(command)
+    assert set(found) == COMMANDS[command] | {"debug"}
+    for name, flags in (
+        ("max_num_seqs", {"--max-num-seqs", "--batch-size"}),
+        ("max_new_tokens", {"--max-new-tokens", "--max-tokens", "-n"}),
+        ("temperature", {"--temperature", "--temp"}),
+        ("model", {"--model", "-m"}),
+    ):
+        if name in found:
+            assert set(found[name].opts) == flags
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_option_of_a_command_is_the_one_of_python(command):
+    defaults = {f.name: f.default for f in fields(EngineOptions)}
+    found = parameters(command)
+    for kind in (EngineOptions, SamplingParams):
+        for name, option in options_of(kind).items():
+            if name not in found:
+                continue
+            if (command, name) not in ANOTHER_HELP:
+                assert found[name].help.startswith(option.help)
+            for word in option.choices:
+                assert word in found[name].metavar
+            if kind is EngineOptions:
+                default = ANOTHER_DEFAULT.get((command, name), defaults[name])
+                assert found[name].default == default
+            elif (command, name) not in ANOTHER_HELP:  # As the checkpoint says.
+                assert not found[name].default
+
+
+BAD = [
+    ("dtype", "float16", "dtype 'float16' is not one of float32, bfloat16"),
+    ("numerics", "loose", "numerics 'loose' is not one of fast, exact"),
+    ("quantization", "int4", "quantization 'int4' is not one of int8"),
+    ("load_format", "zip", "load_format 'zip' is not one of auto, safetensors, torch, gguf, dummy"),
+    ("max_num_seqs", 0, "max_num_seqs must be at least 1, not 0"),
+    ("max_model_len", 1, "max_model_len must be at least 2, not 1"),
+    ("prompt_lookup_num_tokens", 16, "prompt_lookup_num_tokens must be from 0 to 15, not 16"),
+    ("mesh", "2y4", "mesh '2y4' does not parse"),
+    ("max_new_tokens", 0, "max_new_tokens must be at least 1, not 0"),
+    ("temperature", -1.0, "temperature must be 0 (greedy) or more, not -1.0"),
+    ("top_p", 1.5, "top_p must be above 0 and at most 1, not 1.5"),
+    ("seed", -1, "seed must be from 0 to 4294967295, not -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD, ids=[name for name, *_ in BAD])
+def test_an_impossible_value_is_refused_in_the_same_words_everywhere(capsys, name, value, message):
+    python = EngineOptions if name in options_of(EngineOptions) else SamplingParams
+    with pytest.raises(MeshwenError, match=re.escape(message)):
+        python(**{name: value}) if name != "mesh" else EngineOptions(mesh=value).make_mesh()
+    assert main(["generate", "hi", f"--{name.replace('_', '-')}", str(value)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_what_is_given_is_kept_as_plain_values():
+    import jax.numpy as jnp
+    import numpy as np
+
+    given = EngineOptions(dtype=jnp.bfloat16, max_num_seqs=np.int64(3), model_axes=["a", "b"])
+    assert (given.dtype, given.max_num_seqs, given.model_axes) == ("bfloat16", 3, ("a", "b"))
+    assert type(given.max_num_seqs) is int
+    assert hash(given) == hash(EngineOptions(max_num_seqs=3, model_axes=("a", "b")))
+    with pytest.raises(MeshwenError, match="revision must be text, not 5"):
+        EngineOptions(revision=5)
+
+
+def test_processes_compare_what_decides_a_result_and_not_where_files_are():
+    compared = EngineOptions(revision="main", mesh="1x8", numerics="exact").compared()
+    assert compared == {
+        "dtype": "bfloat16",
+        "numerics": "exact",
+        "quantization": None,
+        "max_num_seqs": 8,
+        "max_model_len": None,
+        "prompt_lookup_num_tokens": 0,
+    }
+
+
+def test_keyword_arguments_are_those_of_the_dataclass():
+    declared = {f.name: f.type for f in fields(EngineOptions)}
+    keywords = {n: t.__forward_arg__ for n, t in EngineKeywords.__annotations__.items()}
+    assert keywords == declared
+
+
+@pytest.mark.parametrize("documented", [EngineOptions, AutoModelForCausalLM.from_pretrained])
+def test_help_in_python_shows_the_texts_of_the_command_line(documented):
+    text = " ".join(documented.__doc__.split())
+    for name, option in options_of(EngineOptions).items():
+        assert re.search(rf"\b{name} \([^)]*\): {re.escape(option.help)}", text)
+
+
+def test_a_group_stands_in_the_place_of_its_parameter():
+    pair = group(lambda left, right: (left, right), {"left": (int, 1), "right": (int, 2)})
+
+    @with_groups(both=pair)
+    def command(first: str = "a", *, both: tuple[int, int], last: str = "z"):
+        """What it does."""
+        return first, both, last
+
+    program = typer.Typer()
+    program.command()(command)
+    (found,) = [typer.main.get_command(program)]
+    assert [one.name for one in found.params][:4] == ["first", "left", "right", "last"]
+    assert found.help == "What it does."
+    assert found(["--right", "5"], standalone_mode=False) == ("a", (1, 5), "z")
