@@ -655,7 +655,7 @@ FAULTS = (
         "tokenizer",
     ),
     _fault(
-        "tokenizer: the config's flags are not heeded",
+        "tokenizer: the config's flags are ignored",
         "tokenizer/files.py",
         "self._tokens[index] = {**here, **token} if here else token",
         "self._tokens.setdefault(index, token)",
@@ -699,6 +699,20 @@ FAULTS = (
         '    check_same("the processes\' options", mine, "start all with the same options")\n',
         "",
         "distributed",
+    ),
+    _fault(
+        "options: processes may differ in numerics",
+        "engine/options.py",
+        '("mesh", "model_axes", "data_axes", "load_format", "revision")',
+        '("mesh", "model_axes", "data_axes", "load_format", "revision", "numerics")',
+        "options",
+    ),
+    _fault(
+        "options: a command's own default is lost",
+        "cli/options.py",
+        "default=new)",
+        "default=...)",
+        "options",
     ),
     _fault(
         "inspect: bytes of a device without padding",

@@ -308,7 +308,7 @@ def test_what_a_user_should_know_of_a_checkpoint_is_a_warning(tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.warns(UserWarning, match=r'whole: .*quantization_config \("gptq"\) is not heeded'):
+    with pytest.warns(UserWarning, match=r'whole: .*quantization_config \("gptq"\) is ignored'):
         Qwen2ForCausalLM.from_pretrained(folder)
 
 
@@ -345,6 +345,7 @@ def test_another_architecture_is_refused_in_one_line(tmp_path):
         ({"dtype": jnp.float16}, "dtype <class 'jax.numpy.float16'> is not one of"),
         ({"dtype": None}, "dtype None is not one of"),
         ({"quantization": 8}, "quantization 8 is not one of int8"),
+        ({"msh": "1x8"}, "unknown option 'msh', did you mean mesh; there are mesh, model_axes"),
         ({"progress": 1}, "progress must be a function, not 1"),
         ({"path_or_hub_id": None}, "the model must be a path or name, not None"),
     ],

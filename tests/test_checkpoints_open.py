@@ -165,14 +165,14 @@ def test_a_base_model_saved_alone_has_the_names_of_the_whole(tmp_path):
     assert all(same_bits(checkpoint.tensors[name].read(), weights[name]) for name in weights)
 
 
-def test_a_quantization_config_beside_whole_weights_is_said_and_not_heeded(tmp_path):
+def test_a_quantization_config_beside_whole_weights_is_said_and_ignored(tmp_path):
     folder = write_folder(tmp_path, random_weights())
     for declared, noted in (({}, 0), ({"quant_method": "gptq", "bits": 4}, 1)):
         write_json(folder / "config.json", CONFIG | {"quantization_config": declared})
         for load_format in ("auto", "dummy"):
             checkpoint = open_checkpoint(str(folder), load_format=load_format)
             assert len(checkpoint.notes) == noted
-    assert 'quantization_config ("gptq") is not heeded' in checkpoint.notes[0]
+    assert 'quantization_config ("gptq") is ignored' in checkpoint.notes[0]
 
 
 # What a config.json declares that its files do not hold, and what the refusal says.

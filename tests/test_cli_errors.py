@@ -229,5 +229,5 @@ def test_the_version_is_that_of_the_installed_package(capsys, monkeypatch, insta
 
 
 def test_jax_is_not_imported_before_a_command_runs():
-    code = "import sys, meshwen.cli; sys.exit('jax' in sys.modules)"
+    code = "import sys, meshwen.cli.app; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

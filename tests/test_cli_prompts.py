@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from meshwen.cli.prompts import read_prompts, read_template_kwargs, unheeded_fields
+from meshwen.cli.prompts import ignored_fields, read_prompts, read_template_kwargs
 from meshwen.errors import MeshwenError
 from meshwen.tokenizer.tokenizer import Tokenizer
 from speller import chat_ids, token_ids, write_speller
@@ -137,13 +137,13 @@ def test_template_kwargs_reach_the_template_beside_a_prompts_own_fields(tokenize
 
 def test_fields_that_change_nothing_are_named(tmp_path):
     prompts = read_file(tmp_path, '{"prompt": "a", "tools": [], "id": 1, "temperature": 0.5}\nb')
-    told = unheeded_fields(prompts, returned=False)
-    assert told == "fields of the prompts that change nothing: 'id', 'temperature'"
-    told = unheeded_fields(prompts, returned=True)
-    assert "only come back, and set nothing: 'temperature';" in told
-    assert unheeded_fields(prompts[1:], returned=True) is None
+    line = ignored_fields(prompts, returned=False)
+    assert line == "fields of the prompts that change nothing: 'id', 'temperature'"
+    line = ignored_fields(prompts, returned=True)
+    assert "only come back, and set nothing: 'temperature';" in line
+    assert ignored_fields(prompts[1:], returned=True) is None
     many = read_file(tmp_path, json.dumps({"prompt": "a"} | {str(i): i for i in range(20)}))
-    assert unheeded_fields(many, returned=False).endswith(" '7', ...")
+    assert ignored_fields(many, returned=False).endswith(" '7', ...")
 
 
 def test_input_that_is_not_utf8_is_an_error(stdin):

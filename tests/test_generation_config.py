@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's generation_config.json: what is heeded, what goes before what, what is named."""
+"""A checkpoint's generation_config.json: what is read, what goes before what, what is named."""
 
 import json
 import warnings
@@ -11,7 +11,7 @@ from meshwen import Qwen2ForCausalLM, SamplingParams
 from meshwen.checkpoints import open_checkpoint
 from meshwen.checkpoints.generation_config import GenerationConfig, check_generation_config
 from meshwen.cli.load import sampling_params
-from meshwen.engine.generation_config import unheeded
+from meshwen.engine.generation_config import unsupported
 from meshwen.errors import MeshwenError
 from speller import write_speller
 from tiny_model import TINY
@@ -104,15 +104,15 @@ def test_temperature_0_drops_both_penalties_and_no_constraint():
     ],
 )
 def test_a_key_that_would_change_tokens_is_named_with_its_value(key, value):
-    named = unheeded({"do_sample": False, key: value, "top_k": 5}, greedy=True)
+    named = unsupported({"do_sample": False, key: value, "top_k": 5}, greedy=True)
     assert named.endswith(f": {key}={json.dumps(value)}")
     assert "\n" not in named
 
 
 @pytest.mark.parametrize("key", ["typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"])
 def test_a_filter_of_what_is_drawn_is_named_where_something_is_drawn(key):
-    assert f"{key}=0.5" in unheeded({"do_sample": True, key: 0.5}, greedy=False)
-    assert unheeded({"do_sample": True, key: 0.5}, greedy=True) is None
+    assert f"{key}=0.5" in unsupported({"do_sample": True, key: 0.5}, greedy=False)
+    assert unsupported({"do_sample": True, key: 0.5}, greedy=True) is None
 
 
 def test_what_changes_no_token_is_not_named():
@@ -135,29 +135,29 @@ def test_what_changes_no_token_is_not_named():
         "num_return_sequences": 1,
         "prompt_lookup_num_tokens": 10,
     }
-    assert unheeded(EVERY_CONSTRAINT | quiet, greedy=False) is None
-    assert unheeded({"penalty_alpha": 0.6, "do_sample": True}, greedy=False) is None
-    many = unheeded({f"new_{n}": n for n in range(100)}, greedy=True)
+    assert unsupported(EVERY_CONSTRAINT | quiet, greedy=False) is None
+    assert unsupported({"penalty_alpha": 0.6, "do_sample": True}, greedy=False) is None
+    many = unsupported({f"new_{n}": n for n in range(100)}, greedy=True)
     assert many.endswith("new_7=7, ...")
 
 
-def test_what_is_not_heeded_is_told_once_to_users_of_the_api():
+def test_what_is_not_supported_is_told_once_to_users_of_the_api():
     model = Qwen2ForCausalLM(MeshModel(TINY, "1").runner, None, {"num_beams": 4})
-    with pytest.warns(UserWarning, match="generation_config: not heeded here.*: num_beams=4$"):
+    with pytest.warns(UserWarning, match="generation_config: not supported here.*: num_beams=4$"):
         model.request([1])
     with warnings.catch_warnings(action="error"):
         model.request([1])
         Qwen2ForCausalLM(model.runner, None, EVERY_CONSTRAINT).request([1])
 
 
-def test_what_is_not_heeded_is_noted_by_the_command_line(tmp_path, capsys):
+def test_what_is_not_supported_is_noted_by_the_command_line(tmp_path, capsys):
     folder = write_speller(tmp_path / "model")
     path = folder / "generation_config.json"
     path.write_text('{"num_beams": 4, "suppress_tokens": [5], "typical_p": 0.5}')
     with open_checkpoint(str(folder)) as checkpoint:
         assert sampling_params(checkpoint, {}).suppress_tokens == (5,)
     err = capsys.readouterr().err
-    assert err.startswith(f"{path}: not heeded here")
+    assert err.startswith(f"{path}: not supported here")
     assert err.endswith(": num_beams=4\n")
 
 
@@ -165,15 +165,15 @@ def test_what_is_not_heeded_is_noted_by_the_command_line(tmp_path, capsys):
 def test_every_key_of_transformers_is_known():
     generation = pytest.importorskip("transformers").generation
     known = generation.GenerationConfig().to_dict()
-    named = unheeded(dict.fromkeys(known, "a value that no key has"), greedy=False)
-    heeded_or_named = [key for key in known if key not in GenerationConfig.__annotations__]
-    assert set(heeded_or_named) >= {"num_beams", "guidance_scale"}
+    named = unsupported(dict.fromkeys(known, "a value that no key has"), greedy=False)
+    read_or_named = [key for key in known if key not in GenerationConfig.__annotations__]
+    assert set(read_or_named) >= {"num_beams", "guidance_scale"}
     # What is unknown would be named as well: so each key stands in one of the lists.
     from meshwen.engine import generation_config
 
     lists = {*generation_config._NO_MATTER, *generation_config._NEUTRAL}
     lists |= {*generation_config._FILTERS, "penalty_alpha", "cache_implementation"}
-    assert [k for k in heeded_or_named if k not in lists and not k.startswith("_")] == []
+    assert [k for k in read_or_named if k not in lists and not k.startswith("_")] == []
     assert named is not None
 
 

@@ -18,11 +18,11 @@ from typing_extensions import Unpack
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.common.arguments import brief, one_prompt, several_prompts
-from meshwen.common.options import documented
+from meshwen.common.options import check_names, documented
 from meshwen.engine.agreement import check_model
 from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
-from meshwen.engine.generation_config import unheeded
+from meshwen.engine.generation_config import unsupported
 from meshwen.engine.options import EngineKeywords, EngineOptions
 from meshwen.engine.request import Completion, Event, Request
 from meshwen.engine.runner import ModelRunner
@@ -53,7 +53,7 @@ class CausalLM:
         tokenizer: its tokenizer; None for a preset, which has none.
         mesh: the devices.
         plan: how the model lies on them.
-        dtype: of weights, cached values, and the inputs of products with weights.
+        dtype: of weights, cached values, and the inputs of matmuls with weights.
         generation_config: the checkpoint's sampling defaults, read-only.
         params: the weights, a nested dict by Hugging Face name; those that kernels multiply with,
             or int8, as `meshwen.ops.cpu.packing.PackedWeight`.
@@ -109,13 +109,14 @@ class CausalLM:
             path_or_hub_id: a checkpoint's folder or GGUF file, a hub id, "demo" for the embedded
                 demo model, or, with `load_format="dummy"`, a preset such as "qwen2.5-7b".
             progress: called with the number of weights placed, and of all.
-            options: fields of `EngineOptions`, listed below.
+            options: fields of `meshwen.engine.options.EngineOptions`, listed below.
 
         Raises:
             MeshwenError: there is no such model, it is not a whole checkpoint of an architecture
                 that this class is for, an option has an impossible value, or the mesh does not
                 exist.
         """
+        check_names("option", options, EngineOptions)
         engine = EngineOptions(**options)
         if progress is not None and not callable(progress):
             raise MeshwenError(f"progress must be a function, not {brief(progress)}")
@@ -266,7 +267,7 @@ class CausalLM:
         params = SamplingParams.from_generation_config(self.generation_config, **sampling)
         if sampling.get("seed") is None and not self.mesh.is_multi_process:
             params = with_fresh_seed(params)
-        lost = unheeded(self.generation_config, greedy=params.temperature == 0)
+        lost = unsupported(self.generation_config, greedy=params.temperature == 0)
         if lost and lost not in self._warned:
             self._warned.add(lost)
             warnings.warn(f"generation_config: {lost}", stacklevel=2)

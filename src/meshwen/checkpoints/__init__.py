@@ -250,7 +250,7 @@ def _quantization_notes(quantization: str | None) -> tuple[str, ...]:
     if quantization is None:
         return ()
     return (
-        f"config.json's quantization_config ({shown(quantization)}) is not heeded: weights are "
+        f"config.json's quantization_config ({shown(quantization)}) is ignored: weights are "
         "taken as whole floating-point numbers",
     )
 

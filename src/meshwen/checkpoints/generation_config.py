@@ -14,7 +14,7 @@ from meshwen.common.json_files import TokenId, check_shape
 
 
 class GenerationConfig(TypedDict, total=False):
-    """The keys that are heeded; null stands for "not given"."""
+    """The keys that are read; null stands for "not given"."""
 
     do_sample: bool | None
     temperature: float | None
@@ -39,7 +39,7 @@ class GenerationConfig(TypedDict, total=False):
 
 
 def check_generation_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config itself, once what is heeded of it is known to have the right types.
+    """The config itself, once what is read of it is known to have the right types.
 
     Raises:
         MeshwenError: a key has not; names it, its value, and `where`.

@@ -20,7 +20,7 @@ from meshwen.cli.conversation import Conversation, load_conversation
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
 from meshwen.cli.option_groups import with_groups
-from meshwen.cli.prompts import read_template_kwargs, unheeded_fields
+from meshwen.cli.prompts import ignored_fields, read_template_kwargs
 from meshwen.common.json_files import parse_json, to_json
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
@@ -81,8 +81,8 @@ def chat(
         raise MeshwenError("there is nothing to answer: stdin is closed")
     engine.make_mesh()  # Refuses what does not parse, or has not the devices, before loading.
     before = None if load is None else load_conversation(load)
-    if before is not None and (told := unheeded_fields([before], returned=False)):
-        note(told)
+    if before is not None and (ignored := ignored_fields([before], returned=False)):
+        note(ignored)
     with opened(model, engine) as checkpoint:
         sampling = sampling_params(checkpoint, given)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)

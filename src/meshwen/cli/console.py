@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands tell the user: everything but data goes to stderr."""
+"""What commands report: everything but data goes to stderr."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def note(text: str) -> None:
-    """Writes one line to stderr; where that is full, nobody can be told."""
+    """Writes one line to stderr; where that is full, nobody reads it."""
     with suppress(OSError):
         print(harmless(text), file=sys.stderr, flush=True)
 
@@ -126,7 +126,7 @@ def before_first_token(prefilled: tuple[int, int] | None) -> str:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
-    """Gives a function to tell (done, of how many, more to say).
+    """Gives a function to report (done, of how many, more to say).
 
     A bar on a terminal; elsewhere, as in a log, a line every minute.
     """
@@ -139,32 +139,32 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     )
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _tell_in_lines(label)
+        yield _report_in_lines(label)
         return
     with Progress(
         *columns, console=console, transient=True, speed_estimate_period=_SPEED_PERIOD
     ) as bar:
         task = bar.add_task(label, total=None)
 
-        def tell(done: int, total: int, said: str = "") -> None:
-            description = f"{label}, {said}" if said else label
+        def report(done: int, total: int, detail: str = "") -> None:
+            description = f"{label}, {detail}" if detail else label
             if bar.tasks[0].total is None:  # What was done before says nothing of the time left.
                 bar.reset(task, total=total, completed=done)
             bar.update(task, completed=done, total=total, description=description)
 
-        yield tell
+        yield report
 
 
-def _tell_in_lines(label: str) -> Callable[..., None]:
-    told = time.monotonic()
+def _report_in_lines(label: str) -> Callable[..., None]:
+    last = time.monotonic()
 
-    def tell(done: int, total: int, said: str = "") -> None:
-        nonlocal told
-        if time.monotonic() - told >= _LINE_PERIOD:
-            told = time.monotonic()
-            note(f"{label}: {done} of {total}" + (f", {said}" if said else ""))
+    def report(done: int, total: int, detail: str = "") -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_PERIOD:
+            last = time.monotonic()
+            note(f"{label}: {done} of {total}" + (f", {detail}" if detail else ""))
 
-    return tell
+    return report
 
 
 class Meter:

@@ -14,7 +14,7 @@ from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
 from meshwen.cli.option_groups import with_groups
-from meshwen.cli.prompts import Prompt, read_prompts, read_template_kwargs, unheeded_fields
+from meshwen.cli.prompts import Prompt, ignored_fields, read_prompts, read_template_kwargs
 from meshwen.common.json_files import to_json
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
@@ -126,8 +126,8 @@ def _prompts(argument: str | None, file: str | None, as_json: bool) -> list[Prom
     prompts = [Prompt(**fields) for fields in read]
     if as_json:
         _check_extra_fields(prompts)
-    if told := unheeded_fields(prompts, returned=as_json):
-        note(told)
+    if ignored := ignored_fields(prompts, returned=as_json):
+        note(ignored)
     return prompts
 
 

@@ -29,7 +29,7 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
     Raises:
         MeshwenError: a value is impossible; names the checkpoint where that is not the user's.
     """
-    from meshwen.engine.generation_config import unheeded
+    from meshwen.engine.generation_config import unsupported
     from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
     from meshwen.parallel.distributed import shared
 
@@ -40,7 +40,7 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
         params = SamplingParams.from_generation_config(checkpoint.generation_config, **given)
     except MeshwenError as error:
         raise MeshwenError(f"{where}: {error}; give another value as an option") from None
-    if lost := unheeded(checkpoint.generation_config, greedy=params.temperature == 0):
+    if lost := unsupported(checkpoint.generation_config, greedy=params.temperature == 0):
         note(f"{where}: {lost}")
     if given.get("seed") is None and params.temperature > 0:
         params = replace(params, seed=shared("seed", lambda: with_fresh_seed(params).seed))
@@ -49,7 +49,7 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
 
 
 def settings_shown(sampling: SamplingParams) -> dict[str, Any]:
-    """The sampling parameters that a user is told of, by name."""
+    """The sampling parameters that a user sees, by name."""
     left_out = ("logprobs", "max_new_tokens_asked")
     return {name: value for name, value in asdict(sampling).items() if name not in left_out}
 

@@ -29,8 +29,8 @@ def with_groups(**groups: Callable[..., Any]) -> Callable[[Callable[..., Any]], 
         shown: dict[str, Parameter] = {}
         for name, parameter in own.items():
             shown |= options.get(name, {name: parameter})
-        for name in groups.keys() - own.keys():
-            shown |= options[name]
+        for name in groups:
+            shown |= {} if name in own else options[name]
 
         @wraps(command)
         def run(**given: Any) -> Any:

@@ -217,7 +217,7 @@ def _parse(where: str, line: str) -> Prompt:
     return Prompt(where, content, fields)
 
 
-def unheeded_fields(prompts: Iterable[Prompt], returned: bool) -> str | None:
+def ignored_fields(prompts: Iterable[Prompt], returned: bool) -> str | None:
     """A line that names the fields of prompts which change nothing, if there are any.
 
     Args:

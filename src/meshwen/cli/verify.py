@@ -265,7 +265,7 @@ def _workload(
 
 
 def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequence[int]]:
-    from meshwen.cli.prompts import Prompt, unheeded_fields
+    from meshwen.cli.prompts import Prompt, ignored_fields
     from meshwen.parallel.distributed import shared
     from meshwen.tokenizer.tokenizer import Tokenizer
     from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
@@ -276,8 +276,8 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
     )
     if read is not None:
         asked = [Prompt(**fields) for fields in read]
-        if told := unheeded_fields(asked, returned=False):
-            note(told)
+        if ignored := ignored_fields(asked, returned=False):
+            note(ignored)
         needed = not all(prompt.is_token_ids for prompt in asked)
         tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None
         return _shared_ids(asked, tokenizer)

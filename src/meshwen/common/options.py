@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from meshwen.common.arguments import brief, whole_number
@@ -77,6 +78,24 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 def options_of(kind: type) -> dict[str, Option]:
     """The options among a dataclass's fields, by name, in their order."""
     return {f.name: f.metadata[_KEY] for f in fields(kind) if _KEY in f.metadata}
+
+
+def check_names(what: str, given: Iterable[str], kind: type) -> None:
+    """Refuses names that no option of a dataclass has.
+
+    Args:
+        what: what an option is called: "sampling parameter".
+        given: the names.
+        kind: the dataclass.
+
+    Raises:
+        MeshwenError: naming an unknown one, what may have been meant, and all that there are.
+    """
+    known = options_of(kind)
+    if unknown := sorted(set(given) - set(known)):
+        near = get_close_matches(unknown[0], known, n=1)
+        meant = f", did you mean {near[0]}" if near else ""
+        raise MeshwenError(f"unknown {what} {unknown[0]!r}{meant}; there are {', '.join(known)}")
 
 
 def documented(kind: type, heading: str) -> Callable[[Documented], Documented]:

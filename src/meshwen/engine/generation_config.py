@@ -46,7 +46,7 @@ def sampling_values(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     return values
 
 
-def unheeded(config: Mapping[str, Any], greedy: bool) -> str | None:
+def unsupported(config: Mapping[str, Any], greedy: bool) -> str | None:
     """What a config asks for and does not get, in one line; None where nothing is lost.
 
     Args:
@@ -61,7 +61,7 @@ def unheeded(config: Mapping[str, Any], greedy: bool) -> str | None:
     if not lost:
         return None
     some = ", ".join(lost[:_MOST_NAMED]) + (", ..." if len(lost) > _MOST_NAMED else "")
-    return f"not heeded here, so transformers' answers may differ: {some}"
+    return f"not supported here, so transformers' answers may differ: {some}"
 
 
 _MOST_NAMED = 8

@@ -7,11 +7,10 @@ import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, Self
 
 from meshwen.common.arguments import brief, number, token_ids, truth, whole_number
-from meshwen.common.options import documented, option
+from meshwen.common.options import check_names, documented, option
 from meshwen.engine.generation_config import sampling_values
 from meshwen.errors import MeshwenError
 
@@ -142,14 +141,7 @@ class SamplingParams:
             MeshwenError: a value is impossible.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
-            known.remove("max_new_tokens_asked")  # Not for a caller.
-            near = get_close_matches(unknown[0], known, n=1)
-            meant = f", did you mean {near[0]}" if near else ""
-            raise MeshwenError(
-                f"unknown sampling parameter {unknown[0]!r}{meant}; there are {', '.join(known)}"
-            )
+        check_names("sampling parameter", given, cls)
         values = sampling_values(generation_config, given)
         values.setdefault(
             "max_new_tokens_asked", bool({"max_new_tokens", "max_length"} & set(given))
