@@ -49,7 +49,7 @@ def open_checkpoint(
         revision: branch, tag or commit, for a hub id.
 
     Raises MeshwenError, in one line, when there is nothing to open, when a file is missing or
-    corrupt, and when the model is not a Qwen2.
+    corrupt, and when the architecture is not supported.
     """
     check_choice("load_format", load_format, LOAD_FORMATS)
     try:
@@ -106,7 +106,7 @@ def _open_preset(name: str, load_format: str) -> Checkpoint:
     if load_format != "dummy":
         raise MeshwenError(
             f"{name} is the shape of a model, without weights: give a checkpoint or hub id, "
-            "or load_format dummy for made-up weights"
+            "or load_format dummy for dummy weights"
         )
     config = preset(name)
     return Checkpoint(
@@ -182,7 +182,7 @@ def _open_tensors(
     shards: dict[Path, set[str]],
 ) -> Checkpoint:
     config, quantization = _read_config(folder, name)
-    with _blaming(quantization):
+    with _naming_quantization(quantization):
         read = read_safetensors if load_format == "safetensors" else read_torch
         tensors, files = read(shards)
     tensors = with_model_prefix(tensors)
@@ -228,7 +228,7 @@ def _read_config(folder: Path, name: str) -> tuple[ModelConfig, str | None]:
 
 
 @contextmanager
-def _blaming(quantization: str | None) -> Iterator[None]:
+def _naming_quantization(quantization: str | None) -> Iterator[None]:
     """Adds to an error that the config names a quantisation."""
     try:
         yield

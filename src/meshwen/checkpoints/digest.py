@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells whether two checkpoints hold the same weights, wherever they lie."""
+"""A digest of a checkpoint's weights: equal where two hold the same, wherever they lie."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _SAMPLED_BYTES, _SAMPLES = 1 << 20, 16  # of a large tensor
 def weights_sha256(checkpoint: Checkpoint) -> str:
     """SHA-256 over every tensor's name, type, shape and values, in the checkpoint's order.
 
-    The mesh has no part in it. Made-up weights are a function of the config, which stands for them.
+    The mesh has no part in it. Dummy weights are a function of the config, which stands for them.
     """
     digest = hashlib.sha256()
     if checkpoint.format is None:
-        made_up = json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str)
-        digest.update(f"made-up weights {made_up}".encode())
+        # Certificates hold the digest, so its text stays.
+        config = json.dumps(checkpoint.config.to_dict(), sort_keys=True, default=str)
+        digest.update(f"made-up weights {config}".encode())
     for name, source in checkpoint.tensors.items():
         digest.update(f"{name} {source.dtype} {source.shape}\n".encode())
         _update(digest, source)

@@ -13,7 +13,7 @@ from meshwen.models.config import ModelConfig
 
 # The smallest block format that is read has 2.6 bits a weight.
 _MOST_WEIGHTS_PER_BYTE = 4
-# So few cost nothing: what is wrong with them is told tensor by tensor.
+# So few cost nothing: `check_tensors` names what is wrong, tensor by tensor.
 _FEW_WEIGHTS = 1 << 26
 
 

@@ -333,7 +333,7 @@ def unsupported(
 def declared_quantization(data: Mapping[str, Any]) -> str | None:
     """What ``quantization_config`` names; None where it is empty.
 
-    It may be left over from a copy whose weights are whole again: the tensors tell.
+    It may be left over from a copy whose weights are floating-point again, as the tensors show.
     """
     declared = data.get("quantization_config")
     if not declared:

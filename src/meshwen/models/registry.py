@@ -53,7 +53,7 @@ def config_from_dict(
     """
     named = named_architecture(data, where)
     model_type = named[1]
-    # Without a model_type, `architectures` tell.
+    # Without a model_type, `architectures` decide.
     candidates = [model_type] if model_type in MODEL_TYPES else MODEL_TYPES
     for candidate in candidates:
         config = architecture(candidate).CONFIG

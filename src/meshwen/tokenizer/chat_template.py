@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat templates: a checkpoint's own jinja2 program that turns messages into one prompt.
 
-A template comes with the checkpoint, so it is a stranger's program. It runs in jinja2's immutable
+A template comes with the checkpoint, so it is an untrusted program. It runs in jinja2's immutable
 sandbox, which keeps it from files and from Python's internals, and in a process of its own
 (`contained.py`), which keeps it from running or growing without bound.
 

@@ -71,10 +71,10 @@ def compiled(source: str) -> jinja2.Template:
 def render(source: str, variables: dict[str, Any], max_characters: int) -> str:
     """Render a template, piece by piece, so that its output is bounded."""
     pieces: list[str] = []
-    room = max_characters
+    left = max_characters
     for piece in compiled(source).generate(variables):
-        room -= len(piece)
-        if room < 0:
+        left -= len(piece)
+        if left < 0:
             raise OutputLimitError(f"it writes more than {max_characters} characters")
         pieces.append(piece)
     return "".join(pieces)
