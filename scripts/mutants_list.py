@@ -320,7 +320,7 @@ FAULTS = (
     _fault(
         "engine: prefill goes on after a cancellation",
         "engine/scheduler.py",
-        "            self._prefill = self._prefill.without(ended)",
+        "            self._prefill = self._prefill.without({one.number for one in ended})",
         "            pass",
         "scheduler",
         "engine_batching",

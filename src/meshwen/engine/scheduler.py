@@ -140,15 +140,15 @@ class Scheduler:
 
     def release_ended(self) -> None:
         """Frees the places of sequences that have ended."""
-        ended = {number: one for number, one in self._placed.items() if one.ended}
+        ended = self._by_row(one for one in self._placed.values() if one.ended)
         if not ended:
             return
-        for number, one in ended.items():
+        for one in ended:
             # NaN must not reach the next in the row; of a cancelled one it is not known.
-            self._cache.free(number, zero=one.finish_reason not in ("stop", "length"))
-            del self._placed[number]
+            self._cache.free(one.number, zero=one.finish_reason not in ("stop", "length"))
+            del self._placed[one.number]
         if self._prefill is not None:
-            self._prefill = self._prefill.without(ended)
+            self._prefill = self._prefill.without({one.number for one in ended})
         self.batch += 1
 
     def drop_cancelled(self) -> None:
@@ -157,10 +157,12 @@ class Scheduler:
         self.release_ended()
 
     def _running(self) -> list[SequenceState]:
-        """The sequences that a decode step gives a token to, by row."""
+        """The sequences that a decode step gives a token to, in the order of their rows."""
         prefill = set(self._prefill.sequences.values()) if self._prefill else ()
-        running = [one for one in self._placed.values() if one.tokens and one not in prefill]
-        return sorted(running, key=lambda one: self._cache.row(one.number))
+        return self._by_row(s for s in self._placed.values() if s.tokens and s not in prefill)
+
+    def _by_row(self, sequences: Iterable[SequenceState]) -> list[SequenceState]:
+        return sorted(sequences, key=lambda one: self._cache.row(one.number))
 
     def _make_room(self) -> None:
         if not self._waiting:
