@@ -303,7 +303,7 @@ FAULTS = (
     _fault(
         "engine: the sampler forgets a new request",
         "engine/scheduler.py",
-        "        self._prefill = None\n        self.batch += 1\n        return True",
+        "        self._prefill = None\n        self.batch_version += 1\n        return True",
         "        self._prefill = None\n        return True",
         "scheduler",
         "engine_batching",
@@ -354,6 +354,7 @@ FAULTS = (
         "engine/request_table.py",
         "if not isinstance(error, Exception):",
         "if False:",
+        "request_table",
         "engine_threads",
     ),
     _fault(
@@ -361,6 +362,7 @@ FAULTS = (
         "engine/request_table.py",
         "                one.run.failure = failure",
         "                pass",
+        "request_table",
         "engine_threads",
     ),
     _fault(

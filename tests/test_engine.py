@@ -155,8 +155,8 @@ def test_each_request_ends_at_its_own_limit_and_disturbs_no_other():
     assert {c.finish_reason for c in found} == {"length"}
 
 
-def test_a_finished_row_without_a_free_slot_disturbs_no_other():
-    # Both fill the cache's 16 slots to the last: the first at once, the second with its answer.
+def test_a_finished_row_without_a_free_position_disturbs_no_other():
+    # Both fill the cache's 16 positions to the last: the first at once, the second with its answer.
     prompts = [random_tokens(TINY, 1, 15, seed=15)[0].tolist(), PROMPTS[0]]
     requests = [request(prompts[0], max_new_tokens=1), request(prompts[1], max_new_tokens=11)]
     found = completions(engine(max_num_seqs=2).run(requests))

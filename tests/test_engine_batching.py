@@ -14,7 +14,7 @@ from meshwen.engine.engine import Engine, QueueFullError
 from meshwen.engine.request import Event, Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 from test_engine import PROMPTS, SPLIT, completions, engine, model, request
 from tiny_model import STEPS, TINY, greedy
 
@@ -221,7 +221,7 @@ def test_a_ceiling_reserves_nothing(asked):
     other = running.submit(request(PROMPTS[1]), events.append)
     while other not in tokens_of(events):
         running.step()
-    assert running._core.cache.length == bucket(len(PROMPTS[0]) + 256)
+    assert running._core.cache.length == shape_bucket(len(PROMPTS[0]) + 256)
     running.cancel(number)
 
 

@@ -3,8 +3,6 @@
 
 import asyncio
 import threading
-import time
-from concurrent.futures import Future
 from itertools import cycle, islice
 
 import numpy as np
@@ -18,12 +16,12 @@ from meshwen.errors import MeshwenError
 from speller import write_speller
 from test_engine import SPLIT, completions, engine, model, request
 from test_engine_batching import drain
+from threads import PATIENCE, results, start, wait_until
 from tiny_model import STEPS, TINY, greedy
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 # All fit the shortest cache, so that few shapes are compiled.
 PROMPTS = [tuple(random_tokens(TINY, 1, n, seed=n)[0].tolist()) for n in (5, 1, 7, 3)]
-PATIENCE = 120  # seconds: what should end has hung
 
 
 def tiny(mesh="1") -> Qwen2ForCausalLM:
@@ -32,32 +30,6 @@ def tiny(mesh="1") -> Qwen2ForCausalLM:
 
 def tokens(events) -> list[tuple[int, ...]]:
     return [completion.tokens for completion in completions(events)]
-
-
-def start(function, *arguments) -> Future:
-    """Runs a function in a thread that does not outlive the test run."""
-    future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def results(futures) -> list:
-    """What functions returned or raised."""
-    return [future.exception(PATIENCE) or future.result() for future in futures]
-
-
-def wait_until(condition) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def queued(shared: Engine, count: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from meshwen.engine.fair_lock import FairLock
 from meshwen.errors import MeshwenError
-from test_engine_threads import PATIENCE, results, start, wait_until
+from threads import PATIENCE, results, start, wait_until
 
 
 def test_threads_get_the_lock_in_the_order_in_which_they_asked():

@@ -230,10 +230,10 @@ def test_the_batch_is_another_when_and_only_when_something_else_runs_or_moves(mo
 
     def changed() -> bool:
         nonlocal before
-        before, last = plan.batch, before
+        before, last = plan.batch_version, before
         return before != last
 
-    before = plan.batch
+    before = plan.batch_version
     plan.add([first])
     step(plan)
     assert changed()

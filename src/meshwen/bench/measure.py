@@ -20,7 +20,7 @@ from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 
 _GREEDY = SamplingMethod(candidates=1, penalize=False, logprobs=False)
 _WARM_UP = 2
@@ -44,7 +44,7 @@ class Seconds:
 def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
     """A greedy decode step of `batch` sequences, from `length` tokens on, sampling included."""
     rows = SamplerRows.of([SamplingParams(temperature=0)] * batch)
-    cache = runner.empty_cache(batch, bucket(length + _WARM_UP + steps))
+    cache = runner.empty_cache(batch, shape_bucket(length + _WARM_UP + steps))
     tokens = np.ones((batch, 1), np.int32)
 
     def step(number: int) -> None:

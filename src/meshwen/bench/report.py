@@ -20,7 +20,7 @@ from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.runner import products
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import AnyMesh, mesh_label
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def measure(
 
 def _check_room(model: CausalLM, batch: int, length: int) -> None:
     budget = cache_budget(model.runner, batch)
-    if not budget.holds((batch, bucket(length))):
+    if not budget.holds((batch, shape_bucket(length))):
         raise MeshwenError(
             f"the KV cache of {batch} sequences of {length} tokens does not fit into the memory: "
             "lower --batch or --prompt-len"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from meshwen.errors import MeshwenError
-from meshwen.runtime.shape_buckets import largest_bucket, power_of_two
+from meshwen.runtime.shape_buckets import largest_shape_bucket, power_of_two
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CacheBudget:
     @property
     def longest(self) -> int:
         """The longest cache, a shape bucket, with room for one sequence on each part; or 0."""
-        return largest_bucket(self.cache_bytes // self.token_bytes)
+        return largest_shape_bucket(self.cache_bytes // self.token_bytes)
 
     def rows(self, count: int, length: int) -> int:
         """Rows of a cache for `count` sequences, fewer where memory is short.

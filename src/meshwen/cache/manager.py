@@ -12,7 +12,7 @@ from typing import Protocol
 
 from meshwen.cache.budget import CacheBudget
 from meshwen.cache.kv_cache import KVCache
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,9 @@ class CacheManager:
         """
         wanted = len(self._row_of) + waiting
         if not self._row_of:
-            length = bucket(positions)
+            length = shape_bucket(positions)
             return self._replace(self._budget.rows(wanted, length), length, waiting)
-        length = max(self.length, bucket(positions))
+        length = max(self.length, shape_bucket(positions))
         rows = max(self.rows, self._budget.rows(wanted, length))
         return self._grow(rows, length) or self._grow(self.rows, length)
 
@@ -119,8 +119,8 @@ class CacheManager:
             Whether there was memory for it.
         """
         # Twice as long, so that it is copied rarely.
-        twice = min(2 * self.length, bucket(positions))
-        return self._grow(self.rows, twice) or self._grow(self.rows, bucket(self.length + 1))
+        twice = min(2 * self.length, shape_bucket(positions))
+        return self._grow(self.rows, twice) or self._grow(self.rows, shape_bucket(self.length + 1))
 
     def free(self, sequence: int, *, zero: bool) -> None:
         """Takes a sequence's row from it.

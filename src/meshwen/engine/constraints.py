@@ -33,11 +33,11 @@ class TokenConstraints:
         self._bad_tokens = [word[0] for word in words if len(word) == 1]
         self._bad_words = [word for word in words if len(word) > 1]
         self._tokens: list[int] = []
-        self._runs = _Runs(asked.no_repeat_ngram_size)
-        self._prompt_runs = _Runs(asked.encoder_no_repeat_ngram_size)
+        self._ngrams = _Ngrams(asked.no_repeat_ngram_size)
+        self._prompt_ngrams = _Ngrams(asked.encoder_no_repeat_ngram_size)
         for token in request.prompt_tokens:
             self.push(token)
-            self._prompt_runs.push(token)
+            self._prompt_ngrams.push(token)
 
     @classmethod
     def of(
@@ -50,14 +50,14 @@ class TokenConstraints:
     def push(self, token: int) -> None:
         """Takes the next token."""
         self._tokens.append(token)
-        self._runs.push(token)
+        self._ngrams.push(token)
 
     def forbid(self, row: np.ndarray) -> None:
         """Marks in `row`, bool [V or more], what may not come next."""
         asked, length = self._asked, len(self._tokens)
         answered = length - self._prompt_length
-        self._mark(row, self._runs.ends(self._tokens))
-        self._mark(row, self._prompt_runs.ends(self._tokens))
+        self._mark(row, self._ngrams.ends(self._tokens))
+        self._mark(row, self._prompt_ngrams.ends(self._tokens))
         self._mark(row, self._bad_tokens)
         for *begin, last in self._bad_words:
             if self._tokens[-len(begin) :] == begin:
@@ -89,8 +89,8 @@ class TokenConstraints:
         row[list(tokens)] = False
 
 
-class _Runs:
-    """Runs of `size` tokens that have come, by what they begin with; none where `size` is 0."""
+class _Ngrams:
+    """N-grams of `size` tokens that have come, by their first tokens; none where `size` is 0."""
 
     def __init__(self, size: int):
         self._size = size
@@ -105,7 +105,7 @@ class _Runs:
         self._last = [*self._last, token][-(self._size - 1) :] if self._size > 1 else []
 
     def ends(self, tokens: Sequence[int]) -> Sequence[int]:
-        """What would make a run that has come of the last tokens and the next."""
+        """Tokens that would repeat an n-gram if they came after these."""
         if not self._size or len(tokens) < self._size - 1:
             return ()
         begin = tuple(tokens[len(tokens) - self._size + 1 :])

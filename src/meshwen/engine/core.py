@@ -53,7 +53,7 @@ class EngineCore:
         self.delivery = Delivery()
         self._parts = budget.parts
         self._hidden: Array | None = None  # Of the prefill under way, float32 [P, D].
-        self._sampler: tuple[int, BatchSampler] | None = None  # With the batch that it is for.
+        self._sampler: tuple[int, BatchSampler] | None = None  # With its batch version.
         self._warned_of_memory = False
 
     def clear(self) -> None:
@@ -84,15 +84,14 @@ class EngineCore:
             self._decode(sequences)
 
     def _compute_chunk(self, prefill: Prefill) -> None:
-        if prefill.done and self._hidden is not None:
-            hidden = self._hidden
-        else:
-            hidden = self.runner.empty_hidden(self._parts)
+        if not prefill.done:
+            self._hidden = self.runner.empty_hidden(self._parts)
+        assert self._hidden is not None
         rows = [0] * self._parts
         for part, sequence in prefill.sequences.items():
             rows[part] = self.cache.row_of_part(sequence.number)
         self._hidden, self.cache.arrays = self.runner.prefill(
-            self.cache.arrays, hidden, *prefill.inputs(rows)
+            self.cache.arrays, self._hidden, *prefill.inputs(rows)
         )
         if not self.scheduler.chunk_done():
             # Whoever waits for the end of a step, as Ctrl-C does, waits for one chunk, not for all.
@@ -122,12 +121,12 @@ class EngineCore:
             sampler.penalized,
             sampler.method,
         )
-        self._sampler = self.scheduler.batch, replace(sampler, penalized=penalized)
+        self._sampler = self.scheduler.batch_version, replace(sampler, penalized=penalized)
         self._deliver(sequences, sampled, drafts)
 
     def _batch_sampler(self, sequences: Mapping[int, SequenceState]) -> BatchSampler:
         """That of the last step, unless what runs in which row has changed since."""
-        if self._sampler and self._sampler[0] == self.scheduler.batch:
+        if self._sampler and self._sampler[0] == self.scheduler.batch_version:
             return self._sampler[1]
         return BatchSampler.of(sequences, self.cache.rows, self.runner.plan)
 

@@ -78,7 +78,7 @@ class Engine:
         self._lock = FairLock()
         # What follows is guarded by `_lock.changed`.
         self._requests = RequestTable()
-        self._user: int | None = None  # The thread that called last.
+        self._last_thread: int | None = None  # That called.
 
     @property
     def config(self) -> ModelConfig:
@@ -210,12 +210,12 @@ class Engine:
     def _check_thread(self) -> None:
         thread = threading.get_ident()
         others = self._requests.live or self._lock.held_by_another_thread
-        if self._one_thread and thread != self._user and others:
+        if self._one_thread and thread != self._last_thread and others:
             raise MeshwenError(
                 "the mesh spans several processes, which must all make the same calls in the same "
                 "order: call the model from one thread"
             )
-        self._user = thread
+        self._last_thread = thread
 
     def _add(self, request: Request, on_event: Callable[[Event], None], run: _Run | None) -> int:
         number = self._requests.next_number()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from meshwen.cache.budget import CacheBudget
 from meshwen.engine.request import Request
 from meshwen.engine.sequence import SequenceState
-from meshwen.runtime.shape_buckets import bucket, chunks
+from meshwen.runtime.shape_buckets import chunks, shape_bucket
 
 # Tokens of an answer that the cache has room for before they come; for more it grows with them.
 _AHEAD = 256
@@ -47,7 +47,7 @@ class SequenceLimits:
             MeshwenError: the cache would be too long for even one sequence.
         """
         answer = max(self.answer_tokens(request), 1)
-        self.budget.rows(1, bucket(self._positions(len(request.prompt_tokens), answer)))
+        self.budget.rows(1, shape_bucket(self._positions(len(request.prompt_tokens), answer)))
 
     def chunks(self, length: int) -> list[int]:
         """Chunks that a prompt of `length` tokens is prefilled in."""

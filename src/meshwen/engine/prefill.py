@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meshwen.engine.sequence import SequenceState
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 
 
 class PrefillInputs(NamedTuple):
@@ -82,7 +82,7 @@ class Prefill:
             tokens = sequence.token_ids[start:end]
             token_ids[part, : len(tokens)] = tokens
         # The first chunk attends to itself alone, later ones to the filled part of the cache.
-        positions = bucket(end) if start else length
+        positions = shape_bucket(end) if start else length
         return PrefillInputs(
             token_ids, np.array(rows, np.int32), np.int32(start), self.lengths(len(rows)), positions
         )

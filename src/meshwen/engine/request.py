@@ -33,7 +33,7 @@ class Timings:
     """Where a request's time went, in seconds.
 
     Attributes:
-        queue_seconds: from its submission until its prompt began to be read.
+        queue_seconds: from its submission until its prefill began.
         time_to_first_token: from its submission, so with `queue_seconds` in it.
         decode_seconds: from the first token to the last.
     """
@@ -44,7 +44,7 @@ class Timings:
 
     @property
     def running_seconds(self) -> float:
-        """From when its prompt began to be read to the last token."""
+        """From when its prefill began to the last token."""
         return self.time_to_first_token - self.queue_seconds + self.decode_seconds
 
 

@@ -77,12 +77,12 @@ class Scheduler:
         parts: of the batch; each may prefill one prompt at a time.
 
     Attributes:
-        batch: counts the changes of what runs in which row.
+        batch_version: counts the changes of what runs in which row.
     """
 
     def __init__(self, cache: CacheSpace, limits: SequenceLimits, parts: int):
         self._cache, self._limits, self._parts = cache, limits, parts
-        self.batch = 0
+        self.batch_version = 0
         self.clear()
 
     def clear(self) -> None:
@@ -91,7 +91,7 @@ class Scheduler:
         self._placed: dict[int, SequenceState] = {}  # Those in the cache, by number.
         self._prefill: Prefill | None = None
         self._chunks_since_decode = 0
-        self.batch += 1
+        self.batch_version += 1
 
     def add(self, sequences: Iterable[SequenceState]) -> None:
         """Lets sequences wait."""
@@ -121,7 +121,7 @@ class Scheduler:
         if not self._prefill.is_complete:
             return False
         self._prefill = None
-        self.batch += 1
+        self.batch_version += 1
         return True
 
     def next_decode(self) -> dict[int, SequenceState]:
@@ -149,7 +149,7 @@ class Scheduler:
             del self._placed[one.number]
         if self._prefill is not None:
             self._prefill = self._prefill.without({one.number for one in ended})
-        self.batch += 1
+        self.batch_version += 1
 
     def drop_cancelled(self) -> None:
         """Forgets sequences that were cancelled, waiting or not."""
@@ -171,7 +171,7 @@ class Scheduler:
         first = self._waiting[0]
         positions = needed(first) if self._placed else max(map(needed, self._waiting))
         if self._cache.make_room(len(self._waiting), positions):
-            self.batch += 1
+            self.batch_version += 1
 
     def _begin_prefill(self) -> Prefill | None:
         """Places those that wait longest, one on each part of the batch."""
@@ -195,7 +195,7 @@ class Scheduler:
         full = [one for one in running if not self._cache.has_position(one.position)]
         if not full:
             return
-        self.batch += 1
+        self.batch_version += 1
         if self._cache.extend(max(len(s.request.prompt_tokens) + s.limit for s in full)):
             return
         for one in full:

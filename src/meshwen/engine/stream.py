@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes bit by bit, for `for` and `async for`."""
+"""Items as they come, for `for` and `async for`."""
 
 from __future__ import annotations
 

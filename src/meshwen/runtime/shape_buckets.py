@@ -5,12 +5,12 @@ from __future__ import annotations
 
 SMALLEST_BUCKET = 16
 _LONGEST_CHUNK = 512
-# What a device's attention scores, float32 [heads, chunk, slots], may take while a prompt is read:
-# of a long prompt the chunks get shorter.
+# What a device's attention scores, float32 [heads, chunk, positions], may take during prefill: of a
+# long prompt the chunks get shorter.
 _SCORE_BYTES = 1 << 28
 
 
-def bucket(length: int) -> int:
+def shape_bucket(length: int) -> int:
     """The smallest of 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
     bucket = SMALLEST_BUCKET
     while bucket < length:
@@ -20,7 +20,7 @@ def bucket(length: int) -> int:
     return bucket
 
 
-def largest_bucket(length: int) -> int:
+def largest_shape_bucket(length: int) -> int:
     """The largest of those that is at most `length`; 0 where none is."""
     if length < SMALLEST_BUCKET:
         return 0
@@ -29,19 +29,19 @@ def largest_bucket(length: int) -> int:
 
 
 def chunks(length: int, heads: int) -> list[int]:
-    """Chunks to read a prompt in: whole ones, then the smallest bucket for the rest.
+    """Chunks to prefill a prompt in: whole ones, then the smallest shape bucket for the rest.
 
     They depend on the model, the mesh and the length alone, not on what else there is to do.
 
     Args:
         length: tokens of the prompt.
-        heads: query-head slots of a device.
+        heads: query heads of a device, padding included.
     """
     chunk = _LONGEST_CHUNK
-    while chunk > max(_SCORE_BYTES // (4 * heads * bucket(length)), SMALLEST_BUCKET):
+    while chunk > max(_SCORE_BYTES // (4 * heads * shape_bucket(length)), SMALLEST_BUCKET):
         chunk //= 2
     whole, rest = divmod(length, chunk)
-    return [chunk] * whole + ([bucket(rest)] if rest else [])
+    return [chunk] * whole + ([shape_bucket(rest)] if rest else [])
 
 
 def power_of_two(number: int) -> int:

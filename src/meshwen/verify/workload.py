@@ -10,7 +10,7 @@ import numpy as np
 
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 
 # Of different lengths, so that rows of one batch end at different places.
 BUILT_IN_PROMPTS = (
@@ -57,12 +57,12 @@ class Workload:
     @property
     def prompt_slots(self) -> int:
         """Length of a prefill of all prompts."""
-        return bucket(max(len(prompt) for prompt in self.prompts))
+        return shape_bucket(max(len(prompt) for prompt in self.prompts))
 
     @property
     def slots(self) -> int:
         """Length of a cache, or of a whole forward pass, with every prompt and continuation."""
-        return bucket(max(len(prompt) for prompt in self.prompts) + self.steps)
+        return shape_bucket(max(len(prompt) for prompt in self.prompts) + self.steps)
 
     def prompt_rows(self) -> np.ndarray:
         """The prompts, zeros behind them: int32 [rows, prompt_slots]."""
