@@ -289,6 +289,7 @@ FAULTS = (
         "engine/core.py",
         "            positions[:] = prefill.start",
         "            pass",
+        "core",
         "engine_batching",
         "engine",
     ),

@@ -20,7 +20,7 @@ def sequence(
     **sampling,
 ) -> SequenceState:
     """A sequence that has had some tokens."""
-    request = Request(tuple(prompt), SamplingParams(**sampling))
+    request = Request(tuple(prompt), SamplingParams(**{"max_new_tokens": limit} | sampling))
     text = AnswerText(None, request.sampling.stop)
     constraints = TokenConstraints.of(request, limit, frozenset(eos), 100)
     made = SequenceState(number, request, limit, frozenset(eos), on_event, text, constraints)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
-from meshwen.runtime.shape_buckets import bucket
+from meshwen.runtime.shape_buckets import shape_bucket
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TokenBatch:
     def padded(self, rows: int) -> np.ndarray:
         """The ids, int32, with rows up to a multiple, and a length that few programs have."""
         batch, length = self.ids.shape
-        extra = ((0, -batch % rows), (0, bucket(length) - length))
+        extra = ((0, -batch % rows), (0, shape_bucket(length) - length))
         return np.pad(self.ids, extra).astype(np.int32)
 
     def restored(self, logits: Array) -> Array:
