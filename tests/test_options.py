@@ -11,7 +11,7 @@ from meshwen import AutoModelForCausalLM
 from meshwen.cli import main
 from meshwen.cli.app import app
 from meshwen.cli.option_groups import group, with_groups
-from meshwen.common.options import options_of
+from meshwen.common.option_fields import options_of
 from meshwen.engine.options import EngineKeywords, EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError

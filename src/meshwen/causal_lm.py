@@ -8,17 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fsdecode
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from typing_extensions import Unpack
 
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.common.arguments import brief, one_prompt, several_prompts
-from meshwen.common.options import check_names, documented
+from meshwen.common.option_fields import check_names, documented
 from meshwen.engine.agreement import check_model
 from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine

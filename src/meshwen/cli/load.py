@@ -26,14 +26,17 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
 
     Where tokens are drawn and no seed was given, it is a fresh one, and noted.
 
+    Args:
+        checkpoint: the model's.
+        given: values that are possible, as a group of sampling options gives them.
+
     Raises:
-        MeshwenError: a value is impossible; names the checkpoint where that is not the user's.
+        MeshwenError: a value of the checkpoint's is impossible; names its file.
     """
     from meshwen.engine.generation_config import unsupported
     from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
     from meshwen.parallel.distributed import shared
 
-    SamplingParams.from_generation_config({}, **given)
     path = checkpoint.path
     where = path / "generation_config.json" if path is not None and path.is_dir() else path
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshwen.cli.option_groups import group
-from meshwen.common.options import Option, options_of
+from meshwen.common.option_fields import Option, options_of
 from meshwen.engine.options import EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError

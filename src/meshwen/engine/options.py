@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-from typing_extensions import TypedDict
 
 from meshwen.common.arguments import brief
 from meshwen.common.choices import (
@@ -24,7 +23,7 @@ from meshwen.common.choices import (
     Numerics,
     Quantization,
 )
-from meshwen.common.options import documented, option, options_of
+from meshwen.common.option_fields import documented, option, options_of
 from meshwen.errors import MeshwenError
 from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from meshwen.common.arguments import brief, number, token_ids, truth, whole_number
-from meshwen.common.options import check_names, documented, option
+from meshwen.common.option_fields import check_names, documented, option
 from meshwen.engine.generation_config import sampling_values
 from meshwen.errors import MeshwenError
 
