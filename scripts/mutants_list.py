@@ -36,7 +36,7 @@ FAULTS = (
     # --- Numerics
     _fault(
         "exact: tree adds other neighbours",
-        "ops/numerics/exact.py",
+        "ops/ordered.py",
         "pairs = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)]",
         "pairs = [sums[i] + sums[-1 - i] for i in range(len(sums) // 2)]\n"
         "        if len(sums) % 2:\n"
@@ -53,37 +53,38 @@ FAULTS = (
     ),
     _fault(
         "exact: negative zeros stay",
-        "ops/numerics/exact.py",
+        "ops/ordered.py",
         "return jnp.where(x == 0, 0.0, x)",
         "return x",
         "exact",
     ),
     _fault(
         "exact: one row keeps its own order",
-        "ops/numerics/exact.py",
-        "_MIN_ROWS = 8 ",
-        "_MIN_ROWS = 1 ",
+        "ops/ordered.py",
+        "_BFLOAT16_ROWS = 8 ",
+        "_BFLOAT16_ROWS = 1 ",
         "exact",
     ),
     _fault(
         "exact: all-reduce of floats",
         "ops/numerics/exact.py",
-        "        n = self.devices\n        padded",
-        "        return _positive_zeros(lax.psum(x, self.axes))\n"
-        "        n = self.devices\n        padded",
+        "        n = collectives.devices\n        padded",
+        "        return positive_zeros(collectives.all_reduce(x))\n"
+        "        n = collectives.devices\n"
+        "        padded",
         "exact",
     ),
     _fault(
         "numerics: partial sums in bfloat16",
-        "ops/contractions.py",
-        "return self.all_reduce(self._product(x, weight, contract=0))",
-        "y = self._product(x, weight, contract=0)\n"
-        "        return self.all_reduce(y.astype(jnp.bfloat16).astype(jnp.float32))",
+        "ops/operations.py",
+        "total = self.numerics.all_reduce(partial, self.collectives)",
+        "partial = partial.astype(jnp.bfloat16).astype(jnp.float32)\n"
+        "        total = self.numerics.all_reduce(partial, self.collectives)",
         "mesh_parity",
     ),
     _fault(
         "numerics: float32 products in lower precision",
-        "ops/contractions.py",
+        "ops/dot.py",
         "precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT",
         "precision = lax.Precision.DEFAULT",
         "model",
@@ -91,46 +92,46 @@ FAULTS = (
     _fault(
         "numerics: keys in the dtype of values",
         "cache/kv_cache.py",
-        "jnp.zeros((batch, heads, head_dim, slots), jnp.float32),",
-        "jnp.zeros((batch, heads, head_dim, slots), dtype),",
+        "LayerCache(empty(layout.keys, KEY_DTYPE), empty(layout.values, dtype))",
+        "LayerCache(empty(layout.keys, dtype), empty(layout.values, dtype))",
         "model",
         "kv_cache",
     ),
     # --- The model
     _fault(
         "model: window of one token more",
-        "models/qwen2.py",
+        "models/decoder.py",
         "(query - key < window)",
         "(query - key <= window)",
         "model",
     ),
     _fault(
         "model: YaRN without its attention factor",
-        "models/qwen2.py",
-        "(cos * attention_factor, sin * attention_factor)",
+        "ops/rotary.py",
+        "(cos * factor, sin * factor)",
         "(cos, sin)",
         "model",
     ),
     _fault(
         "model: RMSNorm without eps",
-        "models/qwen2.py",
-        "tp.mean_square(x) + eps)",
-        "tp.mean_square(x))",
+        "ops/operations.py",
+        "mean_square + eps)",
+        "mean_square)",
         "model",
     ),
     _fault(
         "model: last chunk's wanted token off by one",
-        "engine/runner.py",
-        "last = lengths - 1 - start",
-        "last = lengths - 2 - start",
+        "engine/steps.py",
+        "end = lengths - 1 - start",
+        "end = lengths - 2 - start",
         "engine",
     ),
     _fault(
         "rope: YaRN blends whole pairs upwards",
-        "ops/rotary.py",
+        "models/rope_frequencies.py",
         "low, high = math.floor(low), math.ceil(high)",
         "low, high = math.ceil(low), math.ceil(high)",
-        "rotary",
+        "rope_frequencies",
     ),
     # --- Sharding
     _fault(
@@ -150,7 +151,7 @@ FAULTS = (
     ),
     _fault(
         "sharding: lookup beyond a device's rows",
-        "ops/contractions.py",
+        "ops/operations.py",
         "here = (row >= 0) & (row < count)",
         "here = (row >= 0) & (row <= count)",
         "mesh_parity",
@@ -158,11 +159,14 @@ FAULTS = (
     _fault(
         "sharding: the sampler gathers all logits",
         "engine/sampling.py",
-        "    values, local = _largest(logits, count)\n    choices = ids[local]\n    if tp.axes:",
-        "    if tp.axes:\n"
-        "        logits = lax.all_gather(logits, tp.axes, axis=1, tiled=True)\n"
-        "        ids = lax.all_gather(ids, tp.axes, axis=0, tiled=True)\n"
-        "    values, local = _largest(logits, count)\n    choices = ids[local]\n    if False:",
+        "    values, local = _largest(logits, count, ops)\n"
+        "    choices = ids[local]\n"
+        "    if ops.collectives.axes:",
+        "    logits = ops.collectives.all_gather(logits, axis=1)\n"
+        "    ids = ops.collectives.all_gather(ids, axis=0)\n"
+        "    values, local = _largest(logits, count, ops)\n"
+        "    choices = ids[local]\n"
+        "    if False:",
         "engine",
         "mesh_parity",
     ),
@@ -448,8 +452,8 @@ FAULTS = (
     _fault(
         "sampling: a penalty lifts negative logits",
         "engine/sampling.py",
-        "penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)",
-        "penalized = logits / penalty",
+        "less_likely = jnp.where(logits > 0, logits / penalty, logits * penalty)",
+        "less_likely = logits / penalty",
         "sampling",
     ),
     _fault(
@@ -541,20 +545,19 @@ FAULTS = (
     _fault(
         "sampling: log-probabilities after the penalty",
         "engine/sampling.py",
-        "_logprobs(raw, ids, tokens, tp)",
-        "_logprobs(logits, ids, tokens, tp)",
+        "_logprobs(raw, ids, tokens, ops)",
+        "_logprobs(logits, ids, tokens, ops)",
         "sampling",
     ),
     # --- Loaders
     _fault(
         "loading: float32 is cut off, not rounded",
-        "ops/cpu/packing.py",
-        "return _panels(weight.astype(dtype)), None",
-        "import jax.numpy as np_\n\n"
-        "        if dtype == np_.bfloat16 and weight.dtype == np_.float32:\n"
-        "            cut = jax.lax.bitcast_convert_type(weight, np_.uint32) >> 16\n"
-        "            weight = jax.lax.bitcast_convert_type(cut.astype(np_.uint16), np_.bfloat16)\n"
-        "        return _panels(weight.astype(dtype)), None",
+        "ops/cpu/panels.py",
+        "values = _panels(_whole(part).astype(dtype))",
+        "if dtype == jnp.bfloat16 and part.dtype == jnp.float32:\n"
+        "            cut = jax.lax.bitcast_convert_type(part, jnp.uint32) >> 16\n"
+        "            part = jax.lax.bitcast_convert_type(cut.astype(jnp.uint16), jnp.bfloat16)\n"
+        "        values = _panels(_whole(part).astype(dtype))",
         "loading",
     ),
     _fault(
@@ -567,8 +570,8 @@ FAULTS = (
     _fault(
         "loading: unexpected tensors are passed over",
         "weights/loading.py",
-        "if name not in expected and not tied_copy and",
-        "if False and name not in expected and not tied_copy and",
+        "if name not in expected and not",
+        "if False and name not in expected and not",
         "loading",
     ),
     _fault(
@@ -719,10 +722,9 @@ FAULTS = (
     ),
     _fault(
         "inspect: bytes of a device without padding",
-        "weights/sizes.py",
-        "shape = weight.shard_shape(plan)[:: -1 if weight.transposed else 1]",
-        "shape = tuple(n // plan.model_devices for n in weight.shape(plan)[:1])"
-        " + weight.shape(plan)[1:]",
+        "weights/placed.py",
+        "return self.leaves * self.stored_bytes(self.leaf_shard_shape, dtype)",
+        "return self.model_bytes(dtype) // self.plan.model_devices",
         "cli_inspect",
     ),
     # --- Verification, evaluation, reports
@@ -930,8 +932,8 @@ FAULTS = (
     _fault(
         "bench: the table that is looked up counts as read",
         "bench/costs.py",
-        "if w.name not in {EMBEDDING.name, LM_HEAD.name}]",
-        "if w.name != LM_HEAD.name]",
+        "if w.spec.part not in (Part.EMBEDDING, Part.HEAD)]",
+        "if w.spec.part is not Part.HEAD]",
         "bench",
     ),
     _fault(

@@ -44,13 +44,15 @@ from demo_tokenizer import (
     write_tokenizer,
 )
 from meshwen.causal_lm import Qwen2ForCausalLM
+from meshwen.models.placed import PlacedModel
 from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits
-from meshwen.ops.contractions import TensorParallel
-from meshwen.ops.rotary import inverse_frequencies
+from meshwen.models.rope_frequencies import inverse_frequencies
+from meshwen.ops.operations import Ops
+from meshwen.ops.weight import Weight
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.tokenizer.tokenizer import Tokenizer
-from meshwen.weights.declaration import Weight, declared_weights, unflatten
+from meshwen.weights.declaration import unflatten
+from meshwen.weights.placed import PlacedWeight
 
 VOCABULARY = 1024
 LAYERS = 4
@@ -181,24 +183,26 @@ def batches(problems: ProblemSet, tokenizer: Tokenizer, seed: int, step: int) ->
 # Model and optimiser. The weights are a flat dict by Hugging Face name.
 
 
-def initial_weights(weights: list[Weight], plan: ParallelPlan, seed: int) -> dict[str, Array]:
+def initial_weights(
+    weights: Sequence[PlacedWeight], config: Qwen2Config, seed: int
+) -> dict[str, Array]:
     """Normal, with standard deviation 1/sqrt(inputs); less for what adds to the residual stream."""
     keys = jax.random.split(jax.random.key(seed), len(weights))
     values = {}
     for key, weight in zip(keys, weights, strict=True):
-        shape = weight.device_shape(plan)
+        shape, name = weight.shape, weight.path
         scale = shape[0] ** -0.5
-        if weight.name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
             scale *= (2 * LAYERS) ** -0.5
-        if weight.name.startswith("lm_head"):
+        if name.startswith("lm_head"):
             scale = 0.02
-        if weight.name.startswith("model.embed_tokens"):
+        if name.startswith("model.embed_tokens"):
             scale = 0.5
         if len(shape) == 2:
-            values[weight.name] = jax.random.normal(key, shape) * scale
+            values[name] = jax.random.normal(key, shape) * scale
         else:
-            values[weight.name] = jnp.full(shape, 0.0 if weight.name.endswith("bias") else 1.0)
-    query, key_bias = look_back(plan.config)
+            values[name] = jnp.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    query, key_bias = look_back(config)
     values["model.layers.0.self_attn.q_proj.bias"] = jnp.asarray(query)
     values["model.layers.0.self_attn.k_proj.bias"] = jnp.asarray(key_bias)
     return values
@@ -223,7 +227,7 @@ def look_back(config: Qwen2Config) -> tuple[np.ndarray, np.ndarray]:
     return query.ravel(), key.ravel()
 
 
-def optimiser(weights: list[Weight], steps: int) -> optax.GradientTransformation:
+def optimiser(weights: Sequence[PlacedWeight], steps: int) -> optax.GradientTransformation:
     """Muon for the layers' matrices, AdamW for the rest; warm-up, plateau, linear decay."""
     decay = int(steps * DECAY)
     schedule = optax.schedules.join_schedules(
@@ -236,7 +240,7 @@ def optimiser(weights: list[Weight], steps: int) -> optax.GradientTransformation
     )
     matrix = optax.contrib.MuonDimensionNumbers()
     by_muon = {
-        w.name: matrix if ".layers." in w.name and len(w.axes) == 2 else None for w in weights
+        w.path: matrix if ".layers." in w.path and len(w.axes) == 2 else None for w in weights
     }
     muon = optax.contrib.muon(
         schedule, adam_b2=0.98, consistent_rms=0.2, muon_weight_dimension_numbers=by_muon
@@ -246,10 +250,13 @@ def optimiser(weights: list[Weight], steps: int) -> optax.GradientTransformation
 
 def all_logits(values: dict[str, Array], tokens: Array, config: Qwen2Config) -> Array:
     """Logits of whole rows: int32 [B, T] -> float32 [B, T, V]."""
-    params, tp = unflatten(values), TensorParallel()
+    params = unflatten(
+        (name, Weight((value,), transposed="embed_tokens" not in name and value.ndim == 2))
+        for name, value in values.items()
+    )
     start = jnp.zeros(tokens.shape[0], jnp.int32)
-    x, _ = hidden_states(params, tokens, start, None, tokens.shape[1], config, tp)
-    return logits(params, x, tp)
+    x, _ = hidden_states(params, tokens, start, None, tokens.shape[1], config, Ops())
+    return logits(params, x, Ops())
 
 
 def answer_loss(values: dict[str, Array], batch: Batch, config: Qwen2Config) -> Array:
@@ -297,7 +304,7 @@ def write_held_out(problems: ProblemSet, out: Path) -> None:
 
 
 def write_model(
-    values: dict[str, Array], config: Qwen2Config, weights: list[Weight], out: Path
+    values: dict[str, Array], config: Qwen2Config, weights: Sequence[PlacedWeight], out: Path
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors."""
     write_json(out / "config.json", config.to_dict())
@@ -308,8 +315,8 @@ def write_model(
     )
     tensors = {}
     for weight in weights:
-        value = np.asarray(values[weight.name].astype(jnp.bfloat16))
-        tensors[weight.name] = np.ascontiguousarray(value.T if weight.transposed else value)
+        value = np.asarray(values[weight.path].astype(jnp.bfloat16))
+        tensors[weight.path] = np.ascontiguousarray(value.T if weight.transposed else value)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # written as readable by its owner only
 
@@ -317,19 +324,19 @@ def write_model(
 def train(
     problems: ProblemSet,
     tokenizer: Tokenizer,
-    plan: ParallelPlan,
-    weights: list[Weight],
+    config: Qwen2Config,
+    weights: Sequence[PlacedWeight],
     options: argparse.Namespace,
 ) -> dict[str, Array]:
     """The training loop; prints the loss, saves the state where asked to."""
     optimise = optimiser(weights, options.steps)
-    values = initial_weights(weights, plan, options.seed)
+    values = initial_weights(weights, config, options.seed)
     state, step = optimise.init(values), 0
     if options.state and options.state.exists():
         step, leaves = pickle.loads(options.state.read_bytes())
         values, state = jax.tree.unflatten(jax.tree.structure((values, state)), leaves)
         print(f"going on from step {step}")
-    update = train_step(optimise, plan.config)
+    update = train_step(optimise, config)
     stream = batches(problems, tokenizer, options.seed, step)
     losses, tokens, began = [], 0, time.monotonic()
     while step < options.steps:
@@ -360,10 +367,10 @@ def make_checkpoint(options: argparse.Namespace) -> None:
     tokenizer = write_tokenizer(texts, VOCABULARY, options.out)
     check_turns(tokenizer)
     end, pad = (tokenizer.encode(token)[0] for token in (IM_END, ENDOFTEXT))
-    plan = ParallelPlan(demo_config(end, pad), make_mesh("1"))
-    weights = declared_weights(plan.config)
-    values = train(problems, tokenizer, plan, weights, options)
-    write_model(values, plan.config, weights, options.out)
+    config = demo_config(end, pad)
+    weights = PlacedModel(config, make_mesh("1"), jnp.dtype(jnp.float32)).weights.declared
+    values = train(problems, tokenizer, config, weights, options)
+    write_model(values, config, weights, options.out)
 
 
 def main() -> None:

@@ -14,13 +14,16 @@ import numpy as np
 import reference
 from meshwen.cache.kv_cache import KVCache
 from meshwen.checkpoints import Checkpoint, TensorSource
+from meshwen.engine import steps
 from meshwen.engine.runner import ModelRunner
-from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits
+from meshwen.models.placed import PlacedModel
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.packing import AnyWeight, PackedWeight, unpacked
+from meshwen.ops.formats import Leaf, Packed
+from meshwen.ops.weight import Weight
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.verify import hlo as verify_hlo
+from meshwen.weights.declaration import updated
 from meshwen.weights.loading import load_params
 
 # 7B's 28 query and 4 key/value heads at 1/16 scale, with a vocabulary that no mesh divides.
@@ -85,11 +88,11 @@ class MeshModel:
         numerics: str = "fast",
         quantization: str | None = None,
     ):
-        self.plan = ParallelPlan(config, make_mesh(mesh), numerics, quantization)
+        placed = PlacedModel(config, make_mesh(mesh), jnp.dtype(dtype), numerics, quantization)
+        self.plan = placed.plan
         weights = reference.random_weights(config) if weights is None else weights
-        dtype = jnp.dtype(dtype)
-        self.params = load_params(memory_checkpoint(config, weights), self.plan, dtype)
-        self.runner = ModelRunner(self.plan, self.params, dtype)
+        self.params = load_params(memory_checkpoint(config, weights), placed.weights)
+        self.runner = ModelRunner(placed, self.params)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def logits(self, token_ids, params=None) -> np.ndarray:
@@ -101,38 +104,37 @@ class MeshModel:
     def step(self, token_ids, start, cache: KVCache) -> tuple[np.ndarray, KVCache]:
         """Logits of tokens [B, T] at positions from start[b] on, after those in the cache."""
         token_ids = np.asarray(token_ids, np.int32)
-        compiled = self.compiled(*token_ids.shape, slots=cache[0].values.shape[2])
-        out, cache = compiled(self.params, token_ids, np.asarray(start, np.int32), cache)
+        compiled = self.compiled(*token_ids.shape, length_of_cache=self._length(cache))
+        out, cache = compiled(self.params, cache, token_ids, np.asarray(start, np.int32))
         return np.asarray(out), cache
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        return self.runner.empty_cache(batch, slots)
+    def cache(self, batch: int, length: int) -> KVCache:
+        return self.runner.empty_cache(batch, length)
 
-    def compiled(self, batch: int, length: int, slots: int | None = None) -> jax.stages.Compiled:
-        """The program for tokens [batch, length], with a cache of `slots` slots unless None."""
+    def _length(self, cache: KVCache) -> int:
+        return cache[0].length(self.runner.model.backend.cache_layout)
+
+    def compiled(
+        self, batch: int, length: int, length_of_cache: int | None = None
+    ) -> jax.stages.Compiled:
+        """The program for tokens [batch, length], with a cache of so many positions unless None."""
         # A model may serve files with and without `unoptimised`.
-        key = batch, length, slots, jax.config.values["jax_disable_most_optimizations"]
+        key = batch, length, length_of_cache, jax.config.values["jax_disable_most_optimizations"]
         if key not in self._compiled:
             tokens = np.zeros((batch, length), np.int32)
-            if slots is None:
-                lowered = self.runner._logits.lower(self.params, tokens)
+            if length_of_cache is None:
+                lowered = self.runner.logits_program.lower(self.params, tokens)
             else:
-                start, cache = np.zeros(batch, np.int32), self.cache(batch, slots)
+                start, cache = np.zeros(batch, np.int32), self.cache(batch, length_of_cache)
+                axes = self.runner.cache_axes
                 program = self.runner.compiled(
-                    _step,
-                    ("batch length", "batch", "batch heads"),
-                    ("batch length vocab", "batch heads"),
+                    steps.decode_logits_step,
+                    (axes, "batch length", "batch"),
+                    ("batch length vocab", axes),
                 )
-                lowered = program.lower(self.params, tokens, start, cache)
+                lowered = program.lower(self.params, cache, tokens, start)
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
-
-
-def _step(params, token_ids, start, cache, *, config, tp):
-    """What the runner's prefill and decode do, with the logits of all positions and rows."""
-    slots = cache[0].values.shape[2]
-    x, cache = hidden_states(params, token_ids, start, cache, slots, config, tp)
-    return logits(params, x, tp), cache
 
 
 @functools.cache
@@ -143,13 +145,19 @@ def shared_model(
     return MeshModel(config, mesh, dtype, numerics=numerics)
 
 
-def whole(weight: AnyWeight) -> np.ndarray:
+def whole(weight: Weight) -> np.ndarray:
     """What all devices hold of a weight; a packed one as [in, out], without its padding."""
-    if not isinstance(weight, PackedWeight):
-        return np.asarray(weight)
+    return whole_leaf(weight.leaf)
+
+
+def whole_leaf(leaf: Leaf) -> np.ndarray:
+    """The same of a leaf."""
+    if not isinstance(leaf, Packed):
+        return np.asarray(leaf)
     found = {}
-    for shard, place in _parts(weight):
-        part = unpacked(replace(weight, values=np.asarray(shard.data)))
+    for i, place in _parts(leaf):
+        pieces = [np.asarray(array.addressable_shards[i].data) for array in jax.tree.leaves(leaf)]
+        part = leaf.format.wrap(pieces, leaf.shape, leaf.dtype).unpacked()
         found[tuple(axis.start for axis in place)] = np.asarray(part)
     rows = [
         np.concatenate([part for start, part in sorted(found.items()) if start[0] == row], axis=1)
@@ -169,31 +177,39 @@ def bytes_on_one_device(weights: Mapping[str, np.ndarray]) -> int:
     )
 
 
-def with_numbers(weight: AnyWeight, numbers: np.ndarray) -> AnyWeight:
+def with_numbers(weight: Weight, numbers: np.ndarray) -> Weight:
     """The weight with other numbers, [in, out], on the same devices."""
-    if not isinstance(weight, PackedWeight):
-        return jax.device_put(numbers, weight.sharding)
-    arrays = [
-        jax.device_put(PackedWeight.of(numbers[place].T, weight.dtype).values, shard.device)
-        for shard, place in _parts(weight)
+    leaf = weight.leaf
+    if not isinstance(leaf, Packed):
+        return replace(weight, leaves=(jax.device_put(numbers, leaf.sharding),))
+    packed = [
+        jax.tree.leaves(leaf.format.pack(jnp.asarray(numbers[place].T), leaf.dtype))
+        for _, place in _parts(leaf)
     ]
-    values = weight.values
-    return replace(
-        weight,
-        values=jax.make_array_from_single_device_arrays(values.shape, values.sharding, arrays),
-    )
+    arrays = [
+        jax.make_array_from_single_device_arrays(
+            old.shape,
+            old.sharding,
+            [
+                jax.device_put(part, shard.device)
+                for part, shard in zip(parts, old.addressable_shards, strict=True)
+            ],
+        )
+        for old, parts in zip(jax.tree.leaves(leaf), zip(*packed, strict=True), strict=True)
+    ]
+    return replace(weight, leaves=(leaf.format.wrap(arrays, leaf.shape, leaf.dtype),))
 
 
-def _parts(weight: PackedWeight) -> Iterator[tuple[jax.Shard, tuple[slice, slice]]]:
-    """Each device's part of a packed weight, and where it is in the whole one [in, out]."""
-    inputs, outputs = weight.shape
-    for shard in weight.values.addressable_shards:
-        panels, steps = (
+def _parts(leaf: Packed) -> Iterator[tuple[int, tuple[slice, slice]]]:
+    """The number of each device's part, and where it is in the whole [in, out]."""
+    inputs, outputs = leaf.shape
+    for i, shard in enumerate(jax.tree.leaves(leaf)[0].addressable_shards):
+        column, row = (
             (axis.start or 0) // size
             for axis, size in zip(shard.index, shard.data.shape[:2], strict=False)
         )
-        rows = slice(steps * inputs, (steps + 1) * inputs)
-        yield shard, (rows, slice(panels * outputs, (panels + 1) * outputs))
+        rows = slice(row * inputs, (row + 1) * inputs)
+        yield i, (rows, slice(column * outputs, (column + 1) * outputs))
 
 
 def random_tokens(config: Qwen2Config, batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -226,7 +242,9 @@ def padded_rows(lengths: Sequence[int], token_ids: np.ndarray) -> np.ndarray:
 
 def with_nan(runner: ModelRunner, token: int) -> dict:
     """A runner's weights, but for the embedding of a token, which is NaN."""
-    model = runner.params["model"]
-    table = model["embed_tokens"]["weight"]
-    broken = jax.jit(lambda x: x.at[token].set(np.nan), out_shardings=table.sharding)(table)
-    return runner.params | {"model": model | {"embed_tokens": {"weight": broken}}}
+
+    def broken(weight: Weight) -> Weight:
+        set_nan = jax.jit(lambda x: x.at[token].set(np.nan), out_shardings=weight.array.sharding)
+        return replace(weight, leaves=(set_nan(weight.array),))
+
+    return updated(runner.params, "model.embed_tokens.weight", broken)

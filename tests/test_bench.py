@@ -2,7 +2,6 @@
 """`meshwen bench`: what a step costs at least, what was measured, and how it is shown."""
 
 import json
-from dataclasses import replace
 from math import prod
 
 import jax.numpy as jnp
@@ -12,17 +11,16 @@ from meshwen.bench.costs import decode_cost, prefill_cost
 from meshwen.bench.measure import Seconds
 from meshwen.bench.report_html import html_report
 from meshwen.cli import main
+from meshwen.models.placed import PlacedModel
 from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import declared_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 
-def plan(name: str, mesh: str = "1") -> ParallelPlan:
-    return ParallelPlan(preset(name), make_mesh(mesh))
+def model(name: str, dtype=BFLOAT16, mesh: str = "1", quantization=None) -> PlacedModel:
+    return PlacedModel(preset(name), make_mesh(mesh), dtype, "fast", quantization)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +29,7 @@ def plan(name: str, mesh: str = "1") -> ParallelPlan:
     [("qwen2.5-7b", 7_615_616_512, 152_064 * 3_584), ("qwen2.5-0.5b", 494_032_768, 0)],
 )
 def test_a_step_reads_every_weight_but_an_untied_embedding_table(name, parameters, embedding):
-    found = decode_cost(plan(name), BFLOAT16, batch=1, length=0)
+    found = decode_cost(model(name), batch=1, length=0)
     config = preset(name)
     assert found.bytes == 2 * (parameters - embedding + config.hidden_size)
     vectors = found.bytes // 2 - found.flops // 2  # Norms and biases are not multiplied.
@@ -39,48 +37,50 @@ def test_a_step_reads_every_weight_but_an_untied_embedding_table(name, parameter
 
 
 def test_a_longer_cache_and_a_larger_batch_cost_what_they_add():
-    half = plan("qwen2.5-0.5b")
-    none, some = (decode_cost(half, BFLOAT16, 1, n) for n in (0, 100))
+    half = model("qwen2.5-0.5b")
+    none, some = (decode_cost(half, 1, n) for n in (0, 100))
     # Qwen2.5-0.5B: 24 layers, 2 key/value heads and 14 query heads of 64; keys are float32.
     assert some.bytes - none.bytes == 100 * 24 * 2 * 64 * (4 + 2)
     assert some.flops - none.flops == 100 * 24 * 14 * 64 * 4
-    both = decode_cost(half, BFLOAT16, 2, 100)
+    both = decode_cost(half, 2, 100)
     assert both.flops == 2 * some.flops
     assert both.bytes - some.bytes == some.bytes - none.bytes + 2 * 896
 
 
 def test_a_prompt_costs_its_tokens_and_the_logits_of_the_last():
-    half = plan("qwen2.5-0.5b")
-    one, step = prefill_cost(half, FLOAT32, 1), decode_cost(half, FLOAT32, 1, 1)
+    half = model("qwen2.5-0.5b", FLOAT32)
+    one, step = prefill_cost(half, 1), decode_cost(half, 1, 1)
     assert one.flops == step.flops
-    many = prefill_cost(half, FLOAT32, 512)
+    many = prefill_cost(half, 512)
     body = 357_898_112  # Multiplied weights without the table: 0.36 B, as published.
     assert many.flops == pytest.approx(512 * 2 * body, rel=0.1)
     assert many.bytes < 1.01 * one.bytes
     # Of the last layer the others need keys and values alone.
     last = 2 * 896 * 896 + 3 * 896 * 4864 + 2 * 896  # A bias and a norm count too.
-    more = prefill_cost(half, FLOAT32, 3).flops - prefill_cost(half, FLOAT32, 2).flops
+    more = prefill_cost(half, 3).flops - prefill_cost(half, 2).flops
     assert more == 2 * (body - last) + (23 * 3 + 1) * 14 * 64 * 4
 
 
 def test_int8_weights_take_a_byte_and_their_share_of_a_scale_each():
-    whole = plan("qwen2.5-0.5b")
+    whole = model("qwen2.5-0.5b")
     found, before = (
-        decode_cost(one, BFLOAT16, 1, 0) for one in (replace(whole, quantization="int8"), whole)
+        decode_cost(one, 1, 0) for one in (model("qwen2.5-0.5b", quantization="int8"), whole)
     )
     assert found.flops == before.flops
-    shapes = [w.shape(whole) for w in declared_weights(whole.config)]  # The table is the head too.
+    # The table is the head too.
+    shapes = [spec.shape(whole.config.sizes) for spec in whole.weights.specs]
     matrices = sum(prod(shape) for shape in shapes if len(shape) == 2)
     assert before.bytes - found.bytes == 2 * matrices - matrices * 34 // 32
 
 
 def test_the_mesh_has_no_part_in_the_cost():
-    costs = {decode_cost(plan("qwen2.5-7b", mesh), BFLOAT16, 8, 64) for mesh in ("1", "1x8", "8x4")}
+    meshes = ("1", "1x8", "8x4")
+    costs = {decode_cost(model("qwen2.5-7b", mesh=mesh), 8, 64) for mesh in meshes}
     assert len(costs) == 1
 
 
 def test_the_roof_is_memory_below_the_ridge_and_products_above():
-    cost = decode_cost(plan("qwen2.5-0.5b"), BFLOAT16, 1, 0)
+    cost = decode_cost(model("qwen2.5-0.5b"), 1, 0)
     assert cost.least_seconds(bandwidth=1e9, rate=1e30) == cost.bytes / 1e9
     assert cost.least_seconds(bandwidth=1e30, rate=1e9) == cost.flops / 1e9
 

@@ -23,10 +23,10 @@ from checkpoint_writers import (
 from meshwen.checkpoints import open_checkpoint
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
+from meshwen.models.placed import PlacedModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.registry import MODEL_TYPES
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.loading import load_params
 
@@ -555,9 +555,10 @@ def test_a_block_whose_scale_is_no_number_is_refused_by_name(tmp_path, quantizat
         blocks[3, :2] = np.array([scale], np.float16).view(np.uint8)
         path = write_gguf(tmp_path / "x.gguf", tensors)
         with open_checkpoint(str(path)) as checkpoint:
-            plan = ParallelPlan(checkpoint.config, make_mesh("1"), quantization=quantization)
+            dtype = np.dtype(ml_dtypes.bfloat16)
+            model = PlacedModel(checkpoint.config, make_mesh("1"), dtype, "fast", quantization)
             if said is None:
-                load_params(checkpoint, plan, np.dtype(ml_dtypes.bfloat16))
+                load_params(checkpoint, model.weights)
                 continue
             with pytest.raises(MeshwenError, match=rf"x\.gguf: tensor {NAME} {said}"):
-                load_params(checkpoint, plan, np.dtype(ml_dtypes.bfloat16))
+                load_params(checkpoint, model.weights)

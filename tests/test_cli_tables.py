@@ -120,16 +120,19 @@ def test_control_characters_are_shown_as_python_writes_them():
 @pytest.fixture(scope="module")
 def inspected(tmp_path_factory):
     """Writes a model's tables."""
+    import jax.numpy as jnp
+
     from meshwen.checkpoints import open_checkpoint
     from meshwen.cli.inspect import _abstract_mesh
     from meshwen.cli.inspect_report import inspection, tensor_rows
-    from meshwen.parallel.plan import ParallelPlan
+    from meshwen.models.placed import PlacedModel
 
     folder = write_folder(tmp_path_factory.mktemp("models") / "a[b]c", random_weights())
     with open_checkpoint(str(folder)) as checkpoint:
-        plan = ParallelPlan(checkpoint.config, _abstract_mesh("data=2,model=4"), "exact", None)
-        rows = tensor_rows(plan, checkpoint.tensors, "*")
-        report = inspection(plan, checkpoint, rows, "bfloat16")
+        mesh, dtype = _abstract_mesh("data=2,model=4"), jnp.dtype(jnp.bfloat16)
+        placed = PlacedModel(checkpoint.config, mesh, dtype, "exact")
+        rows = tensor_rows(placed, checkpoint.tensors, "*")
+        report = inspection(placed, checkpoint, rows)
     return report, rows
 
 

@@ -4,7 +4,6 @@
 import json
 import sys
 
-import jax
 import pytest
 
 from checkpoint_writers import random_weights, write_folder
@@ -12,7 +11,7 @@ from meshwen.cli import main
 from meshwen.cli.options import parse_meshes
 from meshwen.engine.sampling import sample
 from meshwen.errors import MeshwenError
-from meshwen.ops.numerics.exact import ExactTensorParallel
+from meshwen.ops.numerics.exact import Exact
 from meshwen.verify import parity
 from meshwen.verify.certificate_file import with_hash
 from meshwen.verify.faults import negated, with_changed_weight
@@ -58,9 +57,11 @@ EXACT = ("--meshes", "1,2", "--numerics", "exact", "--max-new-tokens", "3")
 def test_a_wrong_weight_on_one_mesh_breaks_exact_numerics_and_is_placed(model, capsys, monkeypatch):
     sound, place = parity.load_params, Parting(0, "MLP output")
 
-    def load(checkpoint, plan, dtype):
-        params = sound(checkpoint, plan, dtype)
-        return params if plan.model_devices == 1 else with_changed_weight(params, place, negated)
+    def load(checkpoint, weights):
+        params = sound(checkpoint, weights)
+        if weights.plan.model_devices == 1:
+            return params
+        return with_changed_weight(params, weights, place, negated)
 
     monkeypatch.setattr(parity, "load_params", load)
     assert main(["verify", "--model", model, *EXACT]) == 1
@@ -70,10 +71,10 @@ def test_a_wrong_weight_on_one_mesh_breaks_exact_numerics_and_is_placed(model, c
 
 
 def test_a_floating_point_all_reduce_breaks_exact_numerics(model, capsys, monkeypatch):
-    def by_all_reduce(tp, x):
-        return jax.lax.psum(x, tp.axes) if tp.axes else x
+    def by_all_reduce(numerics, x, collectives):
+        return collectives.all_reduce(x)
 
-    monkeypatch.setattr(ExactTensorParallel, "_across_devices", by_all_reduce)
+    monkeypatch.setattr(Exact, "all_reduce", by_all_reduce)
     assert main(["verify", "--model", model, *EXACT]) == 1
     assert "exact 2: an exact step has a floating-point all-reduce" in capsys.readouterr().out
 
@@ -83,7 +84,7 @@ def test_a_sampler_that_takes_other_tokens_breaks_a_promise(model, capsys, monke
         sampled = sample(*arguments)
         return sampled._replace(tokens=(sampled.tokens + 1) % 100)
 
-    monkeypatch.setattr("meshwen.engine.runner.sample", wrong)
+    monkeypatch.setattr("meshwen.engine.steps.sample", wrong)
     assert main(["verify", "--model", model, *SHORT]) == 1
     assert "less likely than the likeliest" in capsys.readouterr().out
 

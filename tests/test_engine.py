@@ -368,10 +368,10 @@ def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype, kernel, head_dim, 
     if not kernel:
         monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     runner = MeshModel(replace(TINY, head_dim=head_dim), "1", dtype=dtype).runner
-    one, slots = np.zeros(1, np.int32), 64 if kernel else 16
+    one, length = np.zeros(1, np.int32), 64 if kernel else 16
     cache, hidden, ids = runner.empty_cache(4, 64), runner.empty_hidden(1), np.ones((1, 16))
     lowered = runner.prefill_program.lower(
-        runner.params, cache, hidden, ids.astype(np.int32), one, one[0], one + 9, slots=slots
+        runner.params, cache, hidden, ids.astype(np.int32), one, one[0], one + 9, length=length
     )
     program = lowered.compile().as_text()
     assert (f"meshwen_{kernels.label()}_attention_" in program) == kernel

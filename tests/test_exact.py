@@ -20,7 +20,11 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.errors import MeshwenError
-from meshwen.ops.numerics.exact import EXACT_COMPILER_OPTIONS, ExactTensorParallel
+from meshwen.ops import ordered
+from meshwen.ops.cpu.xla import XlaOnCpu
+from meshwen.ops.numerics.exact import Exact
+from meshwen.ops.operations import Ops
+from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING, exact_head_layout
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -58,6 +62,9 @@ def exact(config, mesh="1", dtype=np.float32) -> MeshModel:
     return shared_model(config, mesh, dtype, "exact")
 
 
+OPTIONS = XlaOnCpu().compiler_options(ordered=True)
+
+
 def forward(config, mesh="1", dtype=np.float32) -> np.ndarray:
     return exact(config, mesh, dtype).logits(random_tokens(config, BATCH, LENGTH))
 
@@ -72,9 +79,9 @@ def test_the_heads_of_a_device_are_summed_as_each_is_by_itself(dtype):
 
     def summed(weights, projected):
         v = projected.reshape(B, T, -1, H).swapaxes(1, 2)
-        return ExactTensorParallel(()).weighted_values(weights, v)
+        return ordered.weighted_values(weights, v)
 
-    run = jax.jit(summed, compiler_options=EXACT_COMPILER_OPTIONS)
+    run = jax.jit(summed, compiler_options=OPTIONS)
     whole = [np.asarray(part) for part in run(weights, projected)]
     for head in range(K):
         one = run(weights[:, head : head + 1], projected[..., head * H : (head + 1) * H])
@@ -146,6 +153,12 @@ def test_one_step_of_any_batch_has_the_bits_of_the_whole(dtype):
         assert_same_bits(found, whole[:batch])
 
 
+def column(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x @ weight, as a column-parallel layer multiplies, without kernels."""
+    ops = Ops(numerics=Exact(), backend=XlaOnCpu())
+    return ops.column(x, {"weight": Weight((weight,), transposed=True)})
+
+
 @every_dtype
 @pytest.mark.parametrize(("inner", "columns"), [(128, 512), (128, 4096), (448, 18944), (896, 4864)])
 def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner, columns):
@@ -153,9 +166,8 @@ def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner
     rng = np.random.default_rng(0)
     x = rng.standard_normal((512, inner)).astype(np.float32)
     weight = rng.standard_normal((inner, columns)).astype(dtype)
-    column = ExactTensorParallel(()).column
 
-    @partial(jax.jit, compiler_options=EXACT_COMPILER_OPTIONS)
+    @partial(jax.jit, compiler_options=OPTIONS)
     def products(operands):
         return [column(*pair) for pair in operands]
 
@@ -172,11 +184,11 @@ def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner
 
 @pytest.mark.parametrize("function", [jnp.exp, jax.nn.silu, jnp.log1p], ids=lambda f: f.__name__)
 def test_a_function_has_one_approximation_for_any_width_and_surroundings(function):
-    pointwise = ExactTensorParallel(()).pointwise
+    pointwise = Exact().pointwise
     x = np.random.default_rng(0).uniform(0, 20, (2048, 15)).astype(np.float32)
     lowered = jax.jit(
         lambda x: pointwise(function, x - x.min(axis=1, keepdims=True)),
-        compiler_options=EXACT_COMPILER_OPTIONS,
+        compiler_options=OPTIONS,
     )
     expected = np.asarray(jax.jit(function)((x - x.min(axis=1, keepdims=True)).reshape(-1, 64)))
     assert_same_bits(np.asarray(lowered(x)), expected.reshape(x.shape))
@@ -186,9 +198,9 @@ def test_a_function_has_one_approximation_for_any_width_and_surroundings(functio
 def test_a_product_is_rounded_before_it_is_added():
     a, b, c = np.random.default_rng(0).uniform(1, 2, (3, 4096)).astype(np.float32)
 
-    @partial(jax.jit, compiler_options=EXACT_COMPILER_OPTIONS)
+    @partial(jax.jit, compiler_options=OPTIONS)
     def added(a, b, c):
-        (product,) = ExactTensorParallel(()).rounded((a * b,))
+        (product,) = Exact().rounded((a * b,))
         return product + c
 
     assert_same_bits(np.asarray(added(a, b, c)), a * b + c)
@@ -197,8 +209,8 @@ def test_a_product_is_rounded_before_it_is_added():
 @every_dtype
 def test_no_sum_is_a_negative_zero(dtype):
     x, weight = -np.ones((4, 1), np.float32), np.zeros((1, 64), dtype)
-    column = jax.jit(ExactTensorParallel(()).column, compiler_options=EXACT_COMPILER_OPTIONS)
-    assert not np.signbit(np.asarray(column(x, weight))).any()
+    found = jax.jit(column, compiler_options=OPTIONS)(x, weight)
+    assert not np.signbit(np.asarray(found)).any()
 
 
 def wild_weights(seed: int) -> dict[str, np.ndarray]:
@@ -283,7 +295,7 @@ def test_pieces_of_heads_are_subtrees_of_one_tree(query, key_value, devices):
 
 def test_what_exact_numerics_cannot_do_is_refused():
     with pytest.raises(MeshwenError, match="1, 2, 4, 8, 16 or 32 devices, not 3"):
-        ParallelPlan(HEADS_28, make_mesh("3"), "exact")
+        ParallelPlan(HEADS_28.sizes, make_mesh("3"), exact=True)
     odd = replace(HEADS_28, num_attention_heads=27, num_key_value_heads=3)
     with pytest.raises(MeshwenError, match="power of two of key/value heads, not 3"):
-        _ = ParallelPlan(odd, make_mesh("2"), "exact").heads
+        ParallelPlan(odd.sizes, make_mesh("2"), exact=True)

@@ -16,9 +16,9 @@ from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.models.placed import PlacedModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.loading import dummy_params
 from tiny_model import ONE_LAYER
 
@@ -104,8 +104,8 @@ def test_a_layer_of_7b_has_the_same_bits_on_8_and_32_devices(dtype):
     token_ids = np.random.default_rng(0).integers(0, WIDTH_7B.vocab_size, (2, 24)).astype(np.int32)
     found = []
     for mesh in ("1", "1x8") if dtype == "float32" else ("1", "8x4"):
-        plan = ParallelPlan(WIDTH_7B, make_mesh(mesh), "exact")
-        runner = ModelRunner(plan, dummy_params(plan, jnp.dtype(dtype)), jnp.dtype(dtype))
+        model = PlacedModel(WIDTH_7B, make_mesh(mesh), jnp.dtype(dtype), "exact")
+        runner = ModelRunner(model, dummy_params(model.weights))
         found.append(np.asarray(runner.logits(token_ids)))
         one = np.asarray(runner.logits(token_ids[1:, :8]))
         np.testing.assert_array_equal(one[0].view(np.int32), found[0][1, :8].view(np.int32))

@@ -20,7 +20,7 @@ from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.packing import PackedWeight
+from meshwen.ops.cpu.panels import PANELS
 from needs_kernels import needs_kernels
 
 pytestmark = needs_kernels
@@ -68,7 +68,7 @@ def native(request, monkeypatch):
 
 def multiply(a, b, alone=False):
     """a @ b by the kernel, whatever dtype they share."""
-    return kernels.product(a, PackedWeight.of(b.T, b.dtype), alone)
+    return kernels.matmul(a, PANELS.pack(b.T, b.dtype), alone)
 
 
 # A new object each time, so that jax traces it anew for each set of instructions.
@@ -318,11 +318,11 @@ def test_threads_may_begin_at_the_same_time():
     program = """
 import concurrent.futures as f, jax.numpy as jnp
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.packing import PackedWeight
+from meshwen.ops.cpu.panels import PANELS
 one = jnp.ones((4, 4), jnp.bfloat16)
-weight = PackedWeight.of(one, one.dtype)
+weight = PANELS.pack(one, one.dtype)
 with f.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(lambda _: float(kernels.product(one, weight)[0, 0]), range(8)))
+    found = list(pool.map(lambda _: float(kernels.matmul(one, weight)[0, 0]), range(8)))
 assert found == [4.0] * 8
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

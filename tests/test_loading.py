@@ -14,14 +14,16 @@ from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, SMALL_HALF_B, memory_checkpoint, whole
 from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
-from meshwen.ops.cpu.packing import AnyWeight, PackedWeight
+from meshwen.models.placed import PlacedModel
+from meshwen.ops.formats import Packed
+from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights import loading
-from meshwen.weights.declaration import declared_weights
 from meshwen.weights.finite import check_finite
 from meshwen.weights.loading import dummy_params, load_params
+from meshwen.weights.placed import Placement
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Nothing here divides by most meshes: 7 query and key/value pairs of heads, odd vocabulary and MLP.
@@ -37,9 +39,13 @@ pytestmark = pytest.mark.usefixtures("unoptimised")
 MESHES = ("1", "3", "5", "2x4", "1x32", "data=2,model=4")
 
 
-def by_name(params, prefix: str = "") -> dict[str, AnyWeight]:
+def placed(config, mesh: str, dtype=BFLOAT16, quantization=None) -> Placement:
+    return PlacedModel(config, make_mesh(mesh), np.dtype(dtype), "fast", quantization).weights
+
+
+def by_name(params, prefix: str = "") -> dict[str, Weight]:
     """The pytree's weights by the names of a checkpoint."""
-    if isinstance(params, AnyWeight):
+    if isinstance(params, Weight):
         return {prefix[:-1]: params}
     items = enumerate(params) if isinstance(params, list) else params.items()
     return {k: v for key, node in items for k, v in by_name(node, f"{prefix}{key}.").items()}
@@ -66,7 +72,7 @@ def on_devices(name: str, tensor: np.ndarray, plan: ParallelPlan) -> np.ndarray:
         slots = (
             plan.heads.query_slots() if kind in "q_proj o_proj" else plan.heads.key_value_slots()
         )
-        heads = np.split(tensor, tensor.shape[axis] // plan.config.head_dim, axis)
+        heads = np.split(tensor, tensor.shape[axis] // plan.sizes.head_dim, axis)
         empty = np.zeros_like(heads[0])
         pieces = [empty if slot == PADDING else heads[slot] for slot in slots.reshape(-1)]
         tensor = np.concatenate(pieces, axis)
@@ -100,54 +106,54 @@ def checkpoint(request, tmp_path_factory):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_checkpoint_loads_bit_for_bit(checkpoint, mesh):
     dtype, weights, opened = checkpoint
-    plan = ParallelPlan(ODD, make_mesh(mesh))
-    arrays = by_name(load_params(opened, plan, dtype))
+    placement = placed(ODD, mesh, dtype)
+    arrays = by_name(load_params(opened, placement))
     assert arrays.keys() == weights.keys()
     for name, tensor in weights.items():
-        assert same_bits(arrays[name], on_devices(name, tensor, plan)), name
+        assert same_bits(arrays[name], on_devices(name, tensor, placement.plan)), name
 
 
 def test_large_parts_are_packed_by_and_by(checkpoint, monkeypatch):
     dtype, weights, opened = checkpoint
     monkeypatch.setattr("meshwen.weights.loading._PACKED_ROWS", 32)
-    arrays = by_name(load_params(opened, ParallelPlan(ODD, make_mesh("1")), dtype))
+    placement = placed(ODD, "1", dtype)
+    arrays = by_name(load_params(opened, placement))
     for name, tensor in weights.items():
-        assert same_bits(arrays[name], on_devices(name, tensor, ParallelPlan(ODD, make_mesh("1"))))
+        assert same_bits(arrays[name], on_devices(name, tensor, placement.plan))
 
 
 @pytest.mark.parametrize("mesh", ["1", "1x8", "data=2,model=4"])
 def test_float32_is_cast_to_bfloat16_by_rounding_to_nearest_even(mesh):
     weights = random_bits(ODD, np.dtype(np.float32))
-    plan = ParallelPlan(ODD, make_mesh(mesh))
-    arrays = by_name(load_params(memory_checkpoint(ODD, weights), plan, BFLOAT16))
+    placement = placed(ODD, mesh)
+    arrays = by_name(load_params(memory_checkpoint(ODD, weights), placement))
     for name, tensor in weights.items():
         bits = tensor.view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         expected = rounded.astype(np.uint16).view(BFLOAT16)
-        assert same_bits(arrays[name], on_devices(name, expected, plan)), name
+        assert same_bits(arrays[name], on_devices(name, expected, placement.plan)), name
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_each_device_holds_its_declared_part_and_no_more(mesh):
-    plan = ParallelPlan(ODD, make_mesh(mesh))
+    placement = placed(ODD, mesh, np.float32)
     weights = random_bits(ODD, np.dtype(np.float32))
-    loaded = by_name(load_params(memory_checkpoint(ODD, weights), plan, np.dtype(np.float32)))
-    made = by_name(dummy_params(plan, np.dtype(np.float32)))
-    for weight in declared_weights(ODD):
-        for placed in (loaded[weight.name], made[weight.name]):
-            array, shape = placed, weight.shard_shape(plan)
-            if isinstance(placed, PackedWeight):
-                assert placed.shape == shape
-                array, (inputs, outputs) = placed.values, shape
-                shape = (-(-outputs // 32), inputs, 32, 1)
-            assert array.sharding.is_equivalent_to(weight.sharding(plan), array.ndim)
-            assert len(array.addressable_shards) == plan.mesh.size
-            shapes = {shard.data.shape for shard in array.addressable_shards}
+    loaded = by_name(load_params(memory_checkpoint(ODD, weights), placement))
+    made = by_name(dummy_params(placement))
+    for weight in placement.declared:
+        for found in (loaded[weight.path], made[weight.path]):
+            leaf, shape = found.leaf, weight.shard_shape
+            if isinstance(leaf, Packed):
+                assert leaf.shape == shape
+                inputs, outputs = shape
+                (leaf,), shape = jax.tree.leaves(leaf), (-(-outputs // 32), inputs, 32, 1)
+            assert leaf.sharding.is_equivalent_to(weight.sharding, leaf.ndim)
+            assert len(leaf.addressable_shards) == placement.plan.mesh.size
+            shapes = {shard.data.shape for shard in leaf.addressable_shards}
             assert shapes == {shape}
 
 
 def test_a_source_is_asked_for_each_part_of_a_weight_and_never_for_all_of_it(monkeypatch):
-    plan = ParallelPlan(SMALL_7B, make_mesh("1x8"))
     opened = memory_checkpoint(SMALL_7B, random_bits(SMALL_7B, BFLOAT16))
     read, original = [], type(opened.tensors["lm_head.weight"]).read
 
@@ -157,7 +163,7 @@ def test_a_source_is_asked_for_each_part_of_a_weight_and_never_for_all_of_it(mon
         return part
 
     monkeypatch.setattr(type(opened.tensors["lm_head.weight"]), "read", recorded)
-    load_params(opened, plan, BFLOAT16)
+    load_params(opened, placed(SMALL_7B, "1x8"))
     for name, share in read:
         assert share <= (1 if "norm" in name else 1 / 4), name
     for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -166,12 +172,12 @@ def test_a_source_is_asked_for_each_part_of_a_weight_and_never_for_all_of_it(mon
 
 def test_progress_counts_every_weight():
     calls = []
-    plan = ParallelPlan(ODD, make_mesh("2"))
-    total = len(declared_weights(ODD))
-    dummy_params(plan, np.dtype(np.float32), progress=lambda *call: calls.append(call))
+    placement = placed(ODD, "2")
+    total = len(placement.declared)
+    dummy_params(placement, progress=lambda *call: calls.append(call))
     assert calls == [(i, total) for i in range(total + 1)]
     opened = memory_checkpoint(ODD, random_bits(ODD, BFLOAT16))
-    load_params(opened, plan, BFLOAT16, progress=lambda *call: calls.append(call))
+    load_params(opened, placement, progress=lambda *call: calls.append(call))
     assert calls == [(i, total) for i in range(total + 1)] * 2
 
 
@@ -185,9 +191,8 @@ NAMES = [
 
 
 def refusal(config, weights, mesh: str = "2") -> str:
-    plan = ParallelPlan(config, make_mesh(mesh))
     with pytest.raises(MeshwenError) as error:
-        load_params(memory_checkpoint(config, weights), plan, BFLOAT16)
+        load_params(memory_checkpoint(config, weights), placed(config, mesh))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -226,13 +231,11 @@ def test_an_unexpected_tensor_is_named_with_its_shape(name):
     assert f'unexpected tensor "{name}" [3, 5]' in refusal(ODD, weights)
 
 
-def test_rotary_buffers_of_old_checkpoints_are_ignored():
+def test_rope_frequencies_buffers_of_old_checkpoints_are_ignored():
     weights = random_bits(ODD, BFLOAT16)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     opened = memory_checkpoint(ODD, weights | {name: np.zeros(2, np.float32)})
-    assert by_name(load_params(opened, ParallelPlan(ODD, make_mesh("2")), BFLOAT16)).keys() == set(
-        weights
-    )
+    assert by_name(load_params(opened, placed(ODD, "2"))).keys() == set(weights)
 
 
 @pytest.mark.parametrize("with_copy", [False, True])
@@ -240,12 +243,12 @@ def test_a_tied_checkpoint_loads_with_and_without_a_copy_of_the_head(with_copy):
     tied = replace(ODD, tie_word_embeddings=True)
     weights = random_bits(tied, BFLOAT16)
     copy = {"lm_head.weight": weights["model.embed_tokens.weight"]} if with_copy else {}
-    plan = ParallelPlan(tied, make_mesh("3"))
-    arrays = by_name(load_params(memory_checkpoint(tied, weights | copy), plan, BFLOAT16))
+    placement = placed(tied, "3")
+    arrays = by_name(load_params(memory_checkpoint(tied, weights | copy), placement))
     assert arrays.keys() == weights.keys()
     name = "model.embed_tokens.weight"
-    expected = on_devices(name, weights[name], plan)
-    assert same_bits(arrays[name], expected.T if plan.kernels else expected)
+    expected = on_devices(name, weights[name], placement.plan)
+    assert same_bits(arrays[name], expected.T if placement.format else expected)
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused():
@@ -255,7 +258,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused():
     head[-1, -1] = 3
     checkpoint = memory_checkpoint(tied, weights | {"lm_head.weight": head})
     with pytest.raises(MeshwenError, match=r"ties lm_head\.weight to model\.embed_tokens"):
-        load_params(checkpoint, ParallelPlan(tied, make_mesh("1")), BFLOAT16)
+        load_params(checkpoint, placed(tied, "1"))
 
 
 def test_integers_are_no_weights():
@@ -263,7 +266,7 @@ def test_integers_are_no_weights():
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = np.ones(weights[name].shape, np.int8)
     with pytest.raises(MeshwenError, match=f"{name} is int8, not floating-point"):
-        load_params(memory_checkpoint(ODD, weights), ParallelPlan(ODD, make_mesh("1")), BFLOAT16)
+        load_params(memory_checkpoint(ODD, weights), placed(ODD, "1"))
 
 
 def test_an_untied_checkpoint_without_a_head_is_refused():
@@ -273,23 +276,22 @@ def test_an_untied_checkpoint_without_a_head_is_refused():
 
 @pytest.fixture(scope="module")
 def dummy_on_one_device():
-    plan = ParallelPlan(ODD, make_mesh("1"))
-    return {name: whole(a) for name, a in by_name(dummy_params(plan, BFLOAT16)).items()}
+    return {name: whole(a) for name, a in by_name(dummy_params(placed(ODD, "1"))).items()}
 
 
 @pytest.mark.parametrize("mesh", ["3", "1x32", "data=2,model=4"])
 def test_dummy_weights_are_the_same_on_every_mesh(dummy_on_one_device, mesh):
-    plan = ParallelPlan(ODD, make_mesh(mesh))
-    arrays = by_name(dummy_params(plan, BFLOAT16))
-    for weight in declared_weights(ODD):
-        one = dummy_on_one_device[weight.name]
+    placement = placed(ODD, mesh)
+    arrays = by_name(dummy_params(placement))
+    for weight in placement.declared:
+        name, one = weight.path, dummy_on_one_device[weight.path]
         original = one.T if weight.transposed else one
-        assert same_bits(arrays[weight.name], on_devices(weight.name, original, plan)), weight.name
+        assert same_bits(arrays[name], on_devices(name, original, placement.plan)), name
 
 
 def test_dummy_weights_have_the_spread_of_fresh_ones_and_differ_from_each_other():
-    plan = ParallelPlan(SMALL_7B, make_mesh("2"))
-    arrays = {n: whole(a) for n, a in by_name(dummy_params(plan, np.float32)).items()}
+    placement = placed(SMALL_7B, "2", np.float32)
+    arrays = {n: whole(a) for n, a in by_name(dummy_params(placement)).items()}
     for name, array in arrays.items():
         values = array[array != 0]
         assert np.isfinite(values).all()
@@ -301,7 +303,7 @@ def test_dummy_weights_have_the_spread_of_fresh_ones_and_differ_from_each_other(
     up = "model.layers.{}.mlp.up_proj.weight"
     products = np.corrcoef([arrays[up.format(i)].reshape(-1) for i in range(2)])
     assert abs(products[0, 1]) < 0.01
-    other_seed = by_name(dummy_params(plan, np.float32, seed=1))
+    other_seed = by_name(dummy_params(placement, seed=1))
     assert not np.array_equal(whole(other_seed[up.format(0)]), arrays[up.format(0)])
 
 
@@ -322,11 +324,11 @@ DAMAGED = "model.layers.1.mlp.up_proj.weight"
 )
 def test_a_weight_that_is_no_number_is_refused_by_name(value, dtype, mesh, quantization, said):
     weights = {name: a.astype(dtype) for name, a in random_bits(ODD, np.dtype(np.float16)).items()}
-    plan = ParallelPlan(ODD, make_mesh(mesh), quantization=quantization)
-    load_params(memory_checkpoint(ODD, weights), plan, BFLOAT16)
+    placement = placed(ODD, mesh, quantization=quantization)
+    load_params(memory_checkpoint(ODD, weights), placement)
     weights[DAMAGED][-1, -1] = value
     with pytest.raises(MeshwenError, match=f"memory: tensor {DAMAGED} {said}") as caught:
-        load_params(memory_checkpoint(ODD, weights), plan, BFLOAT16)
+        load_params(memory_checkpoint(ODD, weights), placement)
     assert "\n" not in str(caught.value)
 
 
@@ -367,20 +369,20 @@ def test_weights_that_do_not_fit_say_that_the_config_names_a_quantisation():
     del weights[DAMAGED]
     opened = replace(memory_checkpoint(ODD, weights), quantization="gptq")
     with pytest.raises(MeshwenError, match=r'is missing; .* names "gptq", which is not supported'):
-        load_params(opened, ParallelPlan(ODD, make_mesh("1")), BFLOAT16)
+        load_params(opened, placed(ODD, "1"))
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_weights_that_do_not_fit_a_device_are_refused_before_any_is_placed(
     monkeypatch, quantization
 ):
-    plan = ParallelPlan(ODD, make_mesh("2x4"), quantization=quantization)
-    arrays = jax.tree.leaves(dummy_params(plan, BFLOAT16))
+    placement = placed(ODD, "2x4", quantization=quantization)
+    arrays = jax.tree.leaves(dummy_params(placement))
     held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
     monkeypatch.setattr(loading, "free_bytes", lambda devices: held - 1)
     opened = memory_checkpoint(ODD, random_bits(ODD, BFLOAT16))
     for load in (partial(dummy_params), partial(load_params, opened)):
         with pytest.raises(MeshwenError, match=r"the weights need .* on each device"):
-            load(plan, BFLOAT16, lambda done, total: pytest.fail("a weight was placed"))
+            load(placement, lambda done, total: pytest.fail("a weight was placed"))
     monkeypatch.setattr(loading, "free_bytes", lambda devices: held)
-    load_params(opened, plan, BFLOAT16)
+    load_params(opened, placement)

@@ -129,7 +129,7 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
     parts = model.plan.data_devices
     tokens, part, row = (np.zeros(s, np.int32) for s in ((parts, CHUNK), parts, BATCH))
     prefill = runner.prefill_program.lower(
-        runner.params, cache, runner.empty_hidden(parts), tokens, part, 0, part, slots=SLOTS
+        runner.params, cache, runner.empty_hidden(parts), tokens, part, 0, part, length=SLOTS
     )
     assert collectives(prefill.compile().as_text()) == expected
     greedy = [SamplingParams()] * BATCH
@@ -205,15 +205,15 @@ def test_what_stands_in_padded_slots_adds_exactly_nothing(config, mesh):
 @pytest.mark.parametrize("mesh", ["1", "3", "2x4", "data=2,model=4"])
 def test_every_row_of_the_embedding_is_found_exactly(mesh, config):
     model = shared_model(config, mesh)
-    tp, plan = model.runner.tp, model.plan
+    plan, layer = model.plan, model.params["model"]["embed_tokens"]
+    (table,) = (w for w in model.runner.model.weights.weights if "embed_tokens" in w.path)
     lookup = jax.shard_map(
-        tp.embed,
+        model.runner.ops.embed,
         mesh=plan.mesh,
-        in_specs=(plan.spec("length"), plan.spec("vocab", "embed")),
+        in_specs=(plan.spec("length"), {"weight": table.specs()}),
         out_specs=plan.spec("length", "embed"),
         check_vma=False,
     )
-    table = model.params["model"]["embed_tokens"]["weight"]
-    found = jax.jit(lookup)(jnp.arange(config.vocab_size), table)
+    found = jax.jit(lookup)(jnp.arange(config.vocab_size), layer)
     original = reference.random_weights(config)["model.embed_tokens.weight"]
     np.testing.assert_array_equal(found, original)

@@ -19,10 +19,14 @@ from mesh_model import (
     relative_error,
     shared_model,
 )
-from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits, rms_norm, rotate
+from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.rope_scaling import RopeScaling
-from meshwen.ops.contractions import TensorParallel, product
 from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.xla import XlaOnCpu
+from meshwen.ops.dot import dot
+from meshwen.ops.operations import Ops
+from meshwen.ops.rotary import Rotary, rotate
+from meshwen.ops.weight import Weight
 
 # In units of the largest logit. float32 rounding gives 1e-6; a wrong model gives 1e-2 or more.
 TOLERANCE = 1e-5
@@ -191,14 +195,14 @@ def test_what_an_earlier_sequence_left_in_the_cache_is_not_seen():
     np.testing.assert_array_equal(again, fresh)
 
 
-def test_attention_reads_only_the_slots_that_it_is_told_of():
+def test_attention_reads_only_the_positions_that_it_is_told_of():
     model, token_ids = shared_model(SMALL_7B), random_tokens(SMALL_7B, 3, LENGTH)
 
     @jax.jit
     def prefill(params, cache):
-        tp, start = TensorParallel(), jnp.zeros(3, jnp.int32)
-        x, cache = hidden_states(params, token_ids, start, cache, LENGTH, SMALL_7B, tp)
-        return logits(params, x, tp), cache
+        start, placed = jnp.zeros(3, jnp.int32), model.runner.model
+        x, cache = placed.hidden_states(params, token_ids, start, cache, LENGTH)
+        return placed.logits(params, x), cache
 
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), model.cache(3, SLOTS))
     found, cache = prefill(model.params, nowhere)
@@ -243,7 +247,7 @@ def test_bfloat16_stays_near_float32_and_decodes_as_it_prefills():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])
-def test_padding_the_rows_of_a_product_does_not_change_them(rows, dtype):
+def test_padding_the_rows_of_a_matmul_does_not_change_them(rows, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((1, rows, 32)), jnp.float32)
     weight = jnp.asarray(rng.standard_normal((32, 24)), dtype)
@@ -251,18 +255,21 @@ def test_padding_the_rows_of_a_product_does_not_change_them(rows, dtype):
     x64 = np.asarray(x.astype(dtype), np.float64)
     y64 = x64 @ np.asarray(weight, np.float64)
     for min_rows in (1, 8):
-        tp = TensorParallel(min_rows=min_rows)
-        found = tp.column(x, weight, bias)
+        ops = Ops(backend=XlaOnCpu(min_rows))
+        kernel = {"weight": Weight((weight,), transposed=True)}
+        found = ops.column(x, kernel | {"bias": Weight((bias,))})
         assert (found.shape, found.dtype) == ((1, rows, 24), jnp.float32)
         assert relative_error(np.asarray(found), y64 + np.asarray(bias, np.float64)) < 1e-6
-        assert relative_error(np.asarray(tp.row(x, weight)), y64) < 1e-6
-        assert relative_error(np.asarray(tp.tied_logits(x, weight.T)), y64) < 1e-6
+        assert relative_error(np.asarray(ops.row(x, kernel)), y64) < 1e-6
+        assert (
+            relative_error(np.asarray(ops.logits(x, {"weight": Weight((weight.T,))})), y64) < 1e-6
+        )
 
 
 def test_float32_products_ask_every_back_end_for_float32():
     def precision(dtype) -> str:
         a = jnp.ones((2, 2), dtype)
-        return str(jax.make_jaxpr(lambda a: product(a, a, (((1,), (0,)), ((), ()))))(a))
+        return str(jax.make_jaxpr(lambda a: dot(a, a, (((1,), (0,)), ((), ()))))(a))
 
     assert "HIGHEST" in precision(jnp.float32)
     assert "HIGHEST" not in precision(jnp.bfloat16)
@@ -274,11 +281,12 @@ def test_rms_norm_of_large_and_tiny_rows():
     x = rng.standard_normal((4, 16)) * np.array([[1e-6], [1e-2], [1.0], [1e4]])
     weight = rng.standard_normal(16).astype(np.float32)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
-    found = rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(weight), 1e-6, TensorParallel())
+    layer = {"weight": Weight((jnp.asarray(weight),))}
+    found = Ops().rms_norm(jnp.asarray(x, jnp.float32), layer, 1e-6)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_rotation_pairs_each_dimension_with_that_half_a_head_away():
     x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
-    quarter_turn = (jnp.asarray([0.0, 1.0]), jnp.asarray([1.0, 0.0]))
-    assert rotate(x, quarter_turn, TensorParallel()).reshape(-1).tolist() == [-3.0, 2.0, 1.0, 4.0]
+    quarter_turn = Rotary(jnp.asarray([0.0, 1.0]), jnp.asarray([1.0, 0.0]))
+    assert rotate(x, quarter_turn, Ops()).reshape(-1).tolist() == [-3.0, 2.0, 1.0, 4.0]

@@ -25,11 +25,12 @@ from mesh_model import (
 from meshwen import Qwen2ForCausalLM
 from meshwen.cli.app import app
 from meshwen.errors import MeshwenError
+from meshwen.models.placed import PlacedModel
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.packing import PackedWeight, unpacked
+from meshwen.ops.cpu.panels import INT8_PANELS
+from meshwen.ops.formats import Packed
+from meshwen.ops.weight import Weight
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import placed_weights
 from meshwen.weights.loading import dummy_params
 from needs_kernels import needs_kernels
 
@@ -77,7 +78,7 @@ def integer_product(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.n
     return terms.sum(axis=2), (terms.shape[2] + 1) * 2.0**-24 * np.abs(terms).sum(axis=2)
 
 
-quantised = partial(PackedWeight.of, dtype=jnp.dtype(np.float32), quantization="int8")
+quantised = partial(INT8_PANELS.pack, dtype=jnp.dtype(np.float32))
 on_device = jax.jit(quantised)
 
 
@@ -98,7 +99,7 @@ def test_a_weight_is_off_by_half_a_step_at_most(dtype):
     @jax.jit
     def program(weights):
         packed = [quantised(weight) for weight in weights]
-        return packed, [unpacked(one).T for one in packed]
+        return packed, [one.unpacked().T for one in packed]
 
     weights = [drawn(1, *shape)[1].astype(dtype) for shape in SHAPES]
     for weight, found, stands_for in zip(weights, *program(weights), strict=True):
@@ -115,7 +116,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden():
     weight[1, 40], weight[2, 3] = np.inf, np.nan
     payloads = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     weight[3, 3], weight[4, 3] = payloads
-    found = np.asarray(unpacked(on_device(weight)))
+    found = np.asarray(on_device(weight).unpacked())
     assert (found[:, 0] == 0).all()
     assert (found[:32, 1] == 0).all()
     assert np.isnan(found[32:, 1]).all()
@@ -127,7 +128,7 @@ def products(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
 
     @jax.jit
     def program(pairs):
-        return [kernels.product(x, quantised(weight)) for x, weight in pairs]
+        return [kernels.matmul(x, quantised(weight)) for x, weight in pairs]
 
     return [np.asarray(found) for found in program(pairs)]
 
@@ -144,7 +145,7 @@ def test_the_product_is_that_of_integers(instructions):
 @needs_kernels
 def test_the_product_is_near_the_one_of_what_was_not_quantised(instructions):
     x, weight = drawn(5, 896, 300)
-    found = np.asarray(jax.jit(partial(kernels.product))(x, on_device(weight)))
+    found = np.asarray(jax.jit(partial(kernels.matmul))(x, on_device(weight)))
     x_step, step = (
         np.repeat(scales, 32, axis=1)
         for scales in (groups(x)[1][..., 0] / 127, weight_scales(weight)[..., 0])
@@ -165,7 +166,7 @@ def test_an_element_has_the_same_bits_whatever_is_multiplied_beside_it(instructi
     whole, *parts = map(bits, products([(x, weight), *((x[r], weight[c]) for r, c in places)]))
     for place, part in zip(places, parts, strict=True):
         np.testing.assert_array_equal(part, whole[place])
-    alone = jax.jit(partial(kernels.product, alone=True))(x, on_device(weight))
+    alone = jax.jit(partial(kernels.matmul, alone=True))(x, on_device(weight))
     np.testing.assert_array_equal(bits(alone), whole)
 
 
@@ -184,7 +185,7 @@ def test_tiny_numbers_and_zeros_do_not_become_anything_else(instructions):
     x = np.zeros((3, 64), np.float32)
     x[1], x[2] = 1e-40, 1e-20
     weight = np.ones((33, 64), np.float32)
-    found = np.asarray(jax.jit(partial(kernels.product))(x, on_device(weight)))
+    found = np.asarray(jax.jit(partial(kernels.matmul))(x, on_device(weight)))
     assert (found[:2] == 0).all()
     np.testing.assert_allclose(found[2], 64e-20, rtol=0.01)
 
@@ -192,20 +193,20 @@ def test_tiny_numbers_and_zeros_do_not_become_anything_else(instructions):
 def test_no_rows_and_no_columns_are_no_results():
     for rows, columns in ((0, 4), (3, 0)):
         weight = on_device(np.ones((columns, 32), np.float32))
-        assert kernels.product(jnp.zeros((rows, 32)), weight).shape == (rows, columns)
+        assert kernels.matmul(jnp.zeros((rows, 32)), weight).shape == (rows, columns)
 
 
 def test_factors_that_do_not_fit_are_refused():
     weight = on_device(np.ones((4, 64), np.float32))
     with pytest.raises(TypeError, match=r"\(3, 32\) cannot be multiplied with \(64, 4\)"):
-        kernels.product(jnp.zeros((3, 32)), weight)
+        kernels.matmul(jnp.zeros((3, 32)), weight)
 
 
 def model_weights(config) -> tuple[dict, dict]:
     """Random weights, and what they stand for when quantised: all but the embedding table."""
     weights = reference.random_weights(config)
     rounded = {
-        name: np.asarray(unpacked(on_device(value))).T if name.endswith(QUANTISED) else value
+        name: np.asarray(on_device(value).unpacked()).T if name.endswith(QUANTISED) else value
         for name, value in weights.items()
     }
     return weights, rounded
@@ -275,26 +276,27 @@ def test_exact_numerics_has_the_same_bits_on_every_mesh(config, kind, meshes):
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
 def test_only_what_is_multiplied_with_is_quantised(numerics):
-    plan = ParallelPlan(SMALL_HALF_B, make_mesh("1x8"), numerics, "int8")
-    params = dummy_params(plan, jnp.dtype(bfloat16))
-    kinds = {
-        jax.tree_util.keystr(path, simple=True, separator="."): type(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            params, is_leaf=lambda leaf: isinstance(leaf, PackedWeight)
+    model = PlacedModel(SMALL_HALF_B, make_mesh("1x8"), jnp.dtype(bfloat16), numerics, "int8")
+    params = dummy_params(model.weights)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="."): weight
+        for path, weight in jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=lambda node: isinstance(node, Weight)
         )
     }
-    assert set(kinds) == {weight.path for weight in placed_weights(plan)}
-    for path, kind in kinds.items():
-        assert (kind is PackedWeight) == ("_proj.weight" in path or "lm_head" in path), path
+    assert set(found) == {weight.path for weight in model.weights.weights}
+    for path, weight in found.items():
+        packed = {isinstance(leaf, Packed) for leaf in weight.leaves}
+        assert packed == {"_proj.weight" in path or "lm_head" in path}, path
 
 
-def test_made_up_weights_are_the_same_on_every_mesh():
+def test_dummy_weights_are_the_same_on_every_mesh():
     config = replace(SMALL_7B, intermediate_size=32 * 32, head_dim=32)
     found = []
     for mesh in ("1", "1x8"):
-        plan = ParallelPlan(config, make_mesh(mesh), "fast", "int8")
-        down = dummy_params(plan, jnp.dtype(np.float32))["model"]["layers"][1]["mlp"]["down_proj"]
-        found.append(np.asarray(down["weight"].values))
+        model = PlacedModel(config, make_mesh(mesh), jnp.dtype(np.float32), "fast", "int8")
+        down = dummy_params(model.weights)["model"]["layers"][1]["mlp"]["down_proj"]
+        found.append(np.asarray(down["weight"].leaf.values))
     np.testing.assert_array_equal(*found)
 
 
@@ -302,7 +304,7 @@ def test_an_unknown_quantization_is_named():
     with pytest.raises(MeshwenError, match="quantization 'int4' is not one of int8"):
         Qwen2ForCausalLM.from_pretrained("demo", quantization="int4")
     with pytest.raises(MeshwenError, match="quantization 'int4' is not one of int8"):
-        ParallelPlan(SMALL_7B, make_mesh("1"), "fast", "int4")
+        PlacedModel(SMALL_7B, make_mesh("1"), jnp.dtype(np.float32), "fast", "int4")
 
 
 def test_the_demo_model_solves_its_problem_from_the_command_line():

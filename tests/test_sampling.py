@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from meshwen.engine.sampling import NO_TOKEN, SamplerRows, SamplingMethod, mark_seen, sample
+from meshwen.engine.sampling import NO_TOKEN, SamplerRows, SamplingMethod, mark_penalized, sample
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.ops.contractions import TensorParallel
+from meshwen.ops.cpu.xla import XlaOnCpu
+from meshwen.ops.operations import Ops
+from meshwen.parallel.collectives import Collectives
 from meshwen.parallel.mesh import make_mesh, model_axes
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -209,8 +211,8 @@ def _compiled(mesh_text, vocab_size, method):
     split, whole = PartitionSpec(None, axes), PartitionSpec()
 
     def program(logits, rows, positions, seen):
-        tp = TensorParallel(axes)
-        return sample(logits, rows, positions, seen, vocab_size, method, tp)
+        ops = Ops(Collectives(axes), backend=XlaOnCpu())
+        return sample(logits, rows, positions, seen, vocab_size, method, ops)
 
     seen_spec = split if method.penalize else whole
     row_specs = SamplerRows._make([*[whole] * 7, split, split])
@@ -612,7 +614,7 @@ def test_a_new_token_is_marked_as_seen(mesh):
     axes, size = model_axes(devices), 7 * devices.size
     split = PartitionSpec(None, axes)
     mark = jax.shard_map(
-        lambda seen, tokens: mark_seen(seen, tokens, TensorParallel(axes)),
+        lambda seen, tokens: mark_penalized(seen, tokens, Ops(Collectives(axes))),
         mesh=devices,
         in_specs=(split, PartitionSpec()),
         out_specs=split,

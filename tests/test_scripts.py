@@ -58,7 +58,7 @@ def test_a_fault_whose_place_has_gone_is_named(script):
 @pytest.mark.parametrize(
     ("changed", "first", "others"),
     [
-        ("tests/test_rotary.py", ["test_rotary"], []),
+        ("tests/test_rope_frequencies.py", ["test_rope_frequencies"], []),
         ("tests/speller.py", ["test_arguments"], ["test_cli_chat", "test_cli_generate"]),
         (
             "src/meshwen/engine/engine.py",

@@ -17,6 +17,7 @@ from meshwen.verify.faults import (
     without_head,
 )
 from meshwen.verify.localise import Parting, Prober, divergence, operation_names, parting
+from meshwen.weights.declaration import updated
 from tiny_model import TINY
 from verify_model import PROMPTS, mesh_run, observed, prober, trace
 
@@ -52,7 +53,8 @@ def test_fast_meshes_part_at_the_first_sum_over_devices():
 @every_place
 def test_a_wrong_weight_is_found_where_it_is(place):
     run = mesh_run("4")
-    params = with_changed_weight(run.runner.params, place, negated)
+    weights = run.runner.model.weights
+    params = with_changed_weight(run.runner.params, weights, place, negated)
     found = prober("4").trace(observed("4").whole, params)
     assert parting(trace("4"), found) == place
     assert not found.neutral
@@ -93,9 +95,7 @@ def test_a_fault_that_is_not_there_is_not_found():
     ids=lambda value: str(value) if isinstance(value, Parting) else "",
 )
 def test_faults_outside_of_the_layers_are_found(path, place):
-    params = replaced(
-        mesh_run("4").runner.params, path, lambda a: jax.tree.map(lambda x: x * 1.5, a)
-    )
+    params = replaced(mesh_run("4").runner.params, path, lambda x: x * 1.5)
     found = prober("4").trace(observed("4").whole, params)
     assert parting(trace("4"), found) == place
     assert found.devices_agree
@@ -146,10 +146,11 @@ def test_faults_are_what_they_say():
 
 
 def test_a_changed_weight_leaves_the_original_as_it_was():
-    params = mesh_run("4").runner.params
+    runner = mesh_run("4").runner
+    params = runner.params
     weight = params["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
     before = whole(weight)
-    other = with_changed_weight(params, Parting(1, MLP), negated)
+    other = with_changed_weight(params, runner.model.weights, Parting(1, MLP), negated)
     changed = other["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
     assert (whole(changed) != before).sum() == 1
     np.testing.assert_array_equal(whole(weight), before)
@@ -157,9 +158,9 @@ def test_a_changed_weight_leaves_the_original_as_it_was():
 
 
 def replaced(tree, path, change):
-    """The tree with one leaf changed."""
-    name, *rest = path
-    new = replaced(tree[name], rest, change) if rest else change(tree[name])
-    if not rest:
-        new = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, tree[name])
-    return tree | {name: new}
+    """The tree with what is stored of one weight changed."""
+
+    def changed(array):
+        return jax.device_put(change(array), array.sharding)
+
+    return updated(tree, ".".join(path), lambda weight: jax.tree.map(changed, weight))

@@ -4,14 +4,16 @@
 from dataclasses import replace
 from math import prod
 
+import numpy as np
 import pytest
 
 import reference
 from mesh_model import SMALL_7B, SMALL_HALF_B
+from meshwen.models.placed import PlacedModel
 from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import declared_weights, num_parameters, unflatten
+from meshwen.weights.declaration import unflatten
+from meshwen.weights.placed import Placement
 
 ODD = replace(SMALL_HALF_B, head_dim=10, vocab_size=997, intermediate_size=301)
 # Parameters of the published checkpoints, as their safetensors headers add up.
@@ -26,39 +28,41 @@ PUBLISHED = {
 }
 
 
+def placed(config, mesh: str) -> Placement:
+    return PlacedModel(config, make_mesh(mesh), np.dtype(np.float32)).weights
+
+
 @pytest.mark.parametrize("config", [SMALL_7B, SMALL_HALF_B, ODD], ids=["7b", "half_b", "odd"])
 @pytest.mark.parametrize("mesh", ["1", "2x4"])
 def test_names_and_shapes_are_those_of_a_checkpoint_on_every_mesh(config, mesh):
-    plan = ParallelPlan(config, make_mesh(mesh))
-    declared = {w.name: w.shape(plan) for w in declared_weights(config)}
+    specs = placed(config, mesh).specs
+    declared = {spec.name: spec.shape(config.sizes) for spec in specs}
     assert declared == reference.tensor_shapes(config)
-    assert len(declared_weights(config)) == len(declared)
+    assert len(specs) == len(declared)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     for mesh in ("1", "1x32"):
-        plan = ParallelPlan(preset(name), make_mesh(mesh))
-        assert num_parameters(plan) == PUBLISHED[name]
+        assert placed(preset(name), mesh).parameters == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("mesh", ["1", "3", "1x8", "2x4", "1x32", "data=2,model=4"])
 def test_a_device_holds_an_equal_part_of_what_is_split_and_all_of_what_is_not(mesh):
-    plan = ParallelPlan(ODD, make_mesh(mesh))
-    n = plan.model_devices
-    for weight in declared_weights(ODD):
-        whole, part = weight.device_shape(plan), weight.shard_shape(plan)
-        split = [axis != "embed" for axis in weight.device_axes]
+    weights = placed(ODD, mesh)
+    n = weights.plan.model_devices
+    for weight in weights.declared:
+        whole, part = weight.shape, weight.shard_shape
+        split = [axis != "embed" for axis in weight.axes]
         assert part == tuple(size // n if s else size for size, s in zip(whole, split, strict=True))
         assert sum(split) <= 1
-        original = weight.shape(plan)[::-1] if weight.transposed else weight.shape(plan)
+        original = weight.spec.shape(ODD.sizes)[:: -1 if weight.transposed else 1]
         assert all(big >= small for big, small in zip(whole, original, strict=True))
         assert n > 1 or whole == original
 
 
 def test_projections_are_kept_as_in_by_out():
-    plan = ParallelPlan(SMALL_7B, make_mesh("1"))
-    shapes = {w.name: w.device_shape(plan) for w in declared_weights(SMALL_7B)}
+    shapes = {weight.path: weight.shape for weight in placed(SMALL_7B, "1").declared}
     assert shapes["model.layers.1.mlp.up_proj.weight"] == (224, 1184)
     assert shapes["model.layers.1.mlp.down_proj.weight"] == (1184, 224)
     assert shapes["lm_head.weight"] == (224, 1003)
@@ -66,7 +70,7 @@ def test_projections_are_kept_as_in_by_out():
 
 
 def test_a_device_of_7b_on_1x8_holds_an_eighth_and_its_padding():
-    plan = ParallelPlan(preset("qwen2.5-7b"), make_mesh("1x8"))
+    weights = placed(preset("qwen2.5-7b"), "1x8")
     a_layer = (
         2 * 3584  # norms
         + (3584 + 1)
@@ -77,7 +81,7 @@ def test_a_device_of_7b_on_1x8_holds_an_eighth_and_its_padding():
         + 3 * 3584 * 18944 // 8
     )
     expected = 28 * a_layer + 3584 + 2 * 152064 // 8 * 3584
-    assert sum(prod(w.shard_shape(plan)) for w in declared_weights(plan.config)) == expected
+    assert sum(prod(weight.shard_shape) for weight in weights.declared) == expected
 
 
 def test_dotted_names_nest_and_numbers_count_a_list():

@@ -9,8 +9,8 @@ import numpy as np
 
 from mesh_model import memory_checkpoint
 from meshwen.checkpoints import Checkpoint
+from meshwen.models.placed import PlacedModel
 from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.verify.localise import Prober, Trace
 from meshwen.verify.mesh_run import MeshRun, Observed
 from meshwen.verify.workload import Workload
@@ -33,8 +33,8 @@ def checkpoint(**changed: np.ndarray) -> Checkpoint:
 
 @functools.cache
 def mesh_run(mesh: str, numerics: str = "fast") -> MeshRun:
-    plan, dtype = ParallelPlan(TINY, make_mesh(mesh), numerics), jnp.dtype(jnp.float32)
-    return MeshRun(plan, load_params(checkpoint(), plan, dtype), dtype, workload())
+    model = PlacedModel(TINY, make_mesh(mesh), jnp.dtype(jnp.float32), numerics)
+    return MeshRun(model, load_params(checkpoint(), model.weights), workload())
 
 
 @functools.cache

@@ -29,9 +29,9 @@ from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
 from meshwen.engine.stream import Stream
 from meshwen.engine.token_batch import TokenBatch
 from meshwen.errors import MeshwenError
+from meshwen.models.placed import PlacedModel
 from meshwen.parallel.distributed import to_host
 from meshwen.parallel.mesh import mesh_label
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import own_settings
 from meshwen.tokenizer.chat_template import check_template_kwargs
 from meshwen.tokenizer.tokenizer import Tokenizer
@@ -54,8 +54,8 @@ class CausalLM:
         plan: how the model lies on them.
         dtype: of weights, cached values, and the inputs of matmuls with weights.
         generation_config: the checkpoint's sampling defaults, read-only.
-        params: the weights, a nested dict by Hugging Face name; those that kernels multiply with,
-            or int8, as `meshwen.ops.cpu.packing.PackedWeight`.
+        params: the weights, a nested dict by Hugging Face name, each a
+            `meshwen.ops.weight.Weight`.
         runner: the compiled steps.
         engine: runs requests; `generate` and `stream` are short for it.
     """
@@ -70,7 +70,7 @@ class CausalLM:
         options: EngineOptions = EngineOptions(),
     ):
         self.plan, self.dtype = runner.plan, runner.dtype
-        self.config, self.mesh, self.params = runner.plan.config, runner.plan.mesh, runner.params
+        self.config, self.mesh, self.params = runner.config, runner.plan.mesh, runner.params
         self.tokenizer = tokenizer
         check_generation_config(dict(generation_config), "generation_config")
         self.generation_config = MappingProxyType(dict(generation_config))
@@ -142,21 +142,25 @@ class CausalLM:
 
         A checkpoint that was opened without weights gets dummy ones. It may be closed afterwards.
         """
-        model_class, dtype = cls._class_for(checkpoint), jnp.dtype(options.dtype)
-        plan = ParallelPlan(
-            checkpoint.config, options.make_mesh(), options.numerics, options.quantization
+        model_class = cls._class_for(checkpoint)
+        placed = PlacedModel(
+            checkpoint.config,
+            options.make_mesh(),
+            jnp.dtype(options.dtype),
+            options.numerics,
+            options.quantization,
         )
         compared = options.compared() | {
-            "mesh": mesh_label(plan.mesh),
+            "mesh": mesh_label(placed.mesh),
             "weights": "dummy" if checkpoint.format is None else "files",
         }
-        check_model(checkpoint, tokenizer, compared, exact=plan.exact)
+        check_model(checkpoint, tokenizer, compared, exact=placed.plan.exact)
         progress = progress or (lambda done, total: None)
         if checkpoint.format is None:
-            params = dummy_params(plan, dtype, progress)
+            params = dummy_params(placed.weights, progress)
         else:
-            params = load_params(checkpoint, plan, dtype, progress)
-        runner = ModelRunner(plan, params, dtype)
+            params = load_params(checkpoint, placed.weights, progress)
+        runner = ModelRunner(placed, params)
         return model_class(runner, tokenizer, checkpoint.generation_config, options)
 
     @classmethod

@@ -7,15 +7,13 @@ the program's own affair, and count as time lost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
-import jax.numpy as jnp
-
-from meshwen.cache.kv_cache import cache_bytes_per_token
 from meshwen.models.config import ModelConfig
-from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import EMBEDDING, LM_HEAD, Weight, declared_weights
+from meshwen.models.placed import PlacedModel
+from meshwen.weights.declaration import Part
+from meshwen.weights.placed import PlacedWeight
 
 
 @dataclass(frozen=True)
@@ -45,34 +43,34 @@ class Cost:
         return max(self.bytes / bandwidth, self.flops / rate)
 
 
-def decode_cost(plan: ParallelPlan, dtype: jnp.dtype, batch: int, length: int) -> Cost:
+def decode_cost(model: PlacedModel, batch: int, length: int) -> Cost:
     """One step of `batch` sequences that have `length` tokens each."""
-    config = plan.config
-    weights = _weights(plan)
-    cache = length * cache_bytes_per_token(config, config.num_key_value_heads, dtype)
-    embeddings = config.hidden_size
+    config = model.config
+    weights = _matmuls(model)
+    cache = length * model.cache_bytes_per_token(config.num_key_value_heads)
+    embeddings = config.hidden_size * model.dtype.itemsize
     attention = 2 * config.num_hidden_layers * _attention_products(config) * length
     return Cost(
-        bytes=_bytes(weights, plan, dtype) + batch * (cache + embeddings * dtype.itemsize),
-        flops=batch * (2 * _elements(weights, plan) + attention),
+        bytes=_bytes(weights, model) + batch * (cache + embeddings),
+        flops=batch * (2 * _elements(weights) + attention),
     )
 
 
-def prefill_cost(plan: ParallelPlan, dtype: jnp.dtype, length: int) -> Cost:
+def prefill_cost(model: PlacedModel, length: int) -> Cost:
     """One prompt of `length` tokens, and the logits of its last.
 
     Of the last layer, only keys and values of all tokens are needed.
     """
-    config = plan.config
-    *body, head = _weights(plan)
-    products = length * _elements(body, plan) + _elements([head], plan)
-    products -= (length - 1) * _elements(_of_last_token(body, config), plan)
+    config = model.config
+    *body, head = _matmuls(model)
+    products = length * _elements(body) + _elements([head])
+    products -= (length - 1) * _elements(_of_last_token(body, config))
     pairs = length * (length + 1) // 2
-    embeddings = length * config.hidden_size * dtype.itemsize
+    embeddings = length * config.hidden_size * model.dtype.itemsize
     layers = config.num_hidden_layers
     attended = ((layers - 1) * pairs + length) * _attention_products(config)
     return Cost(
-        bytes=_bytes([*body, head], plan, dtype) + embeddings,
+        bytes=_bytes([*body, head], model) + embeddings,
         flops=2 * products + 2 * attended,
     )
 
@@ -82,28 +80,24 @@ def _attention_products(config: ModelConfig) -> int:
     return 2 * config.num_attention_heads * config.head_dim
 
 
-def _weights(plan: ParallelPlan) -> list[Weight]:
+def _matmuls(model: PlacedModel) -> list[PlacedWeight]:
     """The weights that a token meets, the output head last."""
-    config = plan.config
-    tied = replace(EMBEDDING, transposed=True)
-    body = [w for w in declared_weights(config) if w.name not in {EMBEDDING.name, LM_HEAD.name}]
-    return [*body, tied if config.tie_word_embeddings else LM_HEAD]
+    weights = model.weights
+    table = next(weight for weight in weights.declared if weight.spec.part is Part.EMBEDDING)
+    body = [w for w in weights.declared if w.spec.part not in (Part.EMBEDDING, Part.HEAD)]
+    heads = [weight for weight in weights.declared if weight.spec.part is Part.HEAD]
+    return [*body, *(heads or [weights.as_head(table.spec)])]
 
 
-def _of_last_token(weights: list[Weight], config: ModelConfig) -> list[Weight]:
+def _of_last_token(weights: list[PlacedWeight], config: ModelConfig) -> list[PlacedWeight]:
     """Those that only a prompt's last token meets: the last layer's but for keys and values."""
-    last = f"model.layers.{config.num_hidden_layers - 1}."
-    for_all = ("input_layernorm", "k_proj", "v_proj")
-    return [
-        w
-        for w in weights
-        if w.name.startswith(last) and not any(part in w.name for part in for_all)
-    ]
+    last = config.num_hidden_layers - 1
+    return [w for w in weights if w.spec.layer == last and not w.spec.every_token]
 
 
-def _elements(weights: list[Weight], plan: ParallelPlan) -> int:
-    return sum(prod(w.shape(plan)) for w in weights)
+def _elements(weights: list[PlacedWeight]) -> int:
+    return sum(prod(weight.spec.shape(weight.plan.sizes)) for weight in weights)
 
 
-def _bytes(weights: list[Weight], plan: ParallelPlan, dtype: jnp.dtype) -> int:
-    return sum(w.nbytes(w.shape(plan), plan, dtype) for w in weights)
+def _bytes(weights: list[PlacedWeight], model: PlacedModel) -> int:
+    return sum(weight.model_bytes(model.dtype) for weight in weights)

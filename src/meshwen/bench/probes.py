@@ -16,9 +16,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwen.common.choices import Quantization
-from meshwen.engine.runner import XLA, products
-from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.packing import AnyWeight, PackedWeight
+from meshwen.ops.backend import XLA
+from meshwen.ops.backends import backend_of
+from meshwen.ops.formats import Leaf
 from meshwen.parallel.mesh import AnyMesh
 from meshwen.runtime.jax_settings import own_settings
 
@@ -49,10 +49,12 @@ def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | No
     """
     shape = (_MATRIX, _MATRIX)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    right: AnyWeight = jnp.ones(shape, dtype)
-    if quantization and products(mesh, dtype, quantization) != XLA:
-        dtype, product = jnp.dtype(jnp.float32), jax.jit(kernels.product)
-        right = PackedWeight.of(jnp.ones(shape), dtype, quantization)
+    right: Leaf = jnp.ones(shape, dtype)
+    backend = backend_of(mesh)
+    format = backend.format(quantization)
+    if quantization and format and backend.matmul_name(dtype, quantization) != XLA:
+        dtype, product = jnp.dtype(jnp.float32), jax.jit(backend.matmul)
+        right = format.pack(jnp.ones(shape), dtype)
     left = _on_each(mesh, shape, dtype)
     return 2 * left.size * _MATRIX / _least_seconds(product, left, right)
 
@@ -68,7 +70,7 @@ def _on_each(mesh: AnyMesh, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
     return jax.jit(lambda: jnp.ones(whole, dtype), out_shardings=sharding)()
 
 
-def _least_seconds(run: Callable[..., Array], *arguments: AnyWeight) -> float:
+def _least_seconds(run: Callable[..., Array], *arguments: Leaf) -> float:
     jax.block_until_ready(run(*arguments))
     seconds = []
     for _ in range(_RUNS):

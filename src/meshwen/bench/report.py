@@ -17,7 +17,6 @@ from meshwen.bench.probes import matrix_rate, read_bandwidth
 from meshwen.causal_lm import CausalLM
 from meshwen.common.choices import Quantization
 from meshwen.engine.cache_budget import cache_budget
-from meshwen.engine.runner import products
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import AnyMesh, mesh_label
 from meshwen.runtime.shape_buckets import shape_bucket
@@ -102,7 +101,7 @@ def measure(
     Raises:
         MeshwenError: the memory has no room for the largest cache.
     """
-    plan, dtype = model.plan, model.dtype
+    placed = model.runner.model
     _check_room(model, max(batches), max(prompts) + steps)
 
     def row(phase: str, batch: int, length: int, tokens: int, seconds: Seconds, cost: Cost) -> Row:
@@ -113,13 +112,13 @@ def measure(
     for length in prompts:
         note(f"reading a prompt of {length} tokens")
         seconds = first_token(model.engine, length, runs)
-        cost = prefill_cost(plan, dtype, length)
+        cost = prefill_cost(placed, length)
         rows.append(row("prefill", 1, length, length, seconds, cost))
     for batch in batches:
         for length in prompts:
             note(f"decoding {batch} sequences from token {length} on")
             seconds = decode(model.runner, batch, length, steps)
-            cost = decode_cost(plan, dtype, batch, length + steps // 2)
+            cost = decode_cost(placed, batch, length + steps // 2)
             rows.append(row("decode", batch, length, batch, seconds, cost))
     return rows
 
@@ -144,7 +143,7 @@ def as_dict(
         "jax": jax.__version__,
         "device": devices[0].device_kind,
         "mesh": mesh_label(model.mesh),
-        "products": products(model.mesh, model.dtype, model.plan.quantization),
+        "products": model.runner.model.matmuls_by,
         **settings,
         "machine": asdict(machine),
         "peak_bytes": peak_bytes(devices),

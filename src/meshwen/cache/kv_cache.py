@@ -3,48 +3,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from meshwen.models.config import ModelConfig
+from meshwen.ops.attention import axes_in_order
+from meshwen.ops.backend import Backend, CacheLayout
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program
 
+KEY_DTYPE = jnp.float32
+_COMPUTED = "BKSH"  # the order in which a layer computes keys and values
+
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; position p of a sequence is at slot p.
+    """Keys and values of one layer, their axes in the order of the back end's `cache_layout`.
 
-    Heads stand before positions, so that attention's products have their batch dimensions first and
-    XLA need not re-lay the cache out at each step. Keys are kept transposed: XLA's CPU back end
-    reads them three times as fast that way (jax 0.10).
+    Position p of a sequence is at index p of the axis S.
 
     Keys are float32 whatever the weights are. Qwen2.5's key biases are so large (up to 211 in the
     0.5B) that rounding keys to bfloat16 moves attention scores by whole units: with bfloat16
     weights the mean KL divergence from float32 is 20 to 1000 times larger on chat prompts then.
     """
 
-    keys: Array  # float32 [B, K, H, S]
-    values: Array  # [B, K, S, H]
+    keys: Array  # float32
+    values: Array
 
-    def written(self, keys: Array, values: Array, start: Array) -> LayerCache:
-        """With new keys [B, K, H, T] and values [B, K, T, H].
-
-        Row b's are written at slots start[b] ... start[b] + T - 1. The caller keeps these within
-        the S slots: beyond, XLA would shift the update to fit.
-        """
-        return LayerCache(
-            _write(self.keys, keys, start, axis=2), _write(self.values, values, start, axis=1)
+    @classmethod
+    def of(cls, keys: Array, values: Array, layout: CacheLayout) -> LayerCache:
+        """Of keys and values [B, K, T, H] as a layer computes them."""
+        return cls(
+            axes_in_order(keys, _COMPUTED, layout.keys),
+            axes_in_order(values, _COMPUTED, layout.values),
         )
 
-    def read(self, slots: int) -> tuple[Array, Array]:
-        """The first slots: keys [B, K, H, slots], values [B, K, slots, H]."""
-        return self.keys[..., :slots], self.values[:, :, :slots]
+    def length(self, layout: CacheLayout) -> int:
+        """S."""
+        return self.keys.shape[layout.keys.index("S")]
+
+    def written(self, new: LayerCache, start: Array, backend: Backend) -> LayerCache:
+        """With new keys and values, row b's from position start[b] on.
+
+        The caller keeps these within the S positions: beyond, XLA would shift the update to fit.
+        """
+        layout = backend.cache_layout
+        return LayerCache(
+            _write(self.keys, new.keys, start, layout.keys, backend),
+            _write(self.values, new.values, start, layout.values, backend),
+        )
+
+    def first(self, length: int, layout: CacheLayout) -> LayerCache:
+        """The first positions."""
+        if length == self.length(layout):
+            return self
+        return LayerCache(
+            lax.slice_in_dim(self.keys, 0, length, axis=layout.keys.index("S")),
+            lax.slice_in_dim(self.values, 0, length, axis=layout.values.index("S")),
+        )
 
     def located(self) -> tuple[Array, Array, Array]:
         """Keys, values, and the rows of these that sequences have: int32 [B]."""
@@ -52,7 +70,7 @@ class LayerCache(NamedTuple):
 
 
 class SequenceCache(NamedTuple):
-    """One row of a layer's cache, into which a chunk of a prompt is read.
+    """One row of a layer's cache, into which a chunk of a prompt is prefilled.
 
     A chunk is written to the layer's arrays themselves: taking the row out and putting it back
     makes XLA copy all of them.
@@ -60,114 +78,98 @@ class SequenceCache(NamedTuple):
 
     layer: LayerCache
     row: Array  # int32 []
-    reads: Array | None  # bool []: where it is false, nothing is written; None: true
+    writes: Array | None  # bool []: where it is false, nothing is written; None: true
 
-    def written(self, keys: Array, values: Array, start: Array) -> SequenceCache:
-        """With new keys [1, K, H, T] and values [1, K, T, H], at slots start[0] and following."""
+    def length(self, layout: CacheLayout) -> int:
+        """S."""
+        return self.layer.length(layout)
+
+    def written(self, new: LayerCache, start: Array, backend: Backend) -> SequenceCache:
+        """With new keys and values of one sequence, from position start[0] on."""
+        layout = backend.cache_layout
         layer = LayerCache(
-            self._put(self.layer.keys, keys, start[0], axis=3),
-            self._put(self.layer.values, values, start[0], axis=2),
+            self._put(self.layer.keys, new.keys, start[0], layout.keys, backend),
+            self._put(self.layer.values, new.values, start[0], layout.values, backend),
         )
         return self._replace(layer=layer)
 
-    def read(self, slots: int) -> tuple[Array, Array]:
-        """The row's first slots: keys [1, K, H, slots], values [1, K, slots, H]."""
-        keys, values = (lax.dynamic_slice_in_dim(array, self.row, 1) for array in self.layer)
-        return keys[..., :slots], values[:, :, :slots]
+    def first(self, length: int, layout: CacheLayout) -> LayerCache:
+        """The row's first positions: arrays of one row."""
+        row = LayerCache(*(lax.dynamic_slice_in_dim(a, self.row, 1) for a in self.layer))
+        return row.first(length, layout)
 
     def located(self) -> tuple[Array, Array, Array]:
         """Keys and values of all rows, and the row: int32 [1]."""
         return *self.layer, self.row[None]
 
-    def _put(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
+    def _put(self, cache: Array, new: Array, start: Array, axes: str, backend: Backend) -> Array:
         at = [jnp.int32(0)] * cache.ndim
-        at[0], at[axis] = self.row, start
-        new = new.astype(cache.dtype)
-
-        def in_place(cache: Array, new: Array) -> Array:
-            if self.reads is not None:
-                new = jnp.where(self.reads, new, lax.dynamic_slice(cache, at, new.shape))
-            return lax.dynamic_update_slice(cache, new, at)
-
-        if cache.dtype != jnp.bfloat16:
-            return in_place(cache, new)
-        on_cpu = partial(_as_integers, in_place)
-        return lax.platform_dependent(cache, new, cpu=on_cpu, default=in_place)
+        at[0], at[axes.index("S")] = self.row, start
+        return backend.write_slice(cache, new.astype(cache.dtype), at, self.writes)
 
 
-def _write(cache: Array, new: Array, start: Array, axis: int) -> Array:
-    """Writes `new` at `start[b]` of each row's `axis`, counted without the batch axis."""
-    new = new.astype(cache.dtype)
-    in_place = partial(_write_in_place, start=start, axis=axis)
-    if cache.dtype != jnp.bfloat16:
-        return in_place(cache, new)
-    one = new.shape[axis + 1] == 1
-    on_cpu = (
-        partial(_write_by_selection, start=start, axis=axis)
-        if one
-        else partial(_as_integers, in_place)
-    )
-    return lax.platform_dependent(cache, new, cpu=on_cpu, default=in_place)
-
-
-def _write_in_place(cache: Array, new: Array, *, start: Array, axis: int) -> Array:
-    def put(row: Array, update: Array, at: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(row, update, at, axis)
-
-    return jax.vmap(put)(cache, new, start)
-
-
-# XLA's CPU back end (jax 0.10) writes into a bfloat16 array by converting all of it to float32 and
-# back. A decode step of Qwen2.5-0.5B with 32 sequences of 1024 slots takes 510 ms that way, 368
-# with integers of the same bits, and 227 when one position is written by selection over the cache.
-
-
-def _as_integers(write: Callable[[Array, Array], Array], cache: Array, new: Array) -> Array:
-    cache_bits, new_bits = (lax.bitcast_convert_type(a, jnp.uint16) for a in (cache, new))
-    return lax.bitcast_convert_type(write(cache_bits, new_bits), cache.dtype)
-
-
-def _write_by_selection(cache: Array, new: Array, *, start: Array, axis: int) -> Array:
-    slots = lax.broadcasted_iota(jnp.int32, cache.shape, axis + 1)
-    return jnp.where(slots == start[:, None, None, None], new, cache)
+def _write(cache: Array, new: Array, start: Array, axes: str, backend: Backend) -> Array:
+    return backend.write(cache, new.astype(cache.dtype), start, axes.index("S") - 1)
 
 
 KVCache = tuple[LayerCache, ...]
 AnyCache = TypeVar("AnyCache", LayerCache, SequenceCache)
 
 
-def cache_sharding(plan: ParallelPlan) -> NamedSharding:
-    """The sharding of every array of the cache: sequences and heads are split."""
-    return plan.sharding("batch", "heads")
+def cache_axes(layout: CacheLayout) -> str:
+    """Logical axes of every array of the cache, as far as they are split."""
+    return {"BKHS": "batch heads", "BSKH": "batch length heads"}[layout.keys]
 
 
-def empty_cache(plan: ParallelPlan, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of `slots` positions for `batch` sequences, its values in `dtype`, made in place."""
-    heads, head_dim = plan.model_devices * plan.heads.local_key_value_heads, plan.config.head_dim
+def cache_spec(plan: ParallelPlan, layout: CacheLayout) -> PartitionSpec:
+    """The partition spec of every array of the cache: sequences and heads are split."""
+    return plan.spec(*cache_axes(layout).split())
 
-    def layer() -> LayerCache:
-        return LayerCache(
-            jnp.zeros((batch, heads, head_dim, slots), jnp.float32),
-            jnp.zeros((batch, heads, slots, head_dim), dtype),
+
+def empty_cache(
+    plan: ParallelPlan,
+    layout: CacheLayout,
+    layers: int,
+    batch: int,
+    length: int,
+    dtype: jnp.dtype,
+) -> KVCache:
+    """A cache of `length` positions for `batch` sequences, its values in `dtype`, made in place."""
+    sizes = {
+        "B": batch,
+        "K": plan.model_devices * plan.heads.local_key_value_heads,
+        "S": length,
+        "H": plan.sizes.head_dim,
+    }
+
+    def empty(axes: str, kind: jnp.dtype) -> Array:
+        return jnp.zeros([sizes[axis] for axis in axes], kind)
+
+    def cache() -> KVCache:
+        return tuple(
+            LayerCache(empty(layout.keys, KEY_DTYPE), empty(layout.values, dtype))
+            for _ in range(layers)
         )
 
-    def layers() -> KVCache:
-        return tuple(layer() for _ in range(plan.config.num_hidden_layers))
-
-    return Program(layers, out_shardings=cache_sharding(plan))()
+    return Program(cache, out_shardings=NamedSharding(plan.mesh, cache_spec(plan, layout)))()
 
 
-def resized(plan: ParallelPlan, layer: LayerCache, *, batch: int, slots: int) -> LayerCache:
-    """A layer with more sequences (on each part of the batch) and slots, the new ones empty."""
+def resized(
+    plan: ParallelPlan, layout: CacheLayout, layer: LayerCache, *, batch: int, length: int
+) -> LayerCache:
+    """A layer with more sequences (on each part of the batch) and positions, the new ones empty."""
 
     def pad(array: Array, axis: int) -> Array:
         parts, old = plan.data_devices, array.shape
-        shape = (parts, batch // parts, *old[1:axis], slots, *old[axis + 1 :])
+        shape = (parts, batch // parts, *old[1:axis], length, *old[axis + 1 :])
         split = array.reshape(parts, old[0] // parts, *old[1:])
         widths = [(0, new - now) for new, now in zip(shape, split.shape, strict=True)]
         return jnp.pad(split, widths).reshape(batch, *shape[2:])
 
-    return LayerCache(pad(layer.keys, axis=3), pad(layer.values, axis=2))
+    return LayerCache(
+        pad(layer.keys, axis=layout.keys.index("S")),
+        pad(layer.values, axis=layout.values.index("S")),
+    )
 
 
 def without_row(cache: KVCache, row: Array) -> KVCache:
@@ -175,7 +177,7 @@ def without_row(cache: KVCache, row: Array) -> KVCache:
     return jax.tree.map(lambda array: array.at[row].set(0), cache)
 
 
-def cache_bytes_per_token(config: ModelConfig, heads: int, dtype: jnp.dtype) -> int:
+def cache_bytes_per_token(layers: int, heads: int, head_dim: int, dtype: jnp.dtype) -> int:
     """Bytes of cache that one token takes for `heads` key/value heads, with values in `dtype`."""
-    key_and_value = jnp.dtype(jnp.float32).itemsize + jnp.dtype(dtype).itemsize
-    return config.num_hidden_layers * heads * config.head_dim * key_and_value
+    key_and_value = jnp.dtype(KEY_DTYPE).itemsize + jnp.dtype(dtype).itemsize
+    return layers * heads * head_dim * key_and_value

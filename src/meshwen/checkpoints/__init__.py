@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meshwen import demo
-from meshwen.checkpoints.base import Checkpoint, TensorSource, with_model_prefix
+from meshwen.checkpoints.base import Checkpoint, TensorSource, quantized_hint, with_model_prefix
 from meshwen.checkpoints.dimensions import check_dimensions
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.checkpoints.gguf import MAGIC, read_gguf
@@ -29,7 +29,6 @@ __all__ = [
     "TensorSource",
     "name_kind",
     "open_checkpoint",
-    "quantized_hint",
 ]
 
 
@@ -236,14 +235,6 @@ def _naming_quantization(quantization: str | None) -> Iterator[None]:
         if quantization is None:
             raise
         raise MeshwenError(f"{error}; {quantized_hint(quantization)}") from None
-
-
-def quantized_hint(quantization: str) -> str:
-    """What to do where weights are quantised in a way that is not read."""
-    return (
-        f"config.json's quantization_config names {shown(quantization)}, which is not supported: "
-        "use the unquantised checkpoint or a GGUF file"
-    )
 
 
 def _quantization_notes(quantization: str | None) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 
 import mmap
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,39 +16,9 @@ from typing_extensions import TypedDict
 from meshwen.common.json_files import read_json, shown
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
-
-Index = tuple[slice, ...]
+from meshwen.weights.source import Index, TensorSource
 
 _LONGEST_NAME = 255  # bytes, of a file in a folder
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TensorSource(ABC):
-    """One tensor of a checkpoint, not read yet.
-
-    Attributes:
-        name: the Hugging Face name, `model.layers.0.self_attn.q_proj.weight`.
-        shape: the Hugging Face shape, `[out, in]` for a projection.
-        dtype: the numpy dtype of what `read` returns; bfloat16 is `ml_dtypes.bfloat16`, and a
-            quantised tensor reads as float32.
-        quantization: the name of the block format in the file ("Q4_K"), None when not quantised.
-        nbytes: the bytes that the tensor takes in the file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    quantization: str | None = None
-    nbytes: int
-
-    @abstractmethod
-    def read(self, index: Index = ()) -> np.ndarray:
-        """The part of the tensor that `index` covers, as numpy indexing understands it.
-
-        Reads nothing else from the file. The array may be a read-only view of the mapped file: it
-        stays valid for as long as it is referenced, but shows whatever the file then holds. Memory
-        stays low when it is copied before the next tensor is read (`jax.device_put` copies later).
-        """
 
 
 class MappedFile:
@@ -139,6 +108,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     on_close: Callable[[], None] = lambda: None
 
+    @property
+    def misfit_hint(self) -> str | None:
+        """Why the tensors may not fit the config, if anything is known."""
+        return None if self.quantization is None else quantized_hint(self.quantization)
+
     def close(self) -> None:
         """Lets go of the files. Arrays that were read stay valid."""
         self.on_close()
@@ -153,6 +127,14 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def quantized_hint(quantization: str) -> str:
+    """What to do where weights are quantised in a way that is not read."""
+    return (
+        f"config.json's quantization_config names {shown(quantization)}, which is not supported: "
+        "use the unquantised checkpoint or a GGUF file"
+    )
 
 
 def with_model_prefix(tensors: dict[str, TensorSource]) -> dict[str, TensorSource]:

@@ -111,7 +111,7 @@ def _sizes(option: str, text: str) -> list[int]:
 
 
 def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None:
-    from meshwen.engine.runner import XLA
+    from meshwen.ops.backend import XLA
 
     console = output_console()
     say(

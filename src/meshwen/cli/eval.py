@@ -241,16 +241,17 @@ def _begun(asked: Asked, engine: EngineOptions, out: Path, resume: bool) -> _Beg
     import jax
     import jax.numpy as jnp
 
-    from meshwen.engine.runner import products
     from meshwen.evals.gsm8k import data_sha256, question
     from meshwen.evals.styles import shots
+    from meshwen.models.placed import PlacedModel
     from meshwen.parallel.mesh import mesh_label
-    from meshwen.parallel.plan import ParallelPlan
     from meshwen.tokenizer.tokenizer import Tokenizer
 
     style, sampling, devices = asked.style, asked.sampling, engine.make_mesh()
     with opened(asked.model, engine) as checkpoint:
-        _ = ParallelPlan(checkpoint.config, devices, engine.numerics, engine.quantization).heads
+        dtype = jnp.dtype(engine.dtype)
+        config, numerics = checkpoint.config, engine.numerics
+        placed = PlacedModel(config, devices, dtype, numerics, engine.quantization)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
             raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
@@ -268,7 +269,7 @@ def _begun(asked: Asked, engine: EngineOptions, out: Path, resume: bool) -> _Beg
             "mesh": mesh_label(devices),
             "dtype": engine.dtype,
             "quantization": engine.quantization,
-            "products": products(devices, jnp.dtype(engine.dtype), engine.quantization),
+            "products": placed.matmuls_by,
             "numerics": engine.numerics,
             "prompt_style": style.name,
             "prompt_style_why": asked.style_why,

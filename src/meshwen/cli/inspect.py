@@ -61,11 +61,12 @@ def inspect(
     config is downloaded unless --stats or --load-format asks for more. Exit status 2 when the
     checkpoint's tensors do not fit its config.
     """
+    import jax.numpy as jnp
+
     from meshwen.checkpoints import name_kind, open_checkpoint
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.cli.inspect_tables import print_inspection
-    from meshwen.parallel.plan import ParallelPlan
-    from meshwen.weights.declaration import declared_weights
+    from meshwen.models.placed import PlacedModel
     from meshwen.weights.loading import check_tensors
 
     abstract_mesh = _abstract_mesh(str(engine.mesh))
@@ -78,20 +79,21 @@ def inspect(
             )
         for text in checkpoint.notes:
             note(text)
-        plan = ParallelPlan(checkpoint.config, abstract_mesh, engine.numerics, engine.quantization)
-        rows = tensor_rows(plan, checkpoint.tensors, "*" if pattern is None else pattern)
+        config, dtype = checkpoint.config, jnp.dtype(engine.dtype)
+        placed = PlacedModel(config, abstract_mesh, dtype, engine.numerics, engine.quantization)
+        rows = tensor_rows(placed, checkpoint.tensors, "*" if pattern is None else pattern)
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")
         if stats:
             rows = _with_stats(rows, model, checkpoint)
-        report = inspection(plan, checkpoint, rows, str(engine.dtype))
+        report = inspection(placed, checkpoint, rows)
         if as_json:
             write(to_json(report))
         else:
             fold = pattern is None and not stats
             print_inspection(report, rows, output_console(), fold=fold)
         if checkpoint.format is not None:
-            check_tensors(checkpoint, declared_weights(checkpoint.config), plan)
+            check_tensors(checkpoint, placed.weights)
 
 
 def _abstract_mesh(text: str) -> AbstractMesh:

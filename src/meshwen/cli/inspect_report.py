@@ -9,17 +9,16 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from meshwen.cache.kv_cache import cache_bytes_per_token
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.cli.inspect_sums import sums_report
 from meshwen.common.units import percent_more
+from meshwen.models.placed import PlacedModel
 from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import Weight, declared_weights, num_parameters
+from meshwen.weights.placed import PlacedWeight
 from meshwen.weights.sizes import weight_bytes
 
 _ELEMENTS_AT_A_TIME = 1 << 22
@@ -68,19 +67,19 @@ class TensorRow:
 
 
 def tensor_rows(
-    plan: ParallelPlan, sources: Mapping[str, TensorSource], pattern: str
+    placed: PlacedModel, sources: Mapping[str, TensorSource], pattern: str
 ) -> list[TensorRow]:
     """Every declared tensor in the order of the forward pass, then what else the file holds.
 
     Args:
-        plan: the model on its mesh.
+        placed: the model on its mesh.
         sources: the checkpoint's tensors; {} when it was opened without weights.
         pattern: keeps the names that this glob matches.
     """
-    declared = {weight.name: weight for weight in declared_weights(plan.config)}
+    declared = {weight.spec.name: weight for weight in placed.weights.declared}
     names = dict.fromkeys((*declared, *sources))
     return [
-        _row(name, declared.get(name), sources.get(name), plan)
+        _row(name, declared.get(name), sources.get(name))
         for name in names
         if fnmatchcase(name, pattern)
     ]
@@ -128,39 +127,38 @@ def head_report(plan: ParallelPlan) -> dict[str, Any]:
     }
 
 
-def cache_report(plan: ParallelPlan, dtype: np.dtype[Any]) -> dict[str, Any]:
+def cache_report(placed: PlacedModel) -> dict[str, Any]:
     """Bytes of KV cache for each token of a sequence."""
-    c = plan.config
-    model = cache_bytes_per_token(c, c.num_key_value_heads, dtype)
-    per_device = cache_bytes_per_token(c, plan.heads.local_key_value_heads, dtype)
+    context_length = placed.config.context_length
+    model = placed.cache_bytes_per_token(placed.config.num_key_value_heads)
+    per_device = placed.token_bytes
     return {
-        "context_length": c.context_length,
+        "context_length": context_length,
         "model_per_token": model,
         "per_device_per_token": per_device,
-        "per_device_full_context": per_device * c.context_length,
-        "cost_percent": percent_more(per_device * plan.model_devices, model),
+        "per_device_full_context": per_device * context_length,
+        "cost_percent": percent_more(per_device * placed.plan.model_devices, model),
     }
 
 
 def inspection(
-    plan: ParallelPlan, checkpoint: Checkpoint, rows: list[TensorRow], dtype: str
+    placed: PlacedModel, checkpoint: Checkpoint, rows: list[TensorRow]
 ) -> dict[str, Any]:
-    """All of it, as plain JSON values; `dtype` is that of weights and cache."""
-    kept = jnp.dtype(dtype)
+    """All of it, as plain JSON values."""
     return {
         "model": checkpoint.name,
         "format": checkpoint.format,
-        "config": plan.config.to_dict(),
-        "parameters": num_parameters(plan),
-        "mesh": mesh_label(plan.mesh),
-        "dtype": dtype,
-        "numerics": plan.numerics,
-        "quantization": plan.quantization,
+        "config": placed.config.to_dict(),
+        "parameters": placed.weights.parameters,
+        "mesh": mesh_label(placed.mesh),
+        "dtype": str(placed.dtype),
+        "numerics": placed.numerics,
+        "quantization": placed.quantization,
         "tensors": [_row_dict(row) for row in rows],
-        "head_layout": head_report(plan),
-        "weights": weight_bytes(plan, kept),
-        "kv_cache": cache_report(plan, kept),
-        "sums": sums_report(plan),
+        "head_layout": head_report(placed.plan),
+        "weights": weight_bytes(placed.weights),
+        "kv_cache": cache_report(placed),
+        "sums": sums_report(placed.plan),
     }
 
 
@@ -168,9 +166,7 @@ def _row_dict(row: TensorRow) -> dict[str, Any]:
     return {key: value for key, value in asdict(row).items() if key != "stats" or value is not None}
 
 
-def _row(
-    name: str, weight: Weight | None, source: TensorSource | None, plan: ParallelPlan
-) -> TensorRow:
+def _row(name: str, weight: PlacedWeight | None, source: TensorSource | None) -> TensorRow:
     row = TensorRow(name)
     if source is not None:
         row = replace(
@@ -182,11 +178,11 @@ def _row(
     if weight is not None:
         row = replace(
             row,
-            shape=weight.shape(plan),
-            axes=weight.axes,
-            mesh_axes=tuple(plan.mesh_axes(axis) for axis in weight.axes),
-            device_axes=weight.device_axes,
-            device_shape=weight.device_shape(plan),
-            shard_shape=weight.shard_shape(plan),
+            shape=weight.spec.shape(weight.plan.sizes),
+            axes=weight.spec.axes,
+            mesh_axes=tuple(weight.plan.mesh_axes(axis) for axis in weight.spec.axes),
+            device_axes=weight.axes,
+            device_shape=weight.shape,
+            shard_shape=weight.shard_shape,
         )
     return row

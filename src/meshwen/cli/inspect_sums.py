@@ -20,7 +20,7 @@ def sums_report(plan: ParallelPlan) -> dict[str, Any] | None:
     mlp = plan.leaves("mlp")[0] * devices
     return {
         "attention output": {
-            "leaf": f"one query-head slot: {plan.config.head_dim} inputs",
+            "leaf": f"one query-head slot: {plan.sizes.head_dim} inputs",
             "leaves_per_device": prod(plan.leaves("query")),
             "device_tree": _groups(heads.local_key_value_heads, heads.group_slots),
         },

@@ -69,6 +69,7 @@ def load_model(
 ) -> CausalLM:
     """Loads a model, with a progress bar on a terminal, and notes its layout."""
     from meshwen.causal_lm import CausalLM
+    from meshwen.ops.backend import XLA
     from meshwen.runtime.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
@@ -76,7 +77,7 @@ def load_model(
     with progress_bar("loading weights") as progress:
         model = CausalLM.from_checkpoint(checkpoint, tokenizer, options, progress)
     _note_layout(model, time.perf_counter() - started)
-    if options.quantization and not model.runner.tp.kernels:
+    if options.quantization and model.runner.model.matmuls_by == XLA:
         note(
             "int8 saves memory here, but takes longer than bfloat16 (about 6 times on a CPU): XLA "
             "multiplies with the numbers that it stands for; on an x86 CPU, the extra cpu has "
@@ -115,27 +116,24 @@ def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
 
 
 def _note_layout(model: CausalLM, seconds: float) -> None:
-    from meshwen.engine.runner import products
     from meshwen.parallel.mesh import mesh_label
-    from meshwen.weights.declaration import num_parameters
-    from meshwen.weights.sizes import weight_bytes
 
-    plan, devices = model.plan, model.mesh.devices.flatten()
+    placed, devices = model.runner.model, model.mesh.devices.flatten()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu" and devices.size > 1:
         kind = "simulated cpu"
-    heads, padded = plan.heads, plan.heads.padded_query_slots
+    heads = placed.plan.heads
+    padded = heads.padded_query_slots
     slots = f"query-head slots: {heads.local_query_slots}"
     if padded:
         slots += f" ({padded} of all {heads.devices * heads.local_query_slots} are padding)"
     note(
-        f"model: {plan.config.name}, {count_text(num_parameters(plan))} parameters "
-        f"in {plan.quantization or model.dtype}, loaded in {seconds:.1f} s; "
-        f"products by {products(model.mesh, model.dtype, plan.quantization)}"
+        f"model: {model.config.name}, {count_text(placed.weights.parameters)} parameters "
+        f"in {placed.quantization or model.dtype}, loaded in {seconds:.1f} s; "
+        f"products by {placed.matmuls_by}"
     )
-    held = weight_bytes(plan, model.dtype)["per_device"]
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "
-        f"each holds {bytes_text(held)} of weights; "
+        f"each holds {bytes_text(placed.weights.nbytes)} of weights; "
         f"kv heads: {heads.local_key_value_heads}, {slots}"
     )

@@ -42,7 +42,7 @@ class BatchSampler:
     def of(cls, sequences: Mapping[int, SequenceState], size: int, plan: ParallelPlan) -> Self:
         """The sampler of sequences by row, among `size` rows."""
         asked = {row: sequence.request.sampling for row, sequence in sequences.items()}
-        method = SamplingMethod.of(list(asked.values()), plan.config.vocab_size)
+        method = SamplingMethod.of(list(asked.values()), plan.sizes.vocab)
         rows = SamplerRows.of([asked.get(row, SamplingParams()) for row in range(size)])
         prompts = {row: sequence.request.prompt_tokens for row, sequence in sequences.items()}
         if any(one.encoder_repetition_penalty != 1 for one in asked.values()):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from meshwen.cache.budget import CacheBudget
-from meshwen.cache.kv_cache import cache_bytes_per_token
 from meshwen.engine.runner import ModelRunner
 from meshwen.errors import MeshwenError
 from meshwen.runtime.memory import free_bytes_of_mesh
@@ -26,8 +25,7 @@ def cache_budget(
     Raises:
         MeshwenError: `max_num_seqs` or `max_model_len` is impossible.
     """
-    plan = runner.plan
-    context = plan.config.context_length
+    plan, context = runner.plan, runner.config.context_length
     length = context if max_model_len is None else max_model_len
     if not 2 <= length <= context:
         raise MeshwenError(
@@ -35,7 +33,6 @@ def cache_budget(
         )
     if max_num_seqs < 1:
         raise MeshwenError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
-    heads = plan.heads.local_key_value_heads
-    token_bytes = cache_bytes_per_token(plan.config, heads, runner.dtype)
+    token_bytes = runner.model.token_bytes
     cache_bytes = int(_CACHE_SHARE * free_bytes_of_mesh(plan.mesh))
     return CacheBudget(max_num_seqs, length, plan.data_devices, token_bytes, cache_bytes)

@@ -69,7 +69,7 @@ class Engine:
                 f"prompt_lookup_num_tokens must be from 0 to {MOST_DRAFTS}, "
                 f"not {prompt_lookup_num_tokens}"
             )
-        self._config, self._tokenizer = runner.plan.config, tokenizer
+        self._config, self._tokenizer = runner.config, tokenizer
         self._eos = frozenset(eos_token_ids)
         self._budget, self._max_waiting = budget, max_waiting
         speculation = Speculation(PromptLookup(), prompt_lookup_num_tokens)

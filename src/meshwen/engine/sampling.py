@@ -19,12 +19,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.ops.contractions import TensorParallel
+from meshwen.ops.operations import Ops
 from meshwen.runtime.jax_settings import own_settings
 
 NO_TOKEN = -1  # Drawn where logits are not finite, or no token may come.
 
-_LONGEST_BLOCK = 128  # of logits, in the search for the largest
 _CANDIDATES = tuple(2 * 4**n for n in range(1, 16))  # 8, 32, 128, ...: few are compiled.
 # Factors of logits: within these, none below 2**63 overflows, and the noise decides between equal
 # ones alone.
@@ -116,10 +115,10 @@ def sample(
     logits: Array,
     rows: SamplerRows,
     positions: Array,
-    seen: Array | None,
+    penalized: Array | None,
     vocab_size: int,
     method: SamplingMethod,
-    tp: TensorParallel,
+    ops: Ops,
 ) -> Sampled:
     """Draws each sequence's next token; runs on every device under `shard_map`.
 
@@ -129,50 +128,57 @@ def sample(
         logits: float32 [B, V/n], this device's part of the (padded) vocabulary.
         rows: the requests' parameters; of the masks, this device's part.
         positions: int32 [B], the position that the token will have.
-        seen: bool [B, V/n], tokens that a repetition penalty applies to; None without penalties.
+        penalized: bool [B, V/n], tokens that a repetition penalty applies to, or None.
         vocab_size: V before padding.
         method: what the batch needs.
-        tp: the contractions, for the devices' order.
+        ops: the operations.
     """
-    ids = tp.index() * logits.shape[1] + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    ids = _token_ids(logits.shape[1], ops)
     finite = jnp.isfinite(logits)
-    if tp.devices * logits.shape[1] > vocab_size:
+    if ops.collectives.devices * logits.shape[1] > vocab_size:
         logits, finite = jnp.where(ids < vocab_size, logits, -jnp.inf), finite | (ids >= vocab_size)
     raw = logits
     if rows.prompt is not None:
         inverse = rows.encoder_repetition_penalty[:, None]
         kept = jnp.where(logits < 0, logits * inverse, logits / inverse)
         logits = jnp.where(rows.prompt, kept, logits)
-    if method.penalize and seen is not None:
+    if method.penalize and penalized is not None:
         penalty = rows.repetition_penalty[:, None]
-        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(seen, penalized, logits)
+        less_likely = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(penalized, less_likely, logits)
     if rows.forbidden is not None:
         logits = jnp.where(rows.forbidden, -jnp.inf, logits)
     # What is not finite becomes the largest, so that whoever looks for that finds it. (The largest
     # of NaN and a number is now one, now the other.)
     logits = jnp.where(finite, logits, jnp.inf)
     if method.candidates:
-        values, choices = _likeliest(logits, ids, method.candidates, tp)
+        values, choices = _likeliest(logits, ids, method.candidates, ops)
         tokens = choices[:, 0]
         if method.candidates > 1:
-            values, tokens = _draw(values, choices, rows, positions, tp)
+            values, tokens = _draw(values, choices, rows, positions, ops)
     else:
-        (scaled,) = tp.rounded((logits / rows.temperature[:, None],))
-        scores = _scores(scaled, _noise(rows.seed, positions, ids[None], tp))
-        values, choices = _likeliest(scores, ids, 1, tp)
+        (scaled,) = ops.numerics.rounded((logits / rows.temperature[:, None],))
+        scores = _scores(scaled, _noise(rows.seed, positions, ids[None], ops))
+        values, choices = _likeliest(scores, ids, 1, ops)
         tokens = choices[:, 0]
     tokens = jnp.where(jnp.isfinite(values[:, 0]), tokens, NO_TOKEN)
-    return Sampled(tokens, _logprobs(raw, ids, tokens, tp) if method.logprobs else None)
+    return Sampled(tokens, _logprobs(raw, ids, tokens, ops) if method.logprobs else None)
 
 
-def mark_seen(seen: Array, tokens: Array, tp: TensorParallel) -> Array:
-    """`seen` [B, V/n] with one more token a sequence."""
-    ids = tp.index() * seen.shape[1] + jnp.arange(seen.shape[1], dtype=jnp.int32)
-    return seen | (ids == tokens[:, None])
+def mark_penalized(penalized: Array, tokens: Array, ops: Ops) -> Array:
+    """`penalized` [B, V/n] with one more token a sequence."""
+    ids = ops.collectives.index() * penalized.shape[1] + jnp.arange(
+        penalized.shape[1], dtype=jnp.int32
+    )
+    return penalized | (ids == tokens[:, None])
 
 
-def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tuple[Array, Array]:
+def _token_ids(count: int, ops: Ops) -> Array:
+    """The ids of this device's part of the vocabulary: int32 [count]."""
+    return ops.collectives.index() * count + jnp.arange(count, dtype=jnp.int32)
+
+
+def _likeliest(logits: Array, ids: Array, count: int, ops: Ops) -> tuple[Array, Array]:
     """The `count` largest logits of the whole vocabulary and their ids, largest first.
 
     Equal logits stand in the order of their ids: on each device, and between devices because they
@@ -181,34 +187,25 @@ def _likeliest(logits: Array, ids: Array, count: int, tp: TensorParallel) -> tup
     Returns:
         float32 [B, count], int32 [B, count].
     """
-    values, local = _largest(logits, count)
+    values, local = _largest(logits, count, ops)
     choices = ids[local]
-    if tp.axes:
-        values = lax.all_gather(values, tp.axes, axis=1, tiled=True)
-        choices = lax.all_gather(choices, tp.axes, axis=1, tiled=True)
-        values, order = _largest(values, count)
+    if ops.collectives.axes:
+        values = ops.collectives.all_gather(values, axis=1)
+        choices = ops.collectives.all_gather(choices, axis=1)
+        values, order = _largest(values, count, ops)
         choices = jnp.take_along_axis(choices, order, axis=1)
     return values, choices
 
 
-def _largest(x: Array, count: int) -> tuple[Array, Array]:
-    """The `count` largest numbers of each row, and their places: [B, N] -> two [B, count].
-
-    One, for which XLA's CPU back end would sort all, is found by blocks: the block that has it,
-    then its place there.
-    """
+def _largest(x: Array, count: int, ops: Ops) -> tuple[Array, Array]:
+    """The `count` largest numbers of each row, and their places: [B, N] -> two [B, count]."""
     if count > 1:
         return lax.top_k(x, min(count, x.shape[1]))
-    length = min(x.shape[1] & -x.shape[1], _LONGEST_BLOCK)  # a power of two that divides
-    blocks = x.reshape(x.shape[0], -1, length)
-    block = jnp.argmax(blocks.max(axis=2), axis=1, keepdims=True)
-    numbers = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
-    place = jnp.argmax(numbers, axis=1, keepdims=True)
-    return jnp.take_along_axis(numbers, place, axis=1), block * length + place
+    return ops.backend.largest(x)
 
 
 def _draw(
-    values: Array, choices: Array, rows: SamplerRows, positions: Array, tp: TensorParallel
+    values: Array, choices: Array, rows: SamplerRows, positions: Array, ops: Ops
 ) -> tuple[Array, Array]:
     """Draws from candidates sorted by logit; filters as transformers orders them.
 
@@ -219,11 +216,11 @@ def _draw(
     temperature = jnp.where(greedy, 1, rows.temperature)[:, None]
     rank = jnp.arange(values.shape[1])
     top_k = jnp.where(rows.top_k == 0, values.shape[1], rows.top_k)[:, None]
-    (scaled,) = tp.rounded((values / temperature,))
+    (scaled,) = ops.numerics.rounded((values / temperature,))
     scaled = jnp.where(rank < top_k, scaled, -jnp.inf)
     # Sums whose order depends neither on the number of rows nor on that of the candidates: what a
     # request draws is its own affair.
-    weights = tp.pointwise(jnp.exp, scaled - scaled[:, :1])
+    weights = ops.numerics.pointwise(jnp.exp, scaled - scaled[:, :1])
     total = _tree_sum(weights)
     probabilities = weights / total
     before = (lax.associative_scan(jnp.add, weights, axis=1) - weights) / total
@@ -231,7 +228,7 @@ def _draw(
     keep = (before < top_p) | (rank == 0) | (top_p >= 1)
     kept = jnp.where(keep, probabilities, 0)
     keep &= kept >= rows.min_p[:, None] * kept[:, :1]
-    scores = _scores(scaled, _noise(rows.seed, positions, choices, tp))
+    scores = _scores(scaled, _noise(rows.seed, positions, choices, ops))
     scores = jnp.where(keep, scores, -jnp.inf)
     # Of equal scores the lowest id, as without filters: what else is in the batch decides whether
     # there are any.
@@ -254,7 +251,7 @@ def _tree_sum(x: Array) -> Array:
     return x
 
 
-def _noise(seed: Array, positions: Array, ids: Array, tp: TensorParallel) -> Array:
+def _noise(seed: Array, positions: Array, ids: Array, ops: Ops) -> Array:
     """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
 
     def row(seed: Array, position: Array, ids: Array) -> Array:
@@ -267,13 +264,16 @@ def _noise(seed: Array, positions: Array, ids: Array, tp: TensorParallel) -> Arr
 
     ids = jnp.broadcast_to(ids, (seed.shape[0], ids.shape[1]))
     uniform = jax.vmap(row)(seed, positions, ids)
-    return tp.pointwise(lambda u: -jnp.log(-jnp.log1p(-u)), uniform)
+    return ops.numerics.pointwise(lambda u: -jnp.log(-jnp.log1p(-u)), uniform)
 
 
-def _logprobs(logits: Array, ids: Array, tokens: Array, tp: TensorParallel) -> Array:
+def _logprobs(logits: Array, ids: Array, tokens: Array, ops: Ops) -> Array:
     """Log-probabilities of the tokens: float32 [B]."""
-    shifted = logits - tp.largest(logits.max(axis=1))[:, None]
-    total = tp.vocabulary_sum(tp.pointwise(jnp.exp, shifted))
+    shifted = logits - ops.numerics.largest(logits.max(axis=1), ops.collectives)[:, None]
+    weights = ops.numerics.pointwise(jnp.exp, shifted)
+    total = ops.numerics.vocabulary_sum(weights, ops.backend, ops.collectives)
     # One addend is not zero, so the sum is exact in any order.
-    chosen = tp.only(jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1))
-    return chosen - tp.pointwise(jnp.log, total)
+    chosen = ops.numerics.select(
+        jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1), ops.collectives
+    )
+    return chosen - ops.numerics.pointwise(jnp.log, total)

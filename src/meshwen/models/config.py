@@ -18,6 +18,7 @@ from meshwen.common.json_files import Finite, check_shape, read_json, shown
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
 from meshwen.models.rope_scaling import RopeFile, RopeScaling, read_rope
+from meshwen.parallel.sizes import ModelSizes
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -188,6 +189,18 @@ class ModelConfig:
                 "layer_types has sliding_attention, but use_sliding_window is false or "
                 "sliding_window is not set"
             )
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """The sizes that a layout on a mesh depends on."""
+        return ModelSizes(
+            vocab=self.vocab_size,
+            embed=self.hidden_size,
+            mlp=self.intermediate_size,
+            query_heads=self.num_attention_heads,
+            key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+        )
 
     @property
     def context_length(self) -> int:

@@ -5,10 +5,12 @@ To add one, write `meshwen/models/<model_type>.py` with what `Architecture` list
 to `MODEL_TYPES`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from meshwen.models.config import (
     ModelConfig,
@@ -19,6 +21,13 @@ from meshwen.models.config import (
     unsupported,
 )
 
+if TYPE_CHECKING:
+    from jax import Array
+
+    from meshwen.cache.kv_cache import AnyCache
+    from meshwen.ops.operations import Ops
+    from meshwen.weights.declaration import Params, WeightSpec
+
 # `model_type` of a config.json, and the name of the module.
 MODEL_TYPES = ("qwen2",)
 
@@ -27,6 +36,26 @@ class Architecture(Protocol):
     """What a module of an architecture offers."""
 
     CONFIG: type[ModelConfig]
+
+    def weights(self, config: Any) -> tuple[WeightSpec, ...]:
+        """Every weight, in the order of the forward pass."""
+
+    def hidden_states(
+        self,
+        params: Params,
+        token_ids: Array,
+        start: Array,
+        cache: tuple[AnyCache, ...] | None,
+        length: int,
+        config: Any,
+        ops: Ops,
+        *,
+        last: Array | None = None,
+    ) -> tuple[Array, tuple[AnyCache, ...]]:
+        """The final hidden states, and the cache: see `meshwen.models.decoder.hidden_states`."""
+
+    def logits(self, params: Params, x: Array, ops: Ops) -> Array:
+        """Logits of hidden states: see `meshwen.models.decoder.logits`."""
 
 
 def architecture(model_type: str) -> Architecture:

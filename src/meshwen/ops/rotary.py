@@ -1,75 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embeddings: the angle by which each pair of a head's dimensions turns a position.
+"""Rotary embeddings (arXiv 2104.09864): pairs of a head's dimensions turn with the position."""
 
-Plain RoPE is arXiv 2104.09864 (Su et al.), linear scaling is the position interpolation of arXiv
-2306.15595 (Chen et al.), YaRN is arXiv 2309.00071 (Peng et al.). Values follow the float32 steps of
-transformers, because positions magnify rounding: at position 32768 one ulp (6e-8) is 2e-3 radians.
-"""
+from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from meshwen.models.config import ModelConfig
-from meshwen.models.rope_scaling import RopeScaling
+from meshwen.ops.operations import Ops
 
 
-def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Return a model's rotary frequencies, and the factor that scales its cosines and sines.
+class Rotary(NamedTuple):
+    """Cosines and sines of rotary angles: float32 [B, 1, T, H/2]."""
 
-    Position p turns dimensions (i, i + head_dim/2) of a query or key by p * frequency[i] radians.
+    cos: Array
+    sin: Array
 
-    Returns:
-        float32 [head_dim/2] in radians per position, and the attention factor: 1.0 unless YaRN.
+
+def rotary_tables(positions: Array, frequencies: np.ndarray, factor: float, ops: Ops) -> Rotary:
+    """Cosines and sines for tokens at some positions.
+
+    Args:
+        positions: int [B, T].
+        frequencies: float32 [H/2], radians per position.
+        factor: what cosines and sines are multiplied with.
+        ops: the operations.
     """
-    wavelengths = _wavelengths(config)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return _ONE / wavelengths, 1.0
-    if scaling.rope_type == "linear":
-        return _ONE / wavelengths / np.float32(scaling.factor), 1.0
-    return _yarn(wavelengths, config, scaling), scaling.cosine_factor
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    (angles,) = ops.numerics.rounded((angles,))
+    cos, sin = (ops.numerics.pointwise(f, angles) for f in (jnp.cos, jnp.sin))
+    # Without the barrier XLA computes them anew in every layer, where they are used.
+    return Rotary(*jax.lax.optimization_barrier((cos * factor, sin * factor)))
 
 
-_ONE = np.float32(1.0)
-
-
-def _wavelengths(config: ModelConfig) -> np.ndarray:
-    """Return ``rope_theta ** (2i / head_dim)`` for each pair i: float32 [H/2], positions/radian."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    # In float64, because numpy's float32 power is off by one ulp where PyTorch's is not.
-    return np.power(np.float64(config.rope_theta), exponents).astype(np.float32)
-
-
-def _yarn(wavelengths: np.ndarray, config: ModelConfig, scaling: RopeScaling) -> np.ndarray:
-    """Return YaRN's "NTK-by-parts" frequencies, float32 [H/2] (arXiv 2309.00071, section 3.2).
-
-    Pairs that turn more than ``beta_fast`` times in the original context keep their frequency,
-    those that turn less than ``beta_slow`` times have it divided by ``factor``; between, a blend.
-    """
-    low, high = _correction_range(config, scaling)
-    pairs = np.arange(config.head_dim // 2, dtype=np.float32)
-    ramp = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
-    kept = _ONE - ramp
-    interpolated = _ONE / (np.float32(scaling.factor) * wavelengths)
-    return interpolated * (_ONE - kept) + _ONE / wavelengths * kept
-
-
-def _correction_range(config: ModelConfig, scaling: RopeScaling) -> tuple[float, float]:
-    """Return the pair indices between which YaRN blends, by the turns they make in the context."""
-    assert scaling.original_max_position_embeddings is not None  # RopeScaling checks it
-    context = scaling.original_max_position_embeddings
-
-    def pair_with_turns(turns: float) -> float:
-        """Invert ``turns = context / (2 pi theta ** (2 pair / head_dim))``."""
-        return (
-            config.head_dim
-            * math.log(context / (turns * 2 * math.pi))
-            / (2 * math.log(config.rope_theta))
-        )
-
-    low, high = pair_with_turns(scaling.beta_fast), pair_with_turns(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
-    return (low, high + 0.001) if low == high else (low, high)
+def rotate(x: Array, rotary: Rotary, ops: Ops) -> Array:
+    """Turns float32 [B, N, T, H]; dimension i pairs with i + H/2."""
+    first, second = jnp.split(x, 2, axis=-1)
+    products = first * rotary.cos, second * rotary.sin, second * rotary.cos, first * rotary.sin
+    a, b, c, d = ops.numerics.rounded(products)
+    return jnp.concatenate([a - b, c + d], axis=-1)

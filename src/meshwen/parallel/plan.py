@@ -17,12 +17,10 @@ from math import ceil
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from meshwen.common.choices import NUMERICS, QUANTIZATIONS, Numerics, Quantization, check_choice
 from meshwen.errors import MeshwenError
-from meshwen.models.config import ModelConfig
-from meshwen.ops.cpu import kernels
 from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
-from meshwen.parallel.mesh import axes_size, data_axes, model_axes, on_cpu
+from meshwen.parallel.mesh import axes_size, data_axes, model_axes
+from meshwen.parallel.sizes import ModelSizes
 
 # What each logical axis is split over: the mesh axes that carry the model, the batch, or none.
 # `query` and `key_value` are heads times head_dim, `heads` is key/value heads (of the cache).
@@ -49,25 +47,20 @@ class ParallelPlan:
     """A model's layout on a mesh.
 
     Attributes:
-        config: the model's hyperparameters.
+        sizes: the model's.
         mesh: abstract is enough to tell the layout, with no devices behind it.
-        numerics: "fast", or "exact": see `meshwen.ops.numerics.exact`.
-        quantization: "int8", or None: see `meshwen.ops.quant.int8`.
+        exact: heads, the MLP and the vocabulary are laid out in leaves that are the same on every
+            mesh, as exact numerics needs: see `meshwen.ops.numerics.exact`.
 
     Raises:
-        MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
-            no such quantization.
+        MeshwenError: there is no such layout of this model on this mesh.
     """
 
-    config: ModelConfig
+    sizes: ModelSizes
     mesh: Mesh | AbstractMesh
-    numerics: Numerics = "fast"
-    quantization: Quantization | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
-        if self.quantization is not None:
-            check_choice("quantization", self.quantization, QUANTIZATIONS)
-        check_choice("numerics", self.numerics, NUMERICS)
         if not self.exact:
             return
         if LEAVES % self.model_devices:
@@ -76,16 +69,6 @@ class ParallelPlan:
                 f"not {self.model_devices}; choose another mesh, or fast numerics"
             )
         _ = self.heads  # Refuses what has no exact layout now, not when weights are placed.
-
-    @property
-    def exact(self) -> bool:
-        """Whether the numerics are exact."""
-        return self.numerics == "exact"
-
-    @cached_property
-    def kernels(self) -> bool:
-        """Whether `meshwen.ops.cpu.kernels` multiply with weights, in the place of XLA."""
-        return on_cpu(self.mesh) and kernels.instruction_set() is not None
 
     @cached_property
     def model_axes(self) -> tuple[str, ...]:
@@ -110,9 +93,8 @@ class ParallelPlan:
     @cached_property
     def heads(self) -> HeadLayout:
         """The head layout over the model's devices."""
-        c = self.config
         layout = exact_head_layout if self.exact else head_layout
-        return layout(c.num_attention_heads, c.num_key_value_heads, self.model_devices)
+        return layout(self.sizes.query_heads, self.sizes.key_value_heads, self.model_devices)
 
     def leaves(self, axis: str) -> tuple[int, ...]:
         """How exact numerics cuts one device's part of a contracted axis, as a nested shape.
@@ -146,28 +128,17 @@ class ParallelPlan:
         """The sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
-    def axis_size(self, axis: str) -> int:
-        """Size of a weight's logical axis in the checkpoint."""
-        c = self.config
-        return {
-            "vocab": c.vocab_size,
-            "embed": c.hidden_size,
-            "mlp": c.intermediate_size,
-            "query": c.num_attention_heads * c.head_dim,
-            "key_value": c.num_key_value_heads * c.head_dim,
-        }[axis]
-
     def axis_source(self, axis: str) -> np.ndarray:
         """For each position of a weight's axis on the devices, its position in the checkpoint.
 
         Returns:
             int64 [padded size], `PADDING` (-1) where the position holds zeros.
         """
-        size = self.axis_size(axis)
+        size = self.sizes[axis]
         if axis == "query":
-            return _head_rows(self.heads.query_slots(), self.config.head_dim)
+            return _head_rows(self.heads.query_slots(), self.sizes.head_dim)
         if axis == "key_value":
-            return _head_rows(self.heads.key_value_slots(), self.config.head_dim)
+            return _head_rows(self.heads.key_value_slots(), self.sizes.head_dim)
         shards = self._shards(axis)
         source = np.arange(ceil(size / shards) * shards)
         source[size:] = PADDING
@@ -180,11 +151,11 @@ class ParallelPlan:
         """
         heads = self.heads
         if axis == "query":
-            return heads.devices * heads.local_query_slots * self.config.head_dim
+            return heads.devices * heads.local_query_slots * self.sizes.head_dim
         if axis == "key_value":
-            return heads.devices * heads.local_key_value_heads * self.config.head_dim
+            return heads.devices * heads.local_key_value_heads * self.sizes.head_dim
         shards = self._shards(axis)
-        return ceil(self.axis_size(axis) / shards) * shards
+        return ceil(self.sizes[axis] / shards) * shards
 
     def _shards(self, axis: str) -> int:
         """How many equal parts an axis that is no axis of heads is padded to."""

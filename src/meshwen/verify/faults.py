@@ -5,20 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from meshwen.models.qwen2 import Params
-from meshwen.ops.cpu.packing import AnyWeight, PackedWeight, unpacked
+from meshwen.ops.formats import Leaf, Packed
+from meshwen.ops.weight import Weight
 from meshwen.runtime.jax_settings import own_settings
 from meshwen.verify.localise import Parting, Prober, RowHook, Trace, parting
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import compare
 from meshwen.verify.promises import broken_by_logits
+from meshwen.weights.declaration import Params, updated
+from meshwen.weights.placed import Placement
 
 ATTENTION, MLP = "attention output", "MLP output"
 
@@ -59,13 +60,14 @@ def self_test(
         whole: the run's sound logits.
         first_mesh: the first mesh's, that promises are about.
     """
-    layers = run.plan.config.num_hidden_layers
-    head_dim = run.plan.config.head_dim
+    layers = run.runner.config.num_hidden_layers
+    head_dim = run.runner.config.head_dim
     middle, last = Parting(layers // 2, MLP), Parting(layers - 1, ATTENTION)
     order = Parting(layers // 3, MLP)
+    weights = run.runner.model.weights
 
     def trace(place: Parting, change: Callable[[np.ndarray], np.ndarray]) -> Trace:
-        return prober.trace(whole, with_changed_weight(run.runner.params, place, change))
+        return prober.trace(whole, with_changed_weight(run.runner.params, weights, place, change))
 
     reversing = Prober(run, reversed_sum(order))
     found = [
@@ -77,7 +79,7 @@ def self_test(
             trace(last, lambda rows: without_head(rows, head_dim)),
         ),
     ]
-    numerics, dtype = run.plan.numerics, run.runner.dtype.name
+    numerics, dtype = run.runner.model.numerics, run.runner.dtype.name
 
     def broken(faulty: Trace) -> tuple[str, ...]:
         difference = compare(first_mesh, faulty.logits)
@@ -91,23 +93,20 @@ def self_test(
 
 @own_settings()
 def with_changed_weight(
-    params: Params, place: Parting, change: Callable[[np.ndarray], np.ndarray]
+    params: Params, weights: Placement, place: Parting, change: Callable[[np.ndarray], np.ndarray]
 ) -> Params:
     """Weights of which one device's part of the place's row-parallel weight is another.
 
     Nothing is copied but that part, the first one that does not hold zeros alone.
     """
-    assert place.layer is not None
-    block, name = {ATTENTION: ("self_attn", "o_proj"), MLP: ("mlp", "down_proj")}[place.operation]
-    layers = list(params["model"]["layers"])
-    layer = dict(layers[place.layer])
-    weight = layer[block][name]["weight"]
-    # One weight, or one a leaf in exact numerics.
-    leaves, tree = jax.tree.flatten(weight, is_leaf=lambda one: isinstance(one, PackedWeight))
-    changed = jax.tree.unflatten(tree, [_with_changed_part(leaves[0], change), *leaves[1:]])
-    layer[block] = layer[block] | {name: layer[block][name] | {"weight": changed}}
-    layers[place.layer] = layer
-    return params | {"model": params["model"] | {"layers": layers}}
+    summed = [ATTENTION, MLP]
+    paths = [
+        placed.path
+        for placed in weights.weights
+        if placed.spec.layer == place.layer and placed.spec.sums_over_devices
+    ]
+    path = paths[summed.index(place.operation)]
+    return updated(params, path, lambda w: w.with_leaf(0, lambda f: _with_changed_part(f, change)))
 
 
 def negated(part: np.ndarray) -> np.ndarray:
@@ -128,29 +127,35 @@ def reversed_sum(place: Parting) -> RowHook:
     assert place.layer is not None
     number = 2 * place.layer + (place.operation == MLP)
 
-    def hook(product: int, x: Array, weight: Any) -> tuple[Array, Any]:
-        return (x[..., ::-1], _reversed(weight)) if product == number else (x, weight)
+    def hook(matmul: int, x: Array, weight: Weight) -> tuple[Array, Weight]:
+        return (x[..., ::-1], _reversed(weight)) if matmul == number else (x, weight)
 
     return hook
 
 
-def _reversed(weight: Any) -> Any:
-    if isinstance(weight, list):
-        return [_reversed(part) for part in reversed(weight)]
-    if isinstance(weight, PackedWeight):
-        return PackedWeight.of(unpacked(weight)[::-1].T, weight.dtype)
-    return weight[::-1]
+def _reversed(weight: Weight) -> Weight:
+    """The weight with its inputs in the opposite order."""
+    return replace(weight, leaves=tuple(map(_reversed_leaf, reversed(weight.leaves))))
 
 
-def _with_changed_part(weight: AnyWeight, change: Callable[[np.ndarray], np.ndarray]) -> AnyWeight:
-    if not isinstance(weight, PackedWeight):
-        return _with_changed_array(weight, lambda part: jnp.asarray(change(np.array(part))))
+def _reversed_leaf(leaf: Leaf) -> Leaf:
+    if isinstance(leaf, Packed):
+        return leaf.format.pack(leaf.unpacked()[::-1].T, leaf.dtype)
+    return leaf[::-1]
+
+
+def _with_changed_part(leaf: Leaf, change: Callable[[np.ndarray], np.ndarray]) -> Leaf:
+    if not isinstance(leaf, Packed):
+        return _with_changed_array(leaf, lambda part: jnp.asarray(change(np.array(part))))
+    format, dtype = leaf.format, leaf.dtype
 
     def repacked(values: Array) -> Array:
-        part = np.array(unpacked(replace(weight, values=values)))
-        return PackedWeight.of(jnp.asarray(change(part).T), weight.dtype).values
+        part = np.array(format.wrap([values], leaf.shape, dtype).unpacked())
+        (stored,) = jax.tree.leaves(format.pack(jnp.asarray(change(part).T), dtype))
+        return stored
 
-    return replace(weight, values=_with_changed_array(weight.values, repacked))
+    (values,) = jax.tree.leaves(leaf)
+    return format.wrap([_with_changed_array(values, repacked)], leaf.shape, dtype)
 
 
 def _with_changed_array(array: Array, change: Callable[[Array], Array]) -> Array:

@@ -10,23 +10,23 @@ there would be otherwise; whether that changed the logits is checked, not assume
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from meshwen.models.config import ModelConfig
-from meshwen.models.qwen2 import Params, hidden_states, logits
-from meshwen.ops.contractions import TensorParallel
+from meshwen.models.placed import PlacedModel
+from meshwen.ops.operations import Linear, Ops
+from meshwen.ops.weight import Weight
 from meshwen.parallel.distributed import to_host
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import bits_equal
+from meshwen.weights.declaration import Params
 
 # Changes what `row` is given, of the row-parallel products that it is asked about.
-RowHook = Callable[[int, Array, Any], tuple[Array, Any]]
+RowHook = Callable[[int, Array, Weight], tuple[Array, Weight]]
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,9 @@ class Prober:
             lengths: Array,
             rows: Array,
             *,
-            config: ModelConfig,
-            tp: TensorParallel,
+            model: PlacedModel,
         ) -> tuple[Array, Array, Array]:
-            return _probe(params, token_ids, lengths, rows, config, tp, row_hook)
+            return _probe(params, token_ids, lengths, rows, model, row_hook)
 
         self._probe = run.runner.compiled(
             probe_step,
@@ -135,7 +134,7 @@ class Prober:
         totals, agree = _total(np.stack(sums), run.plan.data_devices, run.plan.model_devices)
         logits_found = np.stack(found)
         return Trace(
-            operation_names(run.plan.config.num_hidden_layers),
+            operation_names(run.runner.config.num_hidden_layers),
             totals,
             np.concatenate(samples)[: len(run.workload.prompts)],
             logits_found,
@@ -159,26 +158,22 @@ def _total(sums: np.ndarray, data: int, model: int) -> tuple[np.ndarray, bool]:
     return whole.sum(axis=(0, 1), dtype=np.uint32), agree
 
 
-class _Recorder:
-    """Contractions that note their results; everything else is that of `tp`."""
+@dataclass(frozen=True)
+class _RecordingOps(Ops):
+    """Operations that note what they give: an embedding, then each row-parallel matmul."""
 
-    def __init__(self, tp: TensorParallel, row_hook: RowHook | None):
-        self._tp, self._row_hook = tp, row_hook
-        self.noted: list[Array] = []
-        self._row_products = 0
+    row_hook: RowHook | None = None
+    noted: list[Array] = field(default_factory=list, compare=False)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tp, name)
-
-    def embed(self, token_ids: Array, table: Array) -> Array:
-        self.noted.append(self._tp.embed(token_ids, table))
+    def embed(self, token_ids: Array, layer: Linear) -> Array:
+        self.noted.append(super().embed(token_ids, layer))
         return self.noted[-1]
 
-    def row(self, x: Array, weight: Any) -> Array:
-        if self._row_hook is not None:
-            x, weight = self._row_hook(self._row_products, x, weight)
-        self._row_products += 1
-        self.noted.append(self._tp.row(x, weight))
+    def row(self, x: Array, layer: Linear) -> Array:
+        if self.row_hook is not None:
+            x, weight = self.row_hook(len(self.noted) - 1, x, layer["weight"])
+            layer = {**layer, "weight": weight}
+        self.noted.append(super().row(x, layer))
         return self.noted[-1]
 
 
@@ -187,25 +182,24 @@ def _probe(
     token_ids: Array,
     lengths: Array,
     rows: Array,
-    config: ModelConfig,
-    tp: TensorParallel,
+    model: PlacedModel,
     row_hook: RowHook | None,
 ) -> tuple[Array, Array, Array]:
     """Checksums uint32 [1, operations], samples float32 [B, operations - 1, D], logits."""
-    recorder = _Recorder(tp, row_hook)
-    recording = cast(TensorParallel, recorder)
+    own = model.ops
+    ops = _RecordingOps(own.collectives, own.numerics, own.backend, row_hook)
     # Without jit all layers are traced one by one, so that each has its own note.
     with jax.disable_jit():
         start, T = jnp.zeros_like(lengths), token_ids.shape[1]
-        x, _ = hidden_states(params, token_ids, start, None, T, config, recording)
-    scores = logits(params, x, tp)
-    noted = [*recorder.noted, x]
-    expected = len(operation_names(config.num_hidden_layers)) - 1
+        x, _ = model.hidden_states(params, token_ids, start, None, T, ops=ops)
+    scores = model.logits(params, x)
+    noted = [*ops.noted, x]
+    expected = len(operation_names(model.config.num_hidden_layers)) - 1
     assert len(noted) == expected, f"{len(noted)} operations noted, not {expected}"
     valid = jnp.arange(T) < lengths[:, None]
     sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in noted]
-    first = tp.index() * scores.shape[-1]
-    sums.append(_checksum(scores, valid, rows, first, config.vocab_size))
+    first = own.collectives.index() * scores.shape[-1]
+    sums.append(_checksum(scores, valid, rows, first, model.config.vocab_size))
     last = lengths[:, None, None] - 1
     samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in noted]
     return jnp.stack(sums)[None], jnp.stack(samples, axis=1), scores

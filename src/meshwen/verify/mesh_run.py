@@ -12,17 +12,17 @@ import numpy as np
 from jax import Array
 
 from meshwen.cache.kv_cache import KVCache
+from meshwen.engine import steps
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.models.config import ModelConfig
-from meshwen.models.qwen2 import Params, hidden_states, logits
-from meshwen.ops.contractions import TensorParallel
+from meshwen.models.placed import PlacedModel
 from meshwen.parallel.distributed import gathered, to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program
 from meshwen.verify.workload import Workload
+from meshwen.weights.declaration import Params
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class MeshRun:
         workload: what it is asked; `feed` completes it.
     """
 
-    def __init__(self, plan: ParallelPlan, params: Params, dtype: jnp.dtype, workload: Workload):
-        self.runner = ModelRunner(plan, params, dtype)
+    def __init__(self, model: PlacedModel, params: Params, workload: Workload):
+        self.runner, plan = ModelRunner(model, params), model.plan
         self.workload = workload
-        self._vocab = plan.config.vocab_size
+        self._vocab = model.config.vocab_size
         greedy = [SamplingParams()] * workload.rows
         self._method = SamplingMethod.of(greedy, self._vocab)
         self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
         self._decode = self._compiled_decode()
-        self._head = self.runner.compiled(head_step, ("batch embed",), "batch vocab")
+        self._head = self.runner.compiled(steps.head_step, ("batch embed",), "batch vocab")
         self._in_rows = Program(
             lambda found: jnp.stack(found, axis=1).reshape(workload.rows, -1),
             out_shardings=plan.sharding("batch", "embed"),
         )
         self._decode_logits = self.runner.compiled(
-            decode_logits_step,
-            ("batch heads", "batch", "batch"),
-            ("batch vocab", "batch heads"),
+            steps.decode_logits_step,
+            (self.runner.cache_axes, "batch", "batch"),
+            ("batch length vocab", self.runner.cache_axes),
             donate=(1,),
         )
 
@@ -125,7 +125,7 @@ class MeshRun:
             for shard in array.addressable_shards:
                 held[shard.device] += shard.data.nbytes
         ends = [min(held.values()), max(held.values())]
-        every = gathered(f"{what} bytes, {self.plan.numerics} {self.label}", ends)
+        every = gathered(f"{what} bytes, {self.runner.model.numerics} {self.label}", ends)
         return min(least for least, _ in every), max(most for _, most in every)
 
     def _whole(self) -> np.ndarray:
@@ -140,8 +140,8 @@ class MeshRun:
         params, fed, lengths = self.runner.params, self.workload.fed(), self.workload.lengths
         found = [self._head(params, hidden)]
         for step in range(self.workload.steps - 1):
-            out, cache = self._decode_logits(params, cache, fed[:, step], lengths + step)
-            found.append(out)
+            out, cache = self._decode_logits(params, cache, fed[:, step, None], lengths + step)
+            found.append(out[:, 0])
             found[-1].block_until_ready()
         return np.stack([to_host(out)[:, : self._vocab] for out in found], axis=1)
 
@@ -188,35 +188,3 @@ class MeshRun:
             self.runner.params, cache, row[:, None], row, self._rows, None, method=self._method
         )
         return lowered.compile()
-
-
-def head_step(params: Params, hidden: Array, *, config: ModelConfig, tp: TensorParallel) -> Array:
-    """Logits of final hidden states: float32 [B, D] -> float32 [B, V/n]."""
-    return logits(params, hidden, tp)
-
-
-def decode_logits_step(
-    params: Params,
-    cache: KVCache,
-    tokens: Array,
-    positions: Array,
-    *,
-    config: ModelConfig,
-    tp: TensorParallel,
-) -> tuple[Array, KVCache]:
-    """What the runner's decode step does, but with the logits in the sampler's place.
-
-    Args:
-        params: the weights.
-        cache: of earlier tokens.
-        tokens: int32 [B].
-        positions: int32 [B].
-        config: the model's hyperparameters.
-        tp: the contractions.
-
-    Returns:
-        float32 [B, V/n], and the cache.
-    """
-    slots = cache[0].values.shape[2]
-    x, cache = hidden_states(params, tokens[:, None], positions, cache, slots, config, tp)
-    return logits(params, x[:, 0], tp), cache

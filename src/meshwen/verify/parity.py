@@ -15,6 +15,7 @@ import numpy as np
 
 from meshwen.checkpoints import Checkpoint
 from meshwen.common.choices import Numerics
+from meshwen.models.placed import PlacedModel
 from meshwen.parallel.heads import named_slots
 from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -30,6 +31,7 @@ from meshwen.verify.promises import (
     broken_by_sampler,
 )
 from meshwen.verify.workload import Workload
+from meshwen.weights.declaration import Params
 from meshwen.weights.loading import dummy_params, load_params
 
 
@@ -139,24 +141,32 @@ def verify(
         MeshwenError: a mesh does not exist, or has no exact numerics.
     """
     make_mesh(max(meshes, key=lambda mesh: mesh.devices))  # Simulated devices enough for all.
-    plans = [ParallelPlan(checkpoint.config, make_mesh(m), n) for n in numerics for m in meshes]
-    workload = replace(workload, rows_multiple=int(np.lcm.reduce([p.data_devices for p in plans])))
+    models = [
+        PlacedModel(checkpoint.config, make_mesh(mesh), jnp.dtype(dtype), kind)
+        for kind in numerics
+        for mesh in meshes
+    ]
+    multiple = int(np.lcm.reduce([model.plan.data_devices for model in models]))
+    workload = replace(workload, rows_multiple=multiple)
     largest = {
-        n: max((p for p in plans if p.numerics == n), key=lambda plan: plan.model_devices)
-        for n in numerics
+        kind: max(
+            (model for model in models if model.numerics == kind),
+            key=lambda model: model.plan.model_devices,
+        )
+        for kind in numerics
     }
     rows: list[Row] = []
     faults: dict[str, list[FaultFound]] = {}
     reference: _Reference | None = None
     generated: dict[str, np.ndarray] = {}
-    for number, plan in enumerate(plans):
+    for number, model in enumerate(models):
         started = time.perf_counter()
-        run = MeshRun(plan, _params(checkpoint, plan, dtype), jnp.dtype(dtype), workload)
+        run = MeshRun(model, _params(checkpoint, model), workload)
         loaded = time.perf_counter()
-        if plan.numerics not in generated:
-            generated[plan.numerics] = run.generate()
+        if model.numerics not in generated:
+            generated[model.numerics] = run.generate()
         if workload.continuations is None:
-            tokens = generated[plan.numerics]
+            tokens = generated[model.numerics]
             run.workload = workload = replace(workload, continuations=tokens)
         observed, prober = run.observe(), Prober(run)
         trace = prober.trace(observed.whole)
@@ -166,9 +176,9 @@ def verify(
         seconds = (loaded - started, time.perf_counter() - loaded)
         rows.append(_row(run, observed, trace, reference, dtype, seconds))
         note(_said(rows[-1]))
-        if test_self and plan == largest[plan.numerics]:
-            expected = reference.trace if plan.numerics == "exact" else trace
-            key = f"{plan.numerics} {run.label}"
+        if test_self and model is largest[model.numerics]:
+            expected = reference.trace if model.numerics == "exact" else trace
+            key = f"{model.numerics} {run.label}"
             first_mesh = reference.observed.whole
             faults[key] = self_test(run, prober, expected, observed.whole, first_mesh)
         del run, prober, observed, trace
@@ -176,10 +186,10 @@ def verify(
     return Outcome(tuple(rows), workload, generated, faults)
 
 
-def _params(checkpoint: Checkpoint, plan: ParallelPlan, dtype: str) -> Any:
+def _params(checkpoint: Checkpoint, model: PlacedModel) -> Params:
     if checkpoint.format is None:
-        return dummy_params(plan, jnp.dtype(dtype))
-    return load_params(checkpoint, plan, jnp.dtype(dtype))
+        return dummy_params(model.weights)
+    return load_params(checkpoint, model.weights)
 
 
 def _row(
@@ -190,7 +200,7 @@ def _row(
     dtype: str,
     seconds: tuple[float, float],
 ) -> Row:
-    plan, hlo = run.plan, run.decode_hlo
+    model, plan, hlo = run.runner.model, run.plan, run.decode_hlo
     whole = compare(reference.observed.whole, observed.whole)
     cached = compare(reference.observed.cached, observed.cached)
     found = collectives(hlo)
@@ -204,15 +214,15 @@ def _row(
         "logits through the cache, against whole-sequence ones": own,
     }
     broken = [
-        *broken_by_logits(plan.numerics, dtype, kinds),
-        *broken_by_sampler(plan.numerics, dtype, shortfall, agree == observed.greedy.size),
-        *broken_by_collectives(plan.numerics, plan.config.num_hidden_layers, found),
+        *broken_by_logits(model.numerics, dtype, kinds),
+        *broken_by_sampler(model.numerics, dtype, shortfall, agree == observed.greedy.size),
+        *broken_by_collectives(model.numerics, model.config.num_hidden_layers, found),
         *broken_by_probe(trace.neutral, trace.devices_agree),
     ]
     local_rows = run.workload.rows // plan.data_devices
     return Row(
         mesh=run.label,
-        numerics=plan.numerics,
+        numerics=model.numerics,
         devices=plan.mesh.size,
         data_devices=plan.data_devices,
         weight_bytes=run.weight_bytes(),

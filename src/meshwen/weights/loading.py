@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights onto the devices: from a checkpoint, shard by shard, or made up (`dummy`)."""
+"""Weights onto the devices: from a checkpoint, shard by shard, or dummies."""
 
 from __future__ import annotations
 
@@ -17,60 +17,51 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from meshwen.checkpoints import Checkpoint, TensorSource, quantized_hint
 from meshwen.common.json_files import shown
 from meshwen.common.units import bytes_text
 from meshwen.errors import MeshwenError
-from meshwen.models.qwen2 import Params
-from meshwen.ops.cpu.packing import COLUMNS, AnyWeight, PackedWeight, packed
+from meshwen.ops.formats import Format, Leaf
+from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
-from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program, own_settings
 from meshwen.runtime.memory import free_bytes
-from meshwen.weights.declaration import (
-    EMBEDDING,
-    LM_HEAD,
-    Weight,
-    declared_weights,
-    placed_weights,
-    unflatten,
-)
+from meshwen.weights.declaration import Params, unflatten
 from meshwen.weights.finite import check_finite
+from meshwen.weights.placed import PlacedWeight, Placement
+from meshwen.weights.source import TensorSource, WeightFile
 
 # Told the number of weights placed so far, and of all.
 Progress = Callable[[int, int], None]
 
 _TIED_ROWS = 4096
-_PACKED_ROWS = 8192  # whole panels; in int8 they are float32 meanwhile
+_PACKED_ROWS = 8192  # a multiple of any format's outputs; in int8 they are float32 meanwhile
 _TRANSPOSE_COLUMNS = 256  # A block that stays in cache: 8 times as fast on a large table.
 _ALIGNMENT = 64  # bytes, of XLA's CPU buffers
 # Buffers that old transformers versions wrote and that hold no parameter.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
-def check_tensors(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> None:
+def check_tensors(file: WeightFile, placement: Placement) -> None:
     """Holds a checkpoint's tensors against the declared ones.
 
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape; it is named.
     """
-    if (problem := _misfit(checkpoint, weights, plan)) is None:
-        return
-    quantization = checkpoint.quantization
-    hint = f"; {quantized_hint(quantization)}" if quantization is not None else ""
-    raise MeshwenError(f"{checkpoint.path}: {problem}{hint}")
+    if (problem := _misfit(file, placement)) is not None:
+        hint = f"; {file.misfit_hint}" if file.misfit_hint else ""
+        raise MeshwenError(f"{file.path}: {problem}{hint}")
 
 
-def _misfit(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -> str | None:
+def _misfit(file: WeightFile, placement: Placement) -> str | None:
     """What keeps a checkpoint's tensors from being the declared ones, None where they are."""
-    for weight in weights:
-        name, shape = weight.name, weight.shape(plan)
-        if name not in checkpoint.tensors:
+    for spec in placement.specs:
+        name, shape = spec.name, spec.shape(placement.plan.sizes)
+        if name not in file.tensors:
             return (
                 f"tensor {name} {list(shape)} is missing; "
                 "the checkpoint does not fit its config, or is incomplete"
             )
-        source = checkpoint.tensors[name]
+        source = file.tensors[name]
         if not jnp.issubdtype(source.dtype, jnp.floating):
             return (
                 f"tensor {name} is {source.dtype}, not floating-point: "
@@ -81,29 +72,24 @@ def _misfit(checkpoint: Checkpoint, weights: list[Weight], plan: ParallelPlan) -
                 f"tensor {name} has shape {list(source.shape)}, "
                 f"but the config makes it {list(shape)}"
             )
-    expected = {weight.name for weight in weights}
-    for name in checkpoint.tensors:
-        tied_copy = plan.config.tie_word_embeddings and name == LM_HEAD.name
-        if name not in expected and not tied_copy and not name.endswith(_IGNORED_SUFFIX):
+    expected = {name for spec in placement.specs for name in (spec.name, spec.tied)}
+    for name in file.tensors:
+        if name not in expected and not name.endswith(_IGNORED_SUFFIX):
             return (
                 f"unexpected tensor {shown(name)} "
-                f"{list(checkpoint.tensors[name].shape)}; Qwen2 has no such weight"
+                f"{list(file.tensors[name].shape)}; the model has no such weight"
             )
     return None
 
 
-def check_room(plan: ParallelPlan, dtype: jnp.dtype) -> None:
+def check_room(placement: Placement) -> None:
     """Holds the bytes that weights take on a device against those that are free.
 
     Raises:
         MeshwenError: they do not fit; the process would be killed in the middle of loading.
     """
-    needed = sum(
-        weight.nbytes(shape[::-1] if weight.transposed else shape, plan, jnp.dtype(dtype))
-        for weight in placed_weights(plan)
-        for shape in [weight.shard_shape(plan)]
-    )
-    if needed > (free := free_bytes(plan.mesh.local_devices)):
+    needed = placement.nbytes
+    if needed > (free := free_bytes(placement.plan.mesh.local_devices)):
         raise MeshwenError(
             f"the weights need {bytes_text(needed)} on each device, of which {bytes_text(free)} "
             "can be had: use more devices, int8, or a smaller model"
@@ -111,12 +97,9 @@ def check_room(plan: ParallelPlan, dtype: jnp.dtype) -> None:
 
 
 def load_params(
-    checkpoint: Checkpoint,
-    plan: ParallelPlan,
-    dtype: jnp.dtype,
-    progress: Progress = lambda done, total: None,
+    file: WeightFile, placement: Placement, progress: Progress = lambda done, total: None
 ) -> Params:
-    """Places a checkpoint's weights on the plan's devices, cast (nearest even) or quantised.
+    """Places a checkpoint's weights on the devices, cast (nearest even) or quantised.
 
     Every device's part is read straight from the file into its place, one after the other: apart
     from the weights themselves no more than one device's part of one weight, and where it has to be
@@ -126,58 +109,55 @@ def load_params(
         MeshwenError: a tensor is missing, unexpected or of another shape, or holds NaN or infinity;
             or the weights do not fit the devices.
     """
-    check_tensors(checkpoint, declared_weights(plan.config), plan)
-    if plan.config.tie_word_embeddings and LM_HEAD.name in checkpoint.tensors:
-        _check_tied(checkpoint)
-    check_room(plan, dtype)
-    weights = placed_weights(plan)
-
-    def leaves() -> Iterator[tuple[str, AnyWeight]]:
-        for done, weight in enumerate(weights):
-            progress(done, len(weights))
-            yield (
-                weight.path,
-                _place(checkpoint.tensors[weight.name], weight, plan, dtype, checkpoint.path),
-            )
-        progress(len(weights), len(weights))
-
-    return unflatten(leaves())
+    check_tensors(file, placement)
+    for spec in placement.specs:
+        if spec.tied is not None and spec.tied in file.tensors:
+            _check_tied(file, spec.name, spec.tied)
+    check_room(placement)
+    return _params(
+        placement,
+        lambda weight: _place(file.tensors[weight.spec.name], weight, placement.dtype, file.path),
+        progress,
+    )
 
 
 def dummy_params(
-    plan: ParallelPlan,
-    dtype: jnp.dtype,
+    placement: Placement,
     progress: Progress = lambda done, total: None,
     seed: int = 0,
 ) -> Params:
-    """Made-up weights: each a function of its name and position, so the same on every mesh.
+    """Dummy weights: each a function of its name and position, so the same on every mesh.
 
     Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices; where
     they are packed, by way of the host. Raises MeshwenError when they do not fit the devices.
     """
-    check_room(plan, dtype)
-    weights = placed_weights(plan)
-
-    def leaves() -> Iterator[tuple[str, AnyWeight]]:
-        for done, weight in enumerate(weights):
-            progress(done, len(weights))
-            yield weight.path, _dummy(weight, plan, dtype, seed)
-        progress(len(weights), len(weights))
-
-    return unflatten(leaves())
+    check_room(placement)
+    return _params(placement, lambda weight: _dummy(weight, placement.dtype, seed), progress)
 
 
-def _check_tied(checkpoint: Checkpoint) -> None:
+def _params(
+    placement: Placement, make: Callable[[PlacedWeight], Weight], progress: Progress
+) -> Params:
+    def made() -> Iterator[tuple[str, Weight]]:
+        for done, weight in enumerate(placement.weights):
+            progress(done, len(placement.weights))
+            yield weight.path, make(weight)
+        progress(len(placement.weights), len(placement.weights))
+
+    return unflatten(made())
+
+
+def _check_tied(file: WeightFile, table: str, head: str) -> None:
     """Refuses a head that is stored beside tied embeddings and differs from them."""
-    embedding, head = (checkpoint.tensors[name] for name in (EMBEDDING.name, LM_HEAD.name))
-    same = embedding.shape == head.shape and all(
-        _same(embedding.read((rows,)), head.read((rows,)))
-        for first in range(0, embedding.shape[0], _TIED_ROWS)
-        for rows in [slice(first, first + _TIED_ROWS)]
+    first, second = file.tensors[table], file.tensors[head]
+    same = first.shape == second.shape and all(
+        _same(first.read((rows,)), second.read((rows,)))
+        for start in range(0, first.shape[0], _TIED_ROWS)
+        for rows in [slice(start, start + _TIED_ROWS)]
     )
     if not same:
         raise MeshwenError(
-            f"{checkpoint.path}: the config ties {head.name} to {embedding.name}, but the two "
+            f"{file.path}: the config ties {head} to {table}, but the two "
             'differ; to use both, set "tie_word_embeddings": false in config.json'
         )
 
@@ -189,68 +169,78 @@ def _same(first: np.ndarray, second: np.ndarray) -> bool:
 
 @own_settings()
 def _place(
-    source: TensorSource, weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, where: Path | None
-) -> AnyWeight:
-    shape, positions = weight.device_shape(plan), weight.positions(plan)
-    places = plan.sharding(*weight.device_axes).addressable_devices_indices_map(shape).items()
+    source: TensorSource, weight: PlacedWeight, dtype: jnp.dtype, where: Path | None
+) -> Weight:
+    what = f"{where}: tensor {weight.spec.name}"
+    leaves = tuple(_place_leaf(source, weight, i, dtype, what) for i in range(weight.leaves))
+    return Weight(leaves, weight.tree, weight.transposed)
+
+
+def _place_leaf(
+    source: TensorSource, weight: PlacedWeight, leaf: int, dtype: jnp.dtype, what: str
+) -> Leaf:
+    shape, positions, format = weight.leaf_shape, weight.positions(leaf), weight.format
+    places = weight.array_sharding.addressable_devices_indices_map(shape).items()
+    kept = np.dtype(np.float32) if format is not None and format.rounds else dtype
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         """One device's part, its axes in the checkpoint's order."""
         assert index is not None  # Only a sharding that names no devices gives None.
         wanted = [axis[i] for axis, i in zip(positions, index, strict=True)]
         values = _read(source, wanted[::-1] if weight.transposed else wanted)
-        kept = np.dtype(np.float32) if weight.packed(plan) and plan.quantization else dtype
-        check_finite(values, kept, f"{where}: tensor {weight.name}")
+        check_finite(values, kept, what)
         return values
 
     # One after the other: the host never holds more than one device's part.
-    if weight.packed(plan):
-        parts = [_packed_part(part(index), device, plan, dtype) for device, index in places]
-        return _packed_weight(parts, weight, plan, dtype)
+    if format is not None:
+        parts = [_packed_part(part(index), device, format, dtype) for device, index in places]
+        return _packed(parts, weight, format, dtype)
     arrays = []
     for device, index in places:
         own = part(index).T if weight.transposed else part(index)
         arrays.append(jax.block_until_ready(jax.device_put(_copy(own, dtype), device)))
-    return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), arrays)
+    return jax.make_array_from_single_device_arrays(shape, weight.sharding, arrays)
 
 
-_packed = Program(packed, static_argnums=(1, 2))
+@partial(Program, static_argnums=(1, 2))
+def _packed_block(part: Array, format: Format, dtype: jnp.dtype) -> list[Array]:
+    return jax.tree.leaves(format.pack(part, dtype))
 
 
 def _packed_part(
-    part: np.ndarray, device: jax.Device, plan: ParallelPlan, dtype: jnp.dtype
+    part: np.ndarray, device: jax.Device, format: Format, dtype: jnp.dtype
 ) -> list[Array]:
-    """Values, and scales, of one device's part [out, in], some rows at a time.
+    """What is stored of one device's part [out, in], packed some rows at a time.
 
     By the first device, for the others too: each would compile it for itself.
     """
     whole: list[np.ndarray] = []
     for first in range(0, part.shape[0], _PACKED_ROWS):
-        block = _packed(part[first : first + _PACKED_ROWS], dtype, plan.quantization)
-        pieces = [np.asarray(piece) for piece in jax.tree.leaves(block)]
-        panels = -(-part.shape[0] // COLUMNS)
-        whole = whole or [_aligned((panels, *piece.shape[1:]), piece.dtype) for piece in pieces]
-        at = first // COLUMNS
+        block = part[first : first + _PACKED_ROWS]
+        pieces = [np.asarray(piece) for piece in _packed_block(block, format, dtype)]
+        length = -(-part.shape[0] // format.outputs)
+        whole = whole or [_aligned((length, *piece.shape[1:]), piece.dtype) for piece in pieces]
+        at = first // format.outputs
         for target, piece in zip(whole, pieces, strict=True):
             target[at : at + len(piece)] = piece
     return jax.block_until_ready(jax.device_put(whole, device))
 
 
-def _packed_weight(
-    parts: list[list[Array]], weight: Weight, plan: ParallelPlan, dtype: jnp.dtype
-) -> PackedWeight:
-    """A weight of the parts of this process's devices."""
-    inputs, outputs = weight.shard_shape(plan)
-    whole_inputs, whole_outputs = weight.device_shape(plan)
+def _packed(
+    parts: list[list[Array]], weight: PlacedWeight, format: Format, dtype: jnp.dtype
+) -> Leaf:
+    """A leaf of the parts of this process's devices."""
+    inputs, outputs = weight.leaf_shard_shape
+    whole_inputs, whole_outputs = weight.leaf_shape
     shards = whole_outputs // outputs, whole_inputs // inputs
 
     def whole(arrays: tuple[Array, ...]) -> Array:
-        panels, steps, *rest = arrays[0].shape
-        shape = (panels * shards[0], steps * shards[1], *rest)
-        return jax.make_array_from_single_device_arrays(shape, weight.sharding(plan), list(arrays))
+        first, second, *rest = arrays[0].shape
+        shape = (first * shards[0], second * shards[1], *rest)
+        return jax.make_array_from_single_device_arrays(shape, weight.sharding, list(arrays))
 
-    values, *scales = (whole(arrays) for arrays in zip(*parts, strict=True))
-    return PackedWeight(values, scales[0] if scales else None, (inputs, outputs), dtype)
+    arrays = [whole(pieces) for pieces in zip(*parts, strict=True)]
+    return format.wrap(arrays, (inputs, outputs), dtype)
 
 
 def _read(source: TensorSource, wanted: list[np.ndarray]) -> np.ndarray:
@@ -300,26 +290,31 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 @own_settings()
-def _dummy(weight: Weight, plan: ParallelPlan, dtype: jnp.dtype, seed: int) -> AnyWeight:
+def _dummy(weight: PlacedWeight, dtype: jnp.dtype, seed: int) -> Weight:
+    leaves = tuple(_dummy_leaf(weight, i, dtype, seed) for i in range(weight.leaves))
+    return Weight(leaves, weight.tree, weight.transposed)
+
+
+def _dummy_leaf(weight: PlacedWeight, leaf: int, dtype: jnp.dtype, seed: int) -> Leaf:
     positions = [
-        jax.device_put(positions.astype(np.int32), plan.sharding(axis))
-        for axis, positions in zip(weight.device_axes, weight.positions(plan), strict=True)
+        jax.device_put(positions.astype(np.int32), weight.plan.sharding(axis))
+        for axis, positions in zip(weight.axes, weight.positions(leaf), strict=True)
     ]
     whole = _fill(
         positions,
-        np.uint32(zlib.crc32(weight.name.encode()) ^ seed),
-        mean=1.0 if weight.axes == ("embed",) else 0.0,  # Only norms have this one axis.
+        np.uint32(zlib.crc32(weight.spec.name.encode()) ^ seed),
+        mean=weight.spec.dummy_mean,
         transposed=weight.transposed,
         dtype=jnp.dtype(dtype),
-        sharding=plan.sharding(*weight.device_axes),
+        sharding=weight.array_sharding,
     )
-    if not weight.packed(plan):
+    if (format := weight.format) is None:
         return whole
     parts = [
-        _packed_part(np.asarray(shard.data).T, shard.device, plan, dtype)
+        _packed_part(np.asarray(shard.data).T, shard.device, format, dtype)
         for shard in whole.addressable_shards
     ]
-    return _packed_weight(parts, weight, plan, dtype)
+    return _packed(parts, weight, format, dtype)
 
 
 # A function of the module, so that the weights of all layers share what is compiled.

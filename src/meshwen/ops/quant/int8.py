@@ -12,11 +12,75 @@ change, and they do not cross devices.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from meshwen.ops.formats import Format, Packed
+
 GROUP = 32  # numbers that share a scale
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scales"),
+    meta_fields=("shape", "dtype"),
+)
+@dataclass(frozen=True)
+class Int8(Packed):
+    """A weight [in, out] in int8, on one device or, the parts one behind the other, on several.
+
+    Attributes:
+        values: int8 [out, in padded to groups].
+        scales: bfloat16 [out, groups].
+    """
+
+    values: Array
+    scales: Array
+    shape: tuple[int, int]
+    dtype: jnp.dtype
+
+    @property
+    def format(self) -> Format:
+        """What packs it."""
+        return INT8
+
+    def unpacked(self) -> Array:
+        """The numbers that it stands for: [in, out] in its dtype."""
+        return dequantized(self.values, self.scales).astype(self.dtype)[:, : self.shape[0]].T
+
+
+@dataclass(frozen=True)
+class Int8Format(Format):
+    """int8 with scales, row by row."""
+
+    name = "int8"
+    outputs = 1
+
+    def pack(self, part: Array, dtype: jnp.dtype) -> Int8:
+        """Quantises one device's part [out, in]."""
+        return Int8(*quantized(part), (part.shape[1], part.shape[0]), jnp.dtype(dtype))
+
+    def wrap(self, arrays: list[Array], shape: tuple[int, int], dtype: jnp.dtype) -> Int8:
+        """A weight of values and scales."""
+        values, scales = arrays
+        return Int8(values, scales, shape, dtype)
+
+    def nbytes(self, shape: tuple[int, int], dtype: jnp.dtype) -> int:
+        """Bytes of values and scales of a device's part [out, in]."""
+        outputs, inputs = shape
+        return outputs * -(-inputs // GROUP) * (GROUP + 2)
+
+    @property
+    def rounds(self) -> bool:
+        """They are quantised."""
+        return True
+
+
+INT8 = Int8Format()
 
 
 def quantized(weight: Array) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@
 XLA's own library lays bfloat16 weights out anew for the processor at every call, which costs a
 decode step of 32 rows a third of its time, and adds products up in an order that depends on their
 shape; this product takes weights that were packed once, when they were loaded
-(`meshwen.ops.cpu.packing`), and adds up in one order (`tiles.py`, `product.ll`; `int8.py`,
+(`meshwen.ops.cpu.panels`), and adds up in one order (`tiles.py`, `product.ll`; `int8.py`,
 `int8.ll`). XLA reads all of the KV cache and writes scores to memory; this attention reads what a
 token sees (`attention.ll`). All are LLVM IR, compiled when one is first needed (0.3 to 1 s) by
 llvmlite, so that no compiler has to be installed, and called by XLA through its foreign function
@@ -31,7 +31,7 @@ from jax.typing import ArrayLike, DTypeLike
 from meshwen.ops.cpu.kernels import int8, kinds
 from meshwen.ops.cpu.kernels.int8 import int8_tiles
 from meshwen.ops.cpu.kernels.tiles import all_tiles
-from meshwen.ops.cpu.packing import PackedWeight
+from meshwen.ops.cpu.panels import Panels
 
 _WIDTH = 32  # of slots and head dimensions that the attention takes at once
 _MANY = 1 << 16  # threads: more than there are
@@ -112,7 +112,7 @@ def label() -> str:
     return found.name if found else "none"
 
 
-def product(a: Array, b: PackedWeight, alone: bool = False) -> Array:
+def matmul(a: Array, b: Panels, alone: bool = False) -> Array:
     """a @ b: [M, K] x [K, N] -> float32 [M, N].
 
     a is rounded to the weight's dtype; or quantised, where b is, by the same rule: groups of 32 of
@@ -175,7 +175,7 @@ def attention(
         rows: int32 [B], below C.
         starts: int32 [B], from 0 to S - T; others are clipped.
         window: int32 [], how many slots a token sees at most, its own among them; at least 1.
-        alone: see `product`.
+        alone: see `matmul`.
 
     Returns:
         float32 [B, K*G, T, H].

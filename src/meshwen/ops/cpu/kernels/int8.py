@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from meshwen.ops.cpu.packing import COLUMNS, STEP
+from meshwen.ops.cpu.panels import COLUMNS, STEP
 from meshwen.ops.quant.int8 import GROUP
 
 

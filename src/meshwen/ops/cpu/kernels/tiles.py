@@ -7,7 +7,7 @@ register's sums, in bfloat16 `vdpbf16ps` two:
 
     y[m, n] += a[m, k] * b[k, n] + a[m, k + 1] * b[k + 1, n]
 
-It wants the pair of b side by side, and so do weights lie (`meshwen.ops.cpu.packing`). CPUs without
+It wants the pair of b side by side, and so do weights lie (`meshwen.ops.cpu.panels`). CPUs without
 it multiply bfloat16 as float32, which numbers become in registers, or for many rows beforehand.
 """
 
@@ -26,7 +26,7 @@ from meshwen.ops.cpu.kernels.kinds import (
     operand_of_a,
     register_of_b,
 )
-from meshwen.ops.cpu.packing import COLUMNS
+from meshwen.ops.cpu.panels import COLUMNS
 
 
 def all_tiles(kind: Kind, registers: Registers) -> str:

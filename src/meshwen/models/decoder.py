@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoder-only models share: embedding, the run through the layers, attention, MLP, logits.
+
+Written for one device. On a mesh each device runs it under `shard_map` with its own part of the
+weights, heads and cache; devices meet in the contractions of `meshwen.ops.operations.Ops` and
+nowhere else.
+
+Dimensions: B batch, T query tokens, S key positions, D hidden size, F intermediate size,
+K key/value heads of this device, G query heads for each, H head_dim, V vocabulary.
+
+The residual stream, norms, rotations, attention scores and softmax are float32; matmuls with
+weights take their inputs in the weights' dtype and accumulate in float32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from meshwen.cache.kv_cache import AnyCache, LayerCache, SequenceCache
+from meshwen.models.config import ModelConfig
+from meshwen.models.rope_frequencies import inverse_frequencies
+from meshwen.ops.attention import softmax_attention
+from meshwen.ops.operations import Ops
+from meshwen.ops.rotary import Rotary, rotary_tables
+from meshwen.weights.declaration import Params
+
+
+class Context(NamedTuple):
+    """Where tokens stand, and which keys they see: each the last `window` ones up to its own.
+
+    Layers of one kind (full or sliding attention) share it.
+    """
+
+    start: Array  # int32 [B], the position of the first token
+    window: Array  # int32 []
+    mask: Array  # [B, T, S], as the back end's `mask` gives it
+    rotary: Rotary
+
+    def at(self, last: Array | None) -> Context:
+        """Of each row's one token that is asked for; None: of all."""
+        if last is None:
+            return self
+        rotary = Rotary(*(at_last(table, last, axis=2) for table in self.rotary))
+        mask = at_last(self.mask, last, axis=1)
+        return Context(self.start + last, self.window, mask, rotary)
+
+
+class DecoderLayer(Protocol):
+    """One layer: [B, T, D] -> [B, T, D]; or, of the last tokens, [B, 1, D]."""
+
+    def __call__(
+        self,
+        weights: Params,
+        x: Array,
+        context: Context,
+        cache: AnyCache | None,
+        last: Array | None,
+        *,
+        config: Any,
+        ops: Ops,
+    ) -> tuple[Array, AnyCache | None]:
+        """The residual stream after the layer, and the cache with the tokens' keys and values."""
+
+
+def hidden_states(
+    params: Params,
+    token_ids: Array,
+    start: Array,
+    cache: tuple[AnyCache, ...] | None,
+    length: int,
+    config: ModelConfig,
+    ops: Ops,
+    layer: DecoderLayer,
+    last: Array | None = None,
+) -> tuple[Array, tuple[AnyCache, ...]]:
+    """The final hidden states, normalised.
+
+    Args:
+        params: this device's weights.
+        token_ids: int32 [B, T], tokens that follow one another. Padding stands behind them, where
+            none of them sees it.
+        start: int32 [B], the positions of the first ones.
+        cache: keys and values of earlier tokens. The tokens' own are written at the positions from
+            `start` on. None: there are none, and `start` is 0.
+        length: S, the positions from 0 on that tokens may see: of the cache, or all T.
+        config: the model's hyperparameters.
+        ops: the operations.
+        layer: the architecture's.
+        last: int32 [B], the index of the one token of each row whose state is asked for: of the
+            others the last layer computes keys and values alone. None: all are.
+
+    Returns:
+        float32 [B, T, D], or [B, 1, D] with `last`, and the updated cache; () without one.
+    """
+    model = params["model"]
+    contexts = _contexts(start, token_ids.shape[1], length, config, ops)
+    # Layers of one kind share a trace: 24 of them then lower in the time of one.
+    run = jax.jit(partial(layer, config=config, ops=ops))
+    x = ops.embed(token_ids, model["embed_tokens"])
+    new_cache = []
+    for i, weights in enumerate(model["layers"]):
+        asked = last if i == config.num_hidden_layers - 1 else None
+        layer_cache = None if cache is None else cache[i]
+        x, layer_cache = run(weights, x, contexts[config.layer_types[i]], layer_cache, asked)
+        if layer_cache is not None:
+            new_cache.append(layer_cache)
+    return ops.rms_norm(x, model["norm"], config.rms_norm_eps), tuple(new_cache)
+
+
+def logits(params: Params, x: Array, ops: Ops) -> Array:
+    """This device's part of the vocabulary's logits: float32 [..., D] -> float32 [..., V/n].
+
+    Positions of the vocabulary that are padding get the logit 0, as their weights are zero.
+    """
+    return ops.logits(x, params.get("lm_head", params["model"]["embed_tokens"]))
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: Context,
+    cache: AnyCache | None,
+    ops: Ops,
+    last: Array | None = None,
+) -> tuple[Array, AnyCache | None]:
+    """Grouped-query attention (arXiv 2305.13245), this device's heads.
+
+    Args:
+        q: float32 [B, K*G, T, H], rotated; with `last` [B, K*G, 1, H].
+        k: float32 [B, K, T, H], rotated.
+        v: [B, K, T, H], in the dtype of the cache.
+        context: where the tokens stand.
+        cache: of earlier tokens; None: there are none.
+        ops: the operations.
+        last: see `hidden_states`.
+
+    Returns:
+        float32 [B, T, K*G*H], or [B, 1, K*G*H], and the cache with k and v.
+    """
+    layout = ops.backend.cache_layout
+    q = q * q.shape[-1] ** -0.5
+    own = LayerCache.of(k, v, layout)
+    cache = None if cache is None else cache.written(own, context.start, ops.backend)
+    context, length = context.at(last), context.mask.shape[-1]
+    # The tokens' own keys are all that there are where nothing came before.
+    held: LayerCache | SequenceCache = own if cache is None or length == k.shape[2] else cache
+    if ops.backend.attends:
+        y = ops.attention(q, *held.located(), context.start, context.window)
+    else:
+        y = softmax_attention(q, *held.first(length, layout), context.mask, ops)
+    return _merge_heads(y), cache
+
+
+def mlp(weights: Params, x: Array, ops: Ops) -> Array:
+    """SwiGLU (arXiv 2002.05202): [B, T, D] -> [B, T, D]."""
+    gate, up = ops.column(x, weights["gate_proj"]), ops.column(x, weights["up_proj"])
+    return ops.row(ops.silu(gate) * up, weights["down_proj"])
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[B, T, N*H] -> [B, N, T, H]."""
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def at_last(x: Array, last: Array | None, axis: int = 1) -> Array:
+    """Of each row [B, ...] the asked-for one of an axis, which has length 1 then; None: all."""
+    if last is None:
+        return x
+    return jnp.take_along_axis(x, last.reshape(-1, *[1] * (x.ndim - 1)), axis)
+
+
+def _merge_heads(x: Array) -> Array:
+    """[B, N, T, H] -> [B, T, N*H]."""
+    B, N, T, H = x.shape
+    return x.swapaxes(1, 2).reshape(B, T, N * H)
+
+
+def _contexts(
+    start: Array, tokens: int, length: int, config: ModelConfig, ops: Ops
+) -> dict[str, Context]:
+    """The context of each kind of layer."""
+    positions = start[:, None] + jnp.arange(tokens)
+    rotary = rotary_tables(positions, *inverse_frequencies(config), ops)
+    found = {}
+    for kind in set(config.layer_types):
+        window = config.sliding_window if kind == "sliding_attention" else None
+        window = window or jnp.iinfo(jnp.int32).max
+        query, key = positions[:, :, None], jnp.arange(length)
+        visible = (key <= query) & (query - key < window)
+        found[kind] = Context(positions[:, 0], jnp.int32(window), ops.backend.mask(visible), rotary)
+    return found

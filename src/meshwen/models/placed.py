@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on a mesh: which model, laid out how, computing with what. Its weights come apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AbstractMesh, Mesh
+
+from meshwen.cache.kv_cache import AnyCache, KVCache, cache_bytes_per_token, empty_cache
+from meshwen.common.choices import NUMERICS, QUANTIZATIONS, Quantization, check_choice
+from meshwen.common.choices import Numerics as NumericsName
+from meshwen.models.config import ModelConfig
+from meshwen.models.registry import Architecture, architecture
+from meshwen.ops.backend import Backend
+from meshwen.ops.backends import backend_of
+from meshwen.ops.numerics.base import Numerics
+from meshwen.ops.numerics.exact import Exact
+from meshwen.ops.numerics.fast import Fast
+from meshwen.ops.operations import Ops
+from meshwen.parallel.collectives import Collectives
+from meshwen.parallel.plan import LEAVES, ParallelPlan
+from meshwen.weights.declaration import Params
+from meshwen.weights.placed import Placement
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model on a mesh.
+
+    Attributes:
+        config: the model's hyperparameters.
+        mesh: abstract is enough to tell the layout, with no devices behind it.
+        dtype: of weights, cached values, and the inputs of matmuls with weights.
+        numerics: "fast", or "exact": see `meshwen.ops.numerics`.
+        quantization: "int8", or None: see `meshwen.ops.quant`.
+
+    Raises:
+        MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
+            no such quantization.
+    """
+
+    config: ModelConfig
+    mesh: Mesh | AbstractMesh
+    dtype: jnp.dtype
+    numerics: NumericsName = "fast"
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_choice("numerics", self.numerics, NUMERICS)
+        _ = self.plan  # Refuses what has no layout.
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Its weights' declaration and its forward pass."""
+        return architecture(self.config.model_type)
+
+    @cached_property
+    def plan(self) -> ParallelPlan:
+        """How it lies on the mesh."""
+        return ParallelPlan(self.config.sizes, self.mesh, self.numerics == "exact")
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What multiplies and attends."""
+        return backend_of(self.mesh)
+
+    @cached_property
+    def ops(self) -> Ops:
+        """What each device computes with."""
+        leaves = LEAVES // self.plan.model_devices
+        policy: Numerics = Exact(vocabulary_leaves=leaves) if self.plan.exact else Fast()
+        return Ops(Collectives(self.plan.model_axes), policy, self.backend)
+
+    @cached_property
+    def weights(self) -> Placement:
+        """How its weights are stored."""
+        specs = self.architecture.weights(self.config)
+        format = self.backend.format(self.quantization)
+        return Placement(self.plan, specs, jnp.dtype(self.dtype), format)
+
+    def hidden_states(
+        self,
+        params: Params,
+        token_ids: Array,
+        start: Array,
+        cache: tuple[AnyCache, ...] | None,
+        length: int,
+        *,
+        last: Array | None = None,
+        ops: Ops | None = None,
+    ) -> tuple[Array, tuple[AnyCache, ...]]:
+        """The final hidden states, and the cache: see `meshwen.models.decoder.hidden_states`.
+
+        For each device, under `shard_map`; `ops` take the place of the model's own.
+        """
+        return self.architecture.hidden_states(
+            params, token_ids, start, cache, length, self.config, ops or self.ops, last=last
+        )
+
+    def logits(self, params: Params, x: Array) -> Array:
+        """Logits of hidden states: float32 [..., D] -> float32 [..., V/n]."""
+        return self.architecture.logits(params, x, self.ops)
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache of `length` positions for `batch` sequences (a multiple of the data devices)."""
+        layers, layout = self.config.num_hidden_layers, self.backend.cache_layout
+        return empty_cache(self.plan, layout, layers, batch, length, self.dtype)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of cache that one token takes on each device."""
+        return self.cache_bytes_per_token(self.plan.heads.local_key_value_heads)
+
+    def cache_bytes_per_token(self, heads: int) -> int:
+        """Bytes of cache that one token takes for `heads` key/value heads."""
+        c = self.config
+        return cache_bytes_per_token(c.num_hidden_layers, heads, c.head_dim, self.dtype)
+
+    @property
+    def matmuls_by(self) -> str:
+        """What multiplies rows with weights: "xla", or the name of kernels."""
+        return self.backend.matmul_name(self.dtype, self.quantization)

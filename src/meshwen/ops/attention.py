@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention (arXiv 2305.13245) by XLA; back ends may have a kernel in its place."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from meshwen.ops import ordered
+from meshwen.ops.backend import CacheLayout
+from meshwen.ops.dot import dot
+from meshwen.ops.operations import Ops
+
+
+def softmax_attention(q: Array, keys: Array, values: Array, mask: Array, ops: Ops) -> Array:
+    """softmax(q keys^T) values, each key/value head serving its G consecutive query heads.
+
+    Args:
+        q: float32 [B, K*G, T, H], divided by sqrt(H).
+        keys: float32, of the sizes B, K, S, H in the order of the back end's cache.
+        values: the same, in float32 or bfloat16.
+        mask: what a query sees, [B, T, S], from the back end's `mask`.
+        ops: the operations.
+
+    Returns:
+        float32 [B, K*G, T, H].
+    """
+    layout = ops.backend.cache_layout
+    B, N, T, H = q.shape
+    K, S = (keys.shape[layout.keys.index(axis)] for axis in "KS")
+    rows = q.reshape(B, K, N // K * T, H)
+    scores = _scores(rows, keys, layout, ops).reshape(B, K, N // K, T, S)
+    scores = ops.backend.masked(scores, mask)
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    weights = ops.numerics.pointwise(jnp.exp, shifted).reshape(B, K, N // K * T, S)
+    y, total = _weighted_values(weights, values, layout, ops)
+    return (y / total).reshape(B, N, T, H)
+
+
+def _scores(q: Array, keys: Array, layout: CacheLayout, ops: Ops) -> Array:
+    """q keys^T: float32 [B, K, R, H] -> float32 [B, K, R, S]."""
+    if ops.numerics.ordered:
+        return ordered.float32_matmul(q, axes_in_order(keys, layout.keys, "BKHS"))
+    return _dot(q, keys, layout.keys, "H")
+
+
+def _weighted_values(
+    weights: Array, values: Array, layout: CacheLayout, ops: Ops
+) -> tuple[Array, Array]:
+    """Values summed with weights float32 [B, K, R, S], and the weights summed.
+
+    Returns:
+        float32 [B, K, R, H], float32 [B, K, R, 1].
+    """
+    if ops.numerics.ordered:
+        return ordered.weighted_values(weights, axes_in_order(values, layout.values, "BKSH"))
+    total = weights.sum(axis=-1, keepdims=True)
+    return _dot(weights.astype(values.dtype), values, layout.values, "S"), total
+
+
+def _dot(a: Array, b: Array, axes: str, contracted: str) -> Array:
+    """[B, K, R, c] times an array with such axes -> float32 [B, K, R, its other axis]."""
+    batch = axes.index("B"), axes.index("K")
+    return dot(a, b, (((3,), (axes.index(contracted),)), ((0, 1), batch)))
+
+
+def axes_in_order(x: Array, axes: str, order: str) -> Array:
+    """`x`, whose axes are named by letters, with them in another order."""
+    return x if axes == order else x.transpose([axes.index(axis) for axis in order])

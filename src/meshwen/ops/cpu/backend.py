@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPUs whose matmuls and attention are the kernels': see `meshwen.ops.cpu.kernels`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from meshwen.common.choices import Quantization
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.panels import COLUMNS, INT8_PANELS, PANELS, Panels
+from meshwen.ops.cpu.xla import XlaOnCpu
+from meshwen.ops.formats import Format, Leaf
+from meshwen.ops.ordered import positive_zeros
+
+_BLOCK_ROWS = 8
+
+
+@dataclass(frozen=True)
+class CpuKernels(XlaOnCpu):
+    """Kernels multiply with weights and attend; XLA does the rest.
+
+    Each sum has one order of additions, by construction.
+
+    Attributes:
+        alone: each device does so by one thread, as there are no more threads than devices.
+    """
+
+    attends: ClassVar[bool] = True
+
+    alone: bool = False
+
+    def matmul_name(self, dtype: jnp.dtype, quantization: Quantization | None) -> str:
+        """The instructions that multiply rows with weights."""
+        name = kernels.int8_name() if quantization else kernels.name(dtype)
+        return name or super().matmul_name(dtype, quantization)
+
+    def format(self, quantization: Quantization | None) -> Format | None:
+        """Panels."""
+        return INT8_PANELS if quantization else PANELS
+
+    def matmul(
+        self, x: Array, leaf: Leaf, *, ordered: bool = False, transposed: bool = True
+    ) -> Array:
+        """x @ leaf, by a kernel if it is in panels: see `Backend.matmul`."""
+        if not isinstance(leaf, Panels):
+            return super().matmul(x, leaf, ordered=ordered, transposed=transposed)
+        y = kernels.matmul(x, leaf, self.alone)
+        return positive_zeros(y) if ordered else y
+
+    def block_rows(self, dtype: jnp.dtype) -> int:
+        """Of how many rows blocks of an ordered matmul must be a multiple."""
+        return _BLOCK_ROWS
+
+    def row_sums(self, x: Array) -> Array:
+        """The sum of each row, by a matmul with ones: float32 [M, c] -> float32 [M]."""
+        ones = jnp.ones((1, x.shape[1], COLUMNS, 1), jnp.float32)
+        columns = Panels(ones, None, (x.shape[1], COLUMNS), ones.dtype)
+        return positive_zeros(kernels.matmul(x, columns)[:, 0])
+
+    def attention(
+        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
+    ) -> Array:
+        """See `meshwen.ops.cpu.kernels.attention`."""
+        return kernels.attention(q, keys, values, rows, starts, window, self.alone)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model computes with, on the part of a device: the one object that its functions take.
+
+Tensor parallelism enters a model through three contractions, Megatron-LM's scheme (arXiv
+1909.08053):
+
+- column-parallel: the output is split, nothing is communicated;
+- row-parallel: the input is split, partial sums are added over the devices;
+- vocabulary-parallel: the table's rows are split; a lookup finds a row on one device and zeros on
+  the others, which are added; logits stay split.
+
+Matmuls take their inputs in the weights' dtype and accumulate and return float32; so partial sums
+are also added in float32, and bfloat16 costs no more accuracy on many devices than on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from meshwen.ops.backend import Backend
+from meshwen.ops.formats import Packed
+from meshwen.ops.numerics.base import Numerics
+from meshwen.ops.numerics.fast import Fast
+from meshwen.ops.ordered import positive_zeros
+from meshwen.ops.weight import Weight
+from meshwen.parallel.collectives import Collectives
+
+# A linear layer's weights: "weight", and "bias" where it has one.
+Linear = Mapping[str, Weight]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Operations of one device; without arguments, of the only one.
+
+    Attributes:
+        collectives: how the devices that split the model communicate.
+        numerics: how sums are ordered and functions rounded.
+        backend: what multiplies and attends.
+    """
+
+    collectives: Collectives = field(default_factory=Collectives)
+    numerics: Numerics = field(default_factory=Fast)
+    backend: Backend = field(default_factory=Backend)
+
+    def column(self, x: Array, layer: Linear) -> Array:
+        """A linear layer, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
+        y = self._matmul(x, layer["weight"])
+        return y + layer["bias"].array.astype(jnp.float32) if "bias" in layer else y
+
+    def row(self, x: Array, layer: Linear) -> Array:
+        """A linear layer, input split: [..., in/n] x [in/n, out] -> float32 [..., out]."""
+        weight = layer["weight"]
+        partial = self.numerics.matmul_leaves(x.reshape(-1, x.shape[-1]), weight, self.backend)
+        total = self.numerics.all_reduce(partial, self.collectives)
+        return total.reshape(*x.shape[:-1], weight.outputs)
+
+    def embed(self, token_ids: Array, layer: Linear) -> Array:
+        """Rows of a table split by rows: int [...] x [V/n, D] -> float32 [..., D]."""
+        table = layer["weight"]
+        count = table.outputs
+        row = token_ids - self.collectives.index() * count
+        here = (row >= 0) & (row < count)
+        row = jnp.where(here, row, 0)
+        stored = table.leaf
+        rows = stored.columns(row) if isinstance(stored, Packed) else jnp.take(stored, row, axis=0)
+        rows = jnp.where(here[..., None], rows.astype(jnp.float32), 0)
+        return self.numerics.select(rows, self.collectives)
+
+    def logits(self, x: Array, layer: Linear) -> Array:
+        """Logits of a head, or of a tied table: float32 [..., D] -> float32 [..., V/n], split."""
+        return self._matmul(x, layer["weight"])
+
+    def attention(
+        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
+    ) -> Array:
+        """Attention by the back end's kernel: see `Backend.attends`."""
+        y = self.backend.attention(q, keys, values, rows, starts, window)
+        return positive_zeros(y) if self.numerics.ordered else y
+
+    def rms_norm(self, x: Array, layer: Linear, eps: float) -> Array:
+        """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32."""
+        mean_square = self.numerics.mean(jnp.square(x), self.backend)
+        scale = self.numerics.pointwise(jax.lax.rsqrt, mean_square + eps)
+        return x * scale * layer["weight"].array.astype(jnp.float32)
+
+    def silu(self, x: Array) -> Array:
+        """x * sigmoid(x), of float32."""
+        return self.numerics.pointwise(jax.nn.silu, x)
+
+    def _matmul(self, x: Array, weight: Weight) -> Array:
+        """[..., in] times a weight in one leaf -> float32 [..., out/n]."""
+        y = self.backend.matmul(
+            x.reshape(-1, x.shape[-1]),
+            weight.leaf,
+            ordered=self.numerics.ordered,
+            transposed=weight.transposed,
+        )
+        return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as they are laid out on the devices of a mesh: padded, split, in a format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from meshwen.ops.formats import Format, array_bytes
+from meshwen.ops.weight import Weight
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.weights.declaration import WeightSpec, unflatten
+
+
+@dataclass(frozen=True)
+class PlacedWeight:
+    """A declared weight on the devices of a mesh.
+
+    Projections are `[out, in]` in a checkpoint; as arrays they are kept `[in, out]`.
+
+    Attributes:
+        spec: its declaration.
+        path: where it stands in the pytree, a dotted name.
+        plan: the layout.
+        format: how its matrices are packed; None for arrays.
+        transposed: whether its axes are swapped on the devices.
+        tree: the leaves of each device's part, as a nested shape; () for one. Leaves are equal
+            parts of the last axis in the checkpoint.
+    """
+
+    spec: WeightSpec
+    path: str
+    plan: ParallelPlan
+    format: Format | None = None
+    transposed: bool = False
+    tree: tuple[int, ...] = ()
+
+    @property
+    def leaves(self) -> int:
+        """How many there are on a device."""
+        return prod(self.tree)
+
+    def positions(self, leaf: int = 0) -> list[np.ndarray]:
+        """For each axis of a leaf on the devices, which position of the checkpoint's stands where.
+
+        See `ParallelPlan.axis_source`.
+        """
+        sources = [self.plan.axis_source(axis) for axis in self.spec.axes]
+        if self.tree:
+            parts = sources[-1].reshape(self.plan.model_devices, self.leaves, -1)
+            sources[-1] = parts[:, leaf].reshape(-1)
+        return sources[::-1] if self.transposed else sources
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Logical axes in the order kept on the devices."""
+        return self.spec.axes[::-1] if self.transposed else self.spec.axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape on all devices together, padding and copies included."""
+        return tuple(self.plan.axis_length(axis) for axis in self.axes)
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """Shape of a leaf on all devices together."""
+        sizes = [self.plan.axis_length(axis) for axis in self.spec.axes]
+        sizes[-1] //= self.leaves
+        return tuple(sizes[::-1] if self.transposed else sizes)
+
+    @property
+    def array_sharding(self) -> NamedSharding:
+        """Sharding of arrays of `shape` and `leaf_shape`."""
+        return self.plan.sharding(*self.axes)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Sharding of what is stored: of the array, or of all arrays of a packed matrix."""
+        return self.plan.sharding(*self.spec.axes) if self.format else self.array_sharding
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape of one device's part, of all leaves; without the padding of a format."""
+        return self.array_sharding.shard_shape(self.shape)
+
+    @property
+    def leaf_shard_shape(self) -> tuple[int, ...]:
+        """Shape of one device's part of a leaf."""
+        return self.array_sharding.shard_shape(self.leaf_shape)
+
+    def nbytes(self, dtype: jnp.dtype) -> int:
+        """Bytes on each device."""
+        return self.leaves * self.stored_bytes(self.leaf_shard_shape, dtype)
+
+    def model_bytes(self, dtype: jnp.dtype) -> int:
+        """Bytes of the whole weight, without padding to the mesh and without copies."""
+        shape = self.spec.shape(self.plan.sizes)
+        return self.stored_bytes(shape[::-1] if self.transposed else shape, dtype)
+
+    def stored_bytes(self, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+        """Bytes of a part of some shape."""
+        if self.format is None:
+            return array_bytes(shape, dtype)
+        inputs, outputs = shape
+        return self.format.nbytes((outputs, inputs), dtype)
+
+    def specs(self) -> Weight:
+        """A pytree of partition specs, one for each leaf."""
+        return Weight((self.sharding.spec,) * self.leaves, self.tree, self.transposed)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All weights of a model on the devices of a mesh.
+
+    Attributes:
+        plan: the layout.
+        specs: the model's weights, in the order of the forward pass.
+        dtype: of arrays, and what numbers are rounded to before they are packed.
+        format: of the matrices that rows are multiplied with; None: arrays.
+    """
+
+    plan: ParallelPlan
+    specs: tuple[WeightSpec, ...]
+    dtype: np.dtype[Any]
+    format: Format | None
+
+    @cached_property
+    def declared(self) -> tuple[PlacedWeight, ...]:
+        """Every declared weight, as if a tied table were looked up in alone."""
+        return tuple(self._place(spec, spec.name, spec.linear) for spec in self.specs)
+
+    @cached_property
+    def weights(self) -> tuple[PlacedWeight, ...]:
+        """Every weight on the devices, in the order of the forward pass.
+
+        These are the declared ones; but a tied embedding table is packed where kernels multiply
+        with it, and looked up so. Where the format rounds, it also stands in the place of the
+        output head, as a lookup is of numbers that are not rounded; so does it in exact numerics
+        without kernels, whose matmuls are cut along the hidden size.
+        """
+        found = list(self.declared)
+        for i, weight in enumerate(self.declared):
+            if weight.spec.tied is None:
+                continue
+            as_head = self.as_head(weight.spec)
+            if self.format is not None and not self.format.rounds:
+                found[i] = replace(as_head, path=weight.path)
+            elif self.format is not None or self.plan.exact:
+                found.append(as_head)
+        return tuple(found)
+
+    def as_head(self, table: WeightSpec) -> PlacedWeight:
+        """A tied embedding table in the place of the output head, to be multiplied with."""
+        assert table.tied is not None
+        return self._place(table, table.tied, multiplied=True)
+
+    def specs_tree(self) -> dict[str, Any]:
+        """A pytree like that of the weights, of partition specs."""
+        return unflatten((weight.path, weight.specs()) for weight in self.weights)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model as published: no padding, no copies, tied embeddings once."""
+        return sum(prod(spec.shape(self.plan.sizes)) for spec in self.specs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on each device."""
+        return sum(weight.nbytes(self.dtype) for weight in self.weights)
+
+    def _place(self, spec: WeightSpec, path: str, multiplied: bool) -> PlacedWeight:
+        tree: tuple[int, ...] = ()
+        # Slices of one array would do, did XLA's CPU back end not copy them: a step of bfloat16
+        # matmuls then takes 4 times as long.
+        if self.plan.exact and spec.sums_over_devices:
+            tree = self.plan.leaves(spec.axes[-1])
+        format = self.format if multiplied else None
+        return PlacedWeight(spec, path, self.plan, format, multiplied, tree)
