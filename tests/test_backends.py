@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Back ends: what is particular to one no other inherits, and none changes what is computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mesh_model import SMALL_7B, SMALL_HALF_B, MeshModel, random_tokens, relative_error
+from meshwen.ops.backend import Backend
+from meshwen.ops.backends import backend_of
+from meshwen.ops.cpu.backend import CpuKernels
+from meshwen.ops.cpu.xla import XlaOnCpu
+from meshwen.parallel.mesh import make_mesh
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+LENGTH, POSITIONS = 9, 16
+
+
+def decoded(model: MeshModel, token_ids: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] by way of the cache: a chunk of all but two, then one by one."""
+    first = token_ids.shape[1] - 2
+    starts = [0] * len(token_ids)
+    out, cache = model.step(token_ids[:, :first], starts, model.cache(len(token_ids), POSITIONS))
+    found = [out]
+    for t in range(first, token_ids.shape[1]):
+        out, cache = model.step(token_ids[:, t : t + 1], [t] * len(token_ids), cache)
+        found.append(out)
+    return np.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize("mesh", ["1", "2x4"])
+def test_cpus_have_a_back_end_of_their_own(mesh, monkeypatch):
+    assert isinstance(backend_of(make_mesh(mesh)), XlaOnCpu)
+    monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
+    assert not isinstance(backend_of(make_mesh(mesh)), CpuKernels)
+
+
+def test_other_devices_inherit_nothing_from_cpus():
+    backend = Backend()
+    assert backend.cache_layout.keys == backend.cache_layout.values == "BSKH"
+    assert backend.compiler_options(ordered=True) is None
+    x, weight = jnp.ones((1, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
+    for of, rows in ((backend, 1), (XlaOnCpu(), 8)):
+        shapes = str(jax.make_jaxpr(of.matmul)(x, weight))
+        assert f"bf16[{rows},4]" in shapes
+        assert (rows == 8) == ("pad" in shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "dtype", "numerics", "quantization"),
+    [
+        (SMALL_7B, "1", np.float32, "fast", None),
+        (SMALL_7B, "2x4", np.float32, "exact", None),
+        (SMALL_HALF_B, "data=2,model=4", jnp.bfloat16, "fast", None),
+        (SMALL_HALF_B, "1x8", np.float32, "exact", "int8"),
+    ],
+)
+def test_a_model_computes_the_same_without_what_cpus_need(
+    monkeypatch, config, mesh, dtype, numerics, quantization
+):
+    token_ids = random_tokens(config, 2, LENGTH)
+    found = {}
+    for backend in (Backend(), XlaOnCpu()):
+        monkeypatch.setattr("meshwen.models.placed.backend_of", lambda mesh, one=backend: one)
+        model = MeshModel(config, mesh, dtype, numerics=numerics, quantization=quantization)
+        assert model.runner.cache_axes.split().index("heads") == (1 if backend != Backend() else 2)
+        found[backend] = model.logits(token_ids), decoded(model, token_ids)
+    bound = 1e-5 if dtype == np.float32 else 0.02
+    (whole, cached), (expected, _) = found.values()
+    assert relative_error(whole, expected) < bound
+    assert relative_error(cached, expected) < bound
+    if numerics == "exact":
+        np.testing.assert_array_equal(whole.view(np.int32), cached.view(np.int32))
+
+
+@pytest.mark.parametrize("backend", [Backend(), XlaOnCpu()], ids=["plain", "cpu"])
+def test_the_largest_is_the_first_of_equals(backend):
+    rng = np.random.default_rng(0)
+    for columns in (1, 7, 128, 384, 1000):
+        x = rng.integers(0, 4, (5, columns)).astype(np.float32)
+        values, places = backend.largest(jnp.asarray(x))
+        np.testing.assert_array_equal(values[:, 0], x.max(axis=1))
+        np.testing.assert_array_equal(places[:, 0], x.argmax(axis=1))
