@@ -286,7 +286,7 @@ def test_pieces_of_heads_are_subtrees_of_one_tree(query, key_value, devices):
     layout = exact_head_layout(query, key_value, devices)
     group = query // key_value
     whole = 1 << (group - 1).bit_length()
-    slots = layout.query_slots().reshape(-1, layout.group_slots)
+    slots = layout.device_query_heads().reshape(-1, layout.group_size)
     assert sorted(slots[slots != PADDING]) == list(range(query))
     piece = max(1, whole * key_value // max(devices, key_value))
     for first in slots[slots[:, 0] != PADDING, 0]:

@@ -70,7 +70,9 @@ def on_devices(name: str, tensor: np.ndarray, plan: ParallelPlan) -> np.ndarray:
     axis = 1 if kind in ("o_proj", "down_proj") else 0
     if kind in ("q_proj", "o_proj", "k_proj", "v_proj"):
         slots = (
-            plan.heads.query_slots() if kind in "q_proj o_proj" else plan.heads.key_value_slots()
+            plan.heads.device_query_heads()
+            if kind in "q_proj o_proj"
+            else plan.heads.device_key_value_heads()
         )
         heads = np.split(tensor, tensor.shape[axis] // plan.sizes.head_dim, axis)
         empty = np.zeros_like(heads[0])

@@ -89,9 +89,9 @@ def test_projection_rows_are_those_of_the_heads_on_each_device(kv, group, n, siz
     )
     plan = ParallelPlan(config.sizes, AbstractMesh((n,), ("model",)))
     query, key_value = plan.axis_source("query").tolist(), plan.axis_source("key_value").tolist()
-    slots = plan.heads.query_slots().reshape(-1).tolist()
+    slots = plan.heads.device_query_heads().reshape(-1).tolist()
     assert query == _rows_of(slots, size)
-    assert key_value == _rows_of(plan.heads.key_value_slots().reshape(-1).tolist(), size)
+    assert key_value == _rows_of(plan.heads.device_key_value_heads().reshape(-1).tolist(), size)
     assert sorted(row for row in query if row != PADDING) == list(range(kv * group * size))
     assert {*key_value} - {PADDING} == {*range(kv * size)}
     assert len(query) % n == len(key_value) % n == 0

@@ -15,7 +15,7 @@ from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.cli.inspect_sums import sums_report
 from meshwen.common.units import percent_more
 from meshwen.models.placed import PlacedModel
-from meshwen.parallel.heads import named_slots
+from meshwen.parallel.heads import as_lists
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.placed import PlacedWeight
@@ -109,21 +109,21 @@ def tensor_stats(source: TensorSource) -> Stats:
 def head_report(plan: ParallelPlan) -> dict[str, Any]:
     """The head layout: which slots each device holds, and what padding and copies cost."""
     heads = plan.heads
-    slots = heads.devices * heads.local_query_slots
+    slots = heads.devices * heads.local_query_heads
     return {
         "devices": heads.devices,
         "data_groups": plan.data_devices,
         "query_heads": heads.query_heads,
         "key_value_heads": heads.key_value_heads,
         "key_value_heads_per_device": heads.local_key_value_heads,
-        "query_slots_per_key_value_head": heads.group_slots,
+        "query_slots_per_key_value_head": heads.group_size,
         "query_slots": slots,
-        "padded_query_slots": heads.padded_query_slots,
+        "padded_query_slots": heads.padding_query_heads,
         "query_cost_percent": percent_more(slots, heads.query_heads),
         "key_value_copies": heads.key_value_copies,
         "key_value_cost_percent": percent_more(heads.key_value_copies, 1),
-        "device_key_value_heads": named_slots(heads.key_value_slots()),
-        "device_query_heads": named_slots(heads.query_slots()),
+        "device_key_value_heads": as_lists(heads.device_key_value_heads()),
+        "device_query_heads": as_lists(heads.device_query_heads()),
     }
 
 

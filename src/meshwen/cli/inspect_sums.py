@@ -22,7 +22,7 @@ def sums_report(plan: ParallelPlan) -> dict[str, Any] | None:
         "attention output": {
             "leaf": f"one query-head slot: {plan.sizes.head_dim} inputs",
             "leaves_per_device": prod(plan.leaves("query")),
-            "device_tree": _groups(heads.local_key_value_heads, heads.group_slots),
+            "device_tree": _groups(heads.local_key_value_heads, heads.group_size),
         },
         "MLP output": {
             "leaf": f"1/{mlp} of the inner dimension: {inner // mlp} inputs",

@@ -123,10 +123,10 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
     if devices[0].platform == "cpu" and devices.size > 1:
         kind = "simulated cpu"
     heads = placed.plan.heads
-    padded = heads.padded_query_slots
-    slots = f"query-head slots: {heads.local_query_slots}"
+    padded = heads.padding_query_heads
+    queries = f"query heads: {heads.local_query_heads}"
     if padded:
-        slots += f" ({padded} of all {heads.devices * heads.local_query_slots} are padding)"
+        queries += f" ({padded} of all {heads.devices * heads.local_query_heads} are padding)"
     note(
         f"model: {model.config.name}, {count_text(placed.weights.parameters)} parameters "
         f"in {placed.quantization or model.dtype}, loaded in {seconds:.1f} s; "
@@ -135,5 +135,5 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "
         f"each holds {bytes_text(placed.weights.nbytes)} of weights; "
-        f"kv heads: {heads.local_key_value_heads}, {slots}"
+        f"kv heads: {heads.local_key_value_heads}, {queries}"
     )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which query-head slots and which key/value heads each device of a tensor-parallel mesh holds.
+"""Which query heads and which key/value heads each device of a tensor-parallel mesh holds.
 
 Every device runs the same program, so every device must hold the same number of things: K key/value
-heads, each with G query-head slots. Qwen2.5's head counts rarely divide by the mesh (28 query and 4
+heads, each with G query heads. Qwen2.5's head counts rarely divide by the mesh (28 query and 4
 key/value heads on 8 or 32 devices), so
 
 - each key/value head's group of query heads is cut into `pieces` of G consecutive heads, and there
   is one copy of a key/value head with each of its pieces, mostly on different devices;
-- what does not fill up is padded. A padded slot has zero rows in the query projection and in the
+- what does not fill up is padded. A padding head has zero rows in the query projection and in the
   output projection: it adds exactly nothing, and no head is ever dropped.
 
 Pieces are dealt to devices in order, so neighbours share key/value heads.
@@ -28,21 +28,21 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Head slots of one model on `devices` tensor-parallel devices.
+    """The heads of one model on `devices` tensor-parallel devices.
 
     Attributes:
         devices: number of tensor-parallel devices n.
         query_heads: query heads of the model.
         key_value_heads: key/value heads of the model.
         local_key_value_heads: K, key/value heads (copies included) on each device.
-        group_slots: G, query-head slots for each of a device's key/value heads.
+        group_size: G, query heads for each of a device's key/value heads, padding included.
     """
 
     devices: int
     query_heads: int
     key_value_heads: int
     local_key_value_heads: int
-    group_slots: int
+    group_size: int
 
     @property
     def pieces(self) -> int:
@@ -54,49 +54,49 @@ class HeadLayout:
         return self.devices * self.local_key_value_heads // self.key_value_heads
 
     @property
-    def local_query_slots(self) -> int:
-        """Query-head slots on each device: N = K * G."""
-        return self.local_key_value_heads * self.group_slots
+    def local_query_heads(self) -> int:
+        """Query heads on each device, padding included: N = K * G."""
+        return self.local_key_value_heads * self.group_size
 
     @property
-    def padded_query_slots(self) -> int:
-        """Query-head slots, over all devices, that hold no head."""
-        return self.devices * self.local_query_slots - self.query_heads
+    def padding_query_heads(self) -> int:
+        """Query heads, over all devices, that are padding."""
+        return self.devices * self.local_query_heads - self.query_heads
 
     @property
     def key_value_copies(self) -> float:
-        """Key/value slots on all devices, for each key/value head of the model."""
+        """Key/value heads on all devices, for each of the model."""
         return self.devices * self.local_key_value_heads / self.key_value_heads
 
-    def key_value_slots(self) -> np.ndarray:
-        """Key/value head of each slot: int [n, K], `PADDING` where a slot is empty."""
+    def device_key_value_heads(self) -> np.ndarray:
+        """The model's key/value head at each place: int [n, K], `PADDING` where there is none."""
         piece = np.arange(self.devices * self.local_key_value_heads)
         head = piece // self.pieces
         head[head >= self.key_value_heads] = PADDING
         return head.reshape(self.devices, self.local_key_value_heads)
 
-    def query_slots(self) -> np.ndarray:
-        """Query head of each slot: int [n, K, G], `PADDING` where a slot is empty."""
+    def device_query_heads(self) -> np.ndarray:
+        """The model's query head at each place: int [n, K, G], `PADDING` where there is none."""
         group = self.query_heads // self.key_value_heads
         piece = np.arange(self.devices * self.local_key_value_heads)
-        within = (piece % self.pieces)[:, None] * self.group_slots + np.arange(self.group_slots)
+        within = (piece % self.pieces)[:, None] * self.group_size + np.arange(self.group_size)
         head = (piece // self.pieces)[:, None] * group + within
         head[(within >= group) | (piece[:, None] // self.pieces >= self.key_value_heads)] = PADDING
-        return head.reshape(self.devices, self.local_key_value_heads, self.group_slots)
+        return head.reshape(self.devices, self.local_key_value_heads, self.group_size)
 
 
-def named_slots(slots: np.ndarray) -> Any:
-    """Slots as nested lists, with None where one is empty: what JSON holds of a layout."""
-    if slots.ndim == 0:
-        return None if slots == PADDING else int(slots)
-    return [named_slots(part) for part in slots]
+def as_lists(heads: np.ndarray) -> Any:
+    """Heads as nested lists, with None for padding: what JSON holds of a layout."""
+    if heads.ndim == 0:
+        return None if heads == PADDING else int(heads)
+    return [as_lists(part) for part in heads]
 
 
 def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
     """The layout of least cost on `devices` devices, for any head counts and any device count.
 
-    A query slot costs its rows of the query and output projections, a key/value slot the same in
-    the key and value projections and its part of the cache; so the least `slots + key/value heads`
+    A query head costs its rows of the query and output projections, a key/value head the same in
+    the key and value projections and its part of the cache; so the least `query + key/value heads`
     a device is chosen, and among equals the smallest cache.
 
     Args:
@@ -114,19 +114,19 @@ def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLay
         )
     group = query_heads // key_value_heads
     candidates = []
-    for slots in range(1, group + 1):
-        local = ceil(key_value_heads * ceil(group / slots) / devices)
-        candidates.append(HeadLayout(devices, query_heads, key_value_heads, local, slots))
+    for size in range(1, group + 1):
+        local = ceil(key_value_heads * ceil(group / size) / devices)
+        candidates.append(HeadLayout(devices, query_heads, key_value_heads, local, size))
     return min(
         candidates,
-        key=lambda c: (c.local_query_slots + c.local_key_value_heads, c.local_key_value_heads),
+        key=lambda c: (c.local_query_heads + c.local_key_value_heads, c.local_key_value_heads),
     )
 
 
 def exact_head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
     """The layout for exact numerics: pieces whose partial sums are subtrees of one fixed tree.
 
-    A group of query heads is padded to a power of two slots, and pieces are halves, quarters, ...
+    A group of query heads is padded to a power of two, and pieces are halves, quarters, ...
     of these. A piece that is a whole group leaves its padding out: an addend of exactly zero.
 
     Args:
@@ -144,7 +144,7 @@ def exact_head_layout(query_heads: int, key_value_heads: int, devices: int) -> H
         )
     group = query_heads // key_value_heads
     copies = max(1, devices // key_value_heads)
-    slots = max(1, (1 << (group - 1).bit_length()) // copies)
+    size = max(1, (1 << (group - 1).bit_length()) // copies)
     return HeadLayout(
-        devices, query_heads, key_value_heads, max(1, key_value_heads // devices), min(group, slots)
+        devices, query_heads, key_value_heads, max(1, key_value_heads // devices), min(group, size)
     )

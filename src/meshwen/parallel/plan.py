@@ -99,11 +99,11 @@ class ParallelPlan:
     def leaves(self, axis: str) -> tuple[int, ...]:
         """How exact numerics cuts one device's part of a contracted axis, as a nested shape.
 
-        `query`: key/value heads, then the query-head slots of each; `mlp`: slices of its inner
+        `query`: key/value heads, then the query heads of each; `mlp`: slices of its inner
         dimension. All leaves have the same size, on every mesh.
         """
         if axis == "query":
-            return self.heads.local_key_value_heads, self.heads.group_slots
+            return self.heads.local_key_value_heads, self.heads.group_size
         return (LEAVES // self.model_devices,)
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
@@ -136,9 +136,9 @@ class ParallelPlan:
         """
         size = self.sizes[axis]
         if axis == "query":
-            return _head_rows(self.heads.query_slots(), self.sizes.head_dim)
+            return _head_rows(self.heads.device_query_heads(), self.sizes.head_dim)
         if axis == "key_value":
-            return _head_rows(self.heads.key_value_slots(), self.sizes.head_dim)
+            return _head_rows(self.heads.device_key_value_heads(), self.sizes.head_dim)
         shards = self._shards(axis)
         source = np.arange(ceil(size / shards) * shards)
         source[size:] = PADDING
@@ -151,7 +151,7 @@ class ParallelPlan:
         """
         heads = self.heads
         if axis == "query":
-            return heads.devices * heads.local_query_slots * self.sizes.head_dim
+            return heads.devices * heads.local_query_heads * self.sizes.head_dim
         if axis == "key_value":
             return heads.devices * heads.local_key_value_heads * self.sizes.head_dim
         shards = self._shards(axis)
@@ -164,8 +164,8 @@ class ParallelPlan:
         return axes_size(self.mesh, self.mesh_axes(axis))
 
 
-def _head_rows(slots: np.ndarray, head_dim: int) -> np.ndarray:
-    """The rows of a projection that the head slots hold: int64 [slots * head_dim]."""
-    rows = slots.reshape(-1, 1) * head_dim + np.arange(head_dim)
-    rows[slots.reshape(-1) == PADDING] = PADDING
+def _head_rows(heads: np.ndarray, head_dim: int) -> np.ndarray:
+    """The rows of a projection that are those of heads: int64 [heads * head_dim]."""
+    rows = heads.reshape(-1, 1) * head_dim + np.arange(head_dim)
+    rows[heads.reshape(-1) == PADDING] = PADDING
     return rows.reshape(-1)

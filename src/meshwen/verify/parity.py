@@ -16,7 +16,7 @@ import numpy as np
 from meshwen.checkpoints import Checkpoint
 from meshwen.common.choices import Numerics
 from meshwen.models.placed import PlacedModel
-from meshwen.parallel.heads import named_slots
+from meshwen.parallel.heads import as_lists
 from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.verify.faults import FaultFound, self_test
@@ -262,8 +262,8 @@ def _sha256(array: np.ndarray) -> str:
 def _heads(plan: ParallelPlan) -> dict[str, Any]:
     heads = plan.heads
     return {
-        "key_value": named_slots(heads.key_value_slots()),
-        "query": named_slots(heads.query_slots()),
+        "key_value": as_lists(heads.device_key_value_heads()),
+        "query": as_lists(heads.device_query_heads()),
     }
 
 
