@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2 in float64 numpy, to be obviously right: one sequence, head and query at a time.
+"""Qwen2 and Qwen3 in float64 numpy, to be obviously right: one sequence, head, query at a time.
 
-Deliberately unlike meshwen.models.qwen2: weights are `[out, in]` as in a checkpoint, rotations are
+Deliberately unlike meshwen.models: weights are `[out, in]` as in a checkpoint, rotations are
 complex numbers, key/value heads are picked one by one, and what a query sees is a list of
 positions.
 """
@@ -10,11 +10,11 @@ import math
 
 import numpy as np
 
-from meshwen.models.qwen2 import Qwen2Config
+from meshwen.models.config import ModelConfig
 from meshwen.models.rope_scaling import RopeScaling
 
 
-def tensor_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, by Hugging Face name."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
@@ -25,7 +25,11 @@ def tensor_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
         shapes[layer + "input_layernorm.weight"] = (hidden,)
         for name, size in (("q", query), ("k", kv), ("v", kv)):
             shapes[layer + f"self_attn.{name}_proj.weight"] = (size, hidden)
-            shapes[layer + f"self_attn.{name}_proj.bias"] = (size,)
+            if config.model_type == "qwen2":
+                shapes[layer + f"self_attn.{name}_proj.bias"] = (size,)
+        if config.model_type == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                shapes[layer + f"self_attn.{name}.weight"] = (config.head_dim,)
         shapes[layer + "self_attn.o_proj.weight"] = (hidden, query)
         shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         shapes[layer + "mlp.gate_proj.weight"] = (mlp, hidden)
@@ -37,7 +41,7 @@ def tensor_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(config: Qwen2Config, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """float32 weights that make attention sharp, biases matter and every norm differ from 1."""
     rng = np.random.default_rng(seed)
 
@@ -56,7 +60,7 @@ def random_weights(config: Qwen2Config, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def logits(weights: dict[str, np.ndarray], config: Qwen2Config, token_ids: list[int]) -> np.ndarray:
+def logits(weights: dict[str, np.ndarray], config: ModelConfig, token_ids: list[int]) -> np.ndarray:
     """Logits of one sequence: float64 [T, V]."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     x = np.stack([w["model.embed_tokens.weight"][token] for token in token_ids])
@@ -80,7 +84,7 @@ def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def _attention(
-    layer: dict[str, np.ndarray], x: np.ndarray, config: Qwen2Config, window: int | None
+    layer: dict[str, np.ndarray], x: np.ndarray, config: ModelConfig, window: int | None
 ) -> np.ndarray:
     size = config.head_dim
     queries_per_key = config.num_attention_heads // config.num_key_value_heads
@@ -89,8 +93,12 @@ def _attention(
 
     def head(name: str, index: int) -> np.ndarray:
         rows = slice(index * size, (index + 1) * size)
-        weight = layer[f"self_attn.{name}_proj.weight"][rows]
-        return x @ weight.T + layer[f"self_attn.{name}_proj.bias"][rows]
+        values = x @ layer[f"self_attn.{name}_proj.weight"][rows].T
+        if (bias := layer.get(f"self_attn.{name}_proj.bias")) is not None:
+            values = values + bias[rows]
+        if (norm := layer.get(f"self_attn.{name}_norm.weight")) is not None:
+            values = _norm(values, norm, config.rms_norm_eps)
+        return values
 
     def turned(values: np.ndarray) -> np.ndarray:
         z = (values[:, : size // 2] + 1j * values[:, size // 2 :]) * spin
@@ -111,7 +119,7 @@ def _attention(
     return np.concatenate(outputs, axis=1) @ layer["self_attn.o_proj.weight"].T
 
 
-def _frequencies(config: Qwen2Config) -> tuple[np.ndarray, float]:
+def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians a position for each pair of dimensions, and the factor on cosine and sine."""
     half = config.head_dim // 2
     plain = np.array([config.rope_theta ** (-i / half) for i in range(half)])
@@ -124,7 +132,7 @@ def _frequencies(config: Qwen2Config) -> tuple[np.ndarray, float]:
     return np.array(blended), 0.1 * math.log(scaling.factor) + 1
 
 
-def _yarn(frequency: float, pair: int, scaling: RopeScaling, config: Qwen2Config) -> float:
+def _yarn(frequency: float, pair: int, scaling: RopeScaling, config: ModelConfig) -> float:
     """Section 3.2 of arXiv 2309.00071; edges are rounded to whole pairs, as transformers does."""
 
     def edge(turns: float) -> float:

@@ -537,6 +537,12 @@ PARAMETERS = {
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
 }
 
 
@@ -544,7 +550,8 @@ PARAMETERS = {
 def test_presets_have_the_published_parameter_count(name):
     c = preset(name)
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = 2 * c.hidden_size * (queries + keys) + queries + 2 * keys
+    vectors = queries + 2 * keys if c.model_type == "qwen2" else 2 * c.head_dim
+    attention = 2 * c.hidden_size * (queries + keys) + vectors
     layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
     embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     assert c.num_hidden_layers * layer + embeddings + c.hidden_size == PARAMETERS[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5 in JAX, tensor-parallel on any mesh of devices.
+"""Qwen2.5 and Qwen3 in JAX, tensor-parallel on any mesh of devices.
 
     from meshwen import Qwen2ForCausalLM
 
@@ -14,11 +14,12 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshwen.causal_lm import AutoModelForCausalLM, Qwen2ForCausalLM
+    from meshwen.causal_lm import AutoModelForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
     from meshwen.engine.request import Completion, Event, Request
     from meshwen.engine.sampling_params import SamplingParams
     from meshwen.errors import MeshwenError
     from meshwen.models.qwen2 import Qwen2Config
+    from meshwen.models.qwen3 import Qwen3Config
     from meshwen.parallel.mesh import make_mesh
     from meshwen.runtime.compilation_cache import enable_compilation_cache
     from meshwen.tokenizer.tokenizer import Tokenizer
@@ -32,6 +33,8 @@ __all__ = [
     "MeshwenError",
     "Qwen2Config",
     "Qwen2ForCausalLM",
+    "Qwen3Config",
+    "Qwen3ForCausalLM",
     "Request",
     "SamplingParams",
     "Tokenizer",
@@ -46,6 +49,8 @@ _MODULES = {
     "MeshwenError": "errors",
     "Qwen2Config": "models.qwen2",
     "Qwen2ForCausalLM": "causal_lm",
+    "Qwen3Config": "models.qwen3",
+    "Qwen3ForCausalLM": "causal_lm",
     "Request": "engine.request",
     "SamplingParams": "engine.sampling_params",
     "Tokenizer": "tokenizer.tokenizer",

@@ -295,7 +295,15 @@ class Qwen2ForCausalLM(CausalLM):
     model_type = "qwen2"
 
 
-_CLASSES: dict[str | None, type[CausalLM]] = {one.model_type: one for one in (Qwen2ForCausalLM,)}
+class Qwen3ForCausalLM(CausalLM):
+    """A dense Qwen3 model."""
+
+    model_type = "qwen3"
+
+
+_CLASSES: dict[str | None, type[CausalLM]] = {
+    one.model_type: one for one in (Qwen2ForCausalLM, Qwen3ForCausalLM)
+}
 
 
 class AutoModelForCausalLM:

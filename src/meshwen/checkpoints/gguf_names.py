@@ -20,6 +20,7 @@ _LAYER = {
 # Of a layer's modules, by `general.architecture`, which is the `model_type` of a config.json too.
 LAYER_NAMES = {
     "qwen2": _LAYER,
+    "qwen3": _LAYER | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
 }
 
 

@@ -66,7 +66,7 @@ def _meshwen(
         ),
     ] = False,
 ) -> None:
-    """Qwen2.5 in JAX, tensor-parallel on any mesh of devices."""
+    """Qwen2.5 and Qwen3 in JAX, tensor-parallel on any mesh of devices."""
 
 
 app.command("generate")(over_processes(generate))

@@ -40,7 +40,7 @@ def print_inspection(
 
 
 def _config(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every field but those that all Qwen2 models share."""
+    """Every field but those that all models share."""
     kinds = [f"{len(list(run))} x {kind}" for kind, run in groupby(config["layer_types"])]
     fields = config | {"layer_types": ", ".join(kinds)}
     return [(key, str(value)) for key, value in fields.items() if key not in _SHARED_FIELDS]

@@ -242,6 +242,7 @@ class ModelConfig:
         shape: ConfigFile = check_shape(cast(ConfigFile, data), ConfigFile, where)
         sliding_window, layer_types = _sliding_attention(data, where)
         try:
+            cls.check_file(data)
             max_positions = _max_positions(shape)
             rope_theta, rope_scaling = read_rope(data, max_positions)
             return cls(
@@ -267,6 +268,13 @@ class ModelConfig:
             )
         except MeshwenError as error:
             raise MeshwenError(f"{where}: {error}") from None
+
+    @classmethod
+    def check_file(cls, data: Mapping[str, Any]) -> None:
+        """Refuse a config.json by what this architecture alone has.
+
+        Raises MeshwenError, without the file's name.
+        """
 
     @classmethod
     def is_named(cls, architectures: list[str], model_type: str | None) -> bool:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from meshwen.weights.declaration import Params, WeightSpec
 
 # `model_type` of a config.json, and the name of the module.
-MODEL_TYPES = ("qwen2",)
+MODEL_TYPES = (
+    "qwen2",
+    "qwen3",
+)
 
 
 class Architecture(Protocol):
