@@ -274,7 +274,7 @@ def test_closing_the_events_early_leaves_the_engine_ready():
 
 @pytest.mark.slow
 @every_mesh
-def test_a_prompt_read_in_chunks_gives_what_one_pass_gives(mesh):
+def test_a_prompt_prefilled_in_chunks_gives_what_one_pass_gives(mesh):
     lengths = [520, 3, 1040, 512]
     token_ids = random_tokens(TINY, len(lengths), max(lengths) + 2, seed=5)
     prompts = [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
@@ -291,7 +291,7 @@ def test_a_prompt_read_in_chunks_gives_what_one_pass_gives(mesh):
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
 
 
-def test_a_prompt_whose_scores_are_many_is_read_in_shorter_chunks(monkeypatch):
+def test_a_prompt_whose_scores_are_many_is_prefilled_in_shorter_chunks(monkeypatch):
     monkeypatch.setattr("meshwen.runtime.shape_buckets._SCORE_BYTES", 1)
     found = completions(engine().run([request(prompt, logprobs=True) for prompt in PROMPTS]))
     for completion, prompt in zip(found, PROMPTS, strict=True):
@@ -364,7 +364,7 @@ def test_a_step_consumes_the_cache_it_is_given():
 @pytest.mark.parametrize("head_dim", [TINY.head_dim, 32])
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reading_a_prompt_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypatch):
+def test_prefill_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypatch):
     if not kernel:
         monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     runner = MeshModel(replace(TINY, head_dim=head_dim), "1", dtype=dtype).runner
