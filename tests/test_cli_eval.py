@@ -30,7 +30,7 @@ once = load_once()
 
 @pytest.fixture(autouse=True)
 def _models_are_loaded_once(monkeypatch):
-    monkeypatch.setattr("meshwen.cli.eval.load_model", once)
+    monkeypatch.setattr("meshwen.cli.eval_run.load_model", once)
 
 
 def gsm8k(*options) -> int:
@@ -68,7 +68,7 @@ def test_a_mesh_or_a_file_that_is_refused_is_before_any_answer(tmp_path, monkeyp
 
     assert gsm8k("--out", tmp_path / "1x8.jsonl", "--limit", 1, "--mesh", "2") == 0
     capsys.readouterr()
-    monkeypatch.setattr("meshwen.cli.eval.load_model", unexpected)
+    monkeypatch.setattr("meshwen.cli.eval_run.load_model", unexpected)
     meshes = ["eval", "meshes", "--limit", "1", "--resume", "--out", str(tmp_path), "--meshes"]
     assert main([*meshes, "1x1,1x3"]) == 2
     assert "not 3" in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_progress_tells_answers_accuracy_and_tokens_a_second(tmp_path, monkeypat
     def recorder(label):
         yield lambda *said: told.append(said)
 
-    monkeypatch.setattr("meshwen.cli.eval.progress_bar", recorder)
+    monkeypatch.setattr("meshwen.cli.eval_run.progress_bar", recorder)
     out = tmp_path / "run.jsonl"
     assert gsm8k("--out", out, "--limit", 3) == 0
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
@@ -398,7 +398,7 @@ def test_a_problem_that_does_not_fit_is_counted_as_wrong_and_the_others_are_aske
     problems = HELD_OUT.read_text().splitlines()[:2]
     long = json.dumps({"question": "What is " + "1 + " * 90 + "1?", "answer": "#### 91"})
     data.write_text("\n".join([problems[0], long, problems[1]]))
-    monkeypatch.setattr("meshwen.cli.eval.load_model", load_model)  # Looks at the free memory.
+    monkeypatch.setattr("meshwen.cli.eval_run.load_model", load_model)  # Looks at the free memory.
     monkeypatch.setattr("meshwen.weights.loading.free_bytes", lambda devices: 1 << 30)
     monkeypatch.setattr(memory, "_free_host_bytes", lambda: 375_000)  # 390 positions.
     options = ("--data", data, "--max-new-tokens", 20, "--json")

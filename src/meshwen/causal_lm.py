@@ -29,7 +29,6 @@ from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
 from meshwen.engine.stream import Stream
 from meshwen.engine.token_batch import TokenBatch
 from meshwen.errors import MeshwenError
-from meshwen.models.placed import PlacedModel
 from meshwen.parallel.distributed import to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.runtime.jax_settings import own_settings
@@ -143,13 +142,7 @@ class CausalLM:
         A checkpoint that was opened without weights gets dummy ones. It may be closed afterwards.
         """
         model_class = cls._class_for(checkpoint)
-        placed = PlacedModel(
-            checkpoint.config,
-            options.make_mesh(),
-            jnp.dtype(options.dtype),
-            options.numerics,
-            options.quantization,
-        )
+        placed = options.place(checkpoint.config)
         compared = options.compared() | {
             "mesh": mesh_label(placed.mesh),
             "weights": "dummy" if checkpoint.format is None else "files",

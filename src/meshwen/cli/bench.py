@@ -39,7 +39,7 @@ def bench(
         int, typer.Option("--gen-len", min=1, help="Decode steps, of which the median counts.")
     ] = 16,
     runs: Annotated[
-        int, typer.Option("--runs", min=1, help="Prompts to read, of which the median counts.")
+        int, typer.Option("--runs", min=1, help="Prefills, of which the median counts.")
     ] = 5,
     html: Annotated[
         Path | None,
@@ -55,7 +55,7 @@ def bench(
 ) -> None:
     """Measure time to the first token and decode steps, beside the machine's own limits.
 
-    The limits are measured first: bytes read a second, and operations a second in matrix products.
+    The limits are measured first: bytes read a second, and operations a second in matmuls.
     Programs are compiled before anything counts. Nothing else should run.
     """
     import jax.numpy as jnp

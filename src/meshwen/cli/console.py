@@ -121,7 +121,7 @@ def before_first_token(prefilled: tuple[int, int] | None) -> str:
     """What an engine does until an answer begins, by its `prefilled`."""
     if prefilled is None:
         return "preparing the answer"
-    return f"reading the prompt, {prefilled[0]} of {prefilled[1]} tokens"
+    return f"prefilling the prompt, {prefilled[0]} of {prefilled[1]} tokens"
 
 
 @contextmanager

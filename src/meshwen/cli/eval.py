@@ -3,37 +3,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import meshwen
 from meshwen.cli import options
-from meshwen.cli.console import note, progress_bar, write
+from meshwen.cli.console import note, write
 from meshwen.cli.eval_options import Asked, asking
+from meshwen.cli.eval_run import Evaluation
 from meshwen.cli.eval_tables import print_comparison, print_meshes, print_summary
 from meshwen.cli.files import check_writable, write_text
-from meshwen.cli.load import load_model, opened
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.processes import over_processes
 from meshwen.common.json_files import to_json
-from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
     from meshwen.evals.compare import Comparison
-    from meshwen.evals.gsm8k import Question
-    from meshwen.evals.run_file import Record, RunFile
-    from meshwen.evals.styles import PromptStyle
+    from meshwen.evals.run_file import RunFile
 
 app = typer.Typer()
 
@@ -92,7 +85,7 @@ def gsm8k(
 
     _check_report(html, [out])
     shared("run files", lambda: _check_file(out, resume))
-    run, found = _answered(asked, _begun(asked, asked.engine, out, resume))
+    run, found = Evaluation.begin(asked, asked.engine, out, resume).finish()
     if as_json:
         write(to_json(found | {"settings": dict(run.settings)}))
     else:
@@ -134,10 +127,10 @@ def meshes(
     shared("run files", lambda: _check_folder(out, paths, resume))
     # All of them first: a mesh or a file that is refused is not to be heard of after hours.
     begun = [
-        _begun(asked, replace(asked.engine, mesh=str(spec)), path, resume)
+        Evaluation.begin(asked, replace(asked.engine, mesh=str(spec)), path, resume)
         for spec, path in zip(specs, paths, strict=True)
     ]
-    results = [_answered(asked, one) for one in begun]
+    results = [one.finish() for one in begun]
     first = results[0][0]
     compared = [compare_runs(first, run) for run, _ in results]
     if as_json:
@@ -225,146 +218,6 @@ def _kept(require: Requirement, found: Comparison) -> bool:
     if any(found.alone):
         return False
     return found.all_identical if require is Requirement.IDENTICAL else found.same_score
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """An evaluation on one mesh, before any weight is read."""
-
-    engine: EngineOptions
-    questions: Sequence[Question]
-    run: RunFile
-
-
-def _begun(asked: Asked, engine: EngineOptions, out: Path, resume: bool) -> _Begun:
-    """Refuses what can be refused now, and opens the run file."""
-    import jax
-    import jax.numpy as jnp
-
-    from meshwen.evals.gsm8k import data_sha256, question
-    from meshwen.evals.styles import shots
-    from meshwen.models.placed import PlacedModel
-    from meshwen.parallel.mesh import mesh_label
-    from meshwen.tokenizer.tokenizer import Tokenizer
-
-    style, sampling, devices = asked.style, asked.sampling, engine.make_mesh()
-    with opened(asked.model, engine) as checkpoint:
-        dtype = jnp.dtype(engine.dtype)
-        config, numerics = checkpoint.config, engine.numerics
-        placed = PlacedModel(config, devices, dtype, numerics, engine.quantization)
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        if tokenizer is None:
-            raise MeshwenError(f"{checkpoint.name} has no tokenizer: it cannot be asked a problem")
-        solved = shots(style, asked.examples, asked.problems[-1].number + 1)
-        once = [question(p, style, solved[p.number], tokenizer) for p in asked.problems]
-        questions = [replace(one, sample=k) for one in once for k in range(asked.samples)]
-        settings = {
-            "model": checkpoint.name,
-            "weights_sha256": asked.weights_sha256,
-            "revision": engine.revision,
-            "load_format": engine.load_format,
-            "config_sha256": _sha256(checkpoint.config.to_dict(), checkpoint.generation_config),
-            "meshwen": meshwen.__version__,
-            "jax": jax.__version__,
-            "mesh": mesh_label(devices),
-            "dtype": engine.dtype,
-            "quantization": engine.quantization,
-            "products": placed.matmuls_by,
-            "numerics": engine.numerics,
-            "prompt_style": style.name,
-            "prompt_style_why": asked.style_why,
-            "grading": style.grading,
-            "data_sha256": asked.data_sha256,
-            "train_sha256": data_sha256(asked.examples) if asked.examples else None,
-            "max_model_len": engine.max_model_len,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "samples": asked.samples,
-            "seed": sampling.seed,
-        }
-    run = _begin(out, settings, resume)
-    _check_answers(run, questions, style)
-    return _Begun(engine, questions, run)
-
-
-def _answered(asked: Asked, begun: _Begun) -> tuple[RunFile, dict[str, Any]]:
-    """Asks what the run file lacks: the run, of the problems asked alone, and its summary."""
-    from meshwen.evals.gsm8k import answer_all, summary
-    from meshwen.tokenizer.tokenizer import Tokenizer
-
-    run, questions = begun.run, begun.questions
-    before = sum(one.key in run.records for one in questions)
-    with opened(asked.model, begun.engine) as checkpoint:
-        loaded = load_model(checkpoint, Tokenizer.from_checkpoint(checkpoint), begun.engine)
-    started = time.perf_counter()
-    try:
-        with progress_bar("answering") as bar:
-            answer_all(
-                loaded.engine,
-                questions,
-                asked.style,
-                asked.sampling,
-                run,
-                loaded.tokenizer.eos_token if loaded.tokenizer else None,
-                lambda done, right, tokens: bar(
-                    done,
-                    len(questions),
-                    f"{right} of {done} right, "
-                    f"{tokens / (time.perf_counter() - started):.0f} tokens/s",
-                ),
-            )
-    except KeyboardInterrupt:
-        note(f"{len(run.records)} answers are saved in {run.path}; go on with --resume")
-        raise
-    run.close()
-    run = replace(run, records={one.key: run.records[one.key] for one in questions})
-    found = summary(run.records.values())
-    return run, found | {"seconds": round(run.seconds, 1), "answers_from_before": before}
-
-
-def _begin(out: Path, settings: Mapping[str, Any], resume: bool) -> RunFile:
-    """The run file, which process 0 writes; the others keep the same answers in memory."""
-    from meshwen.evals.run_file import RunFile, UnwrittenRun
-    from meshwen.parallel.distributed import process_index, shared
-
-    begun: list[RunFile] = []
-
-    def begin() -> list[Record]:
-        begun.append(RunFile.begin(out, settings, resume=resume))
-        return list(begun[0].records.values())
-
-    records = shared(f"answers in {out}", begin)
-    return begun[0] if process_index() == 0 else UnwrittenRun.of(out, settings, records)
-
-
-def _check_answers(run: RunFile, questions: Sequence[Question], style: PromptStyle) -> None:
-    """Refuses answers so far to other prompts, or graded otherwise; and those of process 0."""
-    from meshwen.evals.gsm8k import is_graded_so
-    from meshwen.parallel.distributed import gathered
-
-    for one in questions:
-        before = run.records.get(one.key)
-        if before is not None and before["prompt_sha256"] != one.prompt_sha256:
-            raise MeshwenError(
-                f"{run.path}: the prompt of problem {one.problem.number} was another: the model's "
-                "tokenizer or chat template has changed; give another file"
-            )
-        if before is not None and not is_graded_so(one, before, style):
-            raise MeshwenError(
-                f"{run.path}: the answer to problem {one.problem.number} is not graded as its text "
-                "would be: the file was edited or damaged, or the rules have changed; give another"
-            )
-    ours = _sha256([one.prompt_sha256 for one in questions])
-    for index, theirs in enumerate(gathered(f"prompts of {run.path}", ours)):
-        if theirs != ours:
-            raise MeshwenError(
-                f"process {index} makes other prompts than this one: its model is another"
-            )
-
-
-def _sha256(*content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_report(path: Path | None, runs: Sequence[Path]) -> None:

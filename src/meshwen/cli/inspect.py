@@ -61,12 +61,9 @@ def inspect(
     config is downloaded unless --stats or --load-format asks for more. Exit status 2 when the
     checkpoint's tensors do not fit its config.
     """
-    import jax.numpy as jnp
-
     from meshwen.checkpoints import name_kind, open_checkpoint
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.cli.inspect_tables import print_inspection
-    from meshwen.models.placed import PlacedModel
     from meshwen.weights.loading import check_tensors
 
     abstract_mesh = _abstract_mesh(str(engine.mesh))
@@ -79,8 +76,7 @@ def inspect(
             )
         for text in checkpoint.notes:
             note(text)
-        config, dtype = checkpoint.config, jnp.dtype(engine.dtype)
-        placed = PlacedModel(config, abstract_mesh, dtype, engine.numerics, engine.quantization)
+        placed = engine.place(checkpoint.config, abstract_mesh)
         rows = tensor_rows(placed, checkpoint.tensors, "*" if pattern is None else pattern)
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")

@@ -130,7 +130,7 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
     note(
         f"model: {model.config.name}, {count_text(placed.weights.parameters)} parameters "
         f"in {placed.quantization or model.dtype}, loaded in {seconds:.1f} s; "
-        f"products by {placed.matmuls_by}"
+        f"matmuls by {placed.matmuls_by}"
     )
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "

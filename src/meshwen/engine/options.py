@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
+    from meshwen.models.config import ModelConfig
+    from meshwen.models.placed import PlacedModel
+    from meshwen.parallel.mesh import AnyMesh
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -123,6 +127,24 @@ class EngineOptions:
         from meshwen.parallel.mesh import make_mesh  # Imports JAX.
 
         return make_mesh(self.mesh, model_axes=self.model_axes, data_axes=self.data_axes)
+
+    def place(self, config: ModelConfig, mesh: AnyMesh | None = None) -> PlacedModel:
+        """A model on its mesh, before any weight is read.
+
+        Args:
+            config: the model's.
+            mesh: in the place of these options'; an abstract one starts no back end.
+
+        Raises:
+            MeshwenError: there is no such mesh, or the model cannot be split over it.
+        """
+        import jax.numpy as jnp
+
+        from meshwen.models.placed import PlacedModel
+
+        mesh = self.make_mesh() if mesh is None else mesh
+        dtype = jnp.dtype(self.dtype)
+        return PlacedModel(config, mesh, dtype, self.numerics, self.quantization)
 
     def compared(self) -> dict[str, Any]:
         """What must be alike in all processes of a run, by name; JSON.
