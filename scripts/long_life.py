@@ -17,11 +17,11 @@ import sys
 import jax
 
 from mesh_model import MeshModel
-from meshwen.engine import runner
 from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.ops.cpu.xla import XlaOnCpu
 from tiny_model import ONE_LAYER
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -55,7 +55,7 @@ def requests(draw: random.Random) -> list[Request]:
 def main(rounds: int, kept: int) -> None:
     """Prints a line every tenth of the rounds."""
     jax.config.update("jax_disable_most_optimizations", True)
-    runner._CPU_PROGRAMS = kept
+    XlaOnCpu.programs = kept
     model = MeshModel(ONE_LAYER, "1").runner
     draw = random.Random(0)
     print("rounds  programs  maps  MB")
@@ -70,4 +70,4 @@ def main(rounds: int, kept: int) -> None:
 
 if __name__ == "__main__":
     given = [int(argument) for argument in sys.argv[1:]]
-    main(given[0] if given else 100, given[1] if len(given) > 1 else runner._CPU_PROGRAMS)
+    main(given[0] if given else 100, given[1] if len(given) > 1 else XlaOnCpu.programs)

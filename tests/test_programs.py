@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mesh_model import MeshModel
-from meshwen.engine import runner
 from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.runtime.jax_settings import Program
 from meshwen.runtime.programs import ProgramTable, ShapedProgram
 from tiny_model import ONE_LAYER
@@ -78,7 +78,7 @@ def test_a_model_that_keeps_few_programs_answers_alike(monkeypatch):
     ]
     found = []
     for limit in (48, 3):
-        monkeypatch.setattr(runner, "_CPU_PROGRAMS", limit)
+        monkeypatch.setattr(XlaOnCpu, "programs", limit)
         model = MeshModel(ONE_LAYER, "1").runner
         answers = []
         for request in requests:
