@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import typer
 
-from meshwen import AutoModelForCausalLM
+from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM
 from meshwen.cli import main
 from meshwen.cli.app import app
 from meshwen.cli.option_groups import group, with_groups
@@ -165,11 +165,19 @@ def test_keyword_arguments_are_those_of_the_dataclass():
     assert keywords == declared
 
 
-@pytest.mark.parametrize("documented", [EngineOptions, AutoModelForCausalLM.from_pretrained])
-def test_help_in_python_shows_the_texts_of_the_command_line(documented):
+@pytest.mark.parametrize(
+    ("documented", "kind"),
+    [
+        (EngineOptions, EngineOptions),
+        (AutoModelForCausalLM.from_pretrained, EngineOptions),
+        (SamplingParams, SamplingParams),
+        (Qwen2ForCausalLM.generate, SamplingParams),
+    ],
+)
+def test_help_in_python_shows_the_texts_of_the_command_line(documented, kind):
     text = " ".join(documented.__doc__.split())
-    for name, option in options_of(EngineOptions).items():
-        assert re.search(rf"\b{name} \([^)]*\): {re.escape(option.help)}", text)
+    for name, option in options_of(kind).items():
+        assert re.search(rf"\b{name} \(.*?\): {re.escape(option.help)}", text)
 
 
 def test_a_group_stands_in_the_place_of_its_parameter():

@@ -196,6 +196,7 @@ class CausalLM:
             logits = batch.restored(logits[..., : self.config.vocab_size])
             return logits if logits.is_fully_addressable else jnp.asarray(to_host(logits))
 
+    @documented(SamplingParams, "Sampling parameters, with their values where nobody gives others")
     def generate(self, prompts: Any, **sampling: Any) -> list[Completion]:
         """Continues prompts.
 
@@ -203,7 +204,8 @@ class CausalLM:
             prompts: one prompt or several, each text (taken as it is), token ids (a list or an
                 array), or a conversation, a list of `{"role": ..., "content": ...}`, which goes
                 through the chat template.
-            sampling: fields of `SamplingParams`; what is not given is the checkpoint's default.
+            sampling: fields of `SamplingParams`, listed below; what is not given is the
+                checkpoint's default.
                 Also `chat_template_kwargs`, further variables for the chat template of
                 conversations, such as `{"enable_thinking": False}`.
                 Without a `seed`, whatever is drawn is drawn anew for each prompt and call; the

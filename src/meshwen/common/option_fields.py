@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from inspect import cleandoc
 from typing import Any, TypeVar
 
 from meshwen.common.arguments import brief, whole_number
@@ -115,8 +116,7 @@ def documented(kind: type, heading: str) -> Callable[[Documented], Documented]:
     ]
 
     def append(target: Documented) -> Documented:
-        text = textwrap.dedent(f"    {target.__doc__ or ''}").rstrip()
-        target.__doc__ = "\n".join([text, "", f"{heading}:", *lines])
+        target.__doc__ = "\n".join([cleandoc(target.__doc__ or ""), "", f"{heading}:", *lines])
         return target
 
     return append
