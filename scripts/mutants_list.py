@@ -738,7 +738,7 @@ FAULTS = (
     _fault(
         "verify: a checksum that signs leave alone",
         "verify/localise.py",
-        "_mixed(bits ^ _mixed(place))",
+        "mixed(bits ^ mixed(place))",
         "(bits * (2 * place + 1))",
         "verify_localise",
     ),

@@ -4,6 +4,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from checkpoint_writers import random_weights, write_folder
@@ -15,7 +16,7 @@ from meshwen.ops.numerics.exact import Exact
 from meshwen.verify import parity
 from meshwen.verify.certificate_file import with_hash
 from meshwen.verify.faults import negated, with_changed_weight
-from meshwen.verify.localise import Parting
+from meshwen.verify.operations import Operation
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 SHORT = ("--meshes", "1,2", "--numerics", "fast", "--max-new-tokens", "3")
@@ -55,7 +56,7 @@ EXACT = ("--meshes", "1,2", "--numerics", "exact", "--max-new-tokens", "3")
 
 
 def test_a_wrong_weight_on_one_mesh_breaks_exact_numerics_and_is_placed(model, capsys, monkeypatch):
-    sound, place = parity.load_params, Parting(0, "MLP output")
+    sound, place = parity.load_params, Operation(0, "MLP output")
 
     def load(checkpoint, weights):
         params = sound(checkpoint, weights)
@@ -67,7 +68,7 @@ def test_a_wrong_weight_on_one_mesh_breaks_exact_numerics_and_is_placed(model, c
     assert main(["verify", "--model", model, *EXACT]) == 1
     said = capsys.readouterr().out
     assert "exact 2: whole-sequence logits, against the first mesh's: not the same bits" in said
-    assert "bits part: layer 0, MLP output" in said
+    assert "first divergence: layer 0, MLP output" in said
 
 
 def test_a_floating_point_all_reduce_breaks_exact_numerics(model, capsys, monkeypatch):
@@ -99,7 +100,7 @@ def test_an_exact_certificate_holds_for_another_mesh(model, capsys, tmp_path):
 
 
 def test_a_fault_that_is_not_found_is_exit_status_1(model, capsys, monkeypatch):
-    monkeypatch.setattr("meshwen.verify.faults.negated", lambda part: part)
+    monkeypatch.setattr("meshwen.verify.faults.negated", np.ones_like)
     assert main(["verify", "--model", model, *SHORT, "--self-test"]) == 1
     assert "but nowhere: one element" in capsys.readouterr().out
 
@@ -206,5 +207,5 @@ def test_what_cannot_be_run_is_one_line_and_exit_status_2(model, options, said, 
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("meshwen: error: ")
     assert said in error
-    expected = ("made-up token ids", "transformers generates")
+    expected = ("dummy token ids", "transformers generates")
     assert all(line.endswith(expected) for line in notes)

@@ -83,7 +83,9 @@ def test_exact_meshes_have_equal_bits_and_fast_ones_are_within_bounds(outcome):
     assert [row.bits_equal for row in outcome.rows] == [True, False, True, True]
     assert all(r.cached_against_whole.bits_equal for r in outcome.rows if r.numerics == "exact")
     assert not any(row.broken for row in outcome.rows)
-    assert [row.parting is None for row in outcome.rows] == [row.bits_equal for row in outcome.rows]
+    assert [row.first_divergence is None for row in outcome.rows] == [
+        row.bits_equal for row in outcome.rows
+    ]
     assert all(row.whole.positions == len(PROMPTS) * STEPS for row in outcome.rows)
     assert all(row.sampler_shortfall == 0 for row in outcome.rows)
 

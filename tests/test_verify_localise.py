@@ -8,25 +8,32 @@ import pytest
 
 from mesh_model import whole
 from meshwen.verify.faults import (
-    ATTENTION,
-    MLP,
     negated,
     reversed_sum,
     self_test,
     with_changed_weight,
     without_head,
 )
-from meshwen.verify.localise import Parting, Prober, divergence, operation_names, parting
+from meshwen.verify.localise import Prober, divergence, first_divergence
+from meshwen.verify.operations import (
+    EMBEDDING,
+    FINAL_NORM,
+    LOGITS,
+    Operation,
+    operations,
+    row_parallel,
+)
 from meshwen.weights.declaration import updated
 from tiny_model import TINY
 from verify_model import PROMPTS, mesh_run, observed, prober, trace
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
-EVERYWHERE = [Parting(layer, name) for layer in range(2) for name in (ATTENTION, MLP)]
+ATTENTION, MLP = "attention output", "MLP output"
+IN_LAYERS = [Operation(layer, name) for layer in range(2) for name in (ATTENTION, MLP)]
 every_run = pytest.mark.parametrize(
     ("mesh", "numerics"), [("4", "fast"), ("data=2,model=2", "exact")]
 )
-every_place = pytest.mark.parametrize("place", EVERYWHERE, ids=str)
+every_matmul = pytest.mark.parametrize("matmul", IN_LAYERS, ids=str)
 
 
 @pytest.mark.parametrize(
@@ -41,29 +48,29 @@ def test_checksums_change_no_logit_and_copies_agree(mesh, numerics):
 
 def test_checksums_of_equal_bits_are_equal_on_every_mesh():
     expected, found = (trace(mesh, "exact") for mesh in ("1", "data=2,model=2"))
-    assert parting(expected, found) is None
+    assert first_divergence(expected, found) is None
     assert divergence(expected, found) == [0.0] * 6
 
 
-def test_fast_meshes_part_at_the_first_sum_over_devices():
-    assert parting(trace("1"), trace("4")) == Parting(0, ATTENTION)
+def test_fast_meshes_diverge_at_the_first_sum_over_devices():
+    assert first_divergence(trace("1"), trace("4")) == Operation(0, ATTENTION)
     assert max(divergence(trace("1"), trace("4"))) < 1e-5
 
 
-@every_place
-def test_a_wrong_weight_is_found_where_it_is(place):
+@every_matmul
+def test_a_wrong_weight_is_found_where_it_is(matmul):
     run = mesh_run("4")
     weights = run.runner.model.weights
-    params = with_changed_weight(run.runner.params, weights, place, negated)
+    params = with_changed_weight(run.runner.params, weights, matmul, negated)
     found = prober("4").trace(observed("4").whole, params)
-    assert parting(trace("4"), found) == place
+    assert first_divergence(trace("4"), found) == matmul
     assert not found.neutral
 
 
-@every_place
-def test_a_sum_in_another_order_is_found_where_it_is(place):
-    found = Prober(mesh_run("4"), reversed_sum(place)).trace(observed("4").whole)
-    assert parting(trace("4"), found) == place
+@every_matmul
+def test_a_sum_in_another_order_is_found_where_it_is(matmul):
+    found = Prober(mesh_run("4"), reversed_sum(matmul)).trace(observed("4").whole)
+    assert first_divergence(trace("4"), found) == matmul
     assert max(divergence(trace("4"), found)) < 1e-5
 
 
@@ -78,26 +85,26 @@ def test_the_self_test_finds_every_fault(mesh, numerics):
         assert all(fault.breaks == ("logits: not the same bits",) for fault in found)
     else:  # Another order of a sum is no fault there.
         assert [bool(fault.breaks) for fault in found] == [True, False, True]
-    assert len({str(fault.put_at) for fault in found}) == 3
+    assert len({str(fault.operation) for fault in found}) == 3
 
 
 def test_a_fault_that_is_not_there_is_not_found():
-    assert parting(trace("4"), prober("4").trace(observed("4").whole)) is None
+    assert first_divergence(trace("4"), prober("4").trace(observed("4").whole)) is None
 
 
 @pytest.mark.parametrize(
-    ("path", "place"),
+    ("path", "operation"),
     [
-        (("model", "embed_tokens", "weight"), Parting(None, "embedding")),
-        (("model", "norm", "weight"), Parting(None, "final norm")),
-        (("lm_head", "weight"), Parting(None, "logits")),
+        (("model", "embed_tokens", "weight"), EMBEDDING),
+        (("model", "norm", "weight"), FINAL_NORM),
+        (("lm_head", "weight"), LOGITS),
     ],
-    ids=lambda value: str(value) if isinstance(value, Parting) else "",
+    ids=lambda value: str(value) if isinstance(value, Operation) else "",
 )
-def test_faults_outside_of_the_layers_are_found(path, place):
+def test_faults_outside_of_the_layers_are_found(path, operation):
     params = replaced(mesh_run("4").runner.params, path, lambda x: x * 1.5)
     found = prober("4").trace(observed("4").whole, params)
-    assert parting(trace("4"), found) == place
+    assert first_divergence(trace("4"), found) == operation
     assert found.devices_agree
 
 
@@ -129,20 +136,25 @@ def two_signs_changed(array):
 def test_changes_that_a_plain_sum_would_not_see_change_a_checksum(change):
     params = replaced(mesh_run("1").runner.params, ("model", "embed_tokens", "weight"), change)
     found = prober("1").trace(observed("1").whole, params)
-    assert parting(trace("1"), found) == Parting(None, "embedding")
+    assert first_divergence(trace("1"), found) == EMBEDDING
 
 
 def test_operations_are_named_in_order():
-    names = operation_names(TINY.num_hidden_layers)
-    assert names[:3] == ("embedding", "0:attention output", "0:MLP output")
-    assert names[-2:] == ("final norm", "logits")
-    assert trace("1").samples.shape == (len(PROMPTS), len(names) - 1, TINY.hidden_size)
+    weights = mesh_run("1").runner.model.weights
+    expected = EMBEDDING, *IN_LAYERS, FINAL_NORM, LOGITS
+    assert operations(weights) == trace("1").operations == expected
+    assert [operation.key for operation in expected[:2]] == ["embedding", "0:attention output"]
+    assert [weight.path for weight in row_parallel(weights).values()][:2] == [
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.mlp.down_proj.weight",
+    ]
+    assert trace("1").samples.shape == (len(PROMPTS), len(expected) - 1, TINY.hidden_size)
 
 
 def test_faults_are_what_they_say():
     part = np.array([[1, -3], [2, 0]], np.float32)
-    np.testing.assert_array_equal(negated(part.copy()), [[1, 3], [2, 0]])
-    np.testing.assert_array_equal(without_head(part.copy(), 1), [[0, 0], [2, 0]])
+    np.testing.assert_array_equal(part * negated(part), [[1, 3], [2, 0]])
+    np.testing.assert_array_equal(part * without_head(part, 1), [[0, 0], [2, 0]])
 
 
 def test_a_changed_weight_leaves_the_original_as_it_was():
@@ -150,7 +162,7 @@ def test_a_changed_weight_leaves_the_original_as_it_was():
     params = runner.params
     weight = params["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
     before = whole(weight)
-    other = with_changed_weight(params, runner.model.weights, Parting(1, MLP), negated)
+    other = with_changed_weight(params, runner.model.weights, Operation(1, MLP), negated)
     changed = other["model"]["layers"][1]["mlp"]["down_proj"]["weight"]
     assert (whole(changed) != before).sum() == 1
     np.testing.assert_array_equal(whole(weight), before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +45,7 @@ def _file(option: str, help_text: str) -> Any:
 
 
 @with_groups(
-    loading=options.engine_options("load_format", "revision"),
+    loading=options.engine_options("quantization", "load_format", "revision"),
     numerics=options.one_option(
         EngineOptions, "numerics", default=None, choices=(*NUMERICS, _BOTH), help="Default: both."
     ),
@@ -131,6 +131,9 @@ def verify(
     if len(specs) == 1 and against is None:
         note("only one mesh: it is held against itself, whole sequences against the cache")
     kind = dtype or (before["dtype"] if before else "float32")
+    if before and loading.quantization is None:
+        loading = replace(loading, quantization=before.get("quantization"))
+    quantization = loading.quantization
     chosen = _numerics(numerics, before)
     for file in (json_file, html_file):
         check_writable(file)
@@ -138,7 +141,8 @@ def verify(
     with opened(model, loading) as checkpoint:
         digest = None
         if process_count() > 1:
-            check_model(checkpoint, None, {}, exact="exact" in chosen)
+            settings = {"dtype": kind, "quantization": quantization}
+            check_model(checkpoint, None, settings, exact="exact" in chosen)
             digest = same_weights(checkpoint)
         if before is not None:  # With others nothing is the same: no need to compute it.
             digest = digest or weights_sha256(checkpoint)
@@ -149,40 +153,47 @@ def verify(
         if reference is not None:
             note("transformers generates")
             cases = transformers_cases(checkpoint, workload.prompts, workload.steps)
-        with _told_of([f"{n} numerics on {m}" for n in chosen for m in specs]) as tell:
+        with _progress([f"{n} numerics on {m}" for n in chosen for m in specs]) as done:
             outcome = run_verify(
-                checkpoint, specs, chosen, kind, workload, test_self=self_test, note=tell
+                checkpoint,
+                specs,
+                chosen,
+                kind,
+                workload,
+                quantization=quantization,
+                test_self=self_test,
+                note=done,
             )
         source = "transformers" if reference is not None else "the reference outputs"
         compared = [
-            golden_comparison(source, cases, tokens, kind, name)
+            golden_comparison(source, cases, tokens, quantization or kind, name)
             for name, tokens in outcome.generated.items()
             if cases is not None
         ]
         if digest is None and (json_file or html_file):
             digest = weights_sha256(checkpoint)
-        found = certificate(checkpoint, outcome, kind, compared, digest)
+        found = certificate(checkpoint, outcome, kind, compared, digest, quantization)
     if process_index() == 0:
         _write(found, json_file, html_file)
     return 0 if _print(found, before) else 1
 
 
 @contextmanager
-def _told_of(runs: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """Shows which of these is on its way; takes a note of each that is done."""
-    done: list[str] = []
+def _progress(runs: Sequence[str]) -> Iterator[Callable[[str], None]]:
+    """Shows which run is on its way; yields what is to be called with a line about each."""
+    finished: list[str] = []
 
-    def doing() -> str:
-        if len(done) == len(runs):
+    def current() -> str:
+        if len(finished) == len(runs):
             return "finishing"
-        return f"{len(done) + 1} of {len(runs)}: {runs[len(done)]}"
+        return f"{len(finished) + 1} of {len(runs)}: {runs[len(finished)]}"
 
-    def tell(text: str) -> None:
-        done.append(text)
+    def done(text: str) -> None:
+        finished.append(text)
         note(text)
 
-    with working(doing):
-        yield tell
+    with working(current):
+        yield done
 
 
 def _check_together(
@@ -202,13 +213,13 @@ def _check_together(
         raise MeshwenError("--reference makes reference outputs: leave out --golden and --against")
     if golden is not None and prompts is not None:
         raise MeshwenError("--golden has its own prompts: leave out --prompts")
-    for option, asked in (("--self-test", self_test), ("--reference", reference is not None)):
-        if asked and process_count() > 1:
+    for option, given in (("--self-test", self_test), ("--reference", reference is not None)):
+        if given and process_count() > 1:
             raise MeshwenError(f"{option} runs in one process: leave out --coordinator")
 
 
 def _read_together(against: Path | None, golden: Path | None) -> tuple[Any, Any]:
-    """A certificate and reference outputs, where asked for, as process 0 reads them."""
+    """A certificate and reference outputs, where given, as process 0 reads them."""
     from meshwen.parallel.distributed import shared
     from meshwen.verify.certificate_file import read_certificate
     from meshwen.verify.reference import read_golden
@@ -268,26 +279,26 @@ def _prompt_ids(checkpoint: Checkpoint, prompts: str | None) -> Sequence[Sequenc
     from meshwen.cli.prompts import Prompt, ignored_fields
     from meshwen.parallel.distributed import shared
     from meshwen.tokenizer.tokenizer import Tokenizer
-    from meshwen.verify.workload import BUILT_IN_PROMPTS, made_up_prompts
+    from meshwen.verify.workload import BUILT_IN_PROMPTS, dummy_prompts
 
     read = shared(
         "prompts",
         lambda: None if prompts is None else [asdict(p) for p in read_prompts(None, prompts)],
     )
     if read is not None:
-        asked = [Prompt(**fields) for fields in read]
-        if ignored := ignored_fields(asked, returned=False):
+        given = [Prompt(**fields) for fields in read]
+        if ignored := ignored_fields(given, returned=False):
             note(ignored)
-        needed = not all(prompt.is_token_ids for prompt in asked)
+        needed = not all(prompt.is_token_ids for prompt in given)
         tokenizer = Tokenizer.from_checkpoint(checkpoint) if needed else None
-        return _shared_ids(asked, tokenizer)
+        return _shared_ids(given, tokenizer)
     try:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     except MeshwenError as error:
-        note(f"{error}; so the prompts are made-up token ids")
+        note(f"{error}; so the prompts are dummy token ids")
         tokenizer = None
     if tokenizer is None:
-        return made_up_prompts(checkpoint.config)
+        return dummy_prompts(checkpoint.config)
     built_in = [Prompt("a built-in prompt", text) for text in BUILT_IN_PROMPTS]
     return _shared_ids(built_in, tokenizer)
 

@@ -21,16 +21,17 @@ _COLUMNS = (
 def print_certificate(found: dict[str, Any], console: Console) -> None:
     """Prints tables, pictures and the verdict."""
     prompts, steps = len(found["prompts"]), len(found["tokens"][0])
+    kept = found["dtype"] + (f", {found['quantization']}" if found["quantization"] else "")
     say(
         console,
-        f"{found['model']} in {found['dtype']}: {prompts} prompts, {steps} tokens after each, "
+        f"{found['model']} in {kept}: {prompts} prompts, {steps} tokens after each, "
         f"against {found['meshes'][0]}",
         "bold",
     )
     for numerics in found["numerics"]:
         rows = [row for row in found["rows"] if row["numerics"] == numerics]
         _table(numerics, rows).print(console)
-        _print_parting(rows, console)
+        _print_divergence(rows, console)
         _print_collectives(rows, found["layers"], console)
     _print_cache(found["rows"], console)
     _print_self_test(found["self_test"], console)
@@ -64,17 +65,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_parting(rows: list[dict[str, Any]], console: Console) -> None:
-    """A strip a mesh."""
-    say(
-        console,
-        "\nembedding, attention and MLP of each layer, final norm "
-        "(· same bits, ▁ to █: 1e-8 to 1 apart)",
-    )
+def _print_divergence(rows: list[dict[str, Any]], console: Console) -> None:
+    """A strip a mesh: a character an operation."""
+    names = [name.rpartition(":")[2] for name in rows[0]["operations"][:-1]]
+    operations = ", ".join(dict.fromkeys(names))
+    say(console, f"\n{operations} (· same bits, ▁ to █: 1e-8 to 1 apart)")
     width = max(len(row["mesh"]) for row in rows)
     for row in rows:
         where = row["parting"] or "nowhere"
-        line = f"{row['mesh']:<{width}}  {strip(row)}  bits part: {where}"
+        line = f"{row['mesh']:<{width}}  {strip(row)}  first divergence: {where}"
         if row["cached"]["first_divergence"] is not None:
             line += f"; greedy tokens {greedy_text(row)}"
         say(console, line)
@@ -102,17 +101,17 @@ def _print_self_test(self_test: dict[str, list[dict[str, Any]]], console: Consol
         say(console, f"\nself-test on {key}", "bold")
         for fault in faults:
             if fault["caught"]:
-                unseen = "" if fault["breaks"] else "; by its logits alone it would pass"
-                say(console, f"found at {fault['put_at']}: {fault['fault']}{unseen}")
+                passes = "" if fault["breaks"] else "; by its logits alone it would pass"
+                say(console, f"found at {fault['put_at']}: {fault['fault']}{passes}")
                 continue
-            seen = fault["found_at"] or "nowhere"
-            said = f"NOT FOUND at {fault['put_at']}, but {seen}: {fault['fault']}"
-            say(console, said, "red")
+            found = fault["found_at"] or "nowhere"
+            text = f"NOT FOUND at {fault['put_at']}, but {found}: {fault['fault']}"
+            say(console, text, "red")
 
 
 def _print_golden(comparisons: list[dict[str, Any]], console: Console) -> None:
     for golden in comparisons:
-        binding = "" if golden["binding"] else "; in bfloat16 none need be"
+        binding = "" if golden["binding"] else "; none need be, as weights are rounded"
         text = (
             f"\n{golden['numerics']} against {golden['source']}: {golden['equal']} of "
             f"{golden['prompts']} prompts equal, {golden['tokens']} tokens in all{binding}"

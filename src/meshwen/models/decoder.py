@@ -29,6 +29,9 @@ from meshwen.ops.operations import Ops
 from meshwen.ops.rotary import Rotary, rotary_tables
 from meshwen.weights.declaration import Params
 
+# What names of compiled operations have of a layer's.
+LAYER_SCOPE = "decoder_layer"
+
 
 class Context(NamedTuple):
     """Where tokens stand, and which keys they see: each the last `window` ones up to its own.
@@ -106,7 +109,8 @@ def hidden_states(
     for i, weights in enumerate(model["layers"]):
         asked = last if i == config.num_hidden_layers - 1 else None
         layer_cache = None if cache is None else cache[i]
-        x, layer_cache = run(weights, x, contexts[config.layer_types[i]], layer_cache, asked)
+        with jax.named_scope(LAYER_SCOPE):
+            x, layer_cache = run(weights, x, contexts[config.layer_types[i]], layer_cache, asked)
         if layer_cache is not None:
             new_cache.append(layer_cache)
     return ops.rms_norm(x, model["norm"], config.rms_norm_eps), tuple(new_cache)

@@ -15,11 +15,12 @@ import numpy as np
 
 import meshwen
 from meshwen.checkpoints import Checkpoint
+from meshwen.models.registry import architecture
 from meshwen.ops.cpu import kernels
 from meshwen.verify.certificate_file import FORMAT, Certificate, with_hash
-from meshwen.verify.faults import FaultFound
+from meshwen.verify.faults import Fault
 from meshwen.verify.parity import Outcome, Row
-from meshwen.verify.promises import BOUNDS, REFERENCE_MARGIN
+from meshwen.verify.promises import REFERENCE_MARGIN, bounds
 
 
 def certificate(
@@ -28,17 +29,21 @@ def certificate(
     dtype: str,
     golden: Sequence[Mapping[str, Any]] = (),
     weights_sha256: str | None = None,
+    quantization: str | None = None,
 ) -> Certificate:
     """All of it, as plain JSON values; the outcome is the same wherever its fields are.
 
     Args:
         checkpoint: what was run.
         outcome: what was found.
-        dtype: of weights and products.
+        dtype: of weights and matmuls' inputs.
         golden: comparisons with reference outputs.
         weights_sha256: see `meshwen.checkpoints.digest`; None where nobody will read it.
+        quantization: "int8", or None.
     """
-    workload = outcome.workload
+    workload, config = outcome.workload, checkpoint.config
+    specs = architecture(config.model_type).weights(config)
+    sums_a_layer = sum(spec.sums_over_devices for spec in specs) // config.num_hidden_layers
     assert workload.continuations is not None
     content = {
         "format": FORMAT,
@@ -47,13 +52,14 @@ def certificate(
         "model": checkpoint.name,
         "weights_sha256": weights_sha256,
         "dtype": dtype,
+        "quantization": quantization,
         "numerics": list(dict.fromkeys(row.numerics for row in outcome.rows)),
         "meshes": list(dict.fromkeys(row.mesh for row in outcome.rows)),
         "prompts": [list(prompt) for prompt in workload.prompts],
         "tokens": workload.continuations.tolist(),
         "generated": {n: tokens.tolist() for n, tokens in outcome.generated.items()},
-        "layers": checkpoint.config.num_hidden_layers,
-        "bounds": BOUNDS,
+        "layers": config.num_hidden_layers,
+        "bounds": bounds(sums_a_layer),
         "rows": [_row(row) for row in outcome.rows],
         "self_test": {key: [_fault(f) for f in found] for key, found in outcome.faults.items()},
         "golden": list(golden),
@@ -69,7 +75,8 @@ def broken_promises(outcome: Outcome, golden: Sequence[Mapping[str, Any]]) -> li
     ]
     for key, found in outcome.faults.items():
         broken += [
-            f"self-test, {key}: {f.fault}: put at {f.put_at}, found at {f.found_at or 'no place'}"
+            f"self-test, {key}: {f.name}: injected at {f.operation}, "
+            f"found at {f.first_divergence or 'no place'}"
             for f in found
             if not f.caught
         ]
@@ -107,45 +114,59 @@ def differences(before: Certificate, after: Certificate) -> dict[str, list[str]]
     outcome = []
     if before["weights_sha256"] != after["weights_sha256"]:
         outcome.append("weights")
-    if before["dtype"] != after["dtype"]:
-        outcome.append(f"dtype: {before['dtype']} before, {after['dtype']} now")
+    for key in ("dtype", "quantization"):  # Older certificates have no quantization, and no key.
+        old, new = before.get(key), after.get(key)
+        if old != new:
+            outcome.append(f"{key}: {old or 'none'} before, {new or 'none'} now")
     for numerics, tokens in after["generated"].items():
         if numerics not in before["numerics"]:
-            continue  # Its rows tell, or are held against exact ones.
+            continue  # Its rows are missing too, or are held against exact ones.
         if before["generated"].get(numerics) != tokens:
             outcome.append(f"tokens: the first mesh generates others in {numerics} numerics")
-    earlier = {(row["numerics"], row["mesh"]): row for row in before["rows"]}
-    exact = next((row for row in before["rows"] if row["numerics"] == "exact"), None)
-    programs = []
-    for row in after["rows"]:
-        name = f"{row['numerics']} {row['mesh']}"
-        old = earlier.get((row["numerics"], row["mesh"]))
-        if old is not None and old["hlo_sha256"] != row["hlo_sha256"]:
-            programs.append(name)
-        if old is None and row["numerics"] == "exact":
-            old = exact
-        if old is None:
-            outcome.append(f"{name} is not in the certificate")
-            continue
-        kinds = [k for k, v in row["logits_sha256"].items() if old["logits_sha256"].get(k) != v]
-        if kinds:
-            outcome.append(f"logits ({' and '.join(kinds)}) of {name}")
     then, now = before["environment"], after["environment"]
     changed = [
         f"{key}: {then.get(key)!r} before, {now.get(key)!r} now"
         for key in dict.fromkeys((*then, *now))
         if then.get(key) != now.get(key)
     ]
-    if programs:
+    if programs := _other_programs(before, after):
         changed.append(f"another compiled decode step on {', '.join(programs)}")
-    return {"outcome": outcome, "environment": changed}
+    return {"outcome": outcome + _other_logits(before, after), "environment": changed}
+
+
+def _other_logits(before: Certificate, after: Certificate) -> list[str]:
+    earlier = {_name(row): row for row in before["rows"]}
+    exact = next((row for row in before["rows"] if row["numerics"] == "exact"), None)
+    found = []
+    for row in after["rows"]:
+        old = earlier.get(_name(row), exact if row["numerics"] == "exact" else None)
+        if old is None:
+            found.append(f"{_name(row)} is not in the certificate")
+            continue
+        kinds = [k for k, v in row["logits_sha256"].items() if old["logits_sha256"].get(k) != v]
+        if kinds:
+            found.append(f"logits ({' and '.join(kinds)}) of {_name(row)}")
+    return found
+
+
+def _other_programs(before: Certificate, after: Certificate) -> list[str]:
+    earlier = {_name(row): row["hlo_sha256"] for row in before["rows"]}
+    return [
+        _name(row)
+        for row in after["rows"]
+        if earlier.get(_name(row), row["hlo_sha256"]) != row["hlo_sha256"]
+    ]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['numerics']} {row['mesh']}"
 
 
 def golden_comparison(
     source: str,
     cases: Sequence[Mapping[str, Any]],
     generated: np.ndarray,
-    dtype: str,
+    precision: str,
     numerics: str = "fast",
 ) -> dict[str, Any]:
     """The first mesh's tokens in some numerics against reference outputs.
@@ -157,10 +178,10 @@ def golden_comparison(
         source: what made the reference outputs.
         cases: each with "greedy" tokens and, where known, their "margins".
         generated: int32 [cases, steps].
-        dtype: of the generating model.
+        precision: of the generating model's weights: "float32", "bfloat16" or "int8".
         numerics: its numerics.
     """
-    said: list[str] = []
+    differences: list[str] = []
     broken: list[str] = []
     for number, (case, found) in enumerate(zip(cases, generated.tolist(), strict=True)):
         expected = case["greedy"][: len(found)]
@@ -172,23 +193,26 @@ def golden_comparison(
             f"{found[step]}, but {expected[step]} in {source}"
         )
         margin = case["margins"][step] if "margins" in case else None
-        said.append(where if margin is None else f"{where}, by a margin of {margin:.1e}")
-        if dtype == "float32" and (margin is None or margin >= REFERENCE_MARGIN):
-            broken.append(said[-1])
+        differences.append(where if margin is None else f"{where}, by a margin of {margin:.1e}")
+        if precision == "float32" and (margin is None or margin >= REFERENCE_MARGIN):
+            broken.append(differences[-1])
     return {
         "source": source,
         "numerics": numerics,
         "tokens": sum(min(len(case["greedy"]), generated.shape[1]) for case in cases),
-        "binding": dtype == "float32",
+        "binding": precision == "float32",
         "prompts": len(cases),
-        "equal": len(cases) - len(said),
-        "differences": said,
+        "equal": len(cases) - len(differences),
+        "differences": differences,
         "broken": broken,
     }
 
 
 def _row(row: Row) -> dict[str, Any]:
-    return asdict(row) | {
+    found = asdict(row)
+    first_divergence = found.pop("first_divergence")
+    return found | {
+        "parting": first_divergence,
         "bits_equal": row.bits_equal,
         "collectives": [
             asdict(found) | {"count": count, "sent_bytes": found.sent_bytes}
@@ -197,11 +221,12 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def _fault(found: FaultFound) -> dict[str, Any]:
+def _fault(found: Fault) -> dict[str, Any]:
+    place = found.first_divergence
     return {
-        "fault": found.fault,
+        "fault": found.name,
         "breaks": list(found.breaks),
-        "put_at": str(found.put_at),
-        "found_at": None if found.found_at is None else str(found.found_at),
+        "put_at": str(found.operation),
+        "found_at": None if place is None else str(place),
         "caught": found.caught,
     }

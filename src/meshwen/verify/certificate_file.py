@@ -6,12 +6,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
-from meshwen.common.choices import DType, Numerics
+from meshwen.common.choices import DType, Numerics, Quantization
 from meshwen.common.json_files import TokenId, check_shape, read_json, to_json
 from meshwen.errors import MeshwenError
 
@@ -46,6 +46,7 @@ class _Content(TypedDict):
     broken: list[str]
     weights_sha256: str
     dtype: DType
+    quantization: NotRequired[Quantization | None]
     numerics: Annotated[list[Numerics], MinLen(1)]
     meshes: Annotated[list[str], MinLen(1)]
     prompts: _Tokens

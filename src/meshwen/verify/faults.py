@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The self-test: faults that a mesh could have are put in, and must be found where they are."""
+"""The self-test: faults that a mesh could have are injected, and must be found where they are."""
 
 from __future__ import annotations
 
@@ -14,43 +14,45 @@ from jax import Array
 from meshwen.ops.formats import Leaf, Packed
 from meshwen.ops.weight import Weight
 from meshwen.runtime.jax_settings import own_settings
-from meshwen.verify.localise import Parting, Prober, RowHook, Trace, parting
+from meshwen.verify.localise import Prober, RowHook, Trace, first_divergence
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import compare
+from meshwen.verify.operations import Operation, row_parallel
 from meshwen.verify.promises import broken_by_logits
 from meshwen.weights.declaration import Params, updated
 from meshwen.weights.placed import Placement
 
-ATTENTION, MLP = "attention output", "MLP output"
+# What each number of one device's part [in, out] is multiplied with: -1, 0 or 1.
+Factors = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class FaultFound:
-    """A fault that was put in, and where the check says that bits part.
+class Fault:
+    """A fault that was injected, and where the check says that it is.
 
     Attributes:
-        fault: what was done.
-        put_at: where.
-        found_at: where it was found; None: not at all.
+        name: what was done.
+        operation: the one whose result it changes.
+        first_divergence: where it was found; None: not at all.
         breaks: promises that the faulty logits break, held against the first mesh's. The bounds of
             fast numerics let small faults pass, and what a fault moves may be rounded away.
     """
 
-    fault: str
-    put_at: Parting
-    found_at: Parting | None
+    name: str
+    operation: Operation
+    first_divergence: Operation | None
     breaks: tuple[str, ...]
 
     @property
     def caught(self) -> bool:
         """Whether it was found, and at the right place."""
-        return self.found_at == self.put_at
+        return self.first_divergence == self.operation
 
 
 def self_test(
     run: MeshRun, prober: Prober, expected: Trace, whole: np.ndarray, first_mesh: np.ndarray
-) -> list[FaultFound]:
-    """Puts each fault in, one after the other, and looks for it.
+) -> list[Fault]:
+    """Injects each fault, one after the other, and looks for it.
 
     Args:
         run: a sound model on a mesh.
@@ -60,81 +62,76 @@ def self_test(
         whole: the run's sound logits.
         first_mesh: the first mesh's, that promises are about.
     """
-    layers = run.runner.config.num_hidden_layers
-    head_dim = run.runner.config.head_dim
-    middle, last = Parting(layers // 2, MLP), Parting(layers - 1, ATTENTION)
-    order = Parting(layers // 3, MLP)
-    weights = run.runner.model.weights
+    model, params = run.runner.model, run.runner.params
+    matmuls = row_parallel(model.weights)
+    of_heads = [one for one, weight in matmuls.items() if weight.spec.axes[-1] == "query"]
+    others = [one for one in matmuls if one not in of_heads]
+    middle, third, last = others[len(others) // 2], others[len(others) // 3], of_heads[-1]
 
-    def trace(place: Parting, change: Callable[[np.ndarray], np.ndarray]) -> Trace:
-        return prober.trace(whole, with_changed_weight(run.runner.params, weights, place, change))
+    def trace(operation: Operation, factors: Factors) -> Trace:
+        return prober.trace(whole, with_changed_weight(params, model.weights, operation, factors))
 
-    reversing = Prober(run, reversed_sum(order))
-    found = [
+    def first_head(part: np.ndarray) -> np.ndarray:
+        return without_head(part, model.config.head_dim)
+
+    faulty = [
         ("one element of one device's weights has the wrong sign", middle, trace(middle, negated)),
-        ("one layer's sum is taken in another order", order, reversing.trace(whole)),
         (
-            "one head of one device is dropped",
-            last,
-            trace(last, lambda rows: without_head(rows, head_dim)),
+            "one layer's sum is taken in another order",
+            third,
+            Prober(run, reversed_sum(third)).trace(whole),
         ),
+        ("one head of one device is dropped", last, trace(last, first_head)),
     ]
-    numerics, dtype = run.runner.model.numerics, run.runner.dtype.name
 
-    def broken(faulty: Trace) -> tuple[str, ...]:
-        difference = compare(first_mesh, faulty.logits)
-        return tuple(broken_by_logits(numerics, dtype, {"logits": difference}))
+    def broken(found: Trace) -> tuple[str, ...]:
+        difference = compare(first_mesh, found.logits)
+        precision = model.quantization or run.runner.dtype.name
+        return tuple(broken_by_logits(model.numerics, precision, {"logits": difference}))
 
     return [
-        FaultFound(name, place, parting(expected, faulty), broken(faulty))
-        for name, place, faulty in found
+        Fault(name, operation, first_divergence(expected, found), broken(found))
+        for name, operation, found in faulty
     ]
 
 
 @own_settings()
 def with_changed_weight(
-    params: Params, weights: Placement, place: Parting, change: Callable[[np.ndarray], np.ndarray]
+    params: Params, weights: Placement, operation: Operation, factors: Factors
 ) -> Params:
-    """Weights of which one device's part of the place's row-parallel weight is another.
+    """Weights of which one device's part of a row-parallel matmul's weight is another.
 
     Nothing is copied but that part, the first one that does not hold zeros alone.
     """
-    summed = [ATTENTION, MLP]
-    paths = [
-        placed.path
-        for placed in weights.weights
-        if placed.spec.layer == place.layer and placed.spec.sums_over_devices
-    ]
-    path = paths[summed.index(place.operation)]
-    return updated(params, path, lambda w: w.with_leaf(0, lambda f: _with_changed_part(f, change)))
+    path = row_parallel(weights)[operation].path
+    return updated(params, path, lambda w: w.with_leaf(0, lambda leaf: _changed(leaf, factors)))
 
 
 def negated(part: np.ndarray) -> np.ndarray:
-    """The largest element with the other sign."""
-    flat = np.abs(part.astype(np.float32)).argmax()
-    part.flat[flat] = -part.flat[flat]
-    return part
+    """The largest element gets the other sign."""
+    factors = np.ones(part.shape, np.int8)
+    factors.flat[np.abs(part.astype(np.float32)).argmax()] = -1
+    return factors
 
 
 def without_head(part: np.ndarray, head_dim: int) -> np.ndarray:
-    """Zeros in the rows [slots * head_dim, D] of the first query-head slot."""
-    part[:head_dim] = 0
-    return part
+    """The inputs of the first query head become zero."""
+    factors = np.ones(part.shape, np.int8)
+    factors[:head_dim] = 0
+    return factors
 
 
-def reversed_sum(place: Parting) -> RowHook:
-    """Reverses the terms of one row-parallel product: the same sum, in another order."""
-    assert place.layer is not None
-    number = 2 * place.layer + (place.operation == MLP)
+def reversed_sum(operation: Operation) -> RowHook:
+    """Reverses the terms of one row-parallel matmul: the same sum, in another order."""
 
-    def hook(matmul: int, x: Array, weight: Weight) -> tuple[Array, Weight]:
-        return (x[..., ::-1], _reversed(weight)) if matmul == number else (x, weight)
+    def hook(matmul: Operation, x: Array, weight: Weight) -> tuple[Array, Weight]:
+        return (x[..., ::-1], _reversed(weight)) if matmul == operation else (x, weight)
 
     return hook
 
 
 def _reversed(weight: Weight) -> Weight:
-    """The weight with its inputs in the opposite order."""
+    """The weight with its inputs in the opposite order; a format that rounds does so again."""
     return replace(weight, leaves=tuple(map(_reversed_leaf, reversed(weight.leaves))))
 
 
@@ -144,24 +141,24 @@ def _reversed_leaf(leaf: Leaf) -> Leaf:
     return leaf[::-1]
 
 
-def _with_changed_part(leaf: Leaf, change: Callable[[np.ndarray], np.ndarray]) -> Leaf:
-    if not isinstance(leaf, Packed):
-        return _with_changed_array(leaf, lambda part: jnp.asarray(change(np.array(part))))
-    format, dtype = leaf.format, leaf.dtype
+def _changed(leaf: Leaf, factors: Factors) -> Leaf:
+    """The leaf with another first part that does not hold zeros alone.
 
-    def repacked(values: Array) -> Array:
-        part = np.array(format.wrap([values], leaf.shape, dtype).unpacked())
-        (stored,) = jax.tree.leaves(format.pack(jnp.asarray(change(part).T), dtype))
-        return stored
-
-    (values,) = jax.tree.leaves(leaf)
-    return format.wrap([_with_changed_array(values, repacked)], leaf.shape, dtype)
-
-
-def _with_changed_array(array: Array, change: Callable[[Array], Array]) -> Array:
-    """The array with another first part that does not hold zeros alone."""
-    shards = array.addressable_shards
+    Of a packed one the first array holds the numbers, in a format that rounds as multiples of
+    scales: their signs are changed where they are stored, so that nothing is rounded again.
+    """
+    numbers, *rest = jax.tree.leaves(leaf)
+    shards = numbers.addressable_shards
     parts = [shard.data for shard in shards]
     index = next(i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
-    parts[index] = jax.device_put(change(parts[index]), shards[index].device)
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+    if isinstance(leaf, Packed):
+        stored = [array.addressable_shards[index].data for array in (numbers, *rest)]
+        whole = np.asarray(leaf.format.wrap(stored, leaf.shape, leaf.dtype).unpacked())
+        signs = leaf.format.pack(jnp.asarray(factors(whole).T, jnp.float32), leaf.dtype)
+        changed = parts[index] * jnp.sign(jax.tree.leaves(signs)[0]).astype(numbers.dtype)
+    else:
+        whole = np.asarray(parts[index])
+        changed = parts[index] * jnp.asarray(factors(whole), numbers.dtype)
+    parts[index] = jax.device_put(changed, shards[index].device)
+    array = jax.make_array_from_single_device_arrays(numbers.shape, numbers.sharding, parts)
+    return jax.tree.unflatten(jax.tree.structure(leaf), [array, *rest])

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
+from meshwen.models.decoder import LAYER_SCOPE
+
 _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all"
     r"|collective-permute|collective-broadcast|reduce-scatter)(?P<start>-start)?"
@@ -25,9 +27,6 @@ _COMPUTATION = re.compile(r"^%?(\S+) \(.*\) -> .*\{$")
 _ROOT = re.compile(r"^ROOT %?\S+ = \S+ ([a-z\-]+)\(")
 _BITS = re.compile(r"\d+")
 _METADATA = re.compile(r", metadata=\{[^}]*\}")
-# jax.jit names an operation's functions: this one is the model's layer.
-_LAYER_SCOPE = "decoder_layer"
-
 _Array = tuple[str, int]  # Element type, bytes.
 
 
@@ -104,7 +103,7 @@ def _collective(match: re.Match[str], reducers: dict[str, str]) -> Collective:
         group,
         nbytes,
         reducers.get(to_apply[1], "unknown") if to_apply else "",
-        _LAYER_SCOPE in rest,
+        LAYER_SCOPE in rest,
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where two runs part: checksums of the bits that every operation of the model gives.
+"""The first divergence of two runs, by checksums of the bits that every operation gives.
 
-The model is run as it is, with contractions that note what goes through them. A checksum is a sum
-modulo 2^32 of hashes, each of a value's bits and its place: the order of the addition does not
-matter, so the same bits have the same checksum on every mesh. Noting stops fusions that
-there would be otherwise; whether that changed the logits is checked, not assumed.
+The model is run as it is, with contractions that record their results. A checksum is a sum modulo
+2^32 of hashes, each of a value's bits and its place: the order of the addition does not matter, so
+the same bits have the same checksum on every mesh. Recording stops fusions that there would be
+otherwise; whether that changed the logits is checked, not assumed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import numpy as np
 from jax import Array, lax
 
 from meshwen.models.placed import PlacedModel
+from meshwen.ops.hashing import mixed
 from meshwen.ops.operations import Linear, Ops
 from meshwen.ops.weight import Weight
 from meshwen.parallel.distributed import to_host
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import bits_equal
+from meshwen.verify.operations import Operation, operations, row_parallel
 from meshwen.weights.declaration import Params
 
-# Changes what `row` is given, of the row-parallel products that it is asked about.
-RowHook = Callable[[int, Array, Weight], tuple[Array, Weight]]
+# Changes the input and the weight of a row-parallel matmul.
+RowHook = Callable[[Operation, Array, Weight], tuple[Array, Weight]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Trace:
     """What the operations of a model gave on one mesh.
 
     Attributes:
-        operations: their names, in order.
+        operations: these, in order.
         checksums: uint32 [operations], over all prompts and positions.
         samples: float32 [prompts, operations but logits, D], at each prompt's last position.
         logits: float32 [prompts, steps, vocab], those that the checksums were taken beside.
@@ -42,7 +44,7 @@ class Trace:
         neutral: the logits have the bits that they have without checksums.
     """
 
-    operations: tuple[str, ...]
+    operations: tuple[Operation, ...]
     checksums: np.ndarray
     samples: np.ndarray
     logits: np.ndarray
@@ -50,30 +52,11 @@ class Trace:
     neutral: bool
 
 
-@dataclass(frozen=True)
-class Parting:
-    """The first operation where two runs differ; `layer` None outside of the layers."""
-
-    layer: int | None
-    operation: str
-
-    def __str__(self) -> str:
-        return self.operation if self.layer is None else f"layer {self.layer}, {self.operation}"
-
-
-def operation_names(layers: int) -> tuple[str, ...]:
-    """What is noted, in order."""
-    in_layers = [
-        f"{layer}:{name}" for layer in range(layers) for name in ("attention output", "MLP output")
-    ]
-    return ("embedding", *in_layers, "final norm", "logits")
-
-
-def parting(expected: Trace, found: Trace) -> Parting | None:
+def first_divergence(expected: Trace, found: Trace) -> Operation | None:
     """The first operation whose bits differ; None where there is none."""
     assert expected.operations == found.operations
-    apart = np.flatnonzero(expected.checksums != found.checksums)
-    return _place(found.operations[apart[0]]) if len(apart) else None
+    differ = np.flatnonzero(expected.checksums != found.checksums)
+    return found.operations[differ[0]] if len(differ) else None
 
 
 def divergence(expected: Trace, found: Trace) -> list[float]:
@@ -84,17 +67,12 @@ def divergence(expected: Trace, found: Trace) -> list[float]:
     return [float(value) for value in relative]
 
 
-def _place(operation: str) -> Parting:
-    layer, _, name = operation.rpartition(":")
-    return Parting(int(layer) if layer else None, name)
-
-
 class Prober:
     """Traces one run's model, with its own weights or with changed ones.
 
     Args:
         run: the model on its mesh.
-        row_hook: changes what row-parallel products are given.
+        row_hook: changes row-parallel matmuls.
     """
 
     def __init__(self, run: MeshRun, row_hook: RowHook | None = None):
@@ -130,11 +108,11 @@ class Prober:
             checksums, sample, out = self._probe(weights, tokens, lengths, rows)
             sums.append(to_host(checksums))
             samples.append(to_host(sample))
-            found += run.asked_logits(rows, out)
+            found += run.compared_logits(rows, out)
         totals, agree = _total(np.stack(sums), run.plan.data_devices, run.plan.model_devices)
         logits_found = np.stack(found)
         return Trace(
-            operation_names(run.runner.config.num_hidden_layers),
+            operations(run.runner.model.weights),
             totals,
             np.concatenate(samples)[: len(run.workload.prompts)],
             logits_found,
@@ -160,21 +138,29 @@ def _total(sums: np.ndarray, data: int, model: int) -> tuple[np.ndarray, bool]:
 
 @dataclass(frozen=True)
 class _RecordingOps(Ops):
-    """Operations that note what they give: an embedding, then each row-parallel matmul."""
+    """Operations that record results: of the embedding, then of each row-parallel matmul.
 
+    Attributes:
+        matmuls: the row-parallel ones, in order.
+        row_hook: changes them.
+        recorded: the results so far.
+    """
+
+    matmuls: tuple[Operation, ...] = ()
     row_hook: RowHook | None = None
-    noted: list[Array] = field(default_factory=list, compare=False)
+    recorded: list[Array] = field(default_factory=list, compare=False)
 
     def embed(self, token_ids: Array, layer: Linear) -> Array:
-        self.noted.append(super().embed(token_ids, layer))
-        return self.noted[-1]
+        self.recorded.append(super().embed(token_ids, layer))
+        return self.recorded[-1]
 
     def row(self, x: Array, layer: Linear) -> Array:
         if self.row_hook is not None:
-            x, weight = self.row_hook(len(self.noted) - 1, x, layer["weight"])
+            matmul = self.matmuls[len(self.recorded) - 1]
+            x, weight = self.row_hook(matmul, x, layer["weight"])
             layer = {**layer, "weight": weight}
-        self.noted.append(super().row(x, layer))
-        return self.noted[-1]
+        self.recorded.append(super().row(x, layer))
+        return self.recorded[-1]
 
 
 def _probe(
@@ -186,22 +172,22 @@ def _probe(
     row_hook: RowHook | None,
 ) -> tuple[Array, Array, Array]:
     """Checksums uint32 [1, operations], samples float32 [B, operations - 1, D], logits."""
-    own = model.ops
-    ops = _RecordingOps(own.collectives, own.numerics, own.backend, row_hook)
-    # Without jit all layers are traced one by one, so that each has its own note.
+    own, matmuls = model.ops, tuple(row_parallel(model.weights))
+    ops = _RecordingOps(own.collectives, own.numerics, own.backend, matmuls, row_hook)
+    # Without jit all layers are traced one by one, so that each records its own results.
     with jax.disable_jit():
         start, T = jnp.zeros_like(lengths), token_ids.shape[1]
         x, _ = model.hidden_states(params, token_ids, start, None, T, ops=ops)
     scores = model.logits(params, x)
-    noted = [*ops.noted, x]
-    expected = len(operation_names(model.config.num_hidden_layers)) - 1
-    assert len(noted) == expected, f"{len(noted)} operations noted, not {expected}"
+    recorded = [*ops.recorded, x]
+    expected = len(operations(model.weights)) - 1
+    assert len(recorded) == expected, f"{len(recorded)} operations recorded, not {expected}"
     valid = jnp.arange(T) < lengths[:, None]
-    sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in noted]
+    sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in recorded]
     first = own.collectives.index() * scores.shape[-1]
     sums.append(_checksum(scores, valid, rows, first, model.config.vocab_size))
     last = lengths[:, None, None] - 1
-    samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in noted]
+    samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in recorded]
     return jnp.stack(sums)[None], jnp.stack(samples, axis=1), scores
 
 
@@ -215,6 +201,7 @@ def _checksum(values: Array, valid: Array, rows: Array, first: Array | int, size
         first: the number of the first column.
         size: columns from this number on are padding.
     """
+    # Hashed: a sum of bits times odd numbers would miss any even number of changed signs.
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     columns = first + jnp.arange(values.shape[2], dtype=jnp.int32)
     place = rows.astype(jnp.uint32)[:, None] * 65_537 + jnp.arange(
@@ -222,14 +209,4 @@ def _checksum(values: Array, valid: Array, rows: Array, first: Array | int, size
     )
     place = place[..., None] * jnp.uint32(0x9E3779B1) + columns.astype(jnp.uint32)
     counted = valid[..., None] & (columns < size)
-    return jnp.where(counted, _mixed(bits ^ _mixed(place)), 0).sum(dtype=jnp.uint32)
-
-
-def _mixed(x: Array) -> Array:
-    """MurmurHash3's finaliser: every bit of uint32 moves about half of the result's bits.
-
-    Without it, the sum of bits times odd numbers would miss any even number of changed signs.
-    """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    return jnp.where(counted, mixed(bits ^ mixed(place)), 0).sum(dtype=jnp.uint32)

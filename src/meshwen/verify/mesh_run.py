@@ -45,7 +45,7 @@ class MeshRun:
 
     Attributes:
         runner: the model.
-        workload: what it is asked; `feed` completes it.
+        workload: what it computes.
     """
 
     def __init__(self, model: PlacedModel, params: Params, workload: Workload):
@@ -102,11 +102,11 @@ class MeshRun:
             for i in range(0, self.workload.rows, size)
         ]
 
-    def asked_logits(self, rows: np.ndarray, found: Array) -> list[np.ndarray]:
+    def compared_logits(self, rows: np.ndarray, found: Array) -> list[np.ndarray]:
         """Of a batch's logits [B, T, V padded] those that are compared: [steps, V] a prompt."""
         logits = to_host(found)
         return [
-            logits[i, self.workload.asked(row), : self._vocab]
+            logits[i, self.workload.compared(row), : self._vocab]
             for i, row in enumerate(rows)
             if row < len(self.workload.prompts)
         ]
@@ -131,7 +131,7 @@ class MeshRun:
     def _whole(self) -> np.ndarray:
         found: list[np.ndarray] = []
         for rows, tokens, _ in self.groups():
-            found += self.asked_logits(rows, self.runner.logits(tokens))
+            found += self.compared_logits(rows, self.runner.logits(tokens))
         return np.stack(found)
 
     def _cached(self) -> np.ndarray:
@@ -173,13 +173,13 @@ class MeshRun:
                 np.full(parts, row, np.int32),
                 np.int32(0),
                 lengths[:, row],
-                w.prompt_slots,
+                w.prompt_length,
             )
             found.append(hidden)
         return self._in_rows(found), cache
 
     def _empty_cache(self) -> KVCache:
-        return self.runner.empty_cache(self.workload.rows, self.workload.slots)
+        return self.runner.empty_cache(self.workload.rows, self.workload.length)
 
     def _compiled_decode(self) -> jax.stages.Compiled:
         row = np.zeros(self.workload.rows, np.int32)

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshwen.checkpoints import Checkpoint
-from meshwen.common.choices import Numerics
+from meshwen.common.choices import Numerics, Quantization
 from meshwen.models.placed import PlacedModel
 from meshwen.parallel.heads import as_lists
 from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.verify.faults import FaultFound, self_test
+from meshwen.verify.faults import Fault, self_test
 from meshwen.verify.hlo import Collective, collectives, fingerprint, summary
-from meshwen.verify.localise import Parting, Prober, Trace, divergence, parting
+from meshwen.verify.localise import Prober, Trace, divergence, first_divergence
 from meshwen.verify.mesh_run import MeshRun, Observed
 from meshwen.verify.metrics import Difference, compare, sampler_shortfall
+from meshwen.verify.operations import Operation, row_parallel
 from meshwen.verify.promises import (
     broken_by_collectives,
     broken_by_logits,
@@ -56,7 +57,7 @@ class Row:
         operations: what the checksums are of.
         operations_equal: which of them have the first mesh's bits.
         divergence: relative differences of all operations but the logits.
-        parting: the first operation with other bits, of whole sequences; None: nowhere.
+        first_divergence: the first operation with other bits, of whole sequences; None: nowhere.
         logits_sha256: of each prompt's logits, by `whole` and `cached`.
         hlo_sha256: of the decode step's optimised HLO.
         heads: key/value heads of each device, and the query heads of each of them; None: padding.
@@ -80,7 +81,7 @@ class Row:
     operations: tuple[str, ...]
     operations_equal: tuple[bool, ...]
     divergence: tuple[float, ...]
-    parting: str | None
+    first_divergence: str | None
     logits_sha256: dict[str, list[str]]
     hlo_sha256: str
     heads: dict[str, Any]
@@ -99,7 +100,7 @@ class Outcome:
 
     Attributes:
         rows: one a mesh and numerics.
-        workload: what was asked.
+        workload: what was computed.
         generated: int32 [prompts, steps], the first mesh's own greedy tokens, by numerics.
         faults: what the self-test found, by numerics and mesh; empty without one.
     """
@@ -107,7 +108,7 @@ class Outcome:
     rows: tuple[Row, ...]
     workload: Workload
     generated: dict[str, np.ndarray]
-    faults: dict[str, list[FaultFound]]
+    faults: dict[str, list[Fault]]
 
 
 @dataclass(frozen=True)
@@ -123,67 +124,74 @@ def verify(
     dtype: str,
     workload: Workload,
     *,
+    quantization: Quantization | None = None,
     test_self: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Runs the workload on every mesh; one mesh's weights at a time are in memory.
 
     Args:
-        checkpoint: an open one; made-up weights where it has none.
+        checkpoint: an open one; dummy weights where it has none.
         meshes: the first one is what the others are held against.
         numerics: each for itself.
         dtype: "float32" or "bfloat16".
         workload: without continuations, the first mesh's greedy tokens become these.
-        test_self: also put faults in, on the mesh with the most devices.
-        note: told of each mesh that is done.
+        quantization: "int8", or None.
+        test_self: also inject faults, on the mesh that splits the model over the most devices.
+        note: gets a line about each mesh that is done.
 
     Raises:
         MeshwenError: a mesh does not exist, or has no exact numerics.
     """
     make_mesh(max(meshes, key=lambda mesh: mesh.devices))  # Simulated devices enough for all.
-    models = [
-        PlacedModel(checkpoint.config, make_mesh(mesh), jnp.dtype(dtype), kind)
-        for kind in numerics
-        for mesh in meshes
-    ]
-    multiple = int(np.lcm.reduce([model.plan.data_devices for model in models]))
-    workload = replace(workload, rows_multiple=multiple)
-    largest = {
-        kind: max(
-            (model for model in models if model.numerics == kind),
-            key=lambda model: model.plan.model_devices,
-        )
+    by_numerics = {
+        kind: [
+            PlacedModel(checkpoint.config, make_mesh(mesh), jnp.dtype(dtype), kind, quantization)
+            for mesh in meshes
+        ]
         for kind in numerics
     }
-    rows: list[Row] = []
-    faults: dict[str, list[FaultFound]] = {}
-    reference: _Reference | None = None
-    generated: dict[str, np.ndarray] = {}
-    for number, model in enumerate(models):
-        started = time.perf_counter()
-        run = MeshRun(model, _params(checkpoint, model), workload)
-        loaded = time.perf_counter()
-        if model.numerics not in generated:
-            generated[model.numerics] = run.generate()
-        if workload.continuations is None:
-            tokens = generated[model.numerics]
-            run.workload = workload = replace(workload, continuations=tokens)
-        observed, prober = run.observe(), Prober(run)
-        trace = prober.trace(observed.whole)
-        if number % len(meshes) == 0:
-            reference = _Reference(observed, trace)
-        assert reference is not None
-        seconds = (loaded - started, time.perf_counter() - loaded)
-        rows.append(_row(run, observed, trace, reference, dtype, seconds))
-        note(_said(rows[-1]))
-        if test_self and model is largest[model.numerics]:
-            expected = reference.trace if model.numerics == "exact" else trace
-            key = f"{model.numerics} {run.label}"
-            first_mesh = reference.observed.whole
-            faults[key] = self_test(run, prober, expected, observed.whole, first_mesh)
-        del run, prober, observed, trace
-        gc.collect()  # Weights and programs, before the next mesh's are made.
-    return Outcome(tuple(rows), workload, generated, faults)
+    models = [model for placed in by_numerics.values() for model in placed]
+    multiple = int(np.lcm.reduce([model.plan.data_devices for model in models]))
+    outcome = Outcome((), replace(workload, rows_multiple=multiple), {}, {})
+    for placed in by_numerics.values():
+        tested = max(placed, key=lambda model: model.plan.model_devices) if test_self else None
+        reference: _Reference | None = None
+        for model in placed:
+            outcome, reference = _with_mesh(outcome, checkpoint, model, reference, model is tested)
+            note(_verdict(outcome.rows[-1]))
+            gc.collect()  # Weights and programs, before the next mesh's are made.
+    return outcome
+
+
+def _with_mesh(
+    outcome: Outcome,
+    checkpoint: Checkpoint,
+    model: PlacedModel,
+    reference: _Reference | None,
+    test_self: bool,
+) -> tuple[Outcome, _Reference]:
+    """The outcome with one more mesh; without a reference, the mesh becomes it."""
+    workload, generated, faults = outcome.workload, outcome.generated, outcome.faults
+    started = time.perf_counter()
+    run = MeshRun(model, _params(checkpoint, model), workload)
+    loaded = time.perf_counter()
+    if reference is None:
+        generated = {**generated, model.numerics: run.generate()}
+    if workload.continuations is None:
+        workload = replace(workload, continuations=generated[model.numerics])
+        run.workload = workload
+    observed, prober = run.observe(), Prober(run)
+    trace = prober.trace(observed.whole)
+    reference = reference or _Reference(observed, trace)
+    seconds = (loaded - started, time.perf_counter() - loaded)
+    row = _row(run, observed, trace, reference, seconds)
+    if test_self:
+        expected = reference.trace if model.numerics == "exact" else trace
+        first_mesh = reference.observed.whole
+        found = self_test(run, prober, expected, observed.whole, first_mesh)
+        faults = {**faults, f"{model.numerics} {run.label}": found}
+    return Outcome((*outcome.rows, row), workload, generated, faults), reference
 
 
 def _params(checkpoint: Checkpoint, model: PlacedModel) -> Params:
@@ -197,14 +205,14 @@ def _row(
     observed: Observed,
     trace: Trace,
     reference: _Reference,
-    dtype: str,
     seconds: tuple[float, float],
 ) -> Row:
     model, plan, hlo = run.runner.model, run.plan, run.decode_hlo
+    numerics, precision = model.numerics, model.quantization or run.runner.dtype.name
     whole = compare(reference.observed.whole, observed.whole)
     cached = compare(reference.observed.cached, observed.cached)
     found = collectives(hlo)
-    first = parting(reference.trace, trace)
+    first = first_divergence(reference.trace, trace)
     agree = int((observed.greedy == reference.observed.greedy).sum())
     shortfall = sampler_shortfall(observed.cached, observed.greedy)
     own = compare(observed.whole, observed.cached)
@@ -214,15 +222,15 @@ def _row(
         "logits through the cache, against whole-sequence ones": own,
     }
     broken = [
-        *broken_by_logits(model.numerics, dtype, kinds),
-        *broken_by_sampler(model.numerics, dtype, shortfall, agree == observed.greedy.size),
-        *broken_by_collectives(model.numerics, model.config.num_hidden_layers, found),
+        *broken_by_logits(numerics, precision, kinds),
+        *broken_by_sampler(numerics, precision, shortfall, agree == observed.greedy.size),
+        *broken_by_collectives(numerics, len(row_parallel(model.weights)), found),
         *broken_by_probe(trace.neutral, trace.devices_agree),
     ]
     local_rows = run.workload.rows // plan.data_devices
     return Row(
         mesh=run.label,
-        numerics=model.numerics,
+        numerics=numerics,
         devices=plan.mesh.size,
         data_devices=plan.data_devices,
         weight_bytes=run.weight_bytes(),
@@ -234,10 +242,10 @@ def _row(
         sampler_shortfall=shortfall,
         collectives=tuple(summary(found)),
         sent_bytes_per_token=sum(c.sent_bytes for c in found) / local_rows,
-        operations=trace.operations,
+        operations=tuple(operation.key for operation in trace.operations),
         operations_equal=tuple((trace.checksums == reference.trace.checksums).tolist()),
         divergence=tuple(divergence(reference.trace, trace)),
-        parting=_parting_text(first, cached),
+        first_divergence=_divergence_text(first, cached),
         logits_sha256={
             "whole": [_sha256(logits) for logits in observed.whole],
             "cached": [_sha256(logits) for logits in observed.cached],
@@ -249,7 +257,7 @@ def _row(
     )
 
 
-def _parting_text(first: Parting | None, cached: Difference) -> str | None:
+def _divergence_text(first: Operation | None, cached: Difference) -> str | None:
     if first is None and not cached.bits_equal:
         return "only through the cache"
     return None if first is None else str(first)
@@ -267,6 +275,6 @@ def _heads(plan: ParallelPlan) -> dict[str, Any]:
     }
 
 
-def _said(row: Row) -> str:
+def _verdict(row: Row) -> str:
     verdict = "; ".join(row.broken) or ("bits equal" if row.bits_equal else "within bounds")
     return f"{row.numerics} {row.mesh}: {verdict} ({sum(row.seconds):.1f} s)"

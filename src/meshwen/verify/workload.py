@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every mesh is asked to compute: the same prompts, continued by the same tokens."""
+"""What every mesh computes: the same prompts, continued by the same tokens."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class Workload:
         return self._to_rows(np.array(lengths, np.int32))
 
     @property
-    def prompt_slots(self) -> int:
+    def prompt_length(self) -> int:
         """Length of a prefill of all prompts."""
         return shape_bucket(max(len(prompt) for prompt in self.prompts))
 
     @property
-    def slots(self) -> int:
+    def length(self) -> int:
         """Length of a cache, or of a whole forward pass, with every prompt and continuation."""
         return shape_bucket(max(len(prompt) for prompt in self.prompts) + self.steps)
 
     def prompt_rows(self) -> np.ndarray:
-        """The prompts, zeros behind them: int32 [rows, prompt_slots]."""
-        tokens = np.zeros((len(self.prompts), self.prompt_slots), np.int32)
+        """The prompts, zeros behind them: int32 [rows, prompt_length]."""
+        tokens = np.zeros((len(self.prompts), self.prompt_length), np.int32)
         for row, prompt in zip(tokens, self.prompts, strict=True):
             row[: len(prompt)] = prompt
         return self._to_rows(tokens)
@@ -77,16 +77,16 @@ class Workload:
         return self._to_rows(self.continuations)
 
     def sequences(self) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts and continuations: token ids, int32 [rows, slots], and lengths, int32 [rows]."""
-        tokens = np.zeros((self.rows, self.slots), np.int32)
+        """Prompts and continuations: token ids, int32 [rows, length], and lengths, int32 [rows]."""
+        tokens = np.zeros((self.rows, self.length), np.int32)
         prompts, fed = self.prompt_rows(), self.fed()
-        ends = self.lengths + self.steps - 1  # Nothing is asked after the last token.
+        ends = self.lengths + self.steps - 1  # No logits are compared after the last token.
         for row, (length, end) in enumerate(zip(self.lengths, ends, strict=True)):
             tokens[row, :length] = prompts[row, :length]
             tokens[row, length:end] = fed[row, :-1]
         return tokens, ends
 
-    def asked(self, row: int) -> slice:
+    def compared(self, row: int) -> slice:
         """The positions of a row's sequence whose logits are compared."""
         length = int(self.lengths[row])
         return slice(length - 1, length - 1 + self.steps)
@@ -106,8 +106,8 @@ def check_length(prompts: Sequence[Sequence[int]], steps: int, config: ModelConf
         )
 
 
-def made_up_prompts(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-    """Prompts for a model without a tokenizer: some token ids, the same every time."""
+def dummy_prompts(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """Prompts for a model without a tokenizer: token ids, the same every time."""
     rng = np.random.default_rng(0)
     lengths = (21, 7, 33, 2)
     return tuple(tuple(rng.integers(0, config.vocab_size, n).tolist()) for n in lengths)

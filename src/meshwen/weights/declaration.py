@@ -19,6 +19,10 @@ from meshwen.parallel.sizes import ModelSizes
 Params = dict[str, Any]
 
 
+# What a matmul gives whose inputs are split along a logical axis: a sum over the devices.
+_SUMS = {"query": "attention output", "mlp": "MLP output"}
+
+
 class Part(StrEnum):
     """The part of a model that a weight belongs to."""
 
@@ -63,7 +67,12 @@ class WeightSpec:
     @property
     def sums_over_devices(self) -> bool:
         """Whether devices split its inputs, so that a matmul with it is a sum over them."""
-        return self.linear and self.axes[-1] in ("query", "mlp")
+        return self.linear and self.axes[-1] in _SUMS
+
+    @property
+    def sum_name(self) -> str:
+        """What a sum over the devices gives."""
+        return _SUMS[self.axes[-1]]
 
 
 def unflatten(leaves: Iterable[tuple[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:

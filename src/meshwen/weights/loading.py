@@ -21,6 +21,7 @@ from meshwen.common.json_files import shown
 from meshwen.common.units import bytes_text
 from meshwen.errors import MeshwenError
 from meshwen.ops.formats import Format, Leaf
+from meshwen.ops.hashing import mixed
 from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
 from meshwen.runtime.jax_settings import Program, own_settings
@@ -331,16 +332,9 @@ def _fill(
     grid = jnp.meshgrid(*(positions[::-1] if transposed else positions), indexing="ij")
     bits = name_seed
     for position in grid:
-        bits = _mix(bits ^ position.astype(jnp.uint32))
+        bits = mixed(bits ^ position.astype(jnp.uint32))
     uniform = (bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5
     padding = jnp.stack([position == PADDING for position in grid]).any(axis=0)
     value = jnp.where(padding, 0.0, mean + uniform * (0.02 * 12**0.5))
     value = (value.T if transposed else value).astype(dtype)
     return lax.with_sharding_constraint(value, sharding)
-
-
-def _mix(bits: Array) -> Array:
-    """A 32-bit integer hash (the finaliser of MurmurHash3)."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
