@@ -164,6 +164,8 @@ class EngineCore:
                 self.delivery.deliver(sequence, int(tokens[row, i]), logprob)
                 self._warn_of_memory(sequence)
         self.scheduler.release_ended()
+        if self._sampler and self._sampler[0] != self.scheduler.batch_version:
+            self._sampler = None  # Its masks are of no more use, and large.
 
     def _warn_of_memory(self, sequence: SequenceState) -> None:
         """Says once that answers end where memory does."""

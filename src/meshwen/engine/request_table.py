@@ -36,7 +36,7 @@ class LiveRequest:
 
 
 class RequestTable:
-    """What the threads that call an engine share; whoever uses it holds `FairLock.changed`.
+    """What the threads that call an engine share; whoever changes it holds `FairLock.changed`.
 
     A finalizer may cancel requests at any point, so what is iterated over is copied first.
 
