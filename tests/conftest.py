@@ -24,7 +24,21 @@ from meshwen.runtime.compilation_cache import enable_compilation_cache
 jax.config.update("jax_num_cpu_devices", 32)
 
 # Modules whose arrays are checked against the shapes and dtypes that their signatures declare.
-SHAPED = ["meshwen.verify.metrics"]
+SHAPED = [
+    "meshwen.engine.sampling",
+    "meshwen.models.decoder",
+    "meshwen.models.qwen2",
+    "meshwen.models.qwen3",
+    "meshwen.ops.attention",
+    "meshwen.ops.backend",
+    "meshwen.ops.cpu.backend",
+    "meshwen.ops.cpu.xla",
+    "meshwen.ops.numerics",
+    "meshwen.ops.operations",
+    "meshwen.ops.ordered",
+    "meshwen.ops.rotary",
+    "meshwen.verify.metrics",
+]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FETCH = SHARED / "real-model" / "fetch"

@@ -214,9 +214,8 @@ def _compiled(mesh_text, vocab_size, method):
         ops = Ops(Collectives(axes), backend=XlaOnCpu())
         return sample(logits, rows, positions, seen, vocab_size, method, ops)
 
-    seen_spec = split if method.penalize else whole
     row_specs = SamplerRows._make([*[whole] * 7, split, split])
-    in_specs = (split, row_specs, whole, seen_spec)
+    in_specs = (split, row_specs, whole, split)
     mapped = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
     return jax.jit(mapped), mesh.size
 
@@ -232,6 +231,8 @@ def draw(logits, params, *, mesh="1", positions=None, seen=None, forbidden=None,
     if method.penalize:
         seen = np.zeros((batch, vocab_size), bool) if seen is None else seen
         seen = np.pad(seen, padding)
+    else:
+        seen = None
     positions = np.arange(batch) if positions is None else positions
     rows = SamplerRows.of(params)
     if forbidden is not None:

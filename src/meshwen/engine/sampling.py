@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float32, Int32, Integer, Num, UInt32
 
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.operations import Ops
@@ -46,7 +47,7 @@ class SamplingMethod:
     logprobs: bool
 
     @classmethod
-    def of(cls, batch: Sequence[SamplingParams], vocab_size: int) -> Self:
+    def of(cls, batch: Sequence[SamplingParams], vocab_size: int) -> SamplingMethod:
         """The method that serves all requests of a batch."""
         needs = {_candidates(params, vocab_size) for params in batch}
         candidates = needs.pop() if len(needs) == 1 else max(n or vocab_size for n in needs)
@@ -107,15 +108,15 @@ def _factor(number: float) -> float:
 class Sampled(NamedTuple):
     """One token a sequence."""
 
-    tokens: Array  # int32 [B]
-    logprobs: Array | None  # float32 [B]
+    tokens: Int32[Array, " B"]
+    logprobs: Float32[Array, " B"] | None
 
 
 def sample(
-    logits: Array,
+    logits: Float32[Array, "B V"],
     rows: SamplerRows,
-    positions: Array,
-    penalized: Array | None,
+    positions: Int32[Array, " B"],
+    penalized: Bool[Array, "B V"] | None,
     vocab_size: int,
     method: SamplingMethod,
     ops: Ops,
@@ -125,11 +126,11 @@ def sample(
     `NO_TOKEN` where a logit is not finite, or none is left that may come.
 
     Args:
-        logits: float32 [B, V/n], this device's part of the (padded) vocabulary.
+        logits: this device's part of the (padded) vocabulary.
         rows: the requests' parameters; of the masks, this device's part.
-        positions: int32 [B], the position that the token will have.
-        penalized: bool [B, V/n], tokens that a repetition penalty applies to, or None.
-        vocab_size: V before padding.
+        positions: the position that the token will have.
+        penalized: tokens that a repetition penalty applies to, or None.
+        vocab_size: of the whole vocabulary, before padding.
         method: what the batch needs.
         ops: the operations.
     """
@@ -165,27 +166,28 @@ def sample(
     return Sampled(tokens, _logprobs(raw, ids, tokens, ops) if method.logprobs else None)
 
 
-def mark_penalized(penalized: Array, tokens: Array, ops: Ops) -> Array:
-    """`penalized` [B, V/n] with one more token a sequence."""
+def mark_penalized(
+    penalized: Bool[Array, "B V"], tokens: Int32[Array, " B"], ops: Ops
+) -> Bool[Array, "B V"]:
+    """`penalized` with one more token a sequence."""
     ids = ops.collectives.index() * penalized.shape[1] + jnp.arange(
         penalized.shape[1], dtype=jnp.int32
     )
     return penalized | (ids == tokens[:, None])
 
 
-def _token_ids(count: int, ops: Ops) -> Array:
-    """The ids of this device's part of the vocabulary: int32 [count]."""
+def _token_ids(count: int, ops: Ops) -> Int32[Array, " {count}"]:
+    """The ids of this device's part of the vocabulary."""
     return ops.collectives.index() * count + jnp.arange(count, dtype=jnp.int32)
 
 
-def _likeliest(logits: Array, ids: Array, count: int, ops: Ops) -> tuple[Array, Array]:
+def _likeliest(
+    logits: Float32[Array, "B V"], ids: Int32[Array, " V"], count: int, ops: Ops
+) -> tuple[Float32[Array, "B {count}"], Int32[Array, "B {count}"]]:
     """The `count` largest logits of the whole vocabulary and their ids, largest first.
 
     Equal logits stand in the order of their ids: on each device, and between devices because they
     are gathered in the order of the vocabulary.
-
-    Returns:
-        float32 [B, count], int32 [B, count].
     """
     values, local = _largest(logits, count, ops)
     choices = ids[local]
@@ -197,20 +199,27 @@ def _likeliest(logits: Array, ids: Array, count: int, ops: Ops) -> tuple[Array, 
     return values, choices
 
 
-def _largest(x: Array, count: int, ops: Ops) -> tuple[Array, Array]:
-    """The `count` largest numbers of each row, and their places: [B, N] -> two [B, count]."""
+def _largest(
+    x: Num[Array, "B N"], count: int, ops: Ops
+) -> tuple[Num[Array, "B few"], Integer[Array, "B few"]]:
+    """The `count` largest numbers of each row, or all N, and their places."""
     if count > 1:
-        return lax.top_k(x, min(count, x.shape[1]))
+        values, places = lax.top_k(x, min(count, x.shape[1]))
+        return values, places
     return ops.backend.largest(x)
 
 
 def _draw(
-    values: Array, choices: Array, rows: SamplerRows, positions: Array, ops: Ops
-) -> tuple[Array, Array]:
+    values: Float32[Array, "B few"],
+    choices: Int32[Array, "B few"],
+    rows: SamplerRows,
+    positions: Int32[Array, " B"],
+    ops: Ops,
+) -> tuple[Float32[Array, "B few"], Int32[Array, " B"]]:
     """Draws from candidates sorted by logit; filters as transformers orders them.
 
     Returns:
-        The logits divided by the temperature, float32 [B, count], and the tokens, int32 [B].
+        The logits divided by the temperature, and the tokens.
     """
     greedy = rows.temperature == 0
     temperature = jnp.where(greedy, 1, rows.temperature)[:, None]
@@ -237,22 +246,24 @@ def _draw(
     return scaled, jnp.where(greedy | ~best.any(axis=1), choices[:, 0], drawn)
 
 
-def _scores(scaled: Array, noise: Array) -> Array:
+def _scores(scaled: Float32[Array, "B N"], noise: Float32[Array, "B N"]) -> Float32[Array, "B N"]:
     """Logits with noise; what is not finite keeps its place, whatever the noise."""
     lowest = jnp.finfo(scaled.dtype).min
     return jnp.where(jnp.isfinite(scaled), jnp.maximum(scaled + noise, lowest), scaled)
 
 
-def _tree_sum(x: Array) -> Array:
-    """The sum of each row, neighbours first, unchanged by zeros behind: [B, C] -> [B, 1]."""
+def _tree_sum(x: Float32[Array, "B N"]) -> Float32[Array, "B 1"]:
+    """The sum of each row, neighbours first, unchanged by zeros behind."""
     while x.shape[1] > 1:
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
         x = x[:, ::2] + x[:, 1::2]
     return x
 
 
-def _noise(seed: Array, positions: Array, ids: Array, ops: Ops) -> Array:
-    """Gumbel noise, whose argmax with logits draws from their softmax: float32 [B, len(ids)]."""
+def _noise(
+    seed: UInt32[Array, " B"], positions: Int32[Array, " B"], ids: Int32[Array, "_ N"], ops: Ops
+) -> Float32[Array, "B N"]:
+    """Gumbel noise, whose argmax with logits draws from their softmax."""
 
     def row(seed: Array, position: Array, ids: Array) -> Array:
         # Not `jax.random.key`, which adds a number of the caller's settings to the seed.
@@ -267,8 +278,10 @@ def _noise(seed: Array, positions: Array, ids: Array, ops: Ops) -> Array:
     return ops.numerics.pointwise(lambda u: -jnp.log(-jnp.log1p(-u)), uniform)
 
 
-def _logprobs(logits: Array, ids: Array, tokens: Array, ops: Ops) -> Array:
-    """Log-probabilities of the tokens: float32 [B]."""
+def _logprobs(
+    logits: Float32[Array, "B V"], ids: Int32[Array, " V"], tokens: Int32[Array, " B"], ops: Ops
+) -> Float32[Array, " B"]:
+    """Log-probabilities of the tokens."""
     shifted = logits - ops.numerics.largest(logits.max(axis=1), ops.collectives)[:, None]
     weights = ops.numerics.pointwise(jnp.exp, shifted)
     total = ops.numerics.vocabulary_sum(weights, ops.backend, ops.collectives)

@@ -6,7 +6,9 @@ weights, heads and cache; devices meet in the contractions of `meshwen.ops.opera
 nowhere else.
 
 Dimensions: B batch, T query tokens, S key positions, D hidden size, F intermediate size,
-K key/value heads of this device, G query heads for each, H head_dim, V vocabulary.
+K key/value heads of this device, G query heads for each, N query heads (or those of any kind),
+H head_dim, V vocabulary of this device; t stands for T, or for 1 where only one token of a row is
+asked for.
 
 The residual stream, norms, rotations, attention scores and softmax are float32; matmuls with
 weights take their inputs in the weights' dtype and accumulate in float32.
@@ -15,11 +17,12 @@ weights take their inputs in the weights' dtype and accumulate in float32.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from meshwen.cache.kv_cache import AnyCache, LayerCache, SequenceCache
 from meshwen.models.config import ModelConfig
@@ -39,12 +42,12 @@ class Context(NamedTuple):
     Layers of one kind (full or sliding attention) share it.
     """
 
-    start: Array  # int32 [B], the position of the first token
-    window: Array  # int32 []
-    mask: Array  # [B, T, S], as the back end's `mask` gives it
+    start: Int32[Array, " B"]  # the position of the first token
+    window: Int32[Array, ""]
+    mask: Shaped[Array, "B T S"]  # as the back end's `mask` gives it
     rotary: Rotary
 
-    def at(self, last: Array | None) -> Context:
+    def at(self, last: Int32[Array, " B"] | None) -> Context:
         """Of each row's one token that is asked for; None: of all."""
         if last is None:
             return self
@@ -53,52 +56,53 @@ class Context(NamedTuple):
         return Context(self.start + last, self.window, mask, rotary)
 
 
+@runtime_checkable  # For checks of shapes.
 class DecoderLayer(Protocol):
-    """One layer: [B, T, D] -> [B, T, D]; or, of the last tokens, [B, 1, D]."""
+    """One layer."""
 
     def __call__(
         self,
         weights: Params,
-        x: Array,
+        x: Float32[Array, "B T D"],
         context: Context,
         cache: AnyCache | None,
-        last: Array | None,
+        last: Int32[Array, " B"] | None,
         *,
         config: Any,
         ops: Ops,
-    ) -> tuple[Array, AnyCache | None]:
+    ) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
         """The residual stream after the layer, and the cache with the tokens' keys and values."""
 
 
 def hidden_states(
     params: Params,
-    token_ids: Array,
-    start: Array,
+    token_ids: Int32[Array, "B T"],
+    start: Int32[Array, " B"],
     cache: tuple[AnyCache, ...] | None,
     length: int,
     config: ModelConfig,
     ops: Ops,
     layer: DecoderLayer,
-    last: Array | None = None,
-) -> tuple[Array, tuple[AnyCache, ...]]:
+    last: Int32[Array, " B"] | None = None,
+) -> tuple[Float32[Array, "B t D"], tuple[AnyCache, ...]]:
     """The final hidden states, normalised.
 
     Args:
         params: this device's weights.
-        token_ids: int32 [B, T], tokens that follow one another. Padding stands behind them, where
+        token_ids: tokens that follow one another. Padding stands behind them, where
             none of them sees it.
-        start: int32 [B], the positions of the first ones.
+        start: the positions of the first ones.
         cache: keys and values of earlier tokens. The tokens' own are written at the positions from
             `start` on. None: there are none, and `start` is 0.
         length: S, the positions from 0 on that tokens may see: of the cache, or all T.
         config: the model's hyperparameters.
         ops: the operations.
         layer: the architecture's.
-        last: int32 [B], the index of the one token of each row whose state is asked for: of the
-            others the last layer computes keys and values alone. None: all are.
+        last: the index of the one token of each row whose state is asked for: of the others the
+            last layer computes keys and values alone. None: all are.
 
     Returns:
-        float32 [B, T, D], or [B, 1, D] with `last`, and the updated cache; () without one.
+        The states, and the updated cache; () without one.
     """
     model = params["model"]
     contexts = _contexts(start, token_ids.shape[1], length, config, ops)
@@ -116,8 +120,8 @@ def hidden_states(
     return ops.rms_norm(x, model["norm"], config.rms_norm_eps), tuple(new_cache)
 
 
-def logits(params: Params, x: Array, ops: Ops) -> Array:
-    """This device's part of the vocabulary's logits: float32 [..., D] -> float32 [..., V/n].
+def logits(params: Params, x: Float32[Array, "*tokens D"], ops: Ops) -> Float32[Array, "*tokens V"]:
+    """This device's part of the vocabulary's logits.
 
     Positions of the vocabulary that are padding get the logit 0, as their weights are zero.
     """
@@ -125,27 +129,27 @@ def logits(params: Params, x: Array, ops: Ops) -> Array:
 
 
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float32[Array, "B N t H"],
+    k: Float32[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
     context: Context,
     cache: AnyCache | None,
     ops: Ops,
-    last: Array | None = None,
-) -> tuple[Array, AnyCache | None]:
+    last: Int32[Array, " B"] | None = None,
+) -> tuple[Float32[Array, "B t N*H"], AnyCache | None]:
     """Grouped-query attention (arXiv 2305.13245), this device's heads.
 
     Args:
-        q: float32 [B, K*G, T, H], rotated; with `last` [B, K*G, 1, H].
-        k: float32 [B, K, T, H], rotated.
-        v: [B, K, T, H], in the dtype of the cache.
+        q: queries, rotated; with `last`, of those tokens alone.
+        k: keys, rotated.
+        v: values, in the dtype of the cache.
         context: where the tokens stand.
         cache: of earlier tokens; None: there are none.
         ops: the operations.
         last: see `hidden_states`.
 
     Returns:
-        float32 [B, T, K*G*H], or [B, 1, K*G*H], and the cache with k and v.
+        What the heads attend to, one behind the other, and the cache with k and v.
     """
     layout = ops.backend.cache_layout
     q = q * q.shape[-1] ** -0.5
@@ -161,32 +165,34 @@ def attend(
     return _merge_heads(y), cache
 
 
-def mlp(weights: Params, x: Array, ops: Ops) -> Array:
-    """SwiGLU (arXiv 2002.05202): [B, T, D] -> [B, T, D]."""
+def mlp(weights: Params, x: Float32[Array, "B T D"], ops: Ops) -> Float32[Array, "B T D"]:
+    """SwiGLU (arXiv 2002.05202)."""
     gate, up = ops.column(x, weights["gate_proj"]), ops.column(x, weights["up_proj"])
     return ops.row(ops.silu(gate) * up, weights["down_proj"])
 
 
-def split_heads(x: Array, head_dim: int) -> Array:
-    """[B, T, N*H] -> [B, N, T, H]."""
+def split_heads(x: Float32[Array, "B T NH"], head_dim: int) -> Float32[Array, "B N T {head_dim}"]:
+    """Heads that are one behind the other as an axis."""
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 
 
-def at_last(x: Array, last: Array | None, axis: int = 1) -> Array:
-    """Of each row [B, ...] the asked-for one of an axis, which has length 1 then; None: all."""
+def at_last(
+    x: Shaped[Array, "B ..."], last: Int32[Array, " B"] | None, axis: int = 1
+) -> Shaped[Array, "B ..."]:
+    """Of each row the asked-for one of an axis, which has length 1 then; None: all."""
     if last is None:
         return x
     return jnp.take_along_axis(x, last.reshape(-1, *[1] * (x.ndim - 1)), axis)
 
 
-def _merge_heads(x: Array) -> Array:
-    """[B, N, T, H] -> [B, T, N*H]."""
+def _merge_heads(x: Float32[Array, "B N T H"]) -> Float32[Array, "B T N*H"]:
+    """Heads one behind the other."""
     B, N, T, H = x.shape
     return x.swapaxes(1, 2).reshape(B, T, N * H)
 
 
 def _contexts(
-    start: Array, tokens: int, length: int, config: ModelConfig, ops: Ops
+    start: Int32[Array, " B"], tokens: int, length: int, config: ModelConfig, ops: Ops
 ) -> dict[str, Context]:
     """The context of each kind of layer."""
     positions = start[:, None] + jnp.arange(tokens)

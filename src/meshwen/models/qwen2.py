@@ -11,6 +11,7 @@ from functools import partial
 from typing import ClassVar
 
 from jax import Array
+from jaxtyping import Float32, Int32
 
 from meshwen.cache.kv_cache import AnyCache
 from meshwen.models import decoder
@@ -53,15 +54,15 @@ def weights(config: Qwen2Config) -> tuple[WeightSpec, ...]:
 
 def decoder_layer(
     weights: Params,
-    x: Array,
+    x: Float32[Array, "B T D"],
     context: Context,
     cache: AnyCache | None,
-    last: Array | None,
+    last: Int32[Array, " B"] | None,
     *,
     config: Qwen2Config,
     ops: Ops,
-) -> tuple[Array, AnyCache | None]:
-    """One pre-norm layer: [B, T, D] -> [B, T, D], or of the last tokens [B, 1, D]."""
+) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
+    """One pre-norm layer; see `DecoderLayer`."""
     h = ops.rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
     h, cache = attention(weights["self_attn"], h, context, cache, last, config, ops)
     x = at_last(x, last) + h
@@ -71,14 +72,14 @@ def decoder_layer(
 
 def attention(
     weights: Params,
-    x: Array,
+    x: Float32[Array, "B T D"],
     context: Context,
     cache: AnyCache | None,
-    last: Array | None,
+    last: Int32[Array, " B"] | None,
     config: Qwen2Config,
     ops: Ops,
-) -> tuple[Array, AnyCache | None]:
-    """Self-attention: [B, T, D] -> [B, T, D], or of the last tokens [B, 1, D]."""
+) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
+    """Self-attention, of all tokens or of the last ones."""
     q = split_heads(ops.column(at_last(x, last), weights["q_proj"]), config.head_dim)
     k = split_heads(ops.column(x, weights["k_proj"]), config.head_dim)
     v = split_heads(ops.column(x, weights["v_proj"]), config.head_dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Shaped
 
 from meshwen.ops import ordered
 from meshwen.ops.backend import CacheLayout
@@ -12,18 +13,21 @@ from meshwen.ops.dot import dot
 from meshwen.ops.operations import Ops
 
 
-def softmax_attention(q: Array, keys: Array, values: Array, mask: Array, ops: Ops) -> Array:
+def softmax_attention(
+    q: Float32[Array, "B N T H"],
+    keys: Float[Array, "B _ _ _"],
+    values: Float[Array, "B _ _ _"],
+    mask: Shaped[Array, "B T S"],
+    ops: Ops,
+) -> Float32[Array, "B N T H"]:
     """softmax(q keys^T) values, each key/value head serving its G consecutive query heads.
 
     Args:
-        q: float32 [B, K*G, T, H], divided by sqrt(H).
+        q: of N = K*G heads, divided by sqrt(H).
         keys: float32, of the sizes B, K, S, H in the order of the back end's cache.
         values: the same, in float32 or bfloat16.
-        mask: what a query sees, [B, T, S], from the back end's `mask`.
+        mask: what a query sees, from the back end's `mask`.
         ops: the operations.
-
-    Returns:
-        float32 [B, K*G, T, H].
     """
     layout = ops.backend.cache_layout
     B, N, T, H = q.shape
@@ -37,21 +41,19 @@ def softmax_attention(q: Array, keys: Array, values: Array, mask: Array, ops: Op
     return (y / total).reshape(B, N, T, H)
 
 
-def _scores(q: Array, keys: Array, layout: CacheLayout, ops: Ops) -> Array:
-    """q keys^T: float32 [B, K, R, H] -> float32 [B, K, R, S]."""
+def _scores(
+    q: Float32[Array, "B K R H"], keys: Array, layout: CacheLayout, ops: Ops
+) -> Float32[Array, "B K R S"]:
+    """q keys^T, of R rows."""
     if ops.numerics.ordered:
         return ordered.float32_matmul(q, axes_in_order(keys, layout.keys, "BKHS"))
     return _dot(q, keys, layout.keys, "H")
 
 
 def _weighted_values(
-    weights: Array, values: Array, layout: CacheLayout, ops: Ops
-) -> tuple[Array, Array]:
-    """Values summed with weights float32 [B, K, R, S], and the weights summed.
-
-    Returns:
-        float32 [B, K, R, H], float32 [B, K, R, 1].
-    """
+    weights: Float32[Array, "B K R S"], values: Array, layout: CacheLayout, ops: Ops
+) -> tuple[Float32[Array, "B K R H"], Float32[Array, "B K R 1"]]:
+    """Values summed with weights, and the weights summed."""
     if ops.numerics.ordered:
         return ordered.weighted_values(weights, axes_in_order(values, layout.values, "BKSH"))
     total = weights.sum(axis=-1, keepdims=True)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Integer, Num, Shaped
 
 from meshwen.common.choices import Quantization
 from meshwen.ops import ordered as in_order
@@ -59,9 +60,14 @@ class Backend:
         return None
 
     def matmul(
-        self, x: Array, leaf: Leaf, *, ordered: bool = False, transposed: bool = True
-    ) -> Array:
-        """x @ leaf: [M, in] x [in, out] -> float32 [M, out].
+        self,
+        x: Float[Array, "M in"],
+        leaf: Leaf,
+        *,
+        ordered: bool = False,
+        transposed: bool = True,
+    ) -> Float32[Array, "M out"]:
+        """x @ leaf, which is [in, out].
 
         Args:
             x: rounded to the weight's dtype, or quantised where the weight is.
@@ -78,8 +84,8 @@ class Backend:
         """Of how many rows blocks of an ordered matmul must be a multiple."""
         return in_order.block_rows(dtype)
 
-    def row_sums(self, x: Array) -> Array:
-        """The sum of each row in one order: float32 [M, c] -> float32 [M]."""
+    def row_sums(self, x: Float32[Array, "M c"]) -> Float32[Array, " M"]:
+        """The sum of each row in one order."""
         return in_order.row_sums(x)
 
     def attention(
@@ -88,12 +94,14 @@ class Backend:
         """Attention of tokens that follow one another, where the back end has a kernel for it."""
         raise NotImplementedError
 
-    def mask(self, visible: Array) -> Array:
-        """What `masked` takes, of bool [B, T, S]: whether a query sees a key."""
+    def mask(self, visible: Bool[Array, "B T S"]) -> Shaped[Array, "B T S"]:
+        """What `masked` takes, of whether a query sees a key."""
         return visible
 
-    def masked(self, scores: Array, mask: Array) -> Array:
-        """Scores float32 [B, K, G, T, S], the lowest number where a query does not see a key."""
+    def masked(
+        self, scores: Float32[Array, "B K G T S"], mask: Shaped[Array, "B T S"]
+    ) -> Float32[Array, "B K G T S"]:
+        """Scores, the lowest number where a query does not see a key."""
         return jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
 
     def write(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
@@ -117,8 +125,8 @@ class Backend:
             new = jnp.where(write, new, lax.dynamic_slice(cache, at, new.shape))
         return lax.dynamic_update_slice(cache, new, at)
 
-    def largest(self, x: Array) -> tuple[Array, Array]:
-        """The largest of each row, of equals the first: [B, N] -> value and place, two [B, 1]."""
+    def largest(self, x: Num[Array, "B N"]) -> tuple[Num[Array, "B 1"], Integer[Array, "B 1"]]:
+        """The largest of each row, of equals the first: its value and its place."""
         place = jnp.argmax(x, axis=1, keepdims=True)
         return jnp.take_along_axis(x, place, axis=1), place
 

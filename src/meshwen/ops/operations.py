@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Int, Int32
 
 from meshwen.ops.backend import Backend
 from meshwen.ops.formats import Packed
@@ -48,20 +49,20 @@ class Ops:
     numerics: Numerics = field(default_factory=Fast)
     backend: Backend = field(default_factory=Backend)
 
-    def column(self, x: Array, layer: Linear) -> Array:
-        """A linear layer, output split: [..., in] x [in, out/n] -> float32 [..., out/n]."""
+    def column(self, x: Float[Array, "*rows in"], layer: Linear) -> Float32[Array, "*rows out"]:
+        """A linear layer, output split: times [in, out/n]."""
         y = self._matmul(x, layer["weight"])
         return y + layer["bias"].array.astype(jnp.float32) if "bias" in layer else y
 
-    def row(self, x: Array, layer: Linear) -> Array:
-        """A linear layer, input split: [..., in/n] x [in/n, out] -> float32 [..., out]."""
+    def row(self, x: Float[Array, "*rows in"], layer: Linear) -> Float32[Array, "*rows out"]:
+        """A linear layer, input split: times [in/n, out]."""
         weight = layer["weight"]
         partial = self.numerics.matmul_leaves(x.reshape(-1, x.shape[-1]), weight, self.backend)
         total = self.numerics.all_reduce(partial, self.collectives)
         return total.reshape(*x.shape[:-1], weight.outputs)
 
-    def embed(self, token_ids: Array, layer: Linear) -> Array:
-        """Rows of a table split by rows: int [...] x [V/n, D] -> float32 [..., D]."""
+    def embed(self, token_ids: Int[Array, "*tokens"], layer: Linear) -> Float32[Array, "*tokens D"]:
+        """Rows of a table [V/n, D] that is split by rows."""
         table = layer["weight"]
         count = table.outputs
         row = token_ids - self.collectives.index() * count
@@ -72,29 +73,37 @@ class Ops:
         rows = jnp.where(here[..., None], rows.astype(jnp.float32), 0)
         return self.numerics.select(rows, self.collectives)
 
-    def logits(self, x: Array, layer: Linear) -> Array:
-        """Logits of a head, or of a tied table: float32 [..., D] -> float32 [..., V/n], split."""
+    def logits(self, x: Float32[Array, "*tokens D"], layer: Linear) -> Float32[Array, "*tokens V"]:
+        """Logits of a head, or of a tied table, split over the vocabulary."""
         return self._matmul(x, layer["weight"])
 
     def attention(
-        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
-    ) -> Array:
+        self,
+        q: Float32[Array, "B N T H"],
+        keys: Array,
+        values: Array,
+        rows: Int32[Array, " B"],
+        starts: Int32[Array, " B"],
+        window: Int32[Array, ""],
+    ) -> Float32[Array, "B N T H"]:
         """Attention by the back end's kernel: see `Backend.attends`."""
         y = self.backend.attention(q, keys, values, rows, starts, window)
         return positive_zeros(y) if self.numerics.ordered else y
 
-    def rms_norm(self, x: Array, layer: Linear, eps: float) -> Array:
+    def rms_norm(
+        self, x: Float32[Array, "*rows D"], layer: Linear, eps: float
+    ) -> Float32[Array, "*rows D"]:
         """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32."""
         mean_square = self.numerics.mean(jnp.square(x), self.backend)
         scale = self.numerics.pointwise(jax.lax.rsqrt, mean_square + eps)
         return x * scale * layer["weight"].array.astype(jnp.float32)
 
-    def silu(self, x: Array) -> Array:
-        """x * sigmoid(x), of float32."""
+    def silu(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+        """x * sigmoid(x)."""
         return self.numerics.pointwise(jax.nn.silu, x)
 
-    def _matmul(self, x: Array, weight: Weight) -> Array:
-        """[..., in] times a weight in one leaf -> float32 [..., out/n]."""
+    def _matmul(self, x: Float[Array, "*rows in"], weight: Weight) -> Float32[Array, "*rows out"]:
+        """Times a weight in one leaf."""
         y = self.backend.matmul(
             x.reshape(-1, x.shape[-1]),
             weight.leaf,

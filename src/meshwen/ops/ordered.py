@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import BFloat16, Float, Float32
 
 from meshwen.ops.dot import batched, dot
 
@@ -43,8 +44,8 @@ _ONES = 32  # equal columns of a sum's product with ones: one column would have 
 _PARTIAL_BYTES = 1 << 26
 
 
-def matmul(x: Array, weight: Array) -> Array:
-    """x @ weight: [M, c] x [c, N] -> float32 [M, N], x rounded to the weight's dtype."""
+def matmul(x: Float[Array, "M c"], weight: Float[Array, "c N"]) -> Float32[Array, "M N"]:
+    """x @ weight, x rounded to the weight's dtype."""
     if weight.dtype != jnp.float32:
         return bfloat16_matmul(x.astype(weight.dtype), weight)
     partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
@@ -56,24 +57,19 @@ def block_rows(dtype: jnp.dtype) -> int:
     return _FLOAT32_ROWS if dtype == jnp.float32 else _BFLOAT16_ROWS
 
 
-def row_sums(x: Array) -> Array:
-    """The sum of each row: float32 [M, c] -> float32 [M]."""
+def row_sums(x: Float32[Array, "M c"]) -> Float32[Array, " M"]:
+    """The sum of each row."""
     return float32_matmul(x, jnp.ones((x.shape[1], _ONES), jnp.float32))[:, 0]
 
 
-def weighted_values(weights: Array, values: Array) -> tuple[Array, Array]:
+def weighted_values(
+    weights: Float32[Array, "B K R S"], values: Float[Array, "B K S H"]
+) -> tuple[Float32[Array, "B K R H"], Float32[Array, "B K R 1"]]:
     """Values summed with weights, and the weights summed.
 
     Zeros behind the last position that counts change nothing: bfloat16 products are added from the
     left, float32 positions are cut into sums from the left. The weights are summed by a matmul of
     their own: ones beside the values would have the values copied at every step.
-
-    Args:
-        weights: float32 [B, K, R, S].
-        values: [B, K, S, H].
-
-    Returns:
-        float32 [B, K, R, H], float32 [B, K, R, 1].
     """
     ones = jnp.ones((weights.shape[-1], _ONES), values.dtype)
     rows = weights.reshape(-1, weights.shape[-1])
@@ -86,8 +82,10 @@ def weighted_values(weights: Array, values: Array) -> tuple[Array, Array]:
     return y, total[:, :1].reshape(*weights.shape[:-1], 1)
 
 
-def bfloat16_matmul(a: Array, b: Array) -> Array:
-    """a @ b: bfloat16 [..., M, c] x bfloat16 [..., c, N] -> float32 [..., M, N]."""
+def bfloat16_matmul(
+    a: BFloat16[Array, "*batch M c"], b: BFloat16[Array, "*batch c N"]
+) -> Float32[Array, "*batch M N"]:
+    """a @ b."""
     M, N = a.shape[-2], b.shape[-1]
     a = pad(a, a.ndim - 2, max(0, _BFLOAT16_ROWS - M))
     b = pad(b, b.ndim - 1, max(0, _BFLOAT16_COLUMNS - N))
@@ -95,11 +93,10 @@ def bfloat16_matmul(a: Array, b: Array) -> Array:
     return positive_zeros(batched(a, b)[..., :M, :N])
 
 
-def float32_matmul(a: Array, b: Array, length: int = 0) -> Array:
-    """a @ b: float32 [..., M, c] x float32 [..., c, N] -> float32 [..., M, N].
-
-    Cut into sums of `length` from the left; 0: of one length that divides c.
-    """
+def float32_matmul(
+    a: Float32[Array, "*batch M c"], b: Float32[Array, "*batch c N"], length: int = 0
+) -> Float32[Array, "*batch M N"]:
+    """a @ b, cut into sums of `length` from the left; 0: of one length that divides c."""
     (M, N), batch = (a.shape[-2], b.shape[-1]), a.ndim - 2
     a = jnp.swapaxes(pad(a, batch, _row_padding(M)), -1, -2)
     b = pad(b, batch + 1, -N % _FLOAT32_COLUMNS)
@@ -120,12 +117,14 @@ def float32_matmul(a: Array, b: Array, length: int = 0) -> Array:
     return tree_sum(y, axis=batch)[..., :M, :N]
 
 
-def by_blocks(function: Callable[[Array], Array], x: Array, partials: int, multiple: int) -> Array:
+def by_blocks(
+    function: Callable[[Array], Array], x: Float[Array, "M c"], partials: int, multiple: int
+) -> Float32[Array, "M N"]:
     """`function(x)`, for as many rows at a time as leave their partial sums in the cache.
 
     Args:
         function: [M, c] -> [M, N], rows apart.
-        x: [M, c].
+        x: the rows.
         partials: float32 values that a row's result is the sum of.
         multiple: of how many rows blocks are.
     """
@@ -139,7 +138,7 @@ def by_blocks(function: Callable[[Array], Array], x: Array, partials: int, multi
     return y.reshape(count * block, -1)[:rows]
 
 
-def tree_sum(x: Array, axis: int) -> Array:
+def tree_sum(x: Float32[Array, "*shape"], axis: int) -> Float32[Array, "*others"]:
     """The sum over an axis, as a binary tree: neighbours first."""
     parts = [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
     return positive_zeros(added_in_tree(parts))
@@ -154,7 +153,7 @@ def added_in_tree(terms: Sequence[Array]) -> Array:
     return sums[0]
 
 
-def positive_zeros(x: Array) -> Array:
+def positive_zeros(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     """`x` with +0.0 in the place of -0.0."""
     return jnp.where(x == 0, 0.0, x)
 
@@ -166,8 +165,10 @@ def pad(x: Array, axis: int, count: int) -> Array:
     return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
 
 
-def _transposed_matmul(a: Array, b: Array) -> Array:
-    """float32 [..., c, M] x [..., c, N] -> float32 [..., M, N]."""
+def _transposed_matmul(
+    a: Float32[Array, "*batch c M"], b: Float32[Array, "*batch c N"]
+) -> Float32[Array, "*batch M N"]:
+    """a^T @ b."""
     batch = tuple(range(a.ndim - 2))
     return dot(a, b, (((a.ndim - 2,), (a.ndim - 2,)), (batch, batch)))
 

@@ -9,23 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float32, Int
 
 from meshwen.ops.operations import Ops
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of rotary angles: float32 [B, 1, T, H/2]."""
+    """Cosines and sines of rotary angles, of half of a head's dimensions."""
 
-    cos: Array
-    sin: Array
+    cos: Float32[Array, "B 1 T pairs"]
+    sin: Float32[Array, "B 1 T pairs"]
 
 
-def rotary_tables(positions: Array, frequencies: np.ndarray, factor: float, ops: Ops) -> Rotary:
+def rotary_tables(
+    positions: Int[Array, "B T"],
+    frequencies: Float32[np.ndarray, " pairs"],
+    factor: float,
+    ops: Ops,
+) -> Rotary:
     """Cosines and sines for tokens at some positions.
 
     Args:
-        positions: int [B, T].
-        frequencies: float32 [H/2], radians per position.
+        positions: of the tokens.
+        frequencies: of the H/2 pairs of dimensions, in radians per position.
         factor: what cosines and sines are multiplied with.
         ops: the operations.
     """
@@ -36,8 +42,8 @@ def rotary_tables(positions: Array, frequencies: np.ndarray, factor: float, ops:
     return Rotary(*jax.lax.optimization_barrier((cos * factor, sin * factor)))
 
 
-def rotate(x: Array, rotary: Rotary, ops: Ops) -> Array:
-    """Turns float32 [B, N, T, H]; dimension i pairs with i + H/2."""
+def rotate(x: Float32[Array, "B N T H"], rotary: Rotary, ops: Ops) -> Float32[Array, "B N T H"]:
+    """Turns a head's dimensions; dimension i pairs with i + H/2."""
     first, second = jnp.split(x, 2, axis=-1)
     products = first * rotary.cos, second * rotary.sin, second * rotary.cos, first * rotary.sin
     a, b, c, d = ops.numerics.rounded(products)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32
 
 from meshwen.common.choices import Quantization
 from meshwen.ops.cpu import kernels
@@ -43,8 +44,13 @@ class CpuKernels(XlaOnCpu):
         return INT8_PANELS if quantization else PANELS
 
     def matmul(
-        self, x: Array, leaf: Leaf, *, ordered: bool = False, transposed: bool = True
-    ) -> Array:
+        self,
+        x: Float[Array, "M in"],
+        leaf: Leaf,
+        *,
+        ordered: bool = False,
+        transposed: bool = True,
+    ) -> Float32[Array, "M out"]:
         """x @ leaf, by a kernel if it is in panels: see `Backend.matmul`."""
         if not isinstance(leaf, Panels):
             return super().matmul(x, leaf, ordered=ordered, transposed=transposed)
@@ -55,8 +61,8 @@ class CpuKernels(XlaOnCpu):
         """Of how many rows blocks of an ordered matmul must be a multiple."""
         return _BLOCK_ROWS
 
-    def row_sums(self, x: Array) -> Array:
-        """The sum of each row, by a matmul with ones: float32 [M, c] -> float32 [M]."""
+    def row_sums(self, x: Float32[Array, "M c"]) -> Float32[Array, " M"]:
+        """The sum of each row, by a matmul with ones."""
         ones = jnp.ones((1, x.shape[1], COLUMNS, 1), jnp.float32)
         columns = Panels(ones, None, (x.shape[1], COLUMNS), ones.dtype)
         return positive_zeros(kernels.matmul(x, columns)[:, 0])

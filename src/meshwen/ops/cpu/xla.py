@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float32, Integer, Num
 
 from meshwen.ops.backend import Backend, CacheLayout, CompilerOptions
 
@@ -49,12 +50,14 @@ class XlaOnCpu(Backend):
         """Options of XLA's compiler; `ordered` where sums must keep their order."""
         return _ORDERED_OPTIONS if ordered else _OPTIONS
 
-    def mask(self, visible: Array) -> Array:
+    def mask(self, visible: Bool[Array, "B T S"]) -> Float32[Array, "B T S"]:
         """A number to add: the softmax of 32 rows of 512 scores takes half the time (jax 0.10)."""
         return jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)
 
-    def masked(self, scores: Array, mask: Array) -> Array:
-        """Scores float32 [B, K, G, T, S] plus the mask float32 [B, T, S]."""
+    def masked(
+        self, scores: Float32[Array, "B K G T S"], mask: Float32[Array, "B T S"]
+    ) -> Float32[Array, "B K G T S"]:
+        """Scores plus the mask."""
         return scores + mask[:, None, None]
 
     # XLA's CPU back end (jax 0.10) writes into a bfloat16 array by converting all of it to float32
@@ -78,7 +81,7 @@ class XlaOnCpu(Backend):
             return put(cache, new, at, write)
         return _as_integers(lambda cache, new: put(cache, new, at, write), cache, new)
 
-    def largest(self, x: Array) -> tuple[Array, Array]:
+    def largest(self, x: Num[Array, "B N"]) -> tuple[Num[Array, "B 1"], Integer[Array, "B 1"]]:
         """The largest of each row: the block that has it, then its place there.
 
         XLA would sort all.

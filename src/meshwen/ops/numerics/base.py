@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from jax import Array
+from jaxtyping import Float, Float32
 
 from meshwen.ops.backend import Backend
 from meshwen.ops.weight import Weight
@@ -25,36 +26,43 @@ class Numerics(ABC):
     ordered: ClassVar[bool]
 
     @abstractmethod
-    def matmul_leaves(self, x: Array, weight: Weight, backend: Backend) -> Array:
-        """`x @ weight` of a weight whose inputs are split: this device's part of the sum.
-
-        [M, in/n] x [in/n, out], in one leaf or several -> float32 [M, out].
-        """
-
-    @abstractmethod
-    def all_reduce(self, x: Array, collectives: Collectives) -> Array:
-        """The sum of the devices' partial sums: float32 [M, D] -> float32 [M, D]."""
+    def matmul_leaves(
+        self, x: Float[Array, "M in"], weight: Weight, backend: Backend
+    ) -> Float32[Array, "M out"]:
+        """`x @ weight` of a weight whose inputs are split: this device's part of the sum."""
 
     @abstractmethod
-    def select(self, x: Array, collectives: Collectives) -> Array:
-        """What one device has and the others have zeros for: float32, any shape."""
+    def all_reduce(
+        self, x: Float32[Array, "M D"], collectives: Collectives
+    ) -> Float32[Array, "M D"]:
+        """The sum of the devices' partial sums."""
 
     @abstractmethod
-    def largest(self, x: Array, collectives: Collectives) -> Array:
-        """The largest over the devices: float32 [B] -> float32 [B]."""
+    def select(
+        self, x: Float32[Array, "*shape"], collectives: Collectives
+    ) -> Float32[Array, "*shape"]:
+        """What one device has and the others have zeros for."""
 
     @abstractmethod
-    def vocabulary_sum(self, x: Array, backend: Backend, collectives: Collectives) -> Array:
-        """The sum over the vocabulary: float32 [B, V/n] -> float32 [B]."""
+    def largest(self, x: Float32[Array, " B"], collectives: Collectives) -> Float32[Array, " B"]:
+        """The largest over the devices."""
 
     @abstractmethod
-    def mean(self, x: Array, backend: Backend) -> Array:
-        """The mean over the last axis: float32 [..., D] -> float32 [..., 1]."""
+    def vocabulary_sum(
+        self, x: Float32[Array, "B V"], backend: Backend, collectives: Collectives
+    ) -> Float32[Array, " B"]:
+        """The sum over the vocabulary, of which each device has a part."""
+
+    @abstractmethod
+    def mean(self, x: Float32[Array, "*rows D"], backend: Backend) -> Float32[Array, "*rows 1"]:
+        """The mean over the last axis."""
 
     @abstractmethod
     def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
         """Products that are about to be added up; a compiler might not round them otherwise."""
 
     @abstractmethod
-    def pointwise(self, function: Callable[[Array], Array], x: Array) -> Array:
+    def pointwise(
+        self, function: Callable[[Array], Array], x: Float32[Array, "*shape"]
+    ) -> Float32[Array, "*shape"]:
         """A function of each element, such as exp, of which a compiler has approximations."""

@@ -29,6 +29,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Float32
 
 from meshwen.ops import ordered
 from meshwen.ops.backend import Backend
@@ -52,7 +53,9 @@ class Exact(Numerics):
 
     ordered: ClassVar[bool] = True
 
-    def matmul_leaves(self, x: Array, weight: Weight, backend: Backend) -> Array:
+    def matmul_leaves(
+        self, x: Float[Array, "M in"], weight: Weight, backend: Backend
+    ) -> Float32[Array, "M out"]:
         """`x @ weight`, the leaves' results added in a tree."""
         leaves = weight.leaves
 
@@ -65,7 +68,9 @@ class Exact(Numerics):
         partials = len(leaves) * weight.outputs
         return ordered.by_blocks(added, x, partials, backend.block_rows(leaves[0].dtype))
 
-    def all_reduce(self, x: Array, collectives: Collectives) -> Array:
+    def all_reduce(
+        self, x: Float32[Array, "M D"], collectives: Collectives
+    ) -> Float32[Array, "M D"]:
         """The tree's top: a subtree's sum on every device -> the sum of all, on every device."""
         if not collectives.axes:
             return positive_zeros(x)
@@ -75,25 +80,29 @@ class Exact(Numerics):
         share = tree_sum(shares.reshape(n, x.shape[0], -1), axis=0)
         return collectives.all_gather(share, axis=1)[:, : x.shape[1]]
 
-    def select(self, x: Array, collectives: Collectives) -> Array:
+    def select(
+        self, x: Float32[Array, "*shape"], collectives: Collectives
+    ) -> Float32[Array, "*shape"]:
         """An all-reduce of the bits."""
         if not collectives.axes:
             return x
         bits = collectives.all_reduce(lax.bitcast_convert_type(x, jnp.int32))
         return lax.bitcast_convert_type(bits, jnp.float32)
 
-    def largest(self, x: Array, collectives: Collectives) -> Array:
+    def largest(self, x: Float32[Array, " B"], collectives: Collectives) -> Float32[Array, " B"]:
         """The largest of what is gathered."""
         return collectives.stack(x).max(axis=0) if collectives.axes else x
 
-    def vocabulary_sum(self, x: Array, backend: Backend, collectives: Collectives) -> Array:
+    def vocabulary_sum(
+        self, x: Float32[Array, "B V"], backend: Backend, collectives: Collectives
+    ) -> Float32[Array, " B"]:
         """The sums of the slices, added in a tree."""
         slices = x.reshape(x.shape[0] * self.vocabulary_leaves, -1)
         sums = backend.row_sums(slices).reshape(x.shape[0], self.vocabulary_leaves)
         total = tree_sum(sums, axis=1)
         return tree_sum(collectives.stack(total), axis=0) if collectives.axes else total
 
-    def mean(self, x: Array, backend: Backend) -> Array:
+    def mean(self, x: Float32[Array, "*rows D"], backend: Backend) -> Float32[Array, "*rows 1"]:
         """A sum in one order, divided."""
         sums = backend.row_sums(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
         (mean,) = self.rounded((sums[..., None] / x.shape[-1],))
@@ -103,7 +112,9 @@ class Exact(Numerics):
         """The products, each rounded to float32 by itself."""
         return lax.optimization_barrier(products)
 
-    def pointwise(self, function: Callable[[Array], Array], x: Array) -> Array:
+    def pointwise(
+        self, function: Callable[[Array], Array], x: Float32[Array, "*shape"]
+    ) -> Float32[Array, "*shape"]:
         """The function by itself, in rows of one width."""
         rows = pad(x.reshape(-1), 0, -x.size % _VECTORS).reshape(-1, _VECTORS)
         (rows,) = lax.optimization_barrier((rows,))

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32
 
 from meshwen.ops.backend import Backend
 from meshwen.ops.dot import dot
@@ -23,23 +24,31 @@ class Fast(Numerics):
 
     ordered: ClassVar[bool] = False
 
-    def matmul_leaves(self, x: Array, weight: Weight, backend: Backend) -> Array:
+    def matmul_leaves(
+        self, x: Float[Array, "M in"], weight: Weight, backend: Backend
+    ) -> Float32[Array, "M out"]:
         """`x @ weight`, of which there is one leaf."""
         return backend.matmul(x, weight.leaf)
 
-    def all_reduce(self, x: Array, collectives: Collectives) -> Array:
+    def all_reduce(
+        self, x: Float32[Array, "M D"], collectives: Collectives
+    ) -> Float32[Array, "M D"]:
         """An all-reduce, in XLA's order."""
         return collectives.all_reduce(x)
 
-    def select(self, x: Array, collectives: Collectives) -> Array:
+    def select(
+        self, x: Float32[Array, "*shape"], collectives: Collectives
+    ) -> Float32[Array, "*shape"]:
         """An all-reduce."""
         return collectives.all_reduce(x)
 
-    def largest(self, x: Array, collectives: Collectives) -> Array:
+    def largest(self, x: Float32[Array, " B"], collectives: Collectives) -> Float32[Array, " B"]:
         """An all-reduce."""
         return collectives.all_reduce_max(x)
 
-    def vocabulary_sum(self, x: Array, backend: Backend, collectives: Collectives) -> Array:
+    def vocabulary_sum(
+        self, x: Float32[Array, "B V"], backend: Backend, collectives: Collectives
+    ) -> Float32[Array, " B"]:
         """A matmul with ones.
 
         It adds 150,000 terms in many partial sums, an order more exactly than a running sum does.
@@ -47,7 +56,7 @@ class Fast(Numerics):
         ones = jnp.ones((x.shape[1], 1), jnp.float32)
         return collectives.all_reduce(dot(x, ones, (((1,), (0,)), ((), ())))[:, 0])
 
-    def mean(self, x: Array, backend: Backend) -> Array:
+    def mean(self, x: Float32[Array, "*rows D"], backend: Backend) -> Float32[Array, "*rows 1"]:
         """XLA's mean."""
         return x.mean(axis=-1, keepdims=True)
 
@@ -55,6 +64,8 @@ class Fast(Numerics):
         """The products; a compiler may round one and its sum at once."""
         return products
 
-    def pointwise(self, function: Callable[[Array], Array], x: Array) -> Array:
+    def pointwise(
+        self, function: Callable[[Array], Array], x: Float32[Array, "*shape"]
+    ) -> Float32[Array, "*shape"]:
         """The function; a compiler may approximate it as it likes."""
         return function(x)
