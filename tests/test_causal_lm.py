@@ -397,7 +397,7 @@ def test_a_preset_runs_on_no_weights_but_those_that_were_asked_for(name):
 
 def test_a_preset_runs_on_dummy_weights(monkeypatch):
     small = (48, 32, 2, 6, 2, 263, True)  # The fields of the published sizes.
-    monkeypatch.setitem(presets._PUBLISHED, "qwen2.5-7b", small)
+    monkeypatch.setitem(presets._QWEN2_5, "qwen2.5-7b", small)
     told = []
     model = Qwen2ForCausalLM.from_pretrained(
         "Qwen2.5-7B",
