@@ -312,7 +312,7 @@ def test_what_a_user_should_know_of_a_checkpoint_is_a_warning(tmp_path):
         Qwen2ForCausalLM.from_pretrained(folder)
 
 
-def test_the_class_is_the_checkpoints_or_refused_in_one_line(folder):
+def test_the_class_is_the_checkpoints_or_refused_in_one_line(folder, monkeypatch):
     class Other(CausalLM):
         model_type = "other"
 
@@ -321,6 +321,9 @@ def test_the_class_is_the_checkpoints_or_refused_in_one_line(folder):
         Other.from_pretrained(folder)
     model = meshwen.AutoModelForCausalLM.from_pretrained(folder, load_format="dummy")
     assert type(model) is Qwen2ForCausalLM
+    monkeypatch.setattr("meshwen.causal_lm._CLASSES", {})  # As of one without a public class.
+    model = meshwen.AutoModelForCausalLM.from_pretrained(folder, load_format="dummy")
+    assert type(model) is CausalLM
 
 
 def test_another_architecture_is_refused_in_one_line(tmp_path):
