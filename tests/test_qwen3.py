@@ -35,7 +35,12 @@ UNTIED = Qwen3Config(
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
 )
-TIED = replace(UNTIED, tie_word_embeddings=True)
+TIED = replace(
+    UNTIED,
+    tie_word_embeddings=True,
+    layer_types=("full_attention", "sliding_attention"),
+    sliding_window=4,
+)
 # As published.
 QWEN3_0_6B = {
     "architectures": ["Qwen3ForCausalLM"],
