@@ -37,8 +37,8 @@ FAULTS = (
     _fault(
         "exact: tree adds other neighbours",
         "ops/ordered.py",
-        "pairs = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)]",
-        "pairs = [sums[i] + sums[-1 - i] for i in range(len(sums) // 2)]\n"
+        "pairs = [add(sums[i], sums[i + 1]) for i in range(0, len(sums) - 1, 2)]",
+        "pairs = [add(sums[i], sums[-1 - i]) for i in range(len(sums) // 2)]\n"
         "        if len(sums) % 2:\n"
         "            pairs.append(sums[len(sums) // 2])\n"
         "            sums = []",

@@ -79,13 +79,13 @@ def test_the_mesh_has_no_part_in_the_cost():
     assert len(costs) == 1
 
 
-def test_the_roof_is_memory_below_the_ridge_and_products_above():
+def test_the_roof_is_memory_below_the_ridge_and_matmuls_above():
     cost = decode_cost(model("qwen2.5-0.5b"), 1, 0)
     assert cost.least_seconds(bandwidth=1e9, rate=1e30) == cost.bytes / 1e9
     assert cost.least_seconds(bandwidth=1e30, rate=1e9) == cost.flops / 1e9
 
 
-def test_the_median_and_the_spread_are_told():
+def test_seconds_are_the_median_and_the_spread():
     assert Seconds.of([3.0, 1.0, 2.0, 9.0]) == Seconds(median=2.5, least=1.0, most=9.0)
 
 
@@ -123,19 +123,19 @@ def test_every_length_and_batch_is_measured(small_probes, tmp_path, capsys):
 def test_int8_is_measured_with_int8(small_probes, capsys):
     options = "--quantization int8 --batch 1 --prompt-len 8 --gen-len 1 --runs 1"
     assert main(["bench", *options.split()]) == 0
-    said = capsys.readouterr().out
-    assert "demo, int8, fast" in said
-    assert "GFLOP/s in int8" in said
+    output = capsys.readouterr().out
+    assert "demo, int8, fast" in output
+    assert "GFLOP/s in int8" in output
 
 
 def test_a_terminal_gets_tables(small_probes, capsys):
     assert (
         main(["bench", "--batch", "1", "--prompt-len", "8", "--gen-len", "1", "--runs", "1"]) == 0
     )
-    said = capsys.readouterr().out
-    assert "the machine: reads" in said
-    assert "time to the first token" in said
-    assert "a decode step" in said
+    output = capsys.readouterr().out
+    assert "the machine: reads" in output
+    assert "time to the first token" in output
+    assert "a decode step" in output
 
 
 def test_a_page_escapes_what_it_shows():
@@ -159,7 +159,7 @@ def test_a_page_escapes_what_it_shows():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "output"),
     [
         ("--batch 0", "--batch '0' is no list of numbers"),
         ("--batch 1,x", "no list of numbers"),
@@ -169,7 +169,7 @@ def test_a_page_escapes_what_it_shows():
         ("--batch 3 --mesh data=2", "--batch 3 is no multiple of the mesh's 2 parts"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options, said, capsys):
+def test_what_cannot_be_measured_is_refused(options, output, capsys):
     assert main(["bench", *options.split()]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert said in error
+    assert output in error

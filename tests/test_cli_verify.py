@@ -38,12 +38,30 @@ def test_a_sound_model_passes_and_its_faults_are_found(model, capsys, tmp_path):
     page, file = tmp_path / "report.html", tmp_path / "certificate.json"
     options = ["--self-test", "--html", str(page), "--json", str(file)]
     assert main(["verify", "--model", model, *SHORT, *options]) == 0
-    said = capsys.readouterr()
-    assert "every promise was kept" in said.out
-    assert "fast 2: within bounds" in said.err
+    output = capsys.readouterr()
+    assert "every promise was kept" in output.out
+    assert "fast 2: within bounds" in output.err
     found = json.loads(file.read_text())
     assert [fault["caught"] for fault in found["self_test"]["fast 2"]] == [True] * 3
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_int8_keeps_its_promises_its_faults_are_found_and_a_certificate_has_it(
+    model, capsys, tmp_path
+):
+    file, prompts = tmp_path / "certificate.json", tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt_tokens": [1, 2, 3]}\n{"prompt_tokens": [4]}\n')
+    run = ["verify", "--model", model, "--meshes", "1,2"]
+    options = ["--quantization", "int8", "--prompts", str(prompts), "--max-new-tokens", "2"]
+    assert main([*run, *options, "--self-test", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert (found["dtype"], found["quantization"]) == ("float32", "int8")
+    assert [row["bits_equal"] for row in found["rows"]][2:] == [True, True]
+    for numerics in ("fast", "exact"):
+        assert all(fault["caught"] for fault in found["self_test"][f"{numerics} 2"])
+    again = ["verify", "--model", model, "--meshes", "1", "--numerics", "fast"]
+    assert main([*again, "--against", str(file)]) == 0
+    assert "float32, int8: 2 prompts" in capsys.readouterr().out
 
 
 def test_a_broken_promise_is_exit_status_1(model, capsys, monkeypatch):
@@ -66,9 +84,9 @@ def test_a_wrong_weight_on_one_mesh_breaks_exact_numerics_and_is_placed(model, c
 
     monkeypatch.setattr(parity, "load_params", load)
     assert main(["verify", "--model", model, *EXACT]) == 1
-    said = capsys.readouterr().out
-    assert "exact 2: whole-sequence logits, against the first mesh's: not the same bits" in said
-    assert "first divergence: layer 0, MLP output" in said
+    output = capsys.readouterr().out
+    assert "exact 2: whole-sequence logits, against the first mesh's: not the same bits" in output
+    assert "first divergence: layer 0, MLP output" in output
 
 
 def test_a_floating_point_all_reduce_breaks_exact_numerics(model, capsys, monkeypatch):
@@ -119,11 +137,11 @@ def test_another_outcome_than_the_certificates_is_exit_status_1(
     other = tmp_path / "c.json"
     other.write_text(json.dumps(with_hash(found)))
     assert main(["verify", "--model", model, "--against", str(other)]) == 1
-    said = capsys.readouterr().out
-    assert "differs from the certificate: logits (whole and cached) of fast 2" in said
+    output = capsys.readouterr().out
+    assert "differs from the certificate: logits (whole and cached) of fast 2" in output
 
 
-def test_other_weights_than_the_certificates_are_told_before_anything_is_computed(
+def test_other_weights_than_the_certificates_are_reported_before_anything_is_computed(
     certificate, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(parity, "verify", None)
@@ -180,15 +198,15 @@ def test_meshes_are_split_where_one_ends(text, meshes):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("1,1x8,8,8", "twice"), (";", "no mesh"), ("x", "parse")]
+    ("text", "output"), [("1,1x8,8,8", "twice"), (";", "no mesh"), ("x", "parse")]
 )
-def test_meshes_that_make_no_sense_are_refused(text, said):
-    with pytest.raises(MeshwenError, match=said):
+def test_meshes_that_make_no_sense_are_refused(text, output):
+    with pytest.raises(MeshwenError, match=output):
         parse_meshes(text)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "output"),
     [
         (["--meshes", "1,3", "--numerics", "exact"], "exact numerics splits a model over"),
         (["--max-new-tokens", "120"], "do not fit the model's context"),
@@ -202,10 +220,10 @@ def test_meshes_that_make_no_sense_are_refused(text, said):
         (["--prompts", "none.txt"], "cannot read none.txt"),
     ],
 )
-def test_what_cannot_be_run_is_one_line_and_exit_status_2(model, options, said, capsys):
+def test_what_cannot_be_run_is_one_line_and_exit_status_2(model, options, output, capsys):
     assert main(["verify", "--model", model, *options]) == 2
     *notes, error = capsys.readouterr().err.splitlines()
     assert error.startswith("meshwen: error: ")
-    assert said in error
+    assert output in error
     expected = ("dummy token ids", "transformers generates")
     assert all(line.endswith(expected) for line in notes)

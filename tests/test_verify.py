@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every mesh is asked the same, and what it answers is written down so that it can be checked."""
+"""Every mesh computes the same, and its results are written down so that they can be checked."""
 
 import json
 from html.parser import HTMLParser
@@ -63,7 +63,7 @@ def test_generated_tokens_are_the_greedy_ones_of_float64(mesh):
     assert mesh_run(mesh).generate().tolist() == [list(tokens) for tokens in expected]
 
 
-def test_a_mesh_that_is_fed_other_tokens_says_what_it_would_take():
+def test_a_mesh_that_is_fed_other_tokens_reports_its_own_choice():
     run = mesh_run("4")
     fed = np.full((len(PROMPTS), STEPS), 7, np.int32)
     run.workload = Workload(PROMPTS, STEPS, 2, fed)
@@ -94,7 +94,7 @@ def test_a_device_holds_its_part_and_sends_what_its_collectives_send(outcome):
     one, two = outcome.rows[:2]
     assert one.weight_bytes[1] == bytes_on_one_device(weights())
     assert two.weight_bytes[0] == two.weight_bytes[1] < one.weight_bytes[0] * 0.6
-    # Keys and values of float32 in 2 layers, 16 slots for each of 4 rows.
+    # Keys and values of float32 in 2 layers, 16 positions in each of 4 rows.
     assert one.cache_bytes[0] == 2 * 2 * 16 * 4 * TINY.num_key_value_heads * TINY.head_dim * 4
     assert two.cache_bytes == (one.cache_bytes[0] // 4, one.cache_bytes[0] // 4)
     assert one.sent_bytes_per_token == 0
@@ -117,7 +117,7 @@ def test_the_same_run_has_the_same_certificate(found, outcome):
     assert differences(again, found) == {"outcome": [], "environment": []}
 
 
-def test_a_certificate_tells_other_weights_tokens_and_logits(found, tmp_path):
+def test_a_certificate_reports_other_weights_tokens_and_logits(found, tmp_path):
     other = checkpoint(**{HEAD: weights()[HEAD][::-1].copy()})
     changed = verify(other, [MeshSpec.parse("1")], ["fast"], "float32", workload())
     after = certified(other, changed)
@@ -143,7 +143,14 @@ def test_tokens_in_numerics_that_a_certificate_has_not_are_no_difference(found):
     assert all(line.endswith("is not in the certificate") for line in outcome)
 
 
-def test_a_certificate_tells_another_environment(found):
+def test_a_certificate_from_before_int8_could_be_checked_is_one_without(found):
+    older = {key: value for key, value in found.items() if key != "quantization"}
+    assert differences(older, found)["outcome"] == []
+    (line,) = differences(older, found | {"quantization": "int8"})["outcome"]
+    assert line == "quantization: none before, int8 now"
+
+
+def test_a_certificate_reports_another_environment(found):
     other = found | {"environment": found["environment"] | {"jax": "9.9"}}
     (line,) = differences(other, found)["environment"]
     assert line.startswith("jax: '9.9' before")

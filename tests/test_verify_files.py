@@ -72,7 +72,7 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("keys", "value"), EDITS, ids=[".".join(map(str, k)) for k, _ in EDITS])
-def test_an_edit_anywhere_is_told(tmp_path, keys, value):
+def test_an_edit_anywhere_is_reported(tmp_path, keys, value):
     content = deepcopy(json.loads(as_json(with_hash(CONTENT))))
     inner = content
     for key in keys[:-1]:
@@ -101,10 +101,10 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("edit", "said"), CONTRADICTIONS, ids=[said for _, said in CONTRADICTIONS])
-def test_a_certificate_that_contradicts_itself_is_refused_whatever_its_hash(tmp_path, edit, said):
+@pytest.mark.parametrize(("edit", "message"), CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
+def test_a_certificate_that_contradicts_itself_is_refused(tmp_path, edit, message):
     path = written(tmp_path / "c.json", with_hash(CONTENT | edit))
-    assert refusal(read_certificate, path).startswith(said)
+    assert refusal(read_certificate, path).startswith(message)
 
 
 GOLDEN = [
@@ -121,8 +121,8 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), GOLDEN, ids=[text for text, _ in GOLDEN])
-def test_reference_outputs_of_another_form_are_refused_with_the_key(tmp_path, text, said):
+@pytest.mark.parametrize(("text", "message"), GOLDEN, ids=[text for text, _ in GOLDEN])
+def test_reference_outputs_of_another_form_are_refused_with_the_key(tmp_path, text, message):
     path = tmp_path / "g.json"
     path.write_text(text)
-    assert refusal(read_golden, path).startswith(said)
+    assert refusal(read_golden, path).startswith(message)

@@ -121,8 +121,8 @@ GATHER, EXCHANGE = (Collective(kind, "f32", 8, 64) for kind in ("all-gather", "a
 def test_every_collective_that_is_not_promised_breaks_a_promise(numerics, promised):
     assert broken_by_collectives(numerics, 6, promised) == []
     for one in set(promised):
-        (said,) = broken_by_collectives(numerics, 6, [*promised, one])
-        assert one.kind in said
+        (message,) = broken_by_collectives(numerics, 6, [*promised, one])
+        assert one.kind in message
     other = Collective("collective-permute", "f32", 8, 64)
     assert "none is promised" in broken_by_collectives(numerics, 6, [*promised, other])[0]
 
@@ -131,8 +131,8 @@ def test_every_collective_that_is_not_promised_breaks_a_promise(numerics, promis
 @pytest.mark.parametrize("reducer", ["add", "multiply", "convert", "unknown"])
 def test_exact_numerics_promise_no_sum_of_floats_by_xla(kind, reducer):
     floats = Collective(kind, "bf16", 8, 64, reducer)
-    said = broken_by_collectives("exact", 6, [floats])
-    assert f"an exact step has a floating-point {kind}" in said[-1]
+    message = broken_by_collectives("exact", 6, [floats])
+    assert f"an exact step has a floating-point {kind}" in message[-1]
     for harmless in (replace(floats, dtype="s32"), replace(floats, reducer="maximum")):
         assert not any("floating" in line for line in broken_by_collectives("exact", 6, [harmless]))
 

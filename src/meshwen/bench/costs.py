@@ -22,7 +22,7 @@ class Cost:
 
     Attributes:
         bytes: of weights and of the cache, to be read once.
-        flops: of products; a multiplication and an addition are two.
+        flops: of matmuls; a multiplication and an addition are two.
     """
 
     bytes: int
@@ -49,7 +49,7 @@ def decode_cost(model: PlacedModel, batch: int, length: int) -> Cost:
     weights = _matmuls(model)
     cache = length * model.cache_bytes_per_token(config.num_key_value_heads)
     embeddings = config.hidden_size * model.dtype.itemsize
-    attention = 2 * config.num_hidden_layers * _attention_products(config) * length
+    attention = 2 * config.num_hidden_layers * _attention_terms(config) * length
     return Cost(
         bytes=_bytes(weights, model) + batch * (cache + embeddings),
         flops=batch * (2 * _elements(weights) + attention),
@@ -63,19 +63,19 @@ def prefill_cost(model: PlacedModel, length: int) -> Cost:
     """
     config = model.config
     *body, head = _matmuls(model)
-    products = length * _elements(body) + _elements([head])
-    products -= (length - 1) * _elements(_of_last_token(body, config))
+    terms = length * _elements(body) + _elements([head])
+    terms -= (length - 1) * _elements(_of_last_token(body, config))
     pairs = length * (length + 1) // 2
     embeddings = length * config.hidden_size * model.dtype.itemsize
     layers = config.num_hidden_layers
-    attended = ((layers - 1) * pairs + length) * _attention_products(config)
+    attended = ((layers - 1) * pairs + length) * _attention_terms(config)
     return Cost(
         bytes=_bytes([*body, head], model) + embeddings,
-        flops=2 * products + 2 * attended,
+        flops=2 * (terms + attended),
     )
 
 
-def _attention_products(config: ModelConfig) -> int:
+def _attention_terms(config: ModelConfig) -> int:
     """Multiplications of a query token with one key and one value, in a layer."""
     return 2 * config.num_attention_heads * config.head_dim
 

@@ -60,12 +60,12 @@ def first_token(engine: Engine, length: int, runs: int) -> Seconds:
     """From a prompt of `length` tokens to the first token of its answer."""
     request = Request((1,) * length, SamplingParams(max_new_tokens=1, temperature=0))
 
-    def read(number: int) -> None:
+    def prefill(number: int) -> None:
         for event in engine.run([request]):
             if event.completion and event.completion.error:
                 raise MeshwenError(event.completion.error)
 
-    return _timed(read, runs)
+    return _timed(prefill, runs)
 
 
 def _timed(run: Callable[[int], None], count: int) -> Seconds:

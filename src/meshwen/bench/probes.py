@@ -31,7 +31,7 @@ _RUNS = 7
 def read_bandwidth(mesh: AnyMesh) -> float:
     """Bytes a second that all devices read together, at most.
 
-    The largest of several runs of a product of a matrix with a vector, whose result is small.
+    The largest of several runs of a matmul with a vector, whose result is small.
     """
     columns = 1 << 12
     rows = _READ_BYTES // (4 * columns)
@@ -43,20 +43,20 @@ def read_bandwidth(mesh: AnyMesh) -> float:
 
 @own_settings()
 def matrix_rate(mesh: AnyMesh, dtype: jnp.dtype, quantization: Quantization | None = None) -> float:
-    """Operations a second of all devices together in a product of square matrices, at most.
+    """Operations a second of all devices together in a matmul of square matrices, at most.
 
     XLA multiplies, but int8 the kernels, where there are any: XLA has nothing fast for it.
     """
     shape = (_MATRIX, _MATRIX)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     right: Leaf = jnp.ones(shape, dtype)
     backend = backend_of(mesh)
     format = backend.format(quantization)
     if quantization and format and backend.matmul_name(dtype, quantization) != XLA:
-        dtype, product = jnp.dtype(jnp.float32), jax.jit(backend.matmul)
+        dtype, matmul = jnp.dtype(jnp.float32), jax.jit(backend.matmul)
         right = format.pack(jnp.ones(shape), dtype)
     left = _on_each(mesh, shape, dtype)
-    return 2 * left.size * _MATRIX / _least_seconds(product, left, right)
+    return 2 * left.size * _MATRIX / _least_seconds(matmul, left, right)
 
 
 def _on_each(mesh: AnyMesh, shape: tuple[int, int], dtype: jnp.dtype) -> Array:

@@ -28,7 +28,7 @@ class Machine:
 
     Attributes:
         bandwidth: bytes read a second.
-        rate: operations a second in products of the model's weights.
+        rate: operations a second in matmuls with the model's weights.
     """
 
     bandwidth: float
@@ -48,7 +48,7 @@ class Row:
         phase: "prefill", from a prompt to the first token, or "decode", a step of the batch.
         batch: sequences.
         length: tokens of each before the step, or of the prompt.
-        tokens: that the measured time gave or read.
+        tokens: prefilled or generated in the measured time.
         seconds: of the measured time.
         cost: what it has to read and to multiply at least.
         share: of the speed that the machine's limits allow, 1 at most but for noise.
@@ -96,13 +96,13 @@ def measure(
         prompts: tokens of a prompt.
         steps: decode steps to take the median of.
         runs: prompts to take the median of.
-        note: told what is measured next.
+        note: gets a line about what is measured next.
 
     Raises:
-        MeshwenError: the memory has no room for the largest cache.
+        MeshwenError: the largest cache does not fit the memory.
     """
     placed = model.runner.model
-    _check_room(model, max(batches), max(prompts) + steps)
+    _check_memory(model, max(batches), max(prompts) + steps)
 
     def row(phase: str, batch: int, length: int, tokens: int, seconds: Seconds, cost: Cost) -> Row:
         share = cost.least_seconds(machine.bandwidth, machine.rate) / seconds.median
@@ -110,7 +110,7 @@ def measure(
 
     rows = []
     for length in prompts:
-        note(f"reading a prompt of {length} tokens")
+        note(f"prefilling a prompt of {length} tokens")
         seconds = first_token(model.engine, length, runs)
         cost = prefill_cost(placed, length)
         rows.append(row("prefill", 1, length, length, seconds, cost))
@@ -123,7 +123,7 @@ def measure(
     return rows
 
 
-def _check_room(model: CausalLM, batch: int, length: int) -> None:
+def _check_memory(model: CausalLM, batch: int, length: int) -> None:
     budget = cache_budget(model.runner, batch)
     if not budget.holds((batch, shape_bucket(length))):
         raise MeshwenError(

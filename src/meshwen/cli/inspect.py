@@ -103,7 +103,7 @@ def _abstract_mesh(text: str) -> AbstractMesh:
 
 
 def _load_format(model: str, load_format: LoadFormat, stats: bool) -> LoadFormat:
-    """What to open: a preset has no weights, and a hub id's are downloaded only if asked for."""
+    """What to open: a preset has no weights; a hub id's are downloaded for some options."""
     from meshwen.checkpoints import name_kind
 
     kind = name_kind(model)

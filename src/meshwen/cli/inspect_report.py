@@ -50,7 +50,7 @@ class TensorRow:
         device_axes: logical axes in the order kept on the devices.
         device_shape: shape on all devices together, padding and copies included.
         shard_shape: shape of one device's part.
-        stats: of the file's values, where asked for.
+        stats: of the file's values, with --stats.
     """
 
     name: str
@@ -107,9 +107,9 @@ def tensor_stats(source: TensorSource) -> Stats:
 
 
 def head_report(plan: ParallelPlan) -> dict[str, Any]:
-    """The head layout: which slots each device holds, and what padding and copies cost."""
+    """The head layout: which heads each device holds, and what padding and copies cost."""
     heads = plan.heads
-    slots = heads.devices * heads.local_query_heads
+    with_padding = heads.devices * heads.local_query_heads
     return {
         "devices": heads.devices,
         "data_groups": plan.data_devices,
@@ -117,9 +117,9 @@ def head_report(plan: ParallelPlan) -> dict[str, Any]:
         "key_value_heads": heads.key_value_heads,
         "key_value_heads_per_device": heads.local_key_value_heads,
         "query_slots_per_key_value_head": heads.group_size,
-        "query_slots": slots,
+        "query_slots": with_padding,
         "padded_query_slots": heads.padding_query_heads,
-        "query_cost_percent": percent_more(slots, heads.query_heads),
+        "query_cost_percent": percent_more(with_padding, heads.query_heads),
         "key_value_copies": heads.key_value_copies,
         "key_value_cost_percent": percent_more(heads.key_value_copies, 1),
         "device_key_value_heads": as_lists(heads.device_key_value_heads()),
@@ -158,7 +158,7 @@ def inspection(
         "head_layout": head_report(placed.plan),
         "weights": weight_bytes(placed.weights),
         "kv_cache": cache_report(placed),
-        "sums": sums_report(placed.plan),
+        "sums": sums_report(placed.weights),
     }
 
 

@@ -3,50 +3,43 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
-from meshwen.parallel.plan import ParallelPlan
+from meshwen.ops.ordered import added_in_tree, added_in_trees
+from meshwen.verify.operations import row_parallel
+from meshwen.weights.placed import PlacedWeight, Placement
 
 _MOST_NAMES = 16
 
 
-def sums_report(plan: ParallelPlan) -> dict[str, Any] | None:
+def sums_report(weights: Placement) -> dict[str, Any] | None:
     """The sums that cross devices: leaves of each device, and the tree; None in fast numerics."""
+    plan = weights.plan
     if not plan.exact:
         return None
-    heads, devices = plan.heads, plan.model_devices
-    inner = plan.axis_length("mlp")
-    mlp = plan.leaves("mlp")[0] * devices
+    # In all layers alike.
+    sums = {operation.name: _sum(weight) for operation, weight in row_parallel(weights).items()}
+    return sums | {"across_devices": tree_text([f"d{i}" for i in range(plan.model_devices)])}
+
+
+def _sum(weight: PlacedWeight) -> dict[str, Any]:
+    axis, plan = weight.spec.axes[-1], weight.plan
+    leaves = weight.leaves * plan.model_devices
+    leaf = "one query head" if axis == "query" else f"1/{leaves} of the inner dimension"
+    names = [str(i) for i in range(weight.leaves)]
     return {
-        "attention output": {
-            "leaf": f"one query-head slot: {plan.sizes.head_dim} inputs",
-            "leaves_per_device": prod(plan.leaves("query")),
-            "device_tree": _groups(heads.local_key_value_heads, heads.group_size),
-        },
-        "MLP output": {
-            "leaf": f"1/{mlp} of the inner dimension: {inner // mlp} inputs",
-            "leaves_per_device": mlp // devices,
-            "device_tree": tree_text([str(i) for i in range(mlp // devices)]),
-        },
-        "across_devices": tree_text([f"d{i}" for i in range(devices)]),
+        "leaf": f"{leaf}: {plan.axis_length(axis) // leaves} inputs",
+        "leaves_per_device": weight.leaves,
+        "device_tree": added_in_trees(names, weight.tree, tree_text),
     }
 
 
-def tree_text(names: list[str]) -> str:
+def tree_text(names: Sequence[str]) -> str:
     """The additions of a binary tree, neighbours first: ((0+1)+(2+3)).
 
     Of many names only the ends are shown.
     """
     if len(names) > _MOST_NAMES:
         return f"{tree_text(names[:4])} + ... + {tree_text(names[-4:])}, pairs of neighbours"
-    while len(names) > 1:
-        pairs = [f"({a}+{b})" for a, b in zip(names[::2], names[1::2], strict=False)]
-        names = pairs + names[2 * len(pairs) :]
-    return names[0]
-
-
-def _groups(groups: int, slots: int) -> str:
-    """The tree of query-head slots: first those of each key/value head."""
-    subtrees = [tree_text([str(g * slots + s) for s in range(slots)]) for g in range(groups)]
-    return tree_text(subtrees)
+    return added_in_tree(names, lambda a, b: f"({a}+{b})")

@@ -15,9 +15,10 @@ from meshwen.cli.inspect_report import TensorRow
 from meshwen.cli.tables import PlainTable, print_pairs
 from meshwen.common.units import bytes_text, count_text
 
-_SHARED_FIELDS = ("architectures", "model_type", "hidden_act", "max_window_layers")
+_SHARED_FIELDS = ("architectures", "hidden_act", "max_window_layers")
 _MOST_DEVICES = 64
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# A module in a list: its list, its number there, what follows.
+_NUMBERED = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _Line = tuple[str, ...]
 
 
@@ -60,22 +61,23 @@ def _tensor_table(rows: list[TensorRow], *, fold: bool) -> PlainTable:
 
 def _folded(rows: list[TensorRow], has_file: bool) -> list[_Line]:
     """Lines of the table, with one block of lines for all layers that are alike."""
-    layers: dict[int, list[_Line]] = {}
+    layers: dict[tuple[str, int], list[_Line]] = {}
     before: list[_Line] = []
     after: list[_Line] = []
     for row in rows:
         line = _line(row, has_file)
-        if match := _LAYER.fullmatch(row.name):
-            layers.setdefault(int(match[1]), []).append((f" {match[2]}", *line[1:]))
+        if match := _NUMBERED.fullmatch(row.name):
+            layer = match[1], int(match[2])
+            layers.setdefault(layer, []).append((f" {match[3]}", *line[1:]))
         else:
             (after if layers else before).append(line)
-    alike: dict[tuple[_Line, ...], list[int]] = {}
-    for layer, lines in layers.items():
-        alike.setdefault(tuple(lines), []).append(layer)
+    alike: dict[tuple[str, tuple[_Line, ...]], list[int]] = {}
+    for (name, number), lines in layers.items():
+        alike.setdefault((name, tuple(lines)), []).append(number)
     blocks = [
         line
-        for block, numbers in alike.items()
-        for line in ((f"model.layers.{{{_ranges(numbers)}}}.",), *block)
+        for (name, block), numbers in alike.items()
+        for line in ((f"{name}.{{{_ranges(numbers)}}}.",), *block)
     ]
     return [*before, *blocks, *after]
 
@@ -128,7 +130,7 @@ def _print_heads(report: dict[str, Any], console: Console) -> None:
         f"Heads: {heads['query_heads']} query and {heads['key_value_heads']} key/value heads on "
         f"mesh {report['mesh']}"
         + (f", the same in all {groups} data groups" if groups > 1 else ""),
-        *(">device", ">kv head", "~query heads (. is a padded slot)"),
+        *(">device", ">kv head", "~query heads (. is padding)"),
     )
     for line in _head_lines(heads):
         table.add_row(*line)
@@ -136,13 +138,13 @@ def _print_heads(report: dict[str, Any], console: Console) -> None:
     hidden = heads["devices"] - _MOST_DEVICES
     if hidden > 0:
         say(console, f"  ... and {hidden} more devices (--json lists them all)")
-    kv_slots = heads["devices"] * heads["key_value_heads_per_device"]
+    key_value_heads = heads["devices"] * heads["key_value_heads_per_device"]
     say(
         console,
         f"\nOn each device: {_plural(heads['key_value_heads_per_device'], 'kv head')}, each with "
-        f"{_plural(heads['query_slots_per_key_value_head'], 'query slot')}. In all: "
-        f"{heads['query_slots']} query slots for {heads['query_heads']} heads "
-        f"({_cost(heads['query_cost_percent'])}), {kv_slots} kv slots for "
+        f"{_plural(heads['query_slots_per_key_value_head'], 'query head')}. With padding and "
+        f"copies: {heads['query_slots']} query heads for the model's {heads['query_heads']} "
+        f"({_cost(heads['query_cost_percent'])}), {key_value_heads} kv heads for "
         f"{heads['key_value_heads']} ({_cost(heads['key_value_cost_percent'])}).",
     )
 
@@ -158,11 +160,11 @@ def _head_lines(heads: dict[str, Any]) -> Iterator[_Line]:
         if device >= _MOST_DEVICES:
             return
         for i, (head, group) in enumerate(zip(key_value_heads, groups, strict=True)):
-            slots = " ".join(_slot(slot).rjust(width) for slot in group)
-            yield "" if i else str(device), _slot(head), slots
+            query_heads = " ".join(_head(one).rjust(width) for one in group)
+            yield "" if i else str(device), _head(head), query_heads
 
 
-def _slot(head: int | None) -> str:
+def _head(head: int | None) -> str:
     return "." if head is None else str(head)
 
 
@@ -203,10 +205,9 @@ def _print_sums(sums: dict[str, Any], console: Console) -> None:
         "Sums in exact numerics: leaves that no mesh changes, added in one tree",
         *("sum", "~a leaf", ">per device", "~added on each device"),
     )
-    for name in ("attention output", "MLP output"):
-        sum_ = sums[name]
-        leaves = str(sum_["leaves_per_device"])
-        table.add_row(name, sum_["leaf"], leaves, sum_["device_tree"])
+    for name, one in sums.items():
+        if name != "across_devices":
+            table.add_row(name, one["leaf"], str(one["leaves_per_device"]), one["device_tree"])
     table.print(console)
     if "+" in sums["across_devices"]:
         say(console, f"\nThen the devices' sums: {sums['across_devices']}.")

@@ -83,10 +83,10 @@ class PlainTable:
 
     def _table(self, part: Sequence[int], width: int) -> Table:
         least = [self._least(column) for column in part]
-        wanted = [_widest([self._headings[i], *self._cells(i)]) for i in part]
+        natural = [_widest([self._headings[i], *self._cells(i)]) for i in part]
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
         room = width - _GAP * (len(part) - 1)
-        for column, given in zip(part, _shared_out(least, wanted, room), strict=True):
+        for column, given in zip(part, _shared_out(least, natural, room), strict=True):
             table.add_column(
                 plain(self._headings[column]),
                 justify="right" if self._right[column] else "left",
@@ -130,12 +130,12 @@ def _widest(texts: Sequence[str]) -> int:
     )
 
 
-def _shared_out(least: Sequence[int], wanted: Sequence[int], room: int) -> list[int]:
-    """Widths from the least that are up to what is wanted; what there is more, in equal shares."""
+def _shared_out(least: Sequence[int], natural: Sequence[int], room: int) -> list[int]:
+    """The least widths, and what room is left in equal shares, up to the natural widths."""
     widths, extra = list(least), room - sum(least)
-    columns = sorted(range(len(least)), key=lambda i: wanted[i] - least[i])
+    columns = sorted(range(len(least)), key=lambda i: natural[i] - least[i])
     for done, column in enumerate(columns):
-        more = max(0, min(wanted[column] - least[column], extra // (len(columns) - done)))
+        more = max(0, min(natural[column] - least[column], extra // (len(columns) - done)))
         widths[column] += more
         extra -= more
     return widths

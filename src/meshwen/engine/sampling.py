@@ -253,7 +253,11 @@ def _scores(scaled: Float32[Array, "B N"], noise: Float32[Array, "B N"]) -> Floa
 
 
 def _tree_sum(x: Float32[Array, "B N"]) -> Float32[Array, "B 1"]:
-    """The sum of each row, neighbours first, unchanged by zeros behind."""
+    """The sum of each row, neighbours first, unchanged by zeros behind.
+
+    The order of `ordered.tree_sum`, a level at a time: its unrolled program has an addition a term,
+    and here a term may be each token of the vocabulary.
+    """
     while x.shape[1] > 1:
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
         x = x[:, ::2] + x[:, 1::2]

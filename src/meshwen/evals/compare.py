@@ -59,7 +59,7 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
     """Pairs the answers of two runs, problem by problem; one that is in one alone counts for none.
 
     Raises:
-        MeshwenError: they have no answer in common, or a problem was asked otherwise.
+        MeshwenError: they have no answer in common, or a problem has another prompt.
     """
     keys = sorted(first.records.keys() & second.records.keys())
     if not keys:
@@ -127,7 +127,7 @@ def settings_apart(runs: Sequence[RunFile]) -> dict[str, list[Any]]:
 
 
 def _first_difference(one: Record, other: Record) -> int | None:
-    """Where the tokens of two answers part; where one ends, for its beginning."""
+    """The index of the first token that differs; past the end of one, its length."""
     ours, theirs = one["tokens"], other["tokens"]
     if ours == theirs:
         return None

@@ -31,7 +31,7 @@ class Question:
     Attributes:
         problem: the problem.
         token_ids: the prompt.
-        sample: which of the answers to the problem is asked for.
+        sample: which of the answers to the problem.
     """
 
     problem: Problem
@@ -88,18 +88,18 @@ def answer_all(
         sampling: how to continue prompts; each answer has a seed made from `sampling.seed`.
         run: gets the answers.
         eos_token: the tokenizer's, for styles that stop at it.
-        progress: told after each token how many answers there are, how many of them are right, and
-            how many tokens this call has got.
+        progress: called after each token: how many answers there are, how many are right, how
+            many tokens this call has got.
     """
     began = time.perf_counter() - run.seconds
     sampling = replace(sampling, stop=style.stop_strings(eos_token), logprobs=True)
     open_ones = [q for q in questions if q.key not in run.records]
-    asked, requests = [], []
+    pending, requests = [], []
     for one in open_ones:
         request = Request(one.token_ids, replace(sampling, seed=one.seed(sampling.seed)))
         error = _refusal(one, request, engine)
         if error is None:
-            asked.append(one)
+            pending.append(one)
             requests.append(request)
         else:
             run.write(_failed(one, error) | {"elapsed": run.seconds})
@@ -107,7 +107,7 @@ def answer_all(
     done, right = len(answered), sum(record["correct"] for record in answered)
     for tokens, event in enumerate(engine.run(requests), start=1):
         if event.completion is not None:
-            one, error = asked[event.request], event.completion.error
+            one, error = pending[event.request], event.completion.error
             record = _failed(one, error) if error else _record(one, event.completion, style)
             run.write(record | {"elapsed": round(time.perf_counter() - began, 3)})
             done, right = done + 1, right + record["correct"]
@@ -198,7 +198,7 @@ def _refusal(one: Question, request: Request, engine: Engine) -> str | None:
 def _record(one: Question, completion: Completion, style: PromptStyle) -> Record:
     answer = {"tokens": list(completion.tokens), "text": completion.text}
     return (
-        _asked(one)
+        _question_fields(one)
         | answer
         | _graded(one, completion.text, style)
         | {
@@ -231,7 +231,7 @@ def _graded(one: Question, text: str, style: PromptStyle) -> Record:
 
 
 def _failed(one: Question, error: str) -> Record:
-    return _asked(one) | {
+    return _question_fields(one) | {
         "tokens": [],
         "text": "",
         "extracted": None,
@@ -245,7 +245,7 @@ def _failed(one: Question, error: str) -> Record:
     }
 
 
-def _asked(one: Question) -> Record:
+def _question_fields(one: Question) -> Record:
     return {
         "id": one.problem.number,
         "sample": one.sample,

@@ -99,15 +99,15 @@ class MeshwenLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text. Qwen2 puts no special token before a text."""
+        """Token ids of a text. Qwen's tokenizers put no special token before a text."""
         return self._tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers to prompts; all go to the engine at once, which keeps its slots full."""
-        asked = [self._request(*request.args) for request in requests]
+        """Answers to prompts; all go to the engine at once, which keeps its batch full."""
+        converted = [self._request(*request.args) for request in requests]
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="meshwen") as bar:
-            for event in self._model.engine.run(asked):
+            for event in self._model.engine.run(converted):
                 if event.completion is not None:
                     if event.completion.error is not None:
                         raise MeshwenError(event.completion.error)
@@ -157,10 +157,10 @@ class MeshwenLM(TemplateLM):
         found = []
         for strings, context, continuation in tqdm(requests, disable=disable_tqdm, desc="meshwen"):
             tokens = [*context, *continuation][-(self.max_length + 1) :]
-            wanted = jnp.asarray(continuation[-len(tokens) + 1 :])
-            logits = self._model(np.array([tokens[:-1]]))[0, -len(wanted) :]
-            logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[:, None], axis=1)
-            greedy = bool((logits.argmax(axis=1) == wanted).all())
+            targets = jnp.asarray(continuation[-len(tokens) + 1 :])
+            logits = self._model(np.array([tokens[:-1]]))[0, -len(targets) :]
+            logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
+            greedy = bool((logits.argmax(axis=1) == targets).all())
             total = float(np.sum(np.asarray(logprobs, np.float64)))
             if not isfinite(total):
                 raise MeshwenError("the model's logits are NaN or infinite: it cannot be scored")

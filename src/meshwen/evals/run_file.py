@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run files: what was asked and every answer, a JSON object a line, safe against any interruption.
+"""Run files: the settings and every answer, a JSON object a line, safe against any interruption.
 
 The first line holds the settings. Each answer is one write that reaches the disk before the next
 problem's; so a run that is killed leaves whole lines and at most one torn one, the last, which is

@@ -54,7 +54,7 @@ class PromptStyle:
         shots: solved problems before the question.
         stop: strings that end an answer.
         stops_at_eos: whether the tokenizer's `eos_token` does too, whatever the model's is.
-        max_new_tokens: most tokens of an answer, unless another limit is asked for.
+        max_new_tokens: most tokens of an answer, unless another limit is given.
         extract: finds an answer in a text. The first is what counts; others are told beside it.
         equal: whether what was found is the reference answer.
         grading: raised when answers come to end elsewhere, or `extract` or `equal` to find or to

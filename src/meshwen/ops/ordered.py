@@ -24,7 +24,9 @@ result here has +0.0 in the place of -0.0.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -32,6 +34,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import BFloat16, Float, Float32
 
 from meshwen.ops.dot import batched, dot
+
+Term = TypeVar("Term")  # an array; to show the order of additions, a text
 
 _LONGEST_SUM = 64  # products that one float32 matmul adds up
 _BFLOAT16_ROWS = 8  # at least: fewer are slower, and one would have another order
@@ -144,13 +148,25 @@ def tree_sum(x: Float32[Array, "*shape"], axis: int) -> Float32[Array, "*others"
     return positive_zeros(added_in_tree(parts))
 
 
-def added_in_tree(terms: Sequence[Array]) -> Array:
-    """The sum of equal arrays as a binary tree, neighbours first; of an odd one out the last."""
+def added_in_tree(terms: Sequence[Term], add: Callable[[Term, Term], Term] = operator.add) -> Term:
+    """The sum of terms as a binary tree, neighbours first; an odd one out is kept for the end."""
     sums = list(terms)
     while len(sums) > 1:
-        pairs = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)]
+        pairs = [add(sums[i], sums[i + 1]) for i in range(0, len(sums) - 1, 2)]
         sums = pairs + sums[2 * len(pairs) :]
     return sums[0]
+
+
+def added_in_trees(
+    terms: Sequence[Term],
+    tree: tuple[int, ...],
+    added: Callable[[Sequence[Term]], Term] = added_in_tree,
+) -> Term:
+    """The sum of a nested shape of terms: level by level, the last first; each a binary tree."""
+    for size in reversed(tree):
+        terms = [added(terms[i : i + size]) for i in range(0, len(terms), size)]
+    (total,) = terms
+    return total
 
 
 def positive_zeros(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -19,7 +19,8 @@ FLOAT32_RELATIVE = 1e-4
 # then, but the distribution has.
 # int8, in either dtype: kernels round what is multiplied with weights to int8 too, so tipped values
 # are further off; and where a device's part of a weight is no whole number of groups of 32, groups
-# are others, and so are rounded weights (measured for the demo on up to 32 devices: 1.4e-3, 0.1).
+# are others, and so are rounded weights (measured on up to 32 devices: mean 1.4e-3 and at most 0.1
+# for the demo, mean 8e-4 for the 0.5B).
 MOST_KL = {"bfloat16": (2e-4, 1e-2), "int8": (5e-3, 0.5)}  # mean, of a position
 # The sampler's own program may round otherwise than the one that gives logits: so far may its token
 # stay behind the likeliest, in units of the largest logit. In exact numerics it may not.

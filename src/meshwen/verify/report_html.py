@@ -96,5 +96,4 @@ def _plot(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _short(operation: str) -> str:
     """A name that fits under the plot: `3:MLP output` becomes `3 mlp`."""
     layer, _, name = operation.rpartition(":")
-    short = {"attention output": "att", "MLP output": "mlp", "embedding": "emb"}.get(name, "norm")
-    return f"{layer} {short}".strip()
+    return f"{layer} {name[:3].lower()}" if layer else name.split()[-1]

@@ -34,7 +34,7 @@ from jaxtyping import Float, Float32
 from meshwen.ops import ordered
 from meshwen.ops.backend import Backend
 from meshwen.ops.numerics.base import Numerics
-from meshwen.ops.ordered import added_in_tree, pad, positive_zeros, tree_sum
+from meshwen.ops.ordered import added_in_trees, pad, positive_zeros, tree_sum
 from meshwen.ops.weight import Weight
 from meshwen.parallel.collectives import Collectives
 
@@ -63,7 +63,7 @@ class Exact(Numerics):
             parts = jnp.split(rows, len(leaves), axis=1)
             products = zip(parts, leaves, strict=True)
             sums = [backend.matmul(part, leaf, ordered=True) for part, leaf in products]
-            return _added_in_trees(sums, weight.tree)
+            return added_in_trees(sums, weight.tree)
 
         partials = len(leaves) * weight.outputs
         return ordered.by_blocks(added, x, partials, backend.block_rows(leaves[0].dtype))
@@ -120,11 +120,3 @@ class Exact(Numerics):
         (rows,) = lax.optimization_barrier((rows,))
         (y,) = lax.optimization_barrier((function(rows),))
         return y.reshape(-1)[: x.size].reshape(x.shape)
-
-
-def _added_in_trees(terms: list[Array], tree: tuple[int, ...]) -> Array:
-    """The sum of a tree's leaves: level by level, the last first; each level a binary tree."""
-    for size in reversed(tree):
-        terms = [added_in_tree(terms[i : i + size]) for i in range(0, len(terms), size)]
-    (total,) = terms
-    return total
