@@ -39,8 +39,8 @@ def test_a_step_reads_every_weight_but_an_untied_embedding_table(name, parameter
 def test_a_longer_cache_and_a_larger_batch_cost_what_they_add():
     half = model("qwen2.5-0.5b")
     none, some = (decode_cost(half, 1, n) for n in (0, 100))
-    # Qwen2.5-0.5B: 24 layers, 2 key/value heads and 14 query heads of 64; keys are float32.
-    assert some.bytes - none.bytes == 100 * 24 * 2 * 64 * (4 + 2)
+    # Qwen2.5-0.5B: 24 layers, 2 key/value heads and 14 query heads of 64, in bfloat16.
+    assert some.bytes - none.bytes == 100 * 24 * 2 * 64 * (2 + 2)
     assert some.flops - none.flops == 100 * 24 * 14 * 64 * 4
     both = decode_cost(half, 2, 100)
     assert both.flops == 2 * some.flops

@@ -146,7 +146,7 @@ def test_a_hub_id_is_inspected_without_its_weights_unless_asked_for(tmp_path, ca
 
 def test_the_bytes_table_names_the_dtype_of_each_part(capsys):
     for dtype, title in (
-        ("bfloat16", "Bytes in bfloat16; keys of the KV cache in float32"),
+        ("bfloat16", "Bytes in bfloat16"),
         ("float32", "Bytes in float32"),
         ("float32 --quantization int8", "Bytes in float32, of matrices in int8"),
     ):

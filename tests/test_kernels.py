@@ -189,7 +189,7 @@ def attended(dtype, B, C, K, G, H, S, T, window, starts) -> tuple[list, np.ndarr
     """Arguments of `attention`, NaN where nothing is seen, and the result in float64."""
     rng = np.random.default_rng(0)
     q = (rng.standard_normal((B, K * G, T, H)) * H**-0.5).astype(np.float32)
-    keys = rng.standard_normal((C, K, H, S)).astype(np.float32)
+    keys = rng.standard_normal((C, K, H, S)).astype(jnp.dtype(dtype)).astype(np.float32)
     values = rng.standard_normal((C, K, S, H)).astype(jnp.dtype(dtype)).astype(np.float32)
     rows, starts = np.arange(C - B, C, dtype=np.int32), np.array(starts, np.int32)
     window = window or S
@@ -205,7 +205,8 @@ def attended(dtype, B, C, K, G, H, S, T, window, starts) -> tuple[list, np.ndarr
     weights /= weights.sum(axis=-1, keepdims=True)
     finite = np.where(unseen[rows][:, None, :, None], 0, values[rows].astype(np.float64))
     expected = np.einsum("bkgts,bksh->bkgth", weights, finite).reshape(q.shape)
-    arguments = [q, keys, values.astype(jnp.dtype(dtype)), rows, starts, np.int32(window)]
+    kept = (a.astype(jnp.dtype(dtype)) for a in (keys, values))
+    arguments = [q, *kept, rows, starts, np.int32(window)]
     return arguments, expected, q
 
 
@@ -249,7 +250,7 @@ def test_attention_hides_no_number_that_is_not_finite(attention):
 def _check_that_a_number_is_not_hidden(where, bad, attention):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, 2, 1, 32)), jnp.float32)
-    keys = jnp.asarray(rng.standard_normal((2, 1, 32, 32)), jnp.float32)
+    keys = jnp.asarray(rng.standard_normal((2, 1, 32, 32)), jnp.bfloat16)
     values = jnp.asarray(rng.standard_normal((2, 1, 32, 32)), jnp.bfloat16)
     place = {"q": (0, 1, 0, 3), "keys": (0, 0, 3, 4), "values": (0, 0, 4, 3)}[where]
     arrays = {"q": q, "keys": keys, "values": values}

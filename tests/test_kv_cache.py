@@ -24,8 +24,8 @@ def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, d
     def draw(dtype, *shape: int) -> np.ndarray:
         return np.array(jnp.asarray(rng.standard_normal(shape), dtype))
 
-    keys, values = draw(jnp.float32, 3, 4, 2, 12), draw(dtype, 3, 4, 12, 2)
-    new_keys, new_values = draw(jnp.float32, 3, 4, 2, length), draw(dtype, 3, 4, length, 2)
+    keys, values = draw(dtype, 3, 4, 2, 12), draw(dtype, 3, 4, 12, 2)
+    new_keys, new_values = draw(dtype, 3, 4, 2, length), draw(dtype, 3, 4, length, 2)
     cache = LayerCache(jnp.array(keys), jnp.array(values))
     new = LayerCache(jnp.asarray(new_keys), jnp.asarray(new_values))
     found = cache.written(new, jnp.asarray(starts), BACKEND)
@@ -33,7 +33,7 @@ def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, d
         for i in range(length):
             keys[row, :, :, start + i] = new_keys[row, :, :, i]
             values[row, :, start + i, :] = new_values[row, :, i, :]
-    assert (found.keys.dtype, found.values.dtype) == (jnp.float32, dtype)
+    assert found.keys.dtype == found.values.dtype == dtype
     np.testing.assert_array_equal(found.keys, keys)
     np.testing.assert_array_equal(found.values, values)
     for read, whole in zip(
@@ -48,7 +48,7 @@ def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, d
 @pytest.mark.parametrize("writes", [None, True, False])
 def test_a_chunk_of_a_prompt_is_written_into_its_row_alone(writes, start, length, dtype):
     rng = np.random.default_rng(0)
-    keys = jnp.asarray(rng.standard_normal((3, 4, 2, 12)), jnp.float32)
+    keys = jnp.asarray(rng.standard_normal((3, 4, 2, 12)), dtype)
     values = jnp.asarray(rng.standard_normal((3, 4, 12, 2)), dtype)
     new_keys = jnp.asarray(rng.standard_normal((1, 4, 2, 3)), jnp.float32)
     new_values = jnp.asarray(rng.standard_normal((1, 4, 3, 2)), jnp.float32)
@@ -56,7 +56,7 @@ def test_a_chunk_of_a_prompt_is_written_into_its_row_alone(writes, start, length
     cache = SequenceCache(LayerCache(keys, values), jnp.int32(1), flag)
     found = cache.written(LayerCache(new_keys, new_values), jnp.asarray([start]), BACKEND)
     if writes is not False:
-        keys = keys.at[1, :, :, start : start + 3].set(new_keys[0])
+        keys = keys.at[1, :, :, start : start + 3].set(new_keys[0].astype(dtype))
         values = values.at[1, :, start : start + 3].set(new_values[0].astype(dtype))
     for read, whole in zip(
         found.first(length, LAYOUT), (keys[..., :length], values[:, :, :length]), strict=True
@@ -68,10 +68,10 @@ def test_a_chunk_of_a_prompt_is_written_into_its_row_alone(writes, start, length
 
 
 def test_what_is_written_is_rounded_to_the_dtype_of_the_cache():
-    cache = LayerCache(jnp.zeros((1, 1, 2, 2), jnp.float32), jnp.zeros((1, 1, 2, 2), jnp.bfloat16))
+    cache = LayerCache(*(jnp.zeros((1, 1, 2, 2), jnp.bfloat16) for _ in range(2)))
     new = jnp.full((1, 1, 2, 1), 1.01, jnp.float32)
     found = cache.written(LayerCache(new, new.swapaxes(2, 3)), jnp.asarray([1]), BACKEND)
-    assert found.keys[0, 0].tolist() == [[0, np.float32(1.01)]] * 2
+    assert found.keys[0, 0].tolist() == [[0, 1.0078125]] * 2
     assert found.values[0, 0].tolist() == [[0, 0], [1.0078125] * 2]
 
 
@@ -86,9 +86,8 @@ def test_a_device_holds_its_own_heads_of_its_own_rows(mesh, heads):
     assert len(cache) == SMALL_7B.num_hidden_layers
     a_device = 0
     for layer in cache:
-        parts, dtypes = [(8, 10), (10, 8)], [jnp.float32, jnp.bfloat16]
-        for array, part, dtype in zip(layer, parts, dtypes, strict=True):
-            assert array.dtype == dtype
+        for array, part in zip(layer, [(8, 10), (10, 8)], strict=True):
+            assert array.dtype == jnp.bfloat16
             assert not np.asarray(array, np.float32).any()
             shards = array.addressable_shards
             assert len(shards) == plan.mesh.size

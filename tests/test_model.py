@@ -240,7 +240,7 @@ def test_bfloat16_stays_near_float32_and_decodes_as_it_prefills():
     for t in range(LENGTH):
         out, cache = model.step(token_ids[:, t : t + 1], [t] * 3, cache)
         found.append(out)
-    assert (cache[0].keys.dtype, cache[0].values.dtype) == (jnp.float32, jnp.bfloat16)
+    assert cache[0].keys.dtype == cache[0].values.dtype == jnp.bfloat16
     assert relative_error(np.concatenate(found, 1), exact) < 0.03
     assert relative_error(np.concatenate(found, 1), whole) < 0.02
 
@@ -290,3 +290,18 @@ def test_rotation_pairs_each_dimension_with_that_half_a_head_away():
     x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
     quarter_turn = Rotary(jnp.asarray([0.0, 1.0]), jnp.asarray([1.0, 0.0]))
     assert rotate(x, quarter_turn, Ops()).reshape(-1).tolist() == [-3.0, 2.0, 1.0, 4.0]
+
+
+def test_large_key_biases_do_not_drown_bfloat16_keys():
+    """Biases as Qwen2.5 has them: a norm of hundreds, in the slowest rotary pairs."""
+    config = replace(SMALL_7B, rope_theta=1e6, head_dim=32, max_position_embeddings=4096)
+    weights = reference.random_weights(config)
+    for name, bias in weights.items():
+        if name.endswith("k_proj.bias"):
+            heads = np.zeros((config.num_key_value_heads, 2, 16), np.float32)
+            heads[..., 12:] = np.random.default_rng(0).standard_normal((*heads.shape[:2], 4)) * 60
+            weights[name] = heads.reshape(bias.shape)
+    token_ids = random_tokens(config, 2, LENGTH)
+    expected = MeshModel(config, weights=weights).logits(token_ids)
+    found = MeshModel(config, dtype=jnp.bfloat16, weights=weights).logits(token_ids)
+    assert relative_error(found, expected) < 0.03

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from meshwen.errors import MeshwenError
 from meshwen.models.presets import preset
 from meshwen.models.qwen2 import Qwen2Config
-from meshwen.models.rope_frequencies import inverse_frequencies
+from meshwen.models.rope_frequencies import inverse_frequencies, mean_rotation
 from meshwen.models.rope_scaling import RopeScaling
 
 SCALINGS = {
@@ -198,3 +198,24 @@ def test_config_and_rope_need_no_jax():
     modules = "meshwen.models.config, meshwen.models.rope_frequencies"
     script = f"import {modules}, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("context", [1, 300, 32_768, 131_072])
+def test_the_mean_rotation_is_that_of_the_positions_of_the_context(context):
+    config = dataclasses.replace(preset("qwen2.5-0.5b"), max_position_embeddings=context)
+    angles = np.arange(min(context, 32_768))[:, None] * inverse_frequencies(config)[0].astype(float)
+    cos, sin = mean_rotation(config)
+    np.testing.assert_allclose(cos, np.cos(angles).mean(axis=0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(angles).mean(axis=0), rtol=0, atol=1e-6)
+
+
+def test_the_mean_rotation_is_of_the_frequencies_that_are_in_force():
+    scaling = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32_768)
+    plain = preset("qwen2.5-0.5b")
+    scaled = dataclasses.replace(plain, rope_scaling=scaling)
+    frequencies, factor = inverse_frequencies(scaled)
+    angles = np.arange(32_768)[:, None] * frequencies.astype(float)
+    assert factor > 1
+    cos, _ = mean_rotation(scaled)
+    np.testing.assert_allclose(cos, factor * np.cos(angles).mean(axis=0), rtol=0, atol=1e-6)
+    assert not np.allclose(cos, mean_rotation(plain)[0], atol=0.1)

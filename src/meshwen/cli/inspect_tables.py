@@ -170,10 +170,9 @@ def _head(head: int | None) -> str:
 
 def _print_bytes(report: dict[str, Any], console: Console) -> None:
     weights, cache = report["weights"], report["kv_cache"]
-    keys = "" if report["dtype"] == "float32" else "; keys of the KV cache in float32"
     matrices = ", of matrices in int8" if report["quantization"] else ""
     table = PlainTable(
-        f"Bytes in {report['dtype']}{matrices}{keys}",
+        f"Bytes in {report['dtype']}{matrices}",
         *("", ">model", ">per device", ">padding and copies"),
     )
     total = {"all weights": weights}

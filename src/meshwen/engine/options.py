@@ -64,7 +64,7 @@ class EngineOptions:
     )
     dtype: DType | DTypeLike = option(
         "bfloat16",
-        "What weights, matmul inputs and the KV cache's values are kept in (its keys: float32).",
+        "What weights, matmul inputs and the KV cache are kept in.",
         choices=DTYPES,
     )
     numerics: Numerics = option(

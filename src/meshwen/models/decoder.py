@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32, Int32, Shaped
+from jaxtyping import Float32, Int32, Shaped
 
 from meshwen.cache.kv_cache import AnyCache, LayerCache, SequenceCache
 from meshwen.models.config import ModelConfig
@@ -131,10 +131,11 @@ def logits(params: Params, x: Float32[Array, "*tokens D"], ops: Ops) -> Float32[
 def attend(
     q: Float32[Array, "B N t H"],
     k: Float32[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    v: Float32[Array, "B K T H"],
     context: Context,
     cache: AnyCache | None,
     ops: Ops,
+    dtype: jnp.dtype,
     last: Int32[Array, " B"] | None = None,
 ) -> tuple[Float32[Array, "B t N*H"], AnyCache | None]:
     """Grouped-query attention (arXiv 2305.13245), this device's heads.
@@ -142,10 +143,11 @@ def attend(
     Args:
         q: queries, rotated; with `last`, of those tokens alone.
         k: keys, rotated.
-        v: values, in the dtype of the cache.
+        v: values.
         context: where the tokens stand.
         cache: of earlier tokens; None: there are none.
         ops: the operations.
+        dtype: what k and v are rounded to, the cache's.
         last: see `hidden_states`.
 
     Returns:
@@ -153,7 +155,7 @@ def attend(
     """
     layout = ops.backend.cache_layout
     q = q * q.shape[-1] ** -0.5
-    own = LayerCache.of(k, v, layout)
+    own = LayerCache.of(k.astype(dtype), v.astype(dtype), layout)
     cache = None if cache is None else cache.written(own, context.start, ops.backend)
     context, length = context.at(last), context.mask.shape[-1]
     # The tokens' own keys are all that there are where nothing came before.

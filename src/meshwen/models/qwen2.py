@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
 from meshwen.cache.kv_cache import AnyCache
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
 from meshwen.models.declarations import GATED_MLP, bias, decoder_weights, norm, projection
 from meshwen.models.decoder import Context, at_last, attend, mlp, split_heads
+from meshwen.models.rope_frequencies import mean_rotation
 from meshwen.ops.operations import Ops
-from meshwen.ops.rotary import rotate
+from meshwen.ops.rotary import Rotary, rotate
 from meshwen.weights.declaration import Params, Part, WeightSpec
 
 
@@ -84,9 +86,23 @@ def attention(
     k = split_heads(ops.column(x, weights["k_proj"]), config.head_dim)
     v = split_heads(ops.column(x, weights["v_proj"]), config.head_dim)
     q, k = rotate(q, context.at(last).rotary, ops), rotate(k, context.rotary, ops)
-    v = v.astype(weights["v_proj"]["weight"].dtype)
-    y, cache = attend(q, k, v, context, cache, ops, last)
+    k = k - mean_key(weights["k_proj"]["bias"].array, config, ops)
+    y, cache = attend(q, k, v, context, cache, ops, weights["k_proj"]["weight"].dtype, last)
     return ops.row(y, weights["o_proj"]), cache
+
+
+def mean_key(
+    bias: Float[Array, " heads"], config: Qwen2Config, ops: Ops
+) -> Float32[Array, "1 K 1 H"]:
+    """What the bias of K*H numbers adds to all keys alike: the mean over positions of it, rotated.
+
+    Softmax does not see a vector that is subtracted from all keys: it moves all scores of a query
+    by one number. Qwen2.5's key biases are so large (a norm of 278 in the 0.5B), in the slowest
+    rotary pairs, that rounding keys with them to bfloat16 would move scores by whole units.
+    """
+    heads = bias.astype(jnp.float32).reshape(1, -1, 1, config.head_dim)
+    cos, sin = (jnp.asarray(part).reshape(1, 1, 1, -1) for part in mean_rotation(config))
+    return rotate(heads, Rotary(cos, sin), ops)
 
 
 hidden_states = partial(decoder.hidden_states, layer=decoder_layer)

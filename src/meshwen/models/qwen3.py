@@ -96,8 +96,7 @@ def attention(
     q = ops.rms_norm(q, weights["q_norm"], config.rms_norm_eps)
     k = ops.rms_norm(k, weights["k_norm"], config.rms_norm_eps)
     q, k = rotate(q, context.at(last).rotary, ops), rotate(k, context.rotary, ops)
-    v = v.astype(weights["v_proj"]["weight"].dtype)
-    y, cache = attend(q, k, v, context, cache, ops, last)
+    y, cache = attend(q, k, v, context, cache, ops, weights["k_proj"]["weight"].dtype, last)
     return ops.row(y, weights["o_proj"]), cache
 
 

@@ -24,8 +24,8 @@ def softmax_attention(
 
     Args:
         q: of N = K*G heads, divided by sqrt(H).
-        keys: float32, of the sizes B, K, S, H in the order of the back end's cache.
-        values: the same, in float32 or bfloat16.
+        keys: float32 or bfloat16, of the sizes B, K, S, H in the order of the back end's cache.
+        values: the same.
         mask: what a query sees, from the back end's `mask`.
         ops: the operations.
     """
@@ -45,6 +45,7 @@ def _scores(
     q: Float32[Array, "B K R H"], keys: Array, layout: CacheLayout, ops: Ops
 ) -> Float32[Array, "B K R S"]:
     """q keys^T, of R rows."""
+    keys = keys.astype(jnp.float32)
     if ops.numerics.ordered:
         return ordered.float32_matmul(q, axes_in_order(keys, layout.keys, "BKHS"))
     return _dot(q, keys, layout.keys, "H")

@@ -56,7 +56,7 @@ class InstructionSet:
     dots: int8.Dots = field(compare=False)
 
 
-# How attention's weights, float32, multiply values, by their dtype.
+# How attention multiplies float32 numbers with keys and values, by the dtype of these.
 _VALUES = {"float32": kinds.FLOAT32, "bfloat16": kinds.MIXED}
 _WIDENED = {"float32": kinds.FLOAT32, "bfloat16": kinds.PAIRS}
 _PAIRED = {"float32": kinds.FLOAT32, "bfloat16": kinds.BFLOAT16}
@@ -170,8 +170,8 @@ def attention(
 
     Args:
         q: float32 [B, K*G, T, H], scaled.
-        keys: float32 [C, K, H, S].
-        values: bfloat16 or float32 [C, K, S, H].
+        keys: bfloat16 or float32 [C, K, H, S].
+        values: of the same dtype, [C, K, S, H].
         rows: int32 [B], below C.
         starts: int32 [B], from 0 to S - T; others are clipped.
         window: int32 [], how many slots a token sees at most, its own among them; at least 1.
@@ -185,7 +185,7 @@ def attention(
         RuntimeError: this process has no kernels.
     """
     (C, _, H, S), T = keys.shape, q.shape[2]
-    if q.dtype != jnp.float32 or keys.dtype != jnp.float32 or str(values.dtype) not in _VALUES:
+    if q.dtype != jnp.float32 or keys.dtype != values.dtype or str(keys.dtype) not in _VALUES:
         raise TypeError(f"no attention for {q.dtype}, {keys.dtype}, {values.dtype}")
     if T > S:
         raise TypeError(f"{T} tokens cannot stand in {S} slots")

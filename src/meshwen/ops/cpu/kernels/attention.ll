@@ -2,8 +2,8 @@
 ;
 ; Attention of tokens that follow one another over the part of the KV cache that each of them sees.
 ;
-;   q float32 [B, K * G, T, H], scaled; keys float32 [C, K, H, S]; values float32 or bfloat16
-;   [C, K, S, H]; rows int32 [B], of the cache; starts int32 [B]; window int32 [1]; y as q.
+;   q float32 [B, K * G, T, H], scaled; keys [C, K, H, S] and values [C, K, S, H], both float32 or
+;   both bfloat16; rows int32 [B], of the cache; starts int32 [B]; window int32 [1]; y as q.
 ;   H and S are multiples of 32.
 ;
 ; Token t of sequence b is at slot starts[b] + t, and sees up to `window` slots, its own the last.
@@ -19,14 +19,14 @@
   ptr, ptr, ptr, ptr,      ; 1 q, 2 keys, 3 values, 4 y
   ptr, ptr, i64,           ; 5 rows, 6 starts, 7 window
   i64, i64, i64, i64, i64, ; 8 K, 9 G, 10 H, 11 S, 12 T
-  i64, ptr                 ; 13 bytes of a value, 14 tiles for values
+  i64, ptr                 ; 13 bytes of a number of keys and values, 14 tiles for them
 }
 
 ; The slots of a pass, for all rows of a head.
 %Pass = type {
   i64, i64, i64,           ; 0 begin, 1 H, 2 S
   ptr, ptr,                ; 3 keys from `begin` on, 4 the same, copied, or null
-  ptr, i64, ptr,           ; 5 values of all slots, 6 bytes of one, 7 tiles for them
+  ptr, i64, ptr,           ; 5 values of all slots, 6 bytes of a number, 7 tiles
   ptr, i64, i64            ; 8 room for scores, 9 window, 10 by how much the rows' slots differ
 }
 
@@ -38,18 +38,27 @@ declare float @llvm.vector.reduce.fmaximum.v16f32(<16 x float>)
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 declare i64 @llvm.smax.i64(i64, i64)
 
-; Copies rows of 128 bytes, one behind the other.
-define internal void @copy_rows(ptr %to, ptr %from, i64 %stride, i64 %rows) {
+; Copies rows of 128 or of 64 bytes, one behind the other.
+define internal void @copy_rows(ptr %to, ptr %from, i64 %stride, i64 %rows, i64 %bytes) {
 entry:
+  %whole = icmp eq i64 %bytes, 128
   br label %row
 row:
-  %r = phi i64 [ 0, %entry ], [ %r.next, %row ]
-  %source = phi ptr [ %from, %entry ], [ %source.next, %row ]
-  %target = phi ptr [ %to, %entry ], [ %target.next, %row ]
-  %line = load <32 x i32>, ptr %source, align 2
-  store <32 x i32> %line, ptr %target, align 64
+  %r = phi i64 [ 0, %entry ], [ %r.next, %row.end ]
+  %source = phi ptr [ %from, %entry ], [ %source.next, %row.end ]
+  %target = phi ptr [ %to, %entry ], [ %target.next, %row.end ]
+  %first = load <16 x i32>, ptr %source, align 2
+  store <16 x i32> %first, ptr %target, align 64
+  br i1 %whole, label %second, label %row.end
+second:
+  %source.second = getelementptr i8, ptr %source, i64 64
+  %target.second = getelementptr i8, ptr %target, i64 64
+  %line = load <16 x i32>, ptr %source.second, align 2
+  store <16 x i32> %line, ptr %target.second, align 64
+  br label %row.end
+row.end:
   %source.next = getelementptr i8, ptr %source, i64 %stride
-  %target.next = getelementptr i8, ptr %target, i64 128
+  %target.next = getelementptr i8, ptr %target, i64 %bytes
   %r.next = add i64 %r, 1
   %more = icmp ult i64 %r.next, %rows
   br i1 %more, label %row, label %end
@@ -221,7 +230,7 @@ entry:
   %copied = extractvalue %Pass %pass.value, 4
   %values = extractvalue %Pass %pass.value, 5
   %element = extractvalue %Pass %pass.value, 6
-  %tiles.v = extractvalue %Pass %pass.value, 7
+  %tiles = extractvalue %Pass %pass.value, 7
   %scores = extractvalue %Pass %pass.value, 8
   %window = extractvalue %Pass %pass.value, 9
   %differ = extractvalue %Pass %pass.value, 10
@@ -237,24 +246,24 @@ entry:
   br i1 %none, label %done, label %score
 score:
   %from.panel = and i64 %from, -32
-  %tile.q.at = getelementptr ptr, ptr @tiles_float32, i64 %rows.less
-  %tile.q = load ptr, ptr %tile.q.at
-  %tile.v.at = getelementptr ptr, ptr %tiles.v, i64 %rows.less
-  %tile.v = load ptr, ptr %tile.v.at
+  %tile.at = getelementptr ptr, ptr %tiles, i64 %rows.less
+  %tile = load ptr, ptr %tile.at
   %H.bytes = mul i64 %H, 4
-  %S.bytes = mul i64 %S, 4
+  %S.bytes = mul i64 %S, %element
+  %panel.bytes = mul i64 %element, 32
   %copies = icmp ne ptr %copied, null
-  %key.stride = select i1 %copies, i64 128, i64 %S.bytes
+  %key.stride = select i1 %copies, i64 %panel.bytes, i64 %S.bytes
   %key.ahead = select i1 %copies, i64 0, i64 %S.bytes
   br label %panel
 panel:
   %j = phi i64 [ %from.panel, %score ], [ %j.next, %panel.end ]
   %j.offset = sub i64 %j, %begin
-  %key.direct = getelementptr float, ptr %keys, i64 %j.offset
-  %j.copied = mul i64 %j.offset, %H.bytes
+  %j.bytes = mul i64 %j.offset, %element
+  %key.direct = getelementptr i8, ptr %keys, i64 %j.bytes
+  %j.copied = mul i64 %j.bytes, %H
   %key.copied = getelementptr i8, ptr %copied, i64 %j.copied
   %key = select i1 %copies, ptr %key.copied, ptr %key.direct
-  %key.next = getelementptr i8, ptr %key, i64 128
+  %key.next = getelementptr i8, ptr %key, i64 %panel.bytes
   %scores.j = getelementptr float, ptr %scores, i64 %j.offset
   br label %dimension
 dimension:
@@ -268,7 +277,7 @@ dimension:
   %h.none = icmp eq i64 %h, 0
   %before = select i1 %h.none, ptr @nothing, ptr %scores.j
   %before.stride = select i1 %h.none, i64 0, i64 2048
-  call void %tile.q(ptr %q.h, i64 %H.bytes, ptr %key.h, i64 %key.stride, ptr %before,
+  call void %tile(ptr %q.h, i64 %H.bytes, ptr %key.h, i64 %key.stride, ptr %before,
                     i64 %before.stride, ptr %scores.j, i64 2048, i64 16, ptr %key.next.h,
                     i64 %key.ahead, i64 0)
   %h.next = add i64 %h, 16
@@ -322,7 +331,7 @@ dimensions:
   %y.d = getelementptr float, ptr %y, i64 %d
   %x = select i1 %is.first, ptr @nothing, ptr %y.d
   %x.stride = select i1 %is.first, i64 0, i64 %H.bytes
-  call void %tile.v(ptr %weights, i64 2048, ptr %values.d, i64 %value.stride, ptr %x, i64 %x.stride,
+  call void %tile(ptr %weights, i64 2048, ptr %values.d, i64 %value.stride, ptr %x, i64 %x.stride,
                     ptr %y.d, i64 %H.bytes, i64 %steps, ptr %values.soon, i64 %value.stride,
                     i64 0)
   %d.next = add i64 %d, 32
@@ -341,16 +350,19 @@ define internal i64 @first(i64 %slot, i64 %window) {
 }
 
 ; Copies the keys of up to 512 slots: panels of 32, one behind the other.
-define internal void @copy_keys(ptr %to, ptr %keys, i64 %begin, i64 %end, i64 %H, i64 %S) {
+define internal void @copy_keys(ptr %to, ptr %keys, i64 %begin, i64 %end, i64 %H, i64 %S,
+                                i64 %element) {
 entry:
-  %S.bytes = mul i64 %S, 4
-  %panel.bytes = mul i64 %H, 128
+  %S.bytes = mul i64 %S, %element
+  %row.bytes = mul i64 %element, 32
+  %panel.bytes = mul i64 %H, %row.bytes
   br label %panel
 panel:
   %j = phi i64 [ %begin, %entry ], [ %j.next, %panel ]
   %target = phi ptr [ %to, %entry ], [ %target.next, %panel ]
-  %source = getelementptr float, ptr %keys, i64 %j
-  call void @copy_rows(ptr %target, ptr %source, i64 %S.bytes, i64 %H)
+  %j.bytes = mul i64 %j, %element
+  %source = getelementptr i8, ptr %keys, i64 %j.bytes
+  call void @copy_rows(ptr %target, ptr %source, i64 %S.bytes, i64 %H, i64 %row.bytes)
   %target.next = getelementptr i8, ptr %target, i64 %panel.bytes
   %j.next = add i64 %j, 32
   %more = icmp ult i64 %j.next, %end
@@ -396,9 +408,9 @@ entry:
   %head = add i64 %row.heads, %k
   %SH = mul i64 %S, %H
   %head.offset = mul i64 %head, %SH
-  %keys.head = getelementptr float, ptr %keys, i64 %head.offset
-  %values.offset = mul i64 %head.offset, %element
-  %values.head = getelementptr i8, ptr %values, i64 %values.offset
+  %head.bytes = mul i64 %head.offset, %element
+  %keys.head = getelementptr i8, ptr %keys, i64 %head.bytes
+  %values.head = getelementptr i8, ptr %values, i64 %head.bytes
   %unit.size = mul i64 %length, %H
   %q.offset = mul i64 %unit, %unit.size
   %q.head = getelementptr float, ptr %q, i64 %q.offset
@@ -406,7 +418,8 @@ entry:
   %blocks = call i64 @quotient_up(i64 %length, i64 12)
   %copies = icmp ugt i64 %blocks, 1
   ; Room for scores [12, 512], for keys [512, H] where they are copied, for the rows' states.
-  %keys.bytes = mul i64 %H, 2048
+  %keys.numbers = mul i64 %H, 512
+  %keys.bytes = mul i64 %keys.numbers, %element
   %copied.bytes = select i1 %copies, i64 %keys.bytes, i64 0
   %states.bytes.any = mul i64 %length, 8
   %states.bytes.up = add i64 %states.bytes.any, 63
@@ -443,14 +456,16 @@ state:
 slots:
   %begin = phi i64 [ %begin.first, %state ], [ %begin.next, %slots.end ]
   %begin.next = add i64 %begin, 512
-  %keys.begin = getelementptr float, ptr %keys.head, i64 %begin
+  %begin.bytes = mul i64 %begin, %element
+  %keys.begin = getelementptr i8, ptr %keys.head, i64 %begin.bytes
   %pass.0 = insertvalue %Pass %pass.10, i64 %begin, 0
   %pass.3 = insertvalue %Pass %pass.0, ptr %keys.begin, 3
   store %Pass %pass.3, ptr %pass
   br i1 %copies, label %copy, label %blocks.begin
 copy:
   %copy.end = call i64 @llvm.umin.i64(i64 %begin.next, i64 %end)
-  call void @copy_keys(ptr %copied, ptr %keys.head, i64 %begin, i64 %copy.end, i64 %H, i64 %S)
+  call void @copy_keys(ptr %copied, ptr %keys.head, i64 %begin, i64 %copy.end, i64 %H, i64 %S,
+                       i64 %element)
   br label %blocks.begin
 blocks.begin:
   br label %block
