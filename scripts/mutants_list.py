@@ -778,6 +778,20 @@ FAULTS = (
         "verify",
     ),
     _fault(
+        "verify: int8 has the bounds of its dtype",
+        "verify/parity.py",
+        "precision = model.numerics, model.quantization or run.runner.dtype.name",
+        "precision = model.numerics, run.runner.dtype.name",
+        "cli_verify",
+    ),
+    _fault(
+        "verify: a fault is injected in another matmul",
+        "verify/faults.py",
+        "path = row_parallel(weights)[operation].path",
+        "path = next(iter(row_parallel(weights).values())).path",
+        "verify_localise",
+    ),
+    _fault(
         "certificate: other weights are not told",
         "verify/certificate.py",
         'if before["weights_sha256"] != after["weights_sha256"]:',

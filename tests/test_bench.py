@@ -26,7 +26,11 @@ def model(name: str, dtype=BFLOAT16, mesh: str = "1", quantization=None) -> Plac
 @pytest.mark.parametrize(
     ("name", "parameters", "embedding"),
     # As published: parameters, and those of an embedding table that a step does not read whole.
-    [("qwen2.5-7b", 7_615_616_512, 152_064 * 3_584), ("qwen2.5-0.5b", 494_032_768, 0)],
+    [
+        ("qwen2.5-7b", 7_615_616_512, 152_064 * 3_584),
+        ("qwen2.5-0.5b", 494_032_768, 0),
+        ("qwen3-8b", 8_190_735_360, 151_936 * 4_096),
+    ],
 )
 def test_a_step_reads_every_weight_but_an_untied_embedding_table(name, parameters, embedding):
     found = decode_cost(model(name), batch=1, length=0)

@@ -96,7 +96,7 @@ def print_comparison(found: Comparison, runs: tuple[RunFile, RunFile]) -> None:
         sample = f", sample {key[1]}" if found.p is None else ""
         how = f"other tokens from {parted[key]} on" if key in parted else "graded otherwise"
         side_by_side = PlainTable(f"problem {key[0]}{sample}, {how}", *_verdicts(runs, key))
-        side_by_side.add_row(*(_said(run.records[key]) for run in runs))
+        side_by_side.add_row(*(_answer_text(run.records[key]) for run in runs))
         side_by_side.print(console)
 
 
@@ -114,7 +114,7 @@ def _print_failed(run: RunFile, label: str) -> None:
     for (problem, _), one in sorted(run.records.items()):
         if one["finish_reason"] == "error":
             # Without the number, which would tell equal reasons apart.
-            reason = _said(one).replace(f"problem {problem}", "the prompt", 1)
+            reason = _answer_text(one).replace(f"problem {problem}", "the prompt", 1)
             reasons.setdefault(reason, set()).add(problem)
     if not reasons:
         return
@@ -129,6 +129,6 @@ def _listed(problems: set[int]) -> str:
     return ", ".join(map(str, sorted(problems)))
 
 
-def _said(one: Record) -> str:
+def _answer_text(one: Record) -> str:
     """An answer's text, or why there is none."""
     return str(one["error"] if one["finish_reason"] == "error" else one["text"].strip())
