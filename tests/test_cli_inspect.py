@@ -66,8 +66,8 @@ def test_bytes_of_a_device_are_those_of_its_shards(capsys):
     assert found["weights"]["per_device"] == shards
     assert found["weights"]["all_devices"] == 8 * shards
     assert found["weights"]["model"] == 2 * 7_615_616_512
-    # 28 layers, one kv head of 128 dimensions a device, keys of 4 bytes and values of 2.
-    assert found["kv_cache"]["per_device_per_token"] == 28 * 128 * (4 + 2)
+    # 28 layers, one kv head of 128 dimensions a device, keys and values of 2 bytes.
+    assert found["kv_cache"]["per_device_per_token"] == 28 * 128 * (2 + 2)
     by_name = {tensor["name"]: tensor for tensor in found["tensors"]}
     gate = by_name["model.layers.3.mlp.gate_proj.weight"]
     assert gate["axes"] == ["mlp", "embed"]
