@@ -400,7 +400,7 @@ def test_a_problem_that_does_not_fit_is_counted_as_wrong_and_the_others_are_aske
     data.write_text("\n".join([problems[0], long, problems[1]]))
     monkeypatch.setattr("meshwen.cli.eval_run.load_model", load_model)  # Looks at the free memory.
     monkeypatch.setattr("meshwen.weights.loading.free_bytes", lambda devices: 1 << 30)
-    monkeypatch.setattr(memory, "_free_host_bytes", lambda: 375_000)  # 390 positions.
+    monkeypatch.setattr(memory, "_free_host_bytes", lambda: 250_000)  # 390 positions.
     options = ("--data", data, "--max-new-tokens", 20, "--json")
     assert gsm8k("--out", tmp_path / "r.jsonl", *options) == 0
     found = json.loads(capsys.readouterr().out)

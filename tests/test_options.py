@@ -43,7 +43,7 @@ COMMANDS = {
     | PROCESSES
     | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"},
     "inspect": LOADING | {"filter", "stats", "json"},
-    "verify": (LOADING - {"mesh", "quantization"})
+    "verify": (LOADING - {"mesh"})
     | PROCESSES
     | {"model", "meshes", "prompts", "max_new_tokens", "golden", "reference", "json", "html"}
     | {"against", "self_test"},
