@@ -82,3 +82,10 @@ def test_the_largest_is_the_first_of_equals(backend):
         values, places = backend.largest(jnp.asarray(x))
         np.testing.assert_array_equal(values[:, 0], x.max(axis=1))
         np.testing.assert_array_equal(places[:, 0], x.argmax(axis=1))
+
+
+@pytest.mark.parametrize("backend", [Backend(), XlaOnCpu(), CpuKernels()], ids=repr)
+def test_no_other_format_takes_the_place_of_an_unknown_one(backend):
+    assert backend.format("int8").rounds
+    with pytest.raises(KeyError, match="int4"):
+        backend.format("int4")

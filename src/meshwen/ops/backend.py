@@ -23,6 +23,7 @@ from meshwen.ops.quant.int8 import INT8
 
 CompilerOptions = dict[str, str | bool]
 XLA = "xla"
+_FORMATS: dict[Quantization | None, Format | None] = {None: None, "int8": INT8}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Backend:
 
     def format(self, quantization: Quantization | None) -> Format | None:
         """How matrices are stored that are multiplied with; None: as arrays [in, out]."""
-        return INT8 if quantization else None
+        return _FORMATS[quantization]
 
     def compiler_options(self, ordered: bool) -> CompilerOptions | None:
         """Options of XLA's compiler; `ordered` where sums must keep their order."""

@@ -18,6 +18,7 @@ from meshwen.ops.formats import Format, Leaf
 from meshwen.ops.ordered import positive_zeros
 
 _BLOCK_ROWS = 8
+_FORMATS: dict[Quantization | None, Format] = {None: PANELS, "int8": INT8_PANELS}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class CpuKernels(XlaOnCpu):
 
     def matmul_name(self, dtype: jnp.dtype, quantization: Quantization | None) -> str:
         """The instructions that multiply rows with weights."""
-        name = kernels.int8_name() if quantization else kernels.name(dtype)
+        name = kernels.int8_name() if quantization == "int8" else kernels.name(dtype)
         return name or super().matmul_name(dtype, quantization)
 
     def format(self, quantization: Quantization | None) -> Format | None:
         """Panels."""
-        return INT8_PANELS if quantization else PANELS
+        return _FORMATS[quantization]
 
     def matmul(
         self,
