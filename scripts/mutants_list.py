@@ -47,8 +47,8 @@ FAULTS = (
     _fault(
         "exact: products are not rounded before they are added",
         "ops/numerics/exact.py",
-        "return lax.optimization_barrier(products)",
-        "return products",
+        "return lax.optimization_barrier(values)",
+        "return values",
         "exact",
     ),
     _fault(

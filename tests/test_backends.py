@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mesh_model import SMALL_7B, SMALL_HALF_B, MeshModel, random_tokens, relative_error
-from meshwen.ops.backend import Backend
+from meshwen.common.choices import QUANTIZATIONS
+from meshwen.ops.backend import Backend, CacheLayout
 from meshwen.ops.backends import backend_of
 from meshwen.ops.cpu.backend import CpuKernels
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -54,6 +55,7 @@ def test_other_devices_inherit_nothing_from_cpus():
         (SMALL_7B, "2x4", np.float32, "exact", None),
         (SMALL_HALF_B, "data=2,model=4", jnp.bfloat16, "fast", None),
         (SMALL_HALF_B, "1x8", np.float32, "exact", "int8"),
+        (SMALL_HALF_B, "1", jnp.bfloat16, "exact", None),
     ],
 )
 def test_a_model_computes_the_same_without_what_cpus_need(
@@ -67,11 +69,19 @@ def test_a_model_computes_the_same_without_what_cpus_need(
         assert model.runner.cache_axes.split().index("heads") == (1 if backend != Backend() else 2)
         found[backend] = model.logits(token_ids), decoded(model, token_ids)
     bound = 1e-5 if dtype == np.float32 else 0.02
-    (whole, cached), (expected, _) = found.values()
-    assert relative_error(whole, expected) < bound
-    assert relative_error(cached, expected) < bound
-    if numerics == "exact":
-        np.testing.assert_array_equal(whole.view(np.int32), cached.view(np.int32))
+    expected, _ = found[XlaOnCpu()]
+    for whole, cached in found.values():
+        assert relative_error(whole, expected) < bound
+        assert relative_error(cached, expected) < bound
+        if numerics == "exact":
+            np.testing.assert_array_equal(whole.view(np.int32), cached.view(np.int32))
+
+
+def test_a_cache_whose_heads_cannot_be_split_alike_is_refused():
+    with pytest.raises(ValueError, match="not at the same place in BKHS and BSKH"):
+        CacheLayout(keys="BKHS", values="BSKH")
+    with pytest.raises(ValueError, match="KBHS is no order"):
+        CacheLayout(keys="KBHS")
 
 
 @pytest.mark.parametrize("backend", [Backend(), XlaOnCpu()], ids=["plain", "cpu"])
@@ -85,7 +95,7 @@ def test_the_largest_is_the_first_of_equals(backend):
 
 
 @pytest.mark.parametrize("backend", [Backend(), XlaOnCpu(), CpuKernels()], ids=repr)
-def test_no_other_format_takes_the_place_of_an_unknown_one(backend):
-    assert backend.format("int8").rounds
-    with pytest.raises(KeyError, match="int4"):
-        backend.format("int4")
+def test_every_quantization_has_a_format_of_its_own(backend):
+    for word in QUANTIZATIONS:
+        assert backend.format(word).name.startswith(word)
+        assert backend.format(word).rounds

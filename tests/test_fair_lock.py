@@ -49,6 +49,6 @@ def test_a_thread_is_refused_what_it_holds_already():
     with lock.hold():
         assert not lock.held_by_another_thread
         with pytest.raises(MeshwenError, match="from within one of its own steps"), lock.hold():
-            pass
+            pytest.fail("the lock was taken twice")
         assert start(lambda: lock.held_by_another_thread).result(PATIENCE)
     assert not lock._queue

@@ -113,7 +113,9 @@ AnyCache = TypeVar("AnyCache", LayerCache, SequenceCache)
 
 def cache_axes(layout: CacheLayout) -> str:
     """Logical axes of every array of the cache, as far as they are split."""
-    return {"BKHS": "batch heads", "BSKH": "batch length heads"}[layout.keys]
+    names = {"B": "batch", "K": "heads", "S": "length", "H": "head_dim"}
+    split = layout.keys[: layout.keys.index("K") + 1]
+    return " ".join(names[axis] for axis in split)
 
 
 def cache_spec(plan: ParallelPlan, layout: CacheLayout) -> PartitionSpec:

@@ -57,8 +57,8 @@ class Context(NamedTuple):
 
 
 @runtime_checkable  # For checks of shapes.
-class DecoderLayer(Protocol):
-    """One layer."""
+class Attention(Protocol):
+    """An architecture's self-attention, of this device's heads."""
 
     def __call__(
         self,
@@ -67,11 +67,13 @@ class DecoderLayer(Protocol):
         context: Context,
         cache: AnyCache | None,
         last: Int32[Array, " B"] | None,
-        *,
         config: Any,
         ops: Ops,
     ) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
-        """The residual stream after the layer, and the cache with the tokens' keys and values."""
+        """What is added to the residual stream, and the cache with the tokens' keys and values.
+
+        With `last`, keys and values are of all tokens, the rest of each row's last one alone.
+        """
 
 
 def hidden_states(
@@ -82,7 +84,7 @@ def hidden_states(
     length: int,
     config: ModelConfig,
     ops: Ops,
-    layer: DecoderLayer,
+    attention: Attention,
     last: Int32[Array, " B"] | None = None,
 ) -> tuple[Float32[Array, "B t D"], tuple[AnyCache, ...]]:
     """The final hidden states, normalised.
@@ -97,7 +99,7 @@ def hidden_states(
         length: S, the positions from 0 on that tokens may see: of the cache, or all T.
         config: the model's hyperparameters.
         ops: the operations.
-        layer: the architecture's.
+        attention: the architecture's.
         last: the index of the one token of each row whose state is asked for: of the others the
             last layer computes keys and values alone. None: all are.
 
@@ -107,7 +109,7 @@ def hidden_states(
     model = params["model"]
     contexts = _contexts(start, token_ids.shape[1], length, config, ops)
     # Layers of one kind share a trace: 24 of them then lower in the time of one.
-    run = jax.jit(partial(layer, config=config, ops=ops))
+    run = jax.jit(partial(decoder_layer, attention=attention, config=config, ops=ops))
     x = ops.embed(token_ids, model["embed_tokens"])
     new_cache = []
     for i, weights in enumerate(model["layers"]):
@@ -118,6 +120,42 @@ def hidden_states(
         if layer_cache is not None:
             new_cache.append(layer_cache)
     return ops.rms_norm(x, model["norm"], config.rms_norm_eps), tuple(new_cache)
+
+
+def decoder_layer(
+    weights: Params,
+    x: Float32[Array, "B T D"],
+    context: Context,
+    cache: AnyCache | None,
+    last: Int32[Array, " B"] | None,
+    *,
+    attention: Attention,
+    config: ModelConfig,
+    ops: Ops,
+) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
+    """One pre-norm layer: the residual stream after it, and the cache with the tokens' own."""
+    h = ops.rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
+    h, cache = attention(weights["self_attn"], h, context, cache, last, config, ops)
+    x = at_last(x, last) + h
+    h = ops.rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
+    return x + mlp(weights["mlp"], h, ops), cache
+
+
+def queries_keys_values(
+    weights: Params,
+    x: Float32[Array, "B T D"],
+    last: Int32[Array, " B"] | None,
+    head_dim: int,
+    ops: Ops,
+) -> tuple[
+    Float32[Array, "B N t {head_dim}"],
+    Float32[Array, "B K T {head_dim}"],
+    Float32[Array, "B K T {head_dim}"],
+]:
+    """The three projections, by heads: queries of the last tokens alone where these are given."""
+    rows = {"q_proj": at_last(x, last), "k_proj": x, "v_proj": x}
+    q, k, v = (_split_heads(ops.column(of, weights[n]), head_dim) for n, of in rows.items())
+    return q, k, v
 
 
 def logits(params: Params, x: Float32[Array, "*tokens D"], ops: Ops) -> Float32[Array, "*tokens V"]:
@@ -155,7 +193,8 @@ def attend(
     """
     layout = ops.backend.cache_layout
     q = q * q.shape[-1] ** -0.5
-    own = LayerCache.of(k.astype(dtype), v.astype(dtype), layout)
+    k, v = ops.numerics.rounded((k.astype(dtype), v.astype(dtype)))
+    own = LayerCache.of(k, v, layout)
     cache = None if cache is None else cache.written(own, context.start, ops.backend)
     context, length = context.at(last), context.mask.shape[-1]
     # The tokens' own keys are all that there are where nothing came before.
@@ -173,7 +212,7 @@ def mlp(weights: Params, x: Float32[Array, "B T D"], ops: Ops) -> Float32[Array,
     return ops.row(ops.silu(gate) * up, weights["down_proj"])
 
 
-def split_heads(x: Float32[Array, "B T NH"], head_dim: int) -> Float32[Array, "B N T {head_dim}"]:
+def _split_heads(x: Float32[Array, "B T NH"], head_dim: int) -> Float32[Array, "B N T {head_dim}"]:
     """Heads that are one behind the other as an axis."""
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 

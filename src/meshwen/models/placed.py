@@ -53,6 +53,7 @@ class PlacedModel:
         if self.quantization is not None:
             check_choice("quantization", self.quantization, QUANTIZATIONS)
         check_choice("numerics", self.numerics, NUMERICS)
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         _ = self.plan  # Refuses what has no layout.
 
     @cached_property
@@ -82,7 +83,7 @@ class PlacedModel:
         """How its weights are stored."""
         specs = self.architecture.weights(self.config)
         format = self.backend.format(self.quantization)
-        return Placement(self.plan, specs, jnp.dtype(self.dtype), format)
+        return Placement(self.plan, specs, self.dtype, format)
 
     def hidden_states(
         self,

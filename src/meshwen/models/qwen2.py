@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): config, weights, decoder layer.
+"""Qwen2 and Qwen2.5 (arXiv 2407.10671, 2412.15115): config, weights, attention.
 
 `meshwen.models.decoder` has what decoder-only models share, and the names of dimensions.
 """
@@ -18,7 +18,7 @@ from meshwen.cache.kv_cache import AnyCache
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
 from meshwen.models.declarations import GATED_MLP, bias, decoder_weights, norm, projection
-from meshwen.models.decoder import Context, at_last, attend, mlp, split_heads
+from meshwen.models.decoder import Context, attend, queries_keys_values
 from meshwen.models.rope_frequencies import mean_rotation
 from meshwen.ops.operations import Ops
 from meshwen.ops.rotary import Rotary, rotate
@@ -54,24 +54,6 @@ def weights(config: Qwen2Config) -> tuple[WeightSpec, ...]:
     return decoder_weights(config, _LAYER)
 
 
-def decoder_layer(
-    weights: Params,
-    x: Float32[Array, "B T D"],
-    context: Context,
-    cache: AnyCache | None,
-    last: Int32[Array, " B"] | None,
-    *,
-    config: Qwen2Config,
-    ops: Ops,
-) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
-    """One pre-norm layer; see `DecoderLayer`."""
-    h = ops.rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
-    h, cache = attention(weights["self_attn"], h, context, cache, last, config, ops)
-    x = at_last(x, last) + h
-    h = ops.rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    return x + mlp(weights["mlp"], h, ops), cache
-
-
 def attention(
     weights: Params,
     x: Float32[Array, "B T D"],
@@ -81,10 +63,8 @@ def attention(
     config: Qwen2Config,
     ops: Ops,
 ) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
-    """Self-attention, of all tokens or of the last ones."""
-    q = split_heads(ops.column(at_last(x, last), weights["q_proj"]), config.head_dim)
-    k = split_heads(ops.column(x, weights["k_proj"]), config.head_dim)
-    v = split_heads(ops.column(x, weights["v_proj"]), config.head_dim)
+    """Self-attention; see `Attention`."""
+    q, k, v = queries_keys_values(weights, x, last, config.head_dim, ops)
     q, k = rotate(q, context.at(last).rotary, ops), rotate(k, context.rotary, ops)
     k = k - mean_key(weights["k_proj"]["bias"].array, config, ops)
     y, cache = attend(q, k, v, context, cache, ops, weights["k_proj"]["weight"].dtype, last)
@@ -105,5 +85,5 @@ def mean_key(
     return rotate(heads, Rotary(cos, sin), ops)
 
 
-hidden_states = partial(decoder.hidden_states, layer=decoder_layer)
+hidden_states = partial(decoder.hidden_states, attention=attention)
 logits = decoder.logits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3, dense (arXiv 2505.09388): config, weights, decoder layer.
+"""Qwen3, dense (arXiv 2505.09388): config, weights, attention.
 
 Other than Qwen2 it has no biases, and norms queries and keys, each head by itself, before they are
 rotated. `meshwen.models.decoder` has what decoder-only models share, and the names of dimensions.
@@ -20,7 +20,7 @@ from meshwen.errors import MeshwenError
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
 from meshwen.models.declarations import GATED_MLP, decoder_weights, norm, projection
-from meshwen.models.decoder import Context, at_last, attend, mlp, split_heads
+from meshwen.models.decoder import Context, attend, queries_keys_values
 from meshwen.ops.operations import Ops
 from meshwen.ops.rotary import rotate
 from meshwen.weights.declaration import Params, Part, WeightSpec
@@ -62,24 +62,6 @@ def weights(config: Qwen3Config) -> tuple[WeightSpec, ...]:
     return decoder_weights(config, _LAYER)
 
 
-def decoder_layer(
-    weights: Params,
-    x: Float32[Array, "B T D"],
-    context: Context,
-    cache: AnyCache | None,
-    last: Int32[Array, " B"] | None,
-    *,
-    config: Qwen3Config,
-    ops: Ops,
-) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
-    """One pre-norm layer; see `DecoderLayer`."""
-    h = ops.rms_norm(x, weights["input_layernorm"], config.rms_norm_eps)
-    h, cache = attention(weights["self_attn"], h, context, cache, last, config, ops)
-    x = at_last(x, last) + h
-    h = ops.rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    return x + mlp(weights["mlp"], h, ops), cache
-
-
 def attention(
     weights: Params,
     x: Float32[Array, "B T D"],
@@ -89,10 +71,8 @@ def attention(
     config: Qwen3Config,
     ops: Ops,
 ) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
-    """Self-attention, of all tokens or of the last ones."""
-    q = split_heads(ops.column(at_last(x, last), weights["q_proj"]), config.head_dim)
-    k = split_heads(ops.column(x, weights["k_proj"]), config.head_dim)
-    v = split_heads(ops.column(x, weights["v_proj"]), config.head_dim)
+    """Self-attention; see `Attention`."""
+    q, k, v = queries_keys_values(weights, x, last, config.head_dim, ops)
     q = ops.rms_norm(q, weights["q_norm"], config.rms_norm_eps)
     k = ops.rms_norm(k, weights["k_norm"], config.rms_norm_eps)
     q, k = rotate(q, context.at(last).rotary, ops), rotate(k, context.rotary, ops)
@@ -100,5 +80,5 @@ def attention(
     return ops.row(y, weights["o_proj"]), cache
 
 
-hidden_states = partial(decoder.hidden_states, layer=decoder_layer)
+hidden_states = partial(decoder.hidden_states, attention=attention)
 logits = decoder.logits

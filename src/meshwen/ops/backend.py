@@ -37,6 +37,13 @@ class CacheLayout:
     keys: str = "BSKH"
     values: str = "BSKH"
 
+    def __post_init__(self) -> None:
+        for axes in (self.keys, self.values):
+            if sorted(axes) != sorted("BKSH") or axes[0] != "B":
+                raise ValueError(f"{axes} is no order of B, K, S, H that begins with B")
+        if self.keys.index("K") != self.values.index("K"):  # Both are sharded by one spec.
+            raise ValueError(f"heads are not at the same place in {self.keys} and {self.values}")
+
 
 @dataclass(frozen=True)
 class Backend:

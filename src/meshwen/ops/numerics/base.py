@@ -58,8 +58,11 @@ class Numerics(ABC):
         """The mean over the last axis."""
 
     @abstractmethod
-    def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Products that are about to be added up; a compiler might not round them otherwise."""
+    def rounded(self, values: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Values that are about to be used further, at the precision of their dtype.
+
+        A compiler may keep more: of products that are added, of what was converted to bfloat16.
+        """
 
     @abstractmethod
     def pointwise(

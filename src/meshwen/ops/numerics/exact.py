@@ -108,9 +108,9 @@ class Exact(Numerics):
         (mean,) = self.rounded((sums[..., None] / x.shape[-1],))
         return mean
 
-    def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The products, each rounded to float32 by itself."""
-        return lax.optimization_barrier(products)
+    def rounded(self, values: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The values, each rounded to its dtype by itself."""
+        return lax.optimization_barrier(values)
 
     def pointwise(
         self, function: Callable[[Array], Array], x: Float32[Array, "*shape"]

@@ -60,9 +60,9 @@ class Fast(Numerics):
         """XLA's mean."""
         return x.mean(axis=-1, keepdims=True)
 
-    def rounded(self, products: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The products; a compiler may round one and its sum at once."""
-        return products
+    def rounded(self, values: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The values; a compiler may keep more of them."""
+        return values
 
     def pointwise(
         self, function: Callable[[Array], Array], x: Float32[Array, "*shape"]
