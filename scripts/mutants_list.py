@@ -749,7 +749,7 @@ FAULTS = (
     ),
     _fault(
         "inspect: bytes of a device without padding",
-        "weights/placed.py",
+        "weights/layout.py",
         "return self.leaves * self.stored_bytes(self.leaf_shard_shape, dtype)",
         "return self.model_bytes(dtype) // self.plan.model_devices",
         "cli_inspect",
@@ -973,8 +973,8 @@ FAULTS = (
     _fault(
         "bench: the table that is looked up counts as read",
         "bench/costs.py",
-        "if w.spec.part not in (Part.EMBEDDING, Part.HEAD)]",
-        "if w.spec.part is not Part.HEAD]",
+        "if w.declaration.part not in (Part.EMBEDDING, Part.HEAD)]",
+        "if w.declaration.part is not Part.HEAD]",
         "bench",
     ),
     _fault(

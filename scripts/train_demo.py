@@ -44,7 +44,7 @@ from demo_tokenizer import (
     write_tokenizer,
 )
 from meshwen.causal_lm import Qwen2ForCausalLM
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.qwen2 import Qwen2Config, hidden_states, logits
 from meshwen.models.rope_frequencies import inverse_frequencies
 from meshwen.ops.operations import Ops
@@ -52,7 +52,7 @@ from meshwen.ops.weight import Weight
 from meshwen.parallel.mesh import make_mesh
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.declaration import unflatten
-from meshwen.weights.placed import PlacedWeight
+from meshwen.weights.layout import WeightLayout
 
 VOCABULARY = 1024
 LAYERS = 4
@@ -184,7 +184,7 @@ def batches(problems: ProblemSet, tokenizer: Tokenizer, seed: int, step: int) ->
 
 
 def initial_weights(
-    weights: Sequence[PlacedWeight], config: Qwen2Config, seed: int
+    weights: Sequence[WeightLayout], config: Qwen2Config, seed: int
 ) -> dict[str, Array]:
     """Normal, with standard deviation 1/sqrt(inputs); less for what adds to the residual stream."""
     keys = jax.random.split(jax.random.key(seed), len(weights))
@@ -227,7 +227,7 @@ def look_back(config: Qwen2Config) -> tuple[np.ndarray, np.ndarray]:
     return query.ravel(), key.ravel()
 
 
-def optimiser(weights: Sequence[PlacedWeight], steps: int) -> optax.GradientTransformation:
+def optimiser(weights: Sequence[WeightLayout], steps: int) -> optax.GradientTransformation:
     """Muon for the layers' matrices, AdamW for the rest; warm-up, plateau, linear decay."""
     decay = int(steps * DECAY)
     schedule = optax.schedules.join_schedules(
@@ -304,7 +304,7 @@ def write_held_out(problems: ProblemSet, out: Path) -> None:
 
 
 def write_model(
-    values: dict[str, Array], config: Qwen2Config, weights: Sequence[PlacedWeight], out: Path
+    values: dict[str, Array], config: Qwen2Config, weights: Sequence[WeightLayout], out: Path
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors."""
     write_json(out / "config.json", config.to_dict())
@@ -325,7 +325,7 @@ def train(
     problems: ProblemSet,
     tokenizer: Tokenizer,
     config: Qwen2Config,
-    weights: Sequence[PlacedWeight],
+    weights: Sequence[WeightLayout],
     options: argparse.Namespace,
 ) -> dict[str, Array]:
     """The training loop; prints the loss, saves the state where asked to."""
@@ -368,7 +368,7 @@ def make_checkpoint(options: argparse.Namespace) -> None:
     check_turns(tokenizer)
     end, pad = (tokenizer.encode(token)[0] for token in (IM_END, ENDOFTEXT))
     config = demo_config(end, pad)
-    weights = PlacedModel(config, make_mesh("1"), jnp.dtype(jnp.float32)).weights.declared
+    weights = ParallelModel(config, make_mesh("1"), jnp.dtype(jnp.float32)).weights.declared
     values = train(problems, tokenizer, config, weights, options)
     write_model(values, config, weights, options.out)
 

@@ -16,7 +16,7 @@ from meshwen.cache.kv_cache import KVCache
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.engine import steps
 from meshwen.engine.runner import ModelRunner
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.ops.cpu import kernels
 from meshwen.ops.formats import Leaf, Packed
@@ -88,11 +88,11 @@ class MeshModel:
         numerics: str = "fast",
         quantization: str | None = None,
     ):
-        placed = PlacedModel(config, make_mesh(mesh), jnp.dtype(dtype), numerics, quantization)
-        self.plan = placed.plan
+        model = ParallelModel(config, make_mesh(mesh), jnp.dtype(dtype), numerics, quantization)
+        self.plan = model.plan
         weights = reference.random_weights(config) if weights is None else weights
-        self.params = load_params(memory_checkpoint(config, weights), placed.weights)
-        self.runner = ModelRunner(placed, self.params)
+        self.params = load_params(memory_checkpoint(config, weights), model.weights)
+        self.runner = ModelRunner(model, self.params)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def logits(self, token_ids, params=None) -> np.ndarray:

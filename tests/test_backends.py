@@ -64,7 +64,9 @@ def test_a_model_computes_the_same_without_what_cpus_need(
     token_ids = random_tokens(config, 2, LENGTH)
     found = {}
     for backend in (Backend(), XlaOnCpu()):
-        monkeypatch.setattr("meshwen.models.placed.backend_of", lambda mesh, one=backend: one)
+        monkeypatch.setattr(
+            "meshwen.models.parallel_model.backend_of", lambda mesh, one=backend: one
+        )
         model = MeshModel(config, mesh, dtype, numerics=numerics, quantization=quantization)
         assert model.runner.cache_axes.split().index("heads") == (1 if backend != Backend() else 2)
         found[backend] = model.logits(token_ids), decoded(model, token_ids)

@@ -11,7 +11,7 @@ from meshwen.bench.costs import decode_cost, prefill_cost
 from meshwen.bench.measure import Seconds
 from meshwen.bench.report_html import html_report
 from meshwen.cli import main
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("unoptimised")
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 
-def model(name: str, dtype=BFLOAT16, mesh: str = "1", quantization=None) -> PlacedModel:
-    return PlacedModel(preset(name), make_mesh(mesh), dtype, "fast", quantization)
+def model(name: str, dtype=BFLOAT16, mesh: str = "1", quantization=None) -> ParallelModel:
+    return ParallelModel(preset(name), make_mesh(mesh), dtype, "fast", quantization)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_int8_weights_take_a_byte_and_their_share_of_a_scale_each():
     )
     assert found.flops == before.flops
     # The table is the head too.
-    shapes = [spec.shape(whole.config.sizes) for spec in whole.weights.specs]
+    shapes = [one.shape(whole.config.sizes) for one in whole.weights.declarations]
     matrices = sum(prod(shape) for shape in shapes if len(shape) == 2)
     assert before.bytes - found.bytes == 2 * matrices - matrices * 34 // 32
 

@@ -23,7 +23,7 @@ from checkpoint_writers import (
 from meshwen.checkpoints import open_checkpoint
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.registry import MODEL_TYPES
 from meshwen.parallel.mesh import make_mesh
@@ -556,7 +556,7 @@ def test_a_block_whose_scale_is_no_number_is_refused_by_name(tmp_path, quantizat
         path = write_gguf(tmp_path / "x.gguf", tensors)
         with open_checkpoint(str(path)) as checkpoint:
             dtype = np.dtype(ml_dtypes.bfloat16)
-            model = PlacedModel(checkpoint.config, make_mesh("1"), dtype, "fast", quantization)
+            model = ParallelModel(checkpoint.config, make_mesh("1"), dtype, "fast", quantization)
             if said is None:
                 load_params(checkpoint, model.weights)
                 continue

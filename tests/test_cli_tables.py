@@ -125,14 +125,14 @@ def inspected(tmp_path_factory):
     from meshwen.checkpoints import open_checkpoint
     from meshwen.cli.inspect import _abstract_mesh
     from meshwen.cli.inspect_report import inspection, tensor_rows
-    from meshwen.models.placed import PlacedModel
+    from meshwen.models.parallel_model import ParallelModel
 
     folder = write_folder(tmp_path_factory.mktemp("models") / "a[b]c", random_weights())
     with open_checkpoint(str(folder)) as checkpoint:
         mesh, dtype = _abstract_mesh("data=2,model=4"), jnp.dtype(jnp.bfloat16)
-        placed = PlacedModel(checkpoint.config, mesh, dtype, "exact")
-        rows = tensor_rows(placed, checkpoint.tensors, "*")
-        report = inspection(placed, checkpoint, rows)
+        model = ParallelModel(checkpoint.config, mesh, dtype, "exact")
+        rows = tensor_rows(model, checkpoint.tensors, "*")
+        report = inspection(model, checkpoint, rows)
     return report, rows
 
 

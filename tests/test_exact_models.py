@@ -16,7 +16,7 @@ from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.parallel.mesh import make_mesh
 from meshwen.weights.loading import dummy_params
@@ -104,7 +104,7 @@ def test_a_layer_of_7b_has_the_same_bits_on_8_and_32_devices(dtype):
     token_ids = np.random.default_rng(0).integers(0, WIDTH_7B.vocab_size, (2, 24)).astype(np.int32)
     found = []
     for mesh in ("1", "1x8") if dtype == "float32" else ("1", "8x4"):
-        model = PlacedModel(WIDTH_7B, make_mesh(mesh), jnp.dtype(dtype), "exact")
+        model = ParallelModel(WIDTH_7B, make_mesh(mesh), jnp.dtype(dtype), "exact")
         runner = ModelRunner(model, dummy_params(model.weights))
         found.append(np.asarray(runner.logits(token_ids)))
         one = np.asarray(runner.logits(token_ids[1:, :8]))

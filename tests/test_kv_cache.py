@@ -7,7 +7,7 @@ import pytest
 
 from mesh_model import SMALL_7B
 from meshwen.cache.kv_cache import LayerCache, SequenceCache
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh
 
@@ -80,7 +80,7 @@ def test_what_is_written_is_rounded_to_the_dtype_of_the_cache():
     [("1", 4), ("2", 2), ("4", 1), ("1x8", 1), ("8x4", 1), ("data=2,model=4", 1), ("data=2", 4)],
 )
 def test_a_device_holds_its_own_heads_of_its_own_rows(mesh, heads):
-    model = PlacedModel(SMALL_7B, make_mesh(mesh), jnp.dtype(jnp.bfloat16))
+    model = ParallelModel(SMALL_7B, make_mesh(mesh), jnp.dtype(jnp.bfloat16))
     plan, cache = model.plan, model.empty_cache(4, 10)
     rows = 4 // plan.data_devices
     assert len(cache) == SMALL_7B.num_hidden_layers

@@ -14,7 +14,7 @@ from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, SMALL_HALF_B, memory_checkpoint, whole
 from meshwen.checkpoints import open_checkpoint
 from meshwen.errors import MeshwenError
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.formats import Packed
 from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
@@ -22,8 +22,8 @@ from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights import loading
 from meshwen.weights.finite import check_finite
+from meshwen.weights.layout import WeightTable
 from meshwen.weights.loading import dummy_params, load_params
-from meshwen.weights.placed import Placement
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Nothing here divides by most meshes: 7 query and key/value pairs of heads, odd vocabulary and MLP.
@@ -39,8 +39,8 @@ pytestmark = pytest.mark.usefixtures("unoptimised")
 MESHES = ("1", "3", "5", "2x4", "1x32", "data=2,model=4")
 
 
-def placed(config, mesh: str, dtype=BFLOAT16, quantization=None) -> Placement:
-    return PlacedModel(config, make_mesh(mesh), np.dtype(dtype), "fast", quantization).weights
+def weight_table(config, mesh: str, dtype=BFLOAT16, quantization=None) -> WeightTable:
+    return ParallelModel(config, make_mesh(mesh), np.dtype(dtype), "fast", quantization).weights
 
 
 def by_name(params, prefix: str = "") -> dict[str, Weight]:
@@ -108,41 +108,41 @@ def checkpoint(request, tmp_path_factory):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_checkpoint_loads_bit_for_bit(checkpoint, mesh):
     dtype, weights, opened = checkpoint
-    placement = placed(ODD, mesh, dtype)
-    arrays = by_name(load_params(opened, placement))
+    table = weight_table(ODD, mesh, dtype)
+    arrays = by_name(load_params(opened, table))
     assert arrays.keys() == weights.keys()
     for name, tensor in weights.items():
-        assert same_bits(arrays[name], on_devices(name, tensor, placement.plan)), name
+        assert same_bits(arrays[name], on_devices(name, tensor, table.plan)), name
 
 
 def test_large_parts_are_packed_by_and_by(checkpoint, monkeypatch):
     dtype, weights, opened = checkpoint
     monkeypatch.setattr("meshwen.weights.loading._PACKED_ROWS", 32)
-    placement = placed(ODD, "1", dtype)
-    arrays = by_name(load_params(opened, placement))
+    table = weight_table(ODD, "1", dtype)
+    arrays = by_name(load_params(opened, table))
     for name, tensor in weights.items():
-        assert same_bits(arrays[name], on_devices(name, tensor, placement.plan))
+        assert same_bits(arrays[name], on_devices(name, tensor, table.plan))
 
 
 @pytest.mark.parametrize("mesh", ["1", "1x8", "data=2,model=4"])
 def test_float32_is_cast_to_bfloat16_by_rounding_to_nearest_even(mesh):
     weights = random_bits(ODD, np.dtype(np.float32))
-    placement = placed(ODD, mesh)
-    arrays = by_name(load_params(memory_checkpoint(ODD, weights), placement))
+    table = weight_table(ODD, mesh)
+    arrays = by_name(load_params(memory_checkpoint(ODD, weights), table))
     for name, tensor in weights.items():
         bits = tensor.view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         expected = rounded.astype(np.uint16).view(BFLOAT16)
-        assert same_bits(arrays[name], on_devices(name, expected, placement.plan)), name
+        assert same_bits(arrays[name], on_devices(name, expected, table.plan)), name
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_each_device_holds_its_declared_part_and_no_more(mesh):
-    placement = placed(ODD, mesh, np.float32)
+    table = weight_table(ODD, mesh, np.float32)
     weights = random_bits(ODD, np.dtype(np.float32))
-    loaded = by_name(load_params(memory_checkpoint(ODD, weights), placement))
-    made = by_name(dummy_params(placement))
-    for weight in placement.declared:
+    loaded = by_name(load_params(memory_checkpoint(ODD, weights), table))
+    made = by_name(dummy_params(table))
+    for weight in table.declared:
         for found in (loaded[weight.path], made[weight.path]):
             leaf, shape = found.leaf, weight.shard_shape
             if isinstance(leaf, Packed):
@@ -150,7 +150,7 @@ def test_each_device_holds_its_declared_part_and_no_more(mesh):
                 inputs, outputs = shape
                 (leaf,), shape = jax.tree.leaves(leaf), (-(-outputs // 32), inputs, 32, 1)
             assert leaf.sharding.is_equivalent_to(weight.sharding, leaf.ndim)
-            assert len(leaf.addressable_shards) == placement.plan.mesh.size
+            assert len(leaf.addressable_shards) == table.plan.mesh.size
             shapes = {shard.data.shape for shard in leaf.addressable_shards}
             assert shapes == {shape}
 
@@ -165,7 +165,7 @@ def test_a_source_is_asked_for_each_part_of_a_weight_and_never_for_all_of_it(mon
         return part
 
     monkeypatch.setattr(type(opened.tensors["lm_head.weight"]), "read", recorded)
-    load_params(opened, placed(SMALL_7B, "1x8"))
+    load_params(opened, weight_table(SMALL_7B, "1x8"))
     for name, share in read:
         assert share <= (1 if "norm" in name else 1 / 4), name
     for name in ("lm_head.weight", "model.layers.0.mlp.down_proj.weight"):
@@ -174,12 +174,12 @@ def test_a_source_is_asked_for_each_part_of_a_weight_and_never_for_all_of_it(mon
 
 def test_progress_counts_every_weight():
     calls = []
-    placement = placed(ODD, "2")
-    total = len(placement.declared)
-    dummy_params(placement, progress=lambda *call: calls.append(call))
+    table = weight_table(ODD, "2")
+    total = len(table.declared)
+    dummy_params(table, progress=lambda *call: calls.append(call))
     assert calls == [(i, total) for i in range(total + 1)]
     opened = memory_checkpoint(ODD, random_bits(ODD, BFLOAT16))
-    load_params(opened, placement, progress=lambda *call: calls.append(call))
+    load_params(opened, table, progress=lambda *call: calls.append(call))
     assert calls == [(i, total) for i in range(total + 1)] * 2
 
 
@@ -194,7 +194,7 @@ NAMES = [
 
 def refusal(config, weights, mesh: str = "2") -> str:
     with pytest.raises(MeshwenError) as error:
-        load_params(memory_checkpoint(config, weights), placed(config, mesh))
+        load_params(memory_checkpoint(config, weights), weight_table(config, mesh))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -237,7 +237,7 @@ def test_rope_frequencies_buffers_of_old_checkpoints_are_ignored():
     weights = random_bits(ODD, BFLOAT16)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     opened = memory_checkpoint(ODD, weights | {name: np.zeros(2, np.float32)})
-    assert by_name(load_params(opened, placed(ODD, "2"))).keys() == set(weights)
+    assert by_name(load_params(opened, weight_table(ODD, "2"))).keys() == set(weights)
 
 
 @pytest.mark.parametrize("with_copy", [False, True])
@@ -245,12 +245,12 @@ def test_a_tied_checkpoint_loads_with_and_without_a_copy_of_the_head(with_copy):
     tied = replace(ODD, tie_word_embeddings=True)
     weights = random_bits(tied, BFLOAT16)
     copy = {"lm_head.weight": weights["model.embed_tokens.weight"]} if with_copy else {}
-    placement = placed(tied, "3")
-    arrays = by_name(load_params(memory_checkpoint(tied, weights | copy), placement))
+    table = weight_table(tied, "3")
+    arrays = by_name(load_params(memory_checkpoint(tied, weights | copy), table))
     assert arrays.keys() == weights.keys()
     name = "model.embed_tokens.weight"
-    expected = on_devices(name, weights[name], placement.plan)
-    assert same_bits(arrays[name], expected.T if placement.format else expected)
+    expected = on_devices(name, weights[name], table.plan)
+    assert same_bits(arrays[name], expected.T if table.format else expected)
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused():
@@ -260,7 +260,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused():
     head[-1, -1] = 3
     checkpoint = memory_checkpoint(tied, weights | {"lm_head.weight": head})
     with pytest.raises(MeshwenError, match=r"ties lm_head\.weight to model\.embed_tokens"):
-        load_params(checkpoint, placed(tied, "1"))
+        load_params(checkpoint, weight_table(tied, "1"))
 
 
 def test_integers_are_no_weights():
@@ -268,7 +268,7 @@ def test_integers_are_no_weights():
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = np.ones(weights[name].shape, np.int8)
     with pytest.raises(MeshwenError, match=f"{name} is int8, not floating-point"):
-        load_params(memory_checkpoint(ODD, weights), placed(ODD, "1"))
+        load_params(memory_checkpoint(ODD, weights), weight_table(ODD, "1"))
 
 
 def test_an_untied_checkpoint_without_a_head_is_refused():
@@ -278,22 +278,22 @@ def test_an_untied_checkpoint_without_a_head_is_refused():
 
 @pytest.fixture(scope="module")
 def dummy_on_one_device():
-    return {name: whole(a) for name, a in by_name(dummy_params(placed(ODD, "1"))).items()}
+    return {name: whole(a) for name, a in by_name(dummy_params(weight_table(ODD, "1"))).items()}
 
 
 @pytest.mark.parametrize("mesh", ["3", "1x32", "data=2,model=4"])
 def test_dummy_weights_are_the_same_on_every_mesh(dummy_on_one_device, mesh):
-    placement = placed(ODD, mesh)
-    arrays = by_name(dummy_params(placement))
-    for weight in placement.declared:
+    table = weight_table(ODD, mesh)
+    arrays = by_name(dummy_params(table))
+    for weight in table.declared:
         name, one = weight.path, dummy_on_one_device[weight.path]
         original = one.T if weight.transposed else one
-        assert same_bits(arrays[name], on_devices(name, original, placement.plan)), name
+        assert same_bits(arrays[name], on_devices(name, original, table.plan)), name
 
 
 def test_dummy_weights_have_the_spread_of_fresh_ones_and_differ_from_each_other():
-    placement = placed(SMALL_7B, "2", np.float32)
-    arrays = {n: whole(a) for n, a in by_name(dummy_params(placement)).items()}
+    table = weight_table(SMALL_7B, "2", np.float32)
+    arrays = {n: whole(a) for n, a in by_name(dummy_params(table)).items()}
     for name, array in arrays.items():
         values = array[array != 0]
         assert np.isfinite(values).all()
@@ -305,7 +305,7 @@ def test_dummy_weights_have_the_spread_of_fresh_ones_and_differ_from_each_other(
     up = "model.layers.{}.mlp.up_proj.weight"
     products = np.corrcoef([arrays[up.format(i)].reshape(-1) for i in range(2)])
     assert abs(products[0, 1]) < 0.01
-    other_seed = by_name(dummy_params(placement, seed=1))
+    other_seed = by_name(dummy_params(table, seed=1))
     assert not np.array_equal(whole(other_seed[up.format(0)]), arrays[up.format(0)])
 
 
@@ -326,11 +326,11 @@ DAMAGED = "model.layers.1.mlp.up_proj.weight"
 )
 def test_a_weight_that_is_no_number_is_refused_by_name(value, dtype, mesh, quantization, said):
     weights = {name: a.astype(dtype) for name, a in random_bits(ODD, np.dtype(np.float16)).items()}
-    placement = placed(ODD, mesh, quantization=quantization)
-    load_params(memory_checkpoint(ODD, weights), placement)
+    table = weight_table(ODD, mesh, quantization=quantization)
+    load_params(memory_checkpoint(ODD, weights), table)
     weights[DAMAGED][-1, -1] = value
     with pytest.raises(MeshwenError, match=f"memory: tensor {DAMAGED} {said}") as caught:
-        load_params(memory_checkpoint(ODD, weights), placement)
+        load_params(memory_checkpoint(ODD, weights), table)
     assert "\n" not in str(caught.value)
 
 
@@ -371,20 +371,20 @@ def test_weights_that_do_not_fit_say_that_the_config_names_a_quantisation():
     del weights[DAMAGED]
     opened = replace(memory_checkpoint(ODD, weights), quantization="gptq")
     with pytest.raises(MeshwenError, match=r'is missing; .* names "gptq", which is not supported'):
-        load_params(opened, placed(ODD, "1"))
+        load_params(opened, weight_table(ODD, "1"))
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_weights_that_do_not_fit_a_device_are_refused_before_any_is_placed(
     monkeypatch, quantization
 ):
-    placement = placed(ODD, "2x4", quantization=quantization)
-    arrays = jax.tree.leaves(dummy_params(placement))
+    table = weight_table(ODD, "2x4", quantization=quantization)
+    arrays = jax.tree.leaves(dummy_params(table))
     held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
     monkeypatch.setattr(loading, "free_bytes", lambda devices: held - 1)
     opened = memory_checkpoint(ODD, random_bits(ODD, BFLOAT16))
     for load in (partial(dummy_params), partial(load_params, opened)):
         with pytest.raises(MeshwenError, match=r"the weights need .* on each device"):
-            load(placement, lambda done, total: pytest.fail("a weight was placed"))
+            load(table, lambda done, total: pytest.fail("a weight was placed"))
     monkeypatch.setattr(loading, "free_bytes", lambda devices: held)
-    load_params(opened, placement)
+    load_params(opened, table)

@@ -206,11 +206,11 @@ def test_what_stands_in_padded_slots_adds_exactly_nothing(config, mesh):
 def test_every_row_of_the_embedding_is_found_exactly(mesh, config):
     model = shared_model(config, mesh)
     plan, layer = model.plan, model.params["model"]["embed_tokens"]
-    (table,) = (w for w in model.runner.model.weights.weights if "embed_tokens" in w.path)
+    (table,) = (w for w in model.runner.model.weights.stored if "embed_tokens" in w.path)
     lookup = jax.shard_map(
         model.runner.ops.embed,
         mesh=plan.mesh,
-        in_specs=(plan.spec("length"), {"weight": table.specs()}),
+        in_specs=(plan.spec("length"), {"weight": table.partition_specs()}),
         out_specs=plan.spec("length", "embed"),
         check_vma=False,
     )

@@ -200,9 +200,9 @@ def test_attention_reads_only_the_positions_that_it_is_told_of():
 
     @jax.jit
     def prefill(params, cache):
-        start, placed = jnp.zeros(3, jnp.int32), model.runner.model
-        x, cache = placed.hidden_states(params, jnp.array(token_ids), start, cache, LENGTH)
-        return placed.logits(params, x), cache
+        start, parallel = jnp.zeros(3, jnp.int32), model.runner.model
+        x, cache = parallel.hidden_states(params, jnp.array(token_ids), start, cache, LENGTH)
+        return parallel.logits(params, x), cache
 
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), model.cache(3, SLOTS))
     found, cache = prefill(model.params, nowhere)

@@ -25,7 +25,7 @@ from mesh_model import (
 from meshwen import Qwen2ForCausalLM
 from meshwen.cli.app import app
 from meshwen.errors import MeshwenError
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.panels import INT8_PANELS
 from meshwen.ops.formats import Packed
@@ -276,7 +276,7 @@ def test_exact_numerics_has_the_same_bits_on_every_mesh(config, kind, meshes):
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
 def test_only_what_is_multiplied_with_is_quantised(numerics):
-    model = PlacedModel(SMALL_HALF_B, make_mesh("1x8"), jnp.dtype(bfloat16), numerics, "int8")
+    model = ParallelModel(SMALL_HALF_B, make_mesh("1x8"), jnp.dtype(bfloat16), numerics, "int8")
     params = dummy_params(model.weights)
     found = {
         jax.tree_util.keystr(path, simple=True, separator="."): weight
@@ -284,7 +284,7 @@ def test_only_what_is_multiplied_with_is_quantised(numerics):
             params, is_leaf=lambda node: isinstance(node, Weight)
         )
     }
-    assert set(found) == {weight.path for weight in model.weights.weights}
+    assert set(found) == {weight.path for weight in model.weights.stored}
     for path, weight in found.items():
         packed = {isinstance(leaf, Packed) for leaf in weight.leaves}
         assert packed == {"_proj.weight" in path or "lm_head" in path}, path
@@ -294,7 +294,7 @@ def test_dummy_weights_are_the_same_on_every_mesh():
     config = replace(SMALL_7B, intermediate_size=32 * 32, head_dim=32)
     found = []
     for mesh in ("1", "1x8"):
-        model = PlacedModel(config, make_mesh(mesh), jnp.dtype(np.float32), "fast", "int8")
+        model = ParallelModel(config, make_mesh(mesh), jnp.dtype(np.float32), "fast", "int8")
         down = dummy_params(model.weights)["model"]["layers"][1]["mlp"]["down_proj"]
         found.append(np.asarray(down["weight"].leaf.values))
     np.testing.assert_array_equal(*found)
@@ -304,7 +304,7 @@ def test_an_unknown_quantization_is_named():
     with pytest.raises(MeshwenError, match="quantization 'int4' is not one of int8"):
         Qwen2ForCausalLM.from_pretrained("demo", quantization="int4")
     with pytest.raises(MeshwenError, match="quantization 'int4' is not one of int8"):
-        PlacedModel(SMALL_7B, make_mesh("1"), jnp.dtype(np.float32), "fast", "int4")
+        ParallelModel(SMALL_7B, make_mesh("1"), jnp.dtype(np.float32), "fast", "int4")
 
 
 def test_the_demo_model_solves_its_problem_from_the_command_line():

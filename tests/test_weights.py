@@ -9,11 +9,11 @@ import pytest
 
 import reference
 from mesh_model import SMALL_7B, SMALL_HALF_B
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
 from meshwen.weights.declaration import unflatten
-from meshwen.weights.placed import Placement
+from meshwen.weights.layout import WeightTable
 
 ODD = replace(SMALL_HALF_B, head_dim=10, vocab_size=997, intermediate_size=301)
 # Parameters of the published checkpoints, as their safetensors headers add up.
@@ -28,41 +28,41 @@ PUBLISHED = {
 }
 
 
-def placed(config, mesh: str) -> Placement:
-    return PlacedModel(config, make_mesh(mesh), np.dtype(np.float32)).weights
+def weight_table(config, mesh: str) -> WeightTable:
+    return ParallelModel(config, make_mesh(mesh), np.dtype(np.float32)).weights
 
 
 @pytest.mark.parametrize("config", [SMALL_7B, SMALL_HALF_B, ODD], ids=["7b", "half_b", "odd"])
 @pytest.mark.parametrize("mesh", ["1", "2x4"])
 def test_names_and_shapes_are_those_of_a_checkpoint_on_every_mesh(config, mesh):
-    specs = placed(config, mesh).specs
-    declared = {spec.name: spec.shape(config.sizes) for spec in specs}
+    declarations = weight_table(config, mesh).declarations
+    declared = {one.name: one.shape(config.sizes) for one in declarations}
     assert declared == reference.tensor_shapes(config)
-    assert len(specs) == len(declared)
+    assert len(declarations) == len(declared)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     for mesh in ("1", "1x32"):
-        assert placed(preset(name), mesh).parameters == PUBLISHED[name]
+        assert weight_table(preset(name), mesh).parameters == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("mesh", ["1", "3", "1x8", "2x4", "1x32", "data=2,model=4"])
 def test_a_device_holds_an_equal_part_of_what_is_split_and_all_of_what_is_not(mesh):
-    weights = placed(ODD, mesh)
+    weights = weight_table(ODD, mesh)
     n = weights.plan.model_devices
     for weight in weights.declared:
         whole, part = weight.shape, weight.shard_shape
         split = [axis != "embed" for axis in weight.axes]
         assert part == tuple(size // n if s else size for size, s in zip(whole, split, strict=True))
         assert sum(split) <= 1
-        original = weight.spec.shape(ODD.sizes)[:: -1 if weight.transposed else 1]
+        original = weight.declaration.shape(ODD.sizes)[:: -1 if weight.transposed else 1]
         assert all(big >= small for big, small in zip(whole, original, strict=True))
         assert n > 1 or whole == original
 
 
 def test_projections_are_kept_as_in_by_out():
-    shapes = {weight.path: weight.shape for weight in placed(SMALL_7B, "1").declared}
+    shapes = {weight.path: weight.shape for weight in weight_table(SMALL_7B, "1").declared}
     assert shapes["model.layers.1.mlp.up_proj.weight"] == (224, 1184)
     assert shapes["model.layers.1.mlp.down_proj.weight"] == (1184, 224)
     assert shapes["lm_head.weight"] == (224, 1003)
@@ -70,7 +70,7 @@ def test_projections_are_kept_as_in_by_out():
 
 
 def test_a_device_of_7b_on_1x8_holds_an_eighth_and_its_padding():
-    weights = placed(preset("qwen2.5-7b"), "1x8")
+    weights = weight_table(preset("qwen2.5-7b"), "1x8")
     a_layer = (
         2 * 3584  # norms
         + (3584 + 1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mesh_model import memory_checkpoint
 from meshwen.checkpoints import Checkpoint
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.mesh import make_mesh
 from meshwen.verify.localise import Prober, Trace
 from meshwen.verify.mesh_run import MeshRun, Observed
@@ -33,7 +33,7 @@ def checkpoint(**changed: np.ndarray) -> Checkpoint:
 
 @functools.cache
 def mesh_run(mesh: str, numerics: str = "fast") -> MeshRun:
-    model = PlacedModel(TINY, make_mesh(mesh), jnp.dtype(jnp.float32), numerics)
+    model = ParallelModel(TINY, make_mesh(mesh), jnp.dtype(jnp.float32), numerics)
     return MeshRun(model, load_params(checkpoint(), model.weights), workload())
 
 

@@ -142,18 +142,18 @@ class CausalLM:
         A checkpoint that was opened without weights gets dummy ones. It may be closed afterwards.
         """
         model_class = cls._class_for(checkpoint)
-        placed = options.place(checkpoint.config)
+        model = options.parallel_model(checkpoint.config)
         compared = options.compared() | {
-            "mesh": mesh_label(placed.mesh),
+            "mesh": mesh_label(model.mesh),
             "weights": "dummy" if checkpoint.format is None else "files",
         }
-        check_model(checkpoint, tokenizer, compared, exact=placed.plan.exact)
+        check_model(checkpoint, tokenizer, compared, exact=model.plan.exact)
         progress = progress or (lambda done, total: None)
         if checkpoint.format is None:
-            params = dummy_params(placed.weights, progress)
+            params = dummy_params(model.weights, progress)
         else:
-            params = load_params(checkpoint, placed.weights, progress)
-        runner = ModelRunner(placed, params)
+            params = load_params(checkpoint, model.weights, progress)
+        runner = ModelRunner(model, params)
         return model_class(runner, tokenizer, checkpoint.generation_config, options)
 
     @classmethod

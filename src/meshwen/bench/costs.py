@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import prod
 
 from meshwen.models.config import ModelConfig
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.weights.declaration import Part
-from meshwen.weights.placed import PlacedWeight
+from meshwen.weights.layout import WeightLayout
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Cost:
         return max(self.bytes / bandwidth, self.flops / rate)
 
 
-def decode_cost(model: PlacedModel, batch: int, length: int) -> Cost:
+def decode_cost(model: ParallelModel, batch: int, length: int) -> Cost:
     """One step of `batch` sequences that have `length` tokens each."""
     config = model.config
     weights = _matmuls(model)
@@ -56,7 +56,7 @@ def decode_cost(model: PlacedModel, batch: int, length: int) -> Cost:
     )
 
 
-def prefill_cost(model: PlacedModel, length: int) -> Cost:
+def prefill_cost(model: ParallelModel, length: int) -> Cost:
     """One prompt of `length` tokens, and the logits of its last.
 
     Of the last layer, only keys and values of all tokens are needed.
@@ -80,24 +80,24 @@ def _attention_terms(config: ModelConfig) -> int:
     return 2 * config.num_attention_heads * config.head_dim
 
 
-def _matmuls(model: PlacedModel) -> list[PlacedWeight]:
+def _matmuls(model: ParallelModel) -> list[WeightLayout]:
     """The weights that a token meets, the output head last."""
     weights = model.weights
-    table = next(weight for weight in weights.declared if weight.spec.part is Part.EMBEDDING)
-    body = [w for w in weights.declared if w.spec.part not in (Part.EMBEDDING, Part.HEAD)]
-    heads = [weight for weight in weights.declared if weight.spec.part is Part.HEAD]
-    return [*body, *(heads or [weights.as_head(table.spec)])]
+    table = next(weight for weight in weights.declared if weight.declaration.part is Part.EMBEDDING)
+    body = [w for w in weights.declared if w.declaration.part not in (Part.EMBEDDING, Part.HEAD)]
+    heads = [weight for weight in weights.declared if weight.declaration.part is Part.HEAD]
+    return [*body, *(heads or [weights.as_head(table.declaration)])]
 
 
-def _of_last_token(weights: list[PlacedWeight], config: ModelConfig) -> list[PlacedWeight]:
+def _of_last_token(weights: list[WeightLayout], config: ModelConfig) -> list[WeightLayout]:
     """Those that only a prompt's last token meets: the last layer's but for keys and values."""
     last = config.num_hidden_layers - 1
-    return [w for w in weights if w.spec.layer == last and not w.spec.every_token]
+    return [w for w in weights if w.declaration.layer == last and not w.declaration.every_token]
 
 
-def _elements(weights: list[PlacedWeight]) -> int:
-    return sum(prod(weight.spec.shape(weight.plan.sizes)) for weight in weights)
+def _elements(weights: list[WeightLayout]) -> int:
+    return sum(prod(weight.declaration.shape(weight.plan.sizes)) for weight in weights)
 
 
-def _bytes(weights: list[PlacedWeight], model: PlacedModel) -> int:
+def _bytes(weights: list[WeightLayout], model: ParallelModel) -> int:
     return sum(weight.model_bytes(model.dtype) for weight in weights)

@@ -101,7 +101,7 @@ def measure(
     Raises:
         MeshwenError: the largest cache does not fit the memory.
     """
-    placed = model.runner.model
+    parallel = model.runner.model
     _check_memory(model, max(batches), max(prompts) + steps)
 
     def row(phase: str, batch: int, length: int, tokens: int, seconds: Seconds, cost: Cost) -> Row:
@@ -112,13 +112,13 @@ def measure(
     for length in prompts:
         note(f"prefilling a prompt of {length} tokens")
         seconds = first_token(model.engine, length, runs)
-        cost = prefill_cost(placed, length)
+        cost = prefill_cost(parallel, length)
         rows.append(row("prefill", 1, length, length, seconds, cost))
     for batch in batches:
         for length in prompts:
             note(f"decoding {batch} sequences from token {length} on")
             seconds = decode(model.runner, batch, length, steps)
-            cost = decode_cost(placed, batch, length + steps // 2)
+            cost = decode_cost(parallel, batch, length + steps // 2)
             rows.append(row("decode", batch, length, batch, seconds, cost))
     return rows
 

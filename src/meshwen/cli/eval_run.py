@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from meshwen.evals.gsm8k import Question
     from meshwen.evals.run_file import Record, RunFile
     from meshwen.evals.styles import PromptStyle
-    from meshwen.models.placed import PlacedModel
+    from meshwen.models.parallel_model import ParallelModel
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Evaluation:
 
         style = asked.style
         with opened(asked.model, engine) as checkpoint:
-            placed = engine.place(checkpoint.config)
+            model = engine.parallel_model(checkpoint.config)
             tokenizer = Tokenizer.from_checkpoint(checkpoint)
             if tokenizer is None:
                 raise MeshwenError(
@@ -60,7 +60,7 @@ class Evaluation:
             solved = shots(style, asked.examples, asked.problems[-1].number + 1)
             once = [question(p, style, solved[p.number], tokenizer) for p in asked.problems]
             questions = [replace(one, sample=k) for one in once for k in range(asked.samples)]
-            settings = _settings(asked, engine, checkpoint, placed)
+            settings = _settings(asked, engine, checkpoint, model)
         run = _begin(out, settings, resume)
         _check_answers(run, questions, style)
         return cls(asked, engine, questions, run)
@@ -101,7 +101,7 @@ class Evaluation:
 
 
 def _settings(
-    asked: Asked, engine: EngineOptions, checkpoint: Checkpoint, placed: PlacedModel
+    asked: Asked, engine: EngineOptions, checkpoint: Checkpoint, model: ParallelModel
 ) -> dict[str, Any]:
     """What a run file says of how its answers came to be."""
     import jax
@@ -118,10 +118,10 @@ def _settings(
         "config_sha256": _sha256(checkpoint.config.to_dict(), checkpoint.generation_config),
         "meshwen": meshwen.__version__,
         "jax": jax.__version__,
-        "mesh": mesh_label(placed.mesh),
+        "mesh": mesh_label(model.mesh),
         "dtype": engine.dtype,
         "quantization": engine.quantization,
-        "products": placed.matmuls_by,
+        "products": model.matmuls_by,
         "numerics": engine.numerics,
         "prompt_style": style.name,
         "prompt_style_why": asked.style_why,

@@ -76,20 +76,20 @@ def inspect(
             )
         for text in checkpoint.notes:
             note(text)
-        placed = engine.place(checkpoint.config, abstract_mesh)
-        rows = tensor_rows(placed, checkpoint.tensors, "*" if pattern is None else pattern)
+        parallel = engine.parallel_model(checkpoint.config, abstract_mesh)
+        rows = tensor_rows(parallel, checkpoint.tensors, "*" if pattern is None else pattern)
         if not rows:
             raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")
         if stats:
             rows = _with_stats(rows, model, checkpoint)
-        report = inspection(placed, checkpoint, rows)
+        report = inspection(parallel, checkpoint, rows)
         if as_json:
             write(to_json(report))
         else:
             fold = pattern is None and not stats
             print_inspection(report, rows, output_console(), fold=fold)
         if checkpoint.format is not None:
-            check_tensors(checkpoint, placed.weights)
+            check_tensors(checkpoint, parallel.weights)
 
 
 def _abstract_mesh(text: str) -> AbstractMesh:

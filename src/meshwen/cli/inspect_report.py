@@ -14,11 +14,11 @@ import numpy as np
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.cli.inspect_sums import sums_report
 from meshwen.common.units import percent_more
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.heads import as_lists
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.placed import PlacedWeight
+from meshwen.weights.layout import WeightLayout
 from meshwen.weights.sizes import weight_bytes
 
 _ELEMENTS_AT_A_TIME = 1 << 22
@@ -67,16 +67,16 @@ class TensorRow:
 
 
 def tensor_rows(
-    placed: PlacedModel, sources: Mapping[str, TensorSource], pattern: str
+    model: ParallelModel, sources: Mapping[str, TensorSource], pattern: str
 ) -> list[TensorRow]:
     """Every declared tensor in the order of the forward pass, then what else the file holds.
 
     Args:
-        placed: the model on its mesh.
+        model: the model on its mesh.
         sources: the checkpoint's tensors; {} when it was opened without weights.
         pattern: keeps the names that this glob matches.
     """
-    declared = {weight.spec.name: weight for weight in placed.weights.declared}
+    declared = {weight.declaration.name: weight for weight in model.weights.declared}
     names = dict.fromkeys((*declared, *sources))
     return [
         _row(name, declared.get(name), sources.get(name))
@@ -127,38 +127,38 @@ def head_report(plan: ParallelPlan) -> dict[str, Any]:
     }
 
 
-def cache_report(placed: PlacedModel) -> dict[str, Any]:
+def cache_report(model: ParallelModel) -> dict[str, Any]:
     """Bytes of KV cache for each token of a sequence."""
-    context_length = placed.config.context_length
-    model = placed.cache_bytes_per_token(placed.config.num_key_value_heads)
-    per_device = placed.token_bytes
+    context_length = model.config.context_length
+    whole = model.cache_bytes_per_token(model.config.num_key_value_heads)
+    per_device = model.token_bytes
     return {
         "context_length": context_length,
-        "model_per_token": model,
+        "model_per_token": whole,
         "per_device_per_token": per_device,
         "per_device_full_context": per_device * context_length,
-        "cost_percent": percent_more(per_device * placed.plan.model_devices, model),
+        "cost_percent": percent_more(per_device * model.plan.model_devices, whole),
     }
 
 
 def inspection(
-    placed: PlacedModel, checkpoint: Checkpoint, rows: list[TensorRow]
+    model: ParallelModel, checkpoint: Checkpoint, rows: list[TensorRow]
 ) -> dict[str, Any]:
     """All of it, as plain JSON values."""
     return {
         "model": checkpoint.name,
         "format": checkpoint.format,
-        "config": placed.config.to_dict(),
-        "parameters": placed.weights.parameters,
-        "mesh": mesh_label(placed.mesh),
-        "dtype": str(placed.dtype),
-        "numerics": placed.numerics,
-        "quantization": placed.quantization,
+        "config": model.config.to_dict(),
+        "parameters": model.weights.parameters,
+        "mesh": mesh_label(model.mesh),
+        "dtype": str(model.dtype),
+        "numerics": model.numerics,
+        "quantization": model.quantization,
         "tensors": [_row_dict(row) for row in rows],
-        "head_layout": head_report(placed.plan),
-        "weights": weight_bytes(placed.weights),
-        "kv_cache": cache_report(placed),
-        "sums": sums_report(placed.weights),
+        "head_layout": head_report(model.plan),
+        "weights": weight_bytes(model.weights),
+        "kv_cache": cache_report(model),
+        "sums": sums_report(model.weights),
     }
 
 
@@ -166,7 +166,7 @@ def _row_dict(row: TensorRow) -> dict[str, Any]:
     return {key: value for key, value in asdict(row).items() if key != "stats" or value is not None}
 
 
-def _row(name: str, weight: PlacedWeight | None, source: TensorSource | None) -> TensorRow:
+def _row(name: str, weight: WeightLayout | None, source: TensorSource | None) -> TensorRow:
     row = TensorRow(name)
     if source is not None:
         row = replace(
@@ -178,9 +178,9 @@ def _row(name: str, weight: PlacedWeight | None, source: TensorSource | None) ->
     if weight is not None:
         row = replace(
             row,
-            shape=weight.spec.shape(weight.plan.sizes),
-            axes=weight.spec.axes,
-            mesh_axes=tuple(weight.plan.mesh_axes(axis) for axis in weight.spec.axes),
+            shape=weight.declaration.shape(weight.plan.sizes),
+            axes=weight.declaration.axes,
+            mesh_axes=tuple(weight.plan.mesh_axes(axis) for axis in weight.declaration.axes),
             device_axes=weight.axes,
             device_shape=weight.shape,
             shard_shape=weight.shard_shape,

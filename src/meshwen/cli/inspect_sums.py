@@ -8,12 +8,12 @@ from typing import Any
 
 from meshwen.ops.ordered import added_in_tree, added_in_trees
 from meshwen.verify.operations import row_parallel
-from meshwen.weights.placed import PlacedWeight, Placement
+from meshwen.weights.layout import WeightLayout, WeightTable
 
 _MOST_NAMES = 16
 
 
-def sums_report(weights: Placement) -> dict[str, Any] | None:
+def sums_report(weights: WeightTable) -> dict[str, Any] | None:
     """The sums that cross devices: leaves of each device, and the tree; None in fast numerics."""
     plan = weights.plan
     if not plan.exact:
@@ -23,8 +23,8 @@ def sums_report(weights: Placement) -> dict[str, Any] | None:
     return sums | {"across_devices": tree_text([f"d{i}" for i in range(plan.model_devices)])}
 
 
-def _sum(weight: PlacedWeight) -> dict[str, Any]:
-    axis, plan = weight.spec.axes[-1], weight.plan
+def _sum(weight: WeightLayout) -> dict[str, Any]:
+    axis, plan = weight.declaration.axes[-1], weight.plan
     leaves = weight.leaves * plan.model_devices
     leaf = "one query head" if axis == "query" else f"1/{leaves} of the inner dimension"
     names = [str(i) for i in range(weight.leaves)]

@@ -118,22 +118,22 @@ def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
 def _note_layout(model: CausalLM, seconds: float) -> None:
     from meshwen.parallel.mesh import mesh_label
 
-    placed, devices = model.runner.model, model.mesh.devices.flatten()
+    parallel, devices = model.runner.model, model.mesh.devices.flatten()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu" and devices.size > 1:
         kind = "simulated cpu"
-    heads = placed.plan.heads
+    heads = parallel.plan.heads
     padded = heads.padding_query_heads
     queries = f"query heads: {heads.local_query_heads}"
     if padded:
         queries += f" ({padded} of all {heads.devices * heads.local_query_heads} are padding)"
     note(
-        f"model: {model.config.name}, {count_text(placed.weights.parameters)} parameters "
-        f"in {placed.quantization or model.dtype}, loaded in {seconds:.1f} s; "
-        f"matmuls by {placed.matmuls_by}"
+        f"model: {model.config.name}, {count_text(parallel.weights.parameters)} parameters "
+        f"in {parallel.quantization or model.dtype}, loaded in {seconds:.1f} s; "
+        f"matmuls by {parallel.matmuls_by}"
     )
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "
-        f"each holds {bytes_text(placed.weights.nbytes)} of weights; "
+        f"each holds {bytes_text(parallel.weights.nbytes)} of weights; "
         f"kv heads: {heads.local_key_value_heads}, {queries}"
     )

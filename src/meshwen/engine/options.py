@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
     from meshwen.models.config import ModelConfig
-    from meshwen.models.placed import PlacedModel
+    from meshwen.models.parallel_model import ParallelModel
     from meshwen.parallel.mesh import AnyMesh
 
 
@@ -128,7 +128,7 @@ class EngineOptions:
 
         return make_mesh(self.mesh, model_axes=self.model_axes, data_axes=self.data_axes)
 
-    def place(self, config: ModelConfig, mesh: AnyMesh | None = None) -> PlacedModel:
+    def parallel_model(self, config: ModelConfig, mesh: AnyMesh | None = None) -> ParallelModel:
         """A model on its mesh, before any weight is read.
 
         Args:
@@ -140,11 +140,11 @@ class EngineOptions:
         """
         import jax.numpy as jnp
 
-        from meshwen.models.placed import PlacedModel
+        from meshwen.models.parallel_model import ParallelModel
 
         mesh = self.make_mesh() if mesh is None else mesh
         dtype = jnp.dtype(self.dtype)
-        return PlacedModel(config, mesh, dtype, self.numerics, self.quantization)
+        return ParallelModel(config, mesh, dtype, self.numerics, self.quantization)
 
     def compared(self) -> dict[str, Any]:
         """What must be alike in all processes of a run, by name; JSON.

@@ -23,7 +23,7 @@ from meshwen.cache.kv_cache import KVCache, cache_axes, cache_spec, resized, wit
 from meshwen.engine import steps
 from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod
 from meshwen.models.config import ModelConfig
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.operations import Ops
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program
@@ -41,11 +41,11 @@ class ModelRunner:
             to be lowered and looked at.
     """
 
-    def __init__(self, model: PlacedModel, params: Params):
+    def __init__(self, model: ParallelModel, params: Params):
         self.model, self.params = model, params
         plan, layout = model.plan, model.backend.cache_layout
         self.cache_axes = cache_axes(layout)
-        self._params_spec = model.weights.specs_tree()
+        self._params_spec = model.weights.partition_specs()
         self._programs = ProgramTable(model.backend.programs)
         self.logits_program = self.compiled(
             steps.logits_step, ("batch length",), "batch length vocab"

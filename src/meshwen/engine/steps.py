@@ -9,11 +9,11 @@ from jax import Array
 
 from meshwen.cache.kv_cache import KVCache, SequenceCache
 from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod, mark_penalized, sample
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.weights.declaration import Params
 
 
-def logits_step(params: Params, token_ids: Array, *, model: PlacedModel) -> Array:
+def logits_step(params: Params, token_ids: Array, *, model: ParallelModel) -> Array:
     """Logits of whole sequences: int32 [B, T] -> float32 [B, T, V/n]."""
     B, T = token_ids.shape
     x, _ = model.hidden_states(params, token_ids, jnp.zeros(B, jnp.int32), None, T)
@@ -31,7 +31,7 @@ def prefill_step(
     *,
     length: int,
     parts: int,
-    model: PlacedModel,
+    model: ParallelModel,
 ) -> tuple[Array, KVCache]:
     """A chunk of a prompt into the cache: see `ModelRunner.prefill`."""
     T, row = token_ids.shape[1], rows[0]
@@ -53,7 +53,7 @@ def first_step(
     penalized: Array | None,
     *,
     method: SamplingMethod,
-    model: PlacedModel,
+    model: ParallelModel,
 ) -> Sampled:
     """The token after each hidden state float32 [B, D], at positions int32 [B]."""
     vocab_size, logits = model.config.vocab_size, model.logits(params, hidden)
@@ -69,7 +69,7 @@ def decode_step(
     penalized: Array | None,
     *,
     method: SamplingMethod,
-    model: PlacedModel,
+    model: ParallelModel,
 ) -> tuple[Sampled, Array | None, KVCache]:
     """One step of every sequence: see `ModelRunner.decode`."""
     B, T = tokens.shape
@@ -84,20 +84,20 @@ def decode_step(
 
 
 def decode_logits_step(
-    params: Params, cache: KVCache, tokens: Array, positions: Array, *, model: PlacedModel
+    params: Params, cache: KVCache, tokens: Array, positions: Array, *, model: ParallelModel
 ) -> tuple[Array, KVCache]:
     """A decode step with logits in the sampler's place: [B, T] tokens -> float32 [B, T, V/n]."""
     x, cache = decode_hidden_states(params, cache, tokens, positions, model=model)
     return model.logits(params, x), cache
 
 
-def head_step(params: Params, hidden: Array, *, model: PlacedModel) -> Array:
+def head_step(params: Params, hidden: Array, *, model: ParallelModel) -> Array:
     """Logits of final hidden states: float32 [B, D] -> float32 [B, V/n]."""
     return model.logits(params, hidden)
 
 
 def decode_hidden_states(
-    params: Params, cache: KVCache, tokens: Array, positions: Array, *, model: PlacedModel
+    params: Params, cache: KVCache, tokens: Array, positions: Array, *, model: ParallelModel
 ) -> tuple[Array, KVCache]:
     """Hidden states float32 [B, T, D] of tokens [B, T] from positions [B] on, and the cache."""
     length = cache[0].length(model.backend.cache_layout)

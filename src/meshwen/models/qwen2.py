@@ -17,12 +17,12 @@ from jaxtyping import Float, Float32, Int32
 from meshwen.cache.kv_cache import AnyCache
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
-from meshwen.models.declarations import GATED_MLP, bias, decoder_weights, norm, projection
 from meshwen.models.decoder import Context, attend, queries_keys_values
+from meshwen.models.decoder_weights import GATED_MLP, bias, decoder_weights, norm, projection
 from meshwen.models.rope_frequencies import mean_rotation
 from meshwen.ops.operations import Ops
 from meshwen.ops.rotary import Rotary, rotate
-from meshwen.weights.declaration import Params, Part, WeightSpec
+from meshwen.weights.declaration import Params, Part, WeightDeclaration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ _LAYER = (
 )
 
 
-def weights(config: Qwen2Config) -> tuple[WeightSpec, ...]:
+def weights(config: Qwen2Config) -> tuple[WeightDeclaration, ...]:
     """Every weight, in the order of the forward pass."""
     return decoder_weights(config, _LAYER)
 

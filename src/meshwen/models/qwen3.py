@@ -19,11 +19,11 @@ from meshwen.cache.kv_cache import AnyCache
 from meshwen.errors import MeshwenError
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
-from meshwen.models.declarations import GATED_MLP, decoder_weights, norm, projection
 from meshwen.models.decoder import Context, attend, queries_keys_values
+from meshwen.models.decoder_weights import GATED_MLP, decoder_weights, norm, projection
 from meshwen.ops.operations import Ops
 from meshwen.ops.rotary import rotate
-from meshwen.weights.declaration import Params, Part, WeightSpec
+from meshwen.weights.declaration import Params, Part, WeightDeclaration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ _LAYER = (
 )
 
 
-def weights(config: Qwen3Config) -> tuple[WeightSpec, ...]:
+def weights(config: Qwen3Config) -> tuple[WeightDeclaration, ...]:
     """Every weight, in the order of the forward pass."""
     return decoder_weights(config, _LAYER)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from meshwen.cache.kv_cache import AnyCache
     from meshwen.ops.operations import Ops
-    from meshwen.weights.declaration import Params, WeightSpec
+    from meshwen.weights.declaration import Params, WeightDeclaration
 
 # `model_type` of a config.json, and the name of the module.
 MODEL_TYPES = (
@@ -40,7 +40,7 @@ class Architecture(Protocol):
 
     CONFIG: type[ModelConfig]
 
-    def weights(self, config: Any) -> tuple[WeightSpec, ...]:
+    def weights(self, config: Any) -> tuple[WeightDeclaration, ...]:
         """Every weight, in the order of the forward pass."""
 
     def hidden_states(

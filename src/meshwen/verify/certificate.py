@@ -42,8 +42,8 @@ def certificate(
         quantization: "int8", or None.
     """
     workload, config = outcome.workload, checkpoint.config
-    specs = architecture(config.model_type).weights(config)
-    sums_a_layer = sum(spec.sums_over_devices for spec in specs) // config.num_hidden_layers
+    declared = architecture(config.model_type).weights(config)
+    sums_a_layer = sum(weight.sums_over_devices for weight in declared) // config.num_hidden_layers
     assert workload.continuations is not None
     content = {
         "format": FORMAT,

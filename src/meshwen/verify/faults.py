@@ -20,7 +20,7 @@ from meshwen.verify.metrics import compare
 from meshwen.verify.operations import Operation, row_parallel
 from meshwen.verify.promises import broken_by_logits
 from meshwen.weights.declaration import Params, updated
-from meshwen.weights.placed import Placement
+from meshwen.weights.layout import WeightTable
 
 # What each number of one device's part [in, out] is multiplied with: -1, 0 or 1.
 Factors = Callable[[np.ndarray], np.ndarray]
@@ -64,7 +64,7 @@ def self_test(
     """
     model, params = run.runner.model, run.runner.params
     matmuls = row_parallel(model.weights)
-    of_heads = [one for one, weight in matmuls.items() if weight.spec.axes[-1] == "query"]
+    of_heads = [one for one, weight in matmuls.items() if weight.declaration.axes[-1] == "query"]
     others = [one for one in matmuls if one not in of_heads]
     middle, third, last = others[len(others) // 2], others[len(others) // 3], of_heads[-1]
 
@@ -97,7 +97,7 @@ def self_test(
 
 @own_settings()
 def with_changed_weight(
-    params: Params, weights: Placement, operation: Operation, factors: Factors
+    params: Params, weights: WeightTable, operation: Operation, factors: Factors
 ) -> Params:
     """Weights of which one device's part of a row-parallel matmul's weight is another.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.hashing import mixed
 from meshwen.ops.operations import Linear, Ops
 from meshwen.ops.weight import Weight
@@ -84,7 +84,7 @@ class Prober:
             lengths: Array,
             rows: Array,
             *,
-            model: PlacedModel,
+            model: ParallelModel,
         ) -> tuple[Array, Array, Array]:
             return _probe(params, token_ids, lengths, rows, model, row_hook)
 
@@ -168,7 +168,7 @@ def _probe(
     token_ids: Array,
     lengths: Array,
     rows: Array,
-    model: PlacedModel,
+    model: ParallelModel,
     row_hook: RowHook | None,
 ) -> tuple[Array, Array, Array]:
     """Checksums uint32 [1, operations], samples float32 [B, operations - 1, D], logits."""

@@ -16,7 +16,7 @@ from meshwen.engine import steps
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.distributed import gathered, to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
@@ -48,7 +48,7 @@ class MeshRun:
         workload: what it computes.
     """
 
-    def __init__(self, model: PlacedModel, params: Params, workload: Workload):
+    def __init__(self, model: ParallelModel, params: Params, workload: Workload):
         self.runner, plan = ModelRunner(model, params), model.plan
         self.workload = workload
         self._vocab = model.config.vocab_size

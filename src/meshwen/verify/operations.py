@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meshwen.weights.placed import PlacedWeight, Placement
+from meshwen.weights.layout import WeightLayout, WeightTable
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,18 @@ EMBEDDING, FINAL_NORM, LOGITS = (
 )
 
 
-def row_parallel(weights: Placement) -> dict[Operation, PlacedWeight]:
+def row_parallel(weights: WeightTable) -> dict[Operation, WeightLayout]:
     """The matmuls that are sums over devices, in the order of the forward pass, by weight."""
-    found: dict[Operation, PlacedWeight] = {}
-    for weight in weights.weights:
-        if weight.spec.sums_over_devices:
-            operation = Operation(weight.spec.layer, weight.spec.sum_name)
-            assert operation not in found, f"{weight.spec.name}: two weights give {operation}"
+    found: dict[Operation, WeightLayout] = {}
+    for weight in weights.stored:
+        declared = weight.declaration
+        if declared.sums_over_devices:
+            operation = Operation(declared.layer, declared.sum_name)
+            assert operation not in found, f"{declared.name}: two weights give {operation}"
             found[operation] = weight
     return found
 
 
-def operations(weights: Placement) -> tuple[Operation, ...]:
+def operations(weights: WeightTable) -> tuple[Operation, ...]:
     """All that is compared, in the order of the forward pass."""
     return EMBEDDING, *row_parallel(weights), FINAL_NORM, LOGITS

@@ -15,7 +15,7 @@ import numpy as np
 
 from meshwen.checkpoints import Checkpoint
 from meshwen.common.choices import Numerics, Quantization
-from meshwen.models.placed import PlacedModel
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.heads import as_lists
 from meshwen.parallel.mesh import MeshSpec, make_mesh
 from meshwen.parallel.plan import ParallelPlan
@@ -146,18 +146,18 @@ def verify(
     make_mesh(max(meshes, key=lambda mesh: mesh.devices))  # Simulated devices enough for all.
     by_numerics = {
         kind: [
-            PlacedModel(checkpoint.config, make_mesh(mesh), jnp.dtype(dtype), kind, quantization)
+            ParallelModel(checkpoint.config, make_mesh(mesh), jnp.dtype(dtype), kind, quantization)
             for mesh in meshes
         ]
         for kind in numerics
     }
-    models = [model for placed in by_numerics.values() for model in placed]
+    models = [model for on_meshes in by_numerics.values() for model in on_meshes]
     multiple = int(np.lcm.reduce([model.plan.data_devices for model in models]))
     outcome = Outcome((), replace(workload, rows_multiple=multiple), {}, {})
-    for placed in by_numerics.values():
-        tested = max(placed, key=lambda model: model.plan.model_devices) if test_self else None
+    for on_meshes in by_numerics.values():
+        tested = max(on_meshes, key=lambda model: model.plan.model_devices) if test_self else None
         reference: _Reference | None = None
-        for model in placed:
+        for model in on_meshes:
             outcome, reference = _with_mesh(outcome, checkpoint, model, reference, model is tested)
             note(_verdict(outcome.rows[-1]))
             gc.collect()  # Weights and programs, before the next mesh's are made.
@@ -167,7 +167,7 @@ def verify(
 def _with_mesh(
     outcome: Outcome,
     checkpoint: Checkpoint,
-    model: PlacedModel,
+    model: ParallelModel,
     reference: _Reference | None,
     test_self: bool,
 ) -> tuple[Outcome, _Reference]:
@@ -194,7 +194,7 @@ def _with_mesh(
     return Outcome((*outcome.rows, row), workload, generated, faults), reference
 
 
-def _params(checkpoint: Checkpoint, model: PlacedModel) -> Params:
+def _params(checkpoint: Checkpoint, model: ParallelModel) -> Params:
     if checkpoint.format is None:
         return dummy_params(model.weights)
     return load_params(checkpoint, model.weights)

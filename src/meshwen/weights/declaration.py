@@ -35,7 +35,7 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True)
-class WeightSpec:
+class WeightDeclaration:
     """One tensor of a checkpoint.
 
     Attributes:

@@ -28,7 +28,7 @@ from meshwen.runtime.jax_settings import Program, own_settings
 from meshwen.runtime.memory import free_bytes
 from meshwen.weights.declaration import Params, unflatten
 from meshwen.weights.finite import check_finite
-from meshwen.weights.placed import PlacedWeight, Placement
+from meshwen.weights.layout import WeightLayout, WeightTable
 from meshwen.weights.source import TensorSource, WeightFile
 
 # Told the number of weights placed so far, and of all.
@@ -42,21 +42,21 @@ _ALIGNMENT = 64  # bytes, of XLA's CPU buffers
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 
-def check_tensors(file: WeightFile, placement: Placement) -> None:
+def check_tensors(file: WeightFile, table: WeightTable) -> None:
     """Holds a checkpoint's tensors against the declared ones.
 
     Raises:
         MeshwenError: a tensor is missing, unexpected or of another shape; it is named.
     """
-    if (problem := _misfit(file, placement)) is not None:
+    if (problem := _misfit(file, table)) is not None:
         hint = f"; {file.misfit_hint}" if file.misfit_hint else ""
         raise MeshwenError(f"{file.path}: {problem}{hint}")
 
 
-def _misfit(file: WeightFile, placement: Placement) -> str | None:
+def _misfit(file: WeightFile, table: WeightTable) -> str | None:
     """What keeps a checkpoint's tensors from being the declared ones, None where they are."""
-    for spec in placement.specs:
-        name, shape = spec.name, spec.shape(placement.plan.sizes)
+    for declared in table.declarations:
+        name, shape = declared.name, declared.shape(table.plan.sizes)
         if name not in file.tensors:
             return (
                 f"tensor {name} {list(shape)} is missing; "
@@ -73,7 +73,7 @@ def _misfit(file: WeightFile, placement: Placement) -> str | None:
                 f"tensor {name} has shape {list(source.shape)}, "
                 f"but the config makes it {list(shape)}"
             )
-    expected = {name for spec in placement.specs for name in (spec.name, spec.tied)}
+    expected = {name for one in table.declarations for name in (one.name, one.tied)}
     for name in file.tensors:
         if name not in expected and not name.endswith(_IGNORED_SUFFIX):
             return (
@@ -83,14 +83,14 @@ def _misfit(file: WeightFile, placement: Placement) -> str | None:
     return None
 
 
-def check_room(placement: Placement) -> None:
+def check_memory(table: WeightTable) -> None:
     """Holds the bytes that weights take on a device against those that are free.
 
     Raises:
         MeshwenError: they do not fit; the process would be killed in the middle of loading.
     """
-    needed = placement.nbytes
-    if needed > (free := free_bytes(placement.plan.mesh.local_devices)):
+    needed = table.nbytes
+    if needed > (free := free_bytes(table.plan.mesh.local_devices)):
         raise MeshwenError(
             f"the weights need {bytes_text(needed)} on each device, of which {bytes_text(free)} "
             "can be had: use more devices, int8, or a smaller model"
@@ -98,7 +98,7 @@ def check_room(placement: Placement) -> None:
 
 
 def load_params(
-    file: WeightFile, placement: Placement, progress: Progress = lambda done, total: None
+    file: WeightFile, table: WeightTable, progress: Progress = lambda done, total: None
 ) -> Params:
     """Places a checkpoint's weights on the devices, cast (nearest even) or quantised.
 
@@ -110,20 +110,21 @@ def load_params(
         MeshwenError: a tensor is missing, unexpected or of another shape, or holds NaN or infinity;
             or the weights do not fit the devices.
     """
-    check_tensors(file, placement)
-    for spec in placement.specs:
-        if spec.tied is not None and spec.tied in file.tensors:
-            _check_tied(file, spec.name, spec.tied)
-    check_room(placement)
+    check_tensors(file, table)
+    for one in table.declarations:
+        if one.tied is not None and one.tied in file.tensors:
+            _check_tied(file, one.name, one.tied)
+    check_memory(table)
+    tensors = file.tensors
     return _params(
-        placement,
-        lambda weight: _place(file.tensors[weight.spec.name], weight, placement.dtype, file.path),
+        table,
+        lambda weight: _place(tensors[weight.declaration.name], weight, table.dtype, file.path),
         progress,
     )
 
 
 def dummy_params(
-    placement: Placement,
+    table: WeightTable,
     progress: Progress = lambda done, total: None,
     seed: int = 0,
 ) -> Params:
@@ -132,18 +133,18 @@ def dummy_params(
     Uniform with standard deviation 0.02 (norms: 1 plus that), made in place on the devices; where
     they are packed, by way of the host. Raises MeshwenError when they do not fit the devices.
     """
-    check_room(placement)
-    return _params(placement, lambda weight: _dummy(weight, placement.dtype, seed), progress)
+    check_memory(table)
+    return _params(table, lambda weight: _dummy(weight, table.dtype, seed), progress)
 
 
 def _params(
-    placement: Placement, make: Callable[[PlacedWeight], Weight], progress: Progress
+    table: WeightTable, make: Callable[[WeightLayout], Weight], progress: Progress
 ) -> Params:
     def made() -> Iterator[tuple[str, Weight]]:
-        for done, weight in enumerate(placement.weights):
-            progress(done, len(placement.weights))
+        for done, weight in enumerate(table.stored):
+            progress(done, len(table.stored))
             yield weight.path, make(weight)
-        progress(len(placement.weights), len(placement.weights))
+        progress(len(table.stored), len(table.stored))
 
     return unflatten(made())
 
@@ -170,15 +171,15 @@ def _same(first: np.ndarray, second: np.ndarray) -> bool:
 
 @own_settings()
 def _place(
-    source: TensorSource, weight: PlacedWeight, dtype: jnp.dtype, where: Path | None
+    source: TensorSource, weight: WeightLayout, dtype: jnp.dtype, where: Path | None
 ) -> Weight:
-    what = f"{where}: tensor {weight.spec.name}"
+    what = f"{where}: tensor {weight.declaration.name}"
     leaves = tuple(_place_leaf(source, weight, i, dtype, what) for i in range(weight.leaves))
     return Weight(leaves, weight.tree, weight.transposed)
 
 
 def _place_leaf(
-    source: TensorSource, weight: PlacedWeight, leaf: int, dtype: jnp.dtype, what: str
+    source: TensorSource, weight: WeightLayout, leaf: int, dtype: jnp.dtype, what: str
 ) -> Leaf:
     shape, positions, format = weight.leaf_shape, weight.positions(leaf), weight.format
     places = weight.array_sharding.addressable_devices_indices_map(shape).items()
@@ -187,8 +188,8 @@ def _place_leaf(
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         """One device's part, its axes in the checkpoint's order."""
         assert index is not None  # Only a sharding that names no devices gives None.
-        wanted = [axis[i] for axis, i in zip(positions, index, strict=True)]
-        values = _read(source, wanted[::-1] if weight.transposed else wanted)
+        own = [axis[i] for axis, i in zip(positions, index, strict=True)]
+        values = _read(source, own[::-1] if weight.transposed else own)
         check_finite(values, kept, what)
         return values
 
@@ -228,7 +229,7 @@ def _packed_part(
 
 
 def _packed(
-    parts: list[list[Array]], weight: PlacedWeight, format: Format, dtype: jnp.dtype
+    parts: list[list[Array]], weight: WeightLayout, format: Format, dtype: jnp.dtype
 ) -> Leaf:
     """A leaf of the parts of this process's devices."""
     inputs, outputs = weight.leaf_shard_shape
@@ -244,14 +245,14 @@ def _packed(
     return format.wrap(arrays, (inputs, outputs), dtype)
 
 
-def _read(source: TensorSource, wanted: list[np.ndarray]) -> np.ndarray:
-    """The tensor at the wanted positions of each axis, zeros where they are `PADDING`."""
-    runs = [list(_runs(positions)) for positions in wanted]
+def _read(source: TensorSource, positions: list[np.ndarray]) -> np.ndarray:
+    """The tensor at positions of each axis, zeros where they are `PADDING`."""
+    runs = [list(_runs(of_axis)) for of_axis in positions]
     pieces = [
         (tuple(target for target, _ in corner), tuple(original for _, original in corner))
         for corner in product(*runs)
     ]
-    shape = tuple(len(positions) for positions in wanted)
+    shape = tuple(len(of_axis) for of_axis in positions)
     if len(pieces) == 1 and pieces[0][0] == tuple(slice(0, size) for size in shape):
         return source.read(pieces[0][1])
     part = np.zeros(shape, source.dtype)
@@ -291,20 +292,20 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 @own_settings()
-def _dummy(weight: PlacedWeight, dtype: jnp.dtype, seed: int) -> Weight:
+def _dummy(weight: WeightLayout, dtype: jnp.dtype, seed: int) -> Weight:
     leaves = tuple(_dummy_leaf(weight, i, dtype, seed) for i in range(weight.leaves))
     return Weight(leaves, weight.tree, weight.transposed)
 
 
-def _dummy_leaf(weight: PlacedWeight, leaf: int, dtype: jnp.dtype, seed: int) -> Leaf:
+def _dummy_leaf(weight: WeightLayout, leaf: int, dtype: jnp.dtype, seed: int) -> Leaf:
     positions = [
         jax.device_put(positions.astype(np.int32), weight.plan.sharding(axis))
         for axis, positions in zip(weight.axes, weight.positions(leaf), strict=True)
     ]
     whole = _fill(
         positions,
-        np.uint32(zlib.crc32(weight.spec.name.encode()) ^ seed),
-        mean=weight.spec.dummy_mean,
+        np.uint32(zlib.crc32(weight.declaration.name.encode()) ^ seed),
+        mean=weight.declaration.dummy_mean,
         transposed=weight.transposed,
         dtype=jnp.dtype(dtype),
         sharding=weight.array_sharding,

@@ -7,10 +7,10 @@ from typing import Any
 
 from meshwen.common.units import percent_more
 from meshwen.weights.declaration import Part
-from meshwen.weights.placed import Placement
+from meshwen.weights.layout import WeightTable
 
 
-def weight_bytes(weights: Placement) -> dict[str, Any]:
+def weight_bytes(weights: WeightTable) -> dict[str, Any]:
     """Bytes of the weights, in all and of each part of the model.
 
     Args:
@@ -24,9 +24,9 @@ def weight_bytes(weights: Placement) -> dict[str, Any]:
     plan, dtype = weights.plan, weights.dtype
     parts: dict[str, Any] = {part.value: {"model": 0, "per_device": 0} for part in Part}
     for weight in weights.declared:
-        parts[weight.spec.part]["model"] += weight.model_bytes(dtype)
-    for weight in weights.weights:
-        parts[weight.spec.part]["per_device"] += weight.nbytes(dtype)
+        parts[weight.declaration.part]["model"] += weight.model_bytes(dtype)
+    for weight in weights.stored:
+        parts[weight.declaration.part]["per_device"] += weight.nbytes(dtype)
     parts = {name: part for name, part in parts.items() if part["model"]}
     for part in parts.values():
         split = part["per_device"] * plan.model_devices

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an architecture's file declares its weights."""
+"""Declarations of the weights that decoders share, for an architecture's file."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from meshwen.models.config import ModelConfig
-from meshwen.weights.declaration import Part, WeightSpec
+from meshwen.weights.declaration import Part, WeightDeclaration
 
 
-def norm(name: str, axis: str = "embed", every_token: bool = False) -> WeightSpec:
+def norm(name: str, axis: str = "embed", every_token: bool = False) -> WeightDeclaration:
     """The weight of a norm."""
-    return WeightSpec(f"{name}.weight", (axis,), Part.NORM, every_token=every_token, dummy_mean=1.0)
+    return WeightDeclaration(
+        f"{name}.weight", (axis,), Part.NORM, every_token=every_token, dummy_mean=1.0
+    )
 
 
-def projection(name: str, output: str, inputs: str, part: Part) -> WeightSpec:
+def projection(name: str, output: str, inputs: str, part: Part) -> WeightDeclaration:
     """The weight of a linear layer, [output, inputs]."""
-    return WeightSpec(
+    return WeightDeclaration(
         f"{name}.weight", (output, inputs), part, linear=True, every_token=part is Part.KEY_VALUE
     )
 
 
-def bias(name: str, output: str, part: Part) -> WeightSpec:
+def bias(name: str, output: str, part: Part) -> WeightDeclaration:
     """The bias of a linear layer."""
-    return WeightSpec(f"{name}.bias", (output,), part, every_token=part is Part.KEY_VALUE)
+    return WeightDeclaration(f"{name}.bias", (output,), part, every_token=part is Part.KEY_VALUE)
 
 
 # SwiGLU.
@@ -35,7 +37,9 @@ GATED_MLP = (
 )
 
 
-def decoder_weights(config: ModelConfig, layer: Sequence[WeightSpec]) -> tuple[WeightSpec, ...]:
+def decoder_weights(
+    config: ModelConfig, layer: Sequence[WeightDeclaration]
+) -> tuple[WeightDeclaration, ...]:
     """Every weight of a decoder, in the order of its forward pass.
 
     With tied embeddings there is no `lm_head`: the embedding table is multiplied with too.
@@ -45,13 +49,13 @@ def decoder_weights(config: ModelConfig, layer: Sequence[WeightSpec]) -> tuple[W
         layer: the weights of each layer, named from the layer on.
     """
     layers = [
-        replace(spec, name=f"model.layers.{i}.{spec.name}", layer=i)
+        replace(one, name=f"model.layers.{i}.{one.name}", layer=i)
         for i in range(config.num_hidden_layers)
-        for spec in layer
+        for one in layer
     ]
     head = projection("lm_head", "vocab", "embed", Part.HEAD)
     tied = config.tie_word_embeddings
-    table = WeightSpec(
+    table = WeightDeclaration(
         "model.embed_tokens.weight",
         ("vocab", "embed"),
         Part.EMBEDDING,

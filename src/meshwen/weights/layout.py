@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as they are laid out on the devices of a mesh: padded, split, in a format."""
+"""How weights are laid out on the devices of a mesh: padded, split, in a format."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from jax.sharding import NamedSharding
 from meshwen.ops.formats import Format, array_bytes
 from meshwen.ops.weight import Weight
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.declaration import WeightSpec, unflatten
+from meshwen.weights.declaration import WeightDeclaration, unflatten
 
 
 @dataclass(frozen=True)
-class PlacedWeight:
-    """A declared weight on the devices of a mesh.
+class WeightLayout:
+    """How one weight is laid out on the devices of a mesh; its numbers are a `Weight`.
 
     Projections are `[out, in]` in a checkpoint; as arrays they are kept `[in, out]`.
 
     Attributes:
-        spec: its declaration.
+        declaration: what it is in a checkpoint.
         path: where it stands in the pytree, a dotted name.
-        plan: the layout.
+        plan: how the model lies on the mesh.
         format: how its matrices are packed; None for arrays.
         transposed: whether its axes are swapped on the devices.
         tree: the leaves of each device's part, as a nested shape; () for one. Leaves are equal
             parts of the last axis in the checkpoint.
     """
 
-    spec: WeightSpec
+    declaration: WeightDeclaration
     path: str
     plan: ParallelPlan
     format: Format | None = None
@@ -51,7 +51,7 @@ class PlacedWeight:
 
         See `ParallelPlan.axis_source`.
         """
-        sources = [self.plan.axis_source(axis) for axis in self.spec.axes]
+        sources = [self.plan.axis_source(axis) for axis in self.declaration.axes]
         if self.tree:
             parts = sources[-1].reshape(self.plan.model_devices, self.leaves, -1)
             sources[-1] = parts[:, leaf].reshape(-1)
@@ -60,7 +60,7 @@ class PlacedWeight:
     @property
     def axes(self) -> tuple[str, ...]:
         """Logical axes in the order kept on the devices."""
-        return self.spec.axes[::-1] if self.transposed else self.spec.axes
+        return self.declaration.axes[::-1] if self.transposed else self.declaration.axes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class PlacedWeight:
     @property
     def leaf_shape(self) -> tuple[int, ...]:
         """Shape of a leaf on all devices together."""
-        sizes = [self.plan.axis_length(axis) for axis in self.spec.axes]
+        sizes = [self.plan.axis_length(axis) for axis in self.declaration.axes]
         sizes[-1] //= self.leaves
         return tuple(sizes[::-1] if self.transposed else sizes)
 
@@ -82,7 +82,7 @@ class PlacedWeight:
     @property
     def sharding(self) -> NamedSharding:
         """Sharding of what is stored: of the array, or of all arrays of a packed matrix."""
-        return self.plan.sharding(*self.spec.axes) if self.format else self.array_sharding
+        return self.plan.sharding(*self.declaration.axes) if self.format else self.array_sharding
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class PlacedWeight:
 
     def model_bytes(self, dtype: jnp.dtype) -> int:
         """Bytes of the whole weight, without padding to the mesh and without copies."""
-        shape = self.spec.shape(self.plan.sizes)
+        shape = self.declaration.shape(self.plan.sizes)
         return self.stored_bytes(shape[::-1] if self.transposed else shape, dtype)
 
     def stored_bytes(self, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
@@ -110,35 +110,35 @@ class PlacedWeight:
         inputs, outputs = shape
         return self.format.nbytes((outputs, inputs), dtype)
 
-    def specs(self) -> Weight:
+    def partition_specs(self) -> Weight:
         """A pytree of partition specs, one for each leaf."""
         return Weight((self.sharding.spec,) * self.leaves, self.tree, self.transposed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """All weights of a model on the devices of a mesh.
+class WeightTable:
+    """The layouts of all weights of a model; their numbers are `Params`.
 
     Attributes:
-        plan: the layout.
-        specs: the model's weights, in the order of the forward pass.
+        plan: how the model lies on the mesh.
+        declarations: of the model's weights, in the order of the forward pass.
         dtype: of arrays, and what numbers are rounded to before they are packed.
         format: of the matrices that rows are multiplied with; None: arrays.
     """
 
     plan: ParallelPlan
-    specs: tuple[WeightSpec, ...]
+    declarations: tuple[WeightDeclaration, ...]
     dtype: np.dtype[Any]
     format: Format | None
 
     @cached_property
-    def declared(self) -> tuple[PlacedWeight, ...]:
+    def declared(self) -> tuple[WeightLayout, ...]:
         """Every declared weight, as if a tied table were looked up in alone."""
-        return tuple(self._place(spec, spec.name, spec.linear) for spec in self.specs)
+        return tuple(self._layout(one, one.name, one.linear) for one in self.declarations)
 
     @cached_property
-    def weights(self) -> tuple[PlacedWeight, ...]:
-        """Every weight on the devices, in the order of the forward pass.
+    def stored(self) -> tuple[WeightLayout, ...]:
+        """Every weight that the devices store, in the order of the forward pass.
 
         These are the declared ones; but a tied embedding table is packed where kernels multiply
         with it, and looked up so. Where the format rounds, it also stands in the place of the
@@ -147,39 +147,39 @@ class Placement:
         """
         found = list(self.declared)
         for i, weight in enumerate(self.declared):
-            if weight.spec.tied is None:
+            if weight.declaration.tied is None:
                 continue
-            as_head = self.as_head(weight.spec)
+            as_head = self.as_head(weight.declaration)
             if self.format is not None and not self.format.rounds:
                 found[i] = replace(as_head, path=weight.path)
             elif self.format is not None or self.plan.exact:
                 found.append(as_head)
         return tuple(found)
 
-    def as_head(self, table: WeightSpec) -> PlacedWeight:
+    def as_head(self, table: WeightDeclaration) -> WeightLayout:
         """A tied embedding table in the place of the output head, to be multiplied with."""
         assert table.tied is not None
-        return self._place(table, table.tied, multiplied=True)
+        return self._layout(table, table.tied, multiplied=True)
 
-    def specs_tree(self) -> dict[str, Any]:
+    def partition_specs(self) -> dict[str, Any]:
         """A pytree like that of the weights, of partition specs."""
-        return unflatten((weight.path, weight.specs()) for weight in self.weights)
+        return unflatten((weight.path, weight.partition_specs()) for weight in self.stored)
 
     @property
     def parameters(self) -> int:
         """Parameters of the model as published: no padding, no copies, tied embeddings once."""
-        return sum(prod(spec.shape(self.plan.sizes)) for spec in self.specs)
+        return sum(prod(one.shape(self.plan.sizes)) for one in self.declarations)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights on each device."""
-        return sum(weight.nbytes(self.dtype) for weight in self.weights)
+        return sum(weight.nbytes(self.dtype) for weight in self.stored)
 
-    def _place(self, spec: WeightSpec, path: str, multiplied: bool) -> PlacedWeight:
+    def _layout(self, declared: WeightDeclaration, path: str, multiplied: bool) -> WeightLayout:
         tree: tuple[int, ...] = ()
         # Slices of one array would do, did XLA's CPU back end not copy them: a step of bfloat16
         # matmuls then takes 4 times as long.
-        if self.plan.exact and spec.sums_over_devices:
-            tree = self.plan.leaves(spec.axes[-1])
+        if self.plan.exact and declared.sums_over_devices:
+            tree = self.plan.leaves(declared.axes[-1])
         format = self.format if multiplied else None
-        return PlacedWeight(spec, path, self.plan, format, multiplied, tree)
+        return WeightLayout(declared, path, self.plan, format, multiplied, tree)

@@ -24,11 +24,11 @@ from meshwen.ops.operations import Ops
 from meshwen.parallel.collectives import Collectives
 from meshwen.parallel.plan import LEAVES, ParallelPlan
 from meshwen.weights.declaration import Params
-from meshwen.weights.placed import Placement
+from meshwen.weights.layout import WeightTable
 
 
 @dataclass(frozen=True)
-class PlacedModel:
+class ParallelModel:
     """A model on a mesh.
 
     Attributes:
@@ -79,11 +79,11 @@ class PlacedModel:
         return Ops(Collectives(self.plan.model_axes), policy, self.backend)
 
     @cached_property
-    def weights(self) -> Placement:
+    def weights(self) -> WeightTable:
         """How its weights are stored."""
-        specs = self.architecture.weights(self.config)
+        declarations = self.architecture.weights(self.config)
         format = self.backend.format(self.quantization)
-        return Placement(self.plan, specs, self.dtype, format)
+        return WeightTable(self.plan, declarations, self.dtype, format)
 
     def hidden_states(
         self,
