@@ -18,8 +18,8 @@ from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.heads import as_lists
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.weights.layout import WeightLayout
-from meshwen.weights.sizes import weight_bytes
+from meshwen.weights.declaration import Part
+from meshwen.weights.layout import WeightLayout, WeightTable
 
 _ELEMENTS_AT_A_TIME = 1 << 22
 
@@ -127,6 +127,33 @@ def head_report(plan: ParallelPlan) -> dict[str, Any]:
     }
 
 
+def weight_report(weights: WeightTable) -> dict[str, Any]:
+    """Bytes of the weights, in all and of each part of the model.
+
+    `model` is as in the checkpoint, on no mesh, `per_device` with padding and copies,
+    `cost_percent` what these add.
+    """
+    plan, dtype = weights.plan, weights.dtype
+    parts: dict[str, Any] = {part.value: {"model": 0, "per_device": 0} for part in Part}
+    for weight in weights.declared:
+        parts[weight.declaration.part]["model"] += weight.model_bytes(dtype)
+    for weight in weights.stored:
+        parts[weight.declaration.part]["per_device"] += weight.nbytes(dtype)
+    parts = {name: part for name, part in parts.items() if part["model"]}
+    for part in parts.values():
+        split = part["per_device"] * plan.model_devices
+        part["cost_percent"] = percent_more(split, part["model"])
+    model = sum(part["model"] for part in parts.values())
+    per_device = sum(part["per_device"] for part in parts.values())
+    return {
+        "model": model,
+        "per_device": per_device,
+        "all_devices": per_device * plan.model_devices * plan.data_devices,
+        "cost_percent": percent_more(per_device * plan.model_devices, model),
+        "parts": parts,
+    }
+
+
 def cache_report(model: ParallelModel) -> dict[str, Any]:
     """Bytes of KV cache for each token of a sequence."""
     context_length = model.config.context_length
@@ -156,7 +183,7 @@ def inspection(
         "quantization": model.quantization,
         "tensors": [_row_dict(row) for row in rows],
         "head_layout": head_report(model.plan),
-        "weights": weight_bytes(model.weights),
+        "weights": weight_report(model.weights),
         "kv_cache": cache_report(model),
         "sums": sums_report(model.weights),
     }
