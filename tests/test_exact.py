@@ -25,7 +25,7 @@ from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.ops.numerics.exact import Exact
 from meshwen.ops.operations import Ops
 from meshwen.ops.weight import Weight
-from meshwen.parallel.heads import PADDING, exact_head_layout
+from meshwen.parallel.heads import PADDING, subtree_head_layout
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
 
@@ -283,7 +283,7 @@ def test_fast_numerics_does_differ_between_meshes():
 @pytest.mark.parametrize(("query", "key_value"), [(14, 2), (12, 2), (28, 4), (40, 8), (64, 8)])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32])
 def test_pieces_of_heads_are_subtrees_of_one_tree(query, key_value, devices):
-    layout = exact_head_layout(query, key_value, devices)
+    layout = subtree_head_layout(query, key_value, devices)
     group = query // key_value
     whole = 1 << (group - 1).bit_length()
     slots = layout.device_query_heads().reshape(-1, layout.group_size)
@@ -295,7 +295,7 @@ def test_pieces_of_heads_are_subtrees_of_one_tree(query, key_value, devices):
 
 def test_what_exact_numerics_cannot_do_is_refused():
     with pytest.raises(MeshwenError, match="1, 2, 4, 8, 16 or 32 devices, not 3"):
-        ParallelPlan(HEADS_28.sizes, make_mesh("3"), exact=True)
+        ParallelPlan(HEADS_28.sizes, make_mesh("3"), leaves=32)
     odd = replace(HEADS_28, num_attention_heads=27, num_key_value_heads=3)
     with pytest.raises(MeshwenError, match="power of two of key/value heads, not 3"):
-        ParallelPlan(odd.sizes, make_mesh("2"), exact=True)
+        ParallelPlan(odd.sizes, make_mesh("2"), leaves=32)

@@ -147,7 +147,7 @@ class CausalLM:
             "mesh": mesh_label(model.mesh),
             "weights": "dummy" if checkpoint.format is None else "files",
         }
-        check_model(checkpoint, tokenizer, compared, exact=model.plan.exact)
+        check_model(checkpoint, tokenizer, compared, exact=model.numerics == "exact")
         progress = progress or (lambda done, total: None)
         if checkpoint.format is None:
             params = dummy_params(model.weights, progress)

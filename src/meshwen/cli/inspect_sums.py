@@ -16,7 +16,7 @@ _MOST_NAMES = 16
 def sums_report(weights: WeightTable) -> dict[str, Any] | None:
     """The sums that cross devices: leaves of each device, and the tree; None in fast numerics."""
     plan = weights.plan
-    if not plan.exact:
+    if plan.leaves is None:
         return None
     # In all layers alike.
     sums = {operation.name: _sum(weight) for operation, weight in row_parallel(weights).items()}

@@ -22,9 +22,13 @@ from meshwen.ops.numerics.exact import Exact
 from meshwen.ops.numerics.fast import Fast
 from meshwen.ops.operations import Ops
 from meshwen.parallel.collectives import Collectives
-from meshwen.parallel.plan import LEAVES, ParallelPlan
+from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.declaration import Params
 from meshwen.weights.layout import WeightTable
+
+# Into how many leaves exact numerics cuts what is split over devices, heads apart: a mesh may split
+# a model over any number of devices that divides it.
+_EXACT_LEAVES = 32
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class ParallelModel:
     @cached_property
     def plan(self) -> ParallelPlan:
         """How it lies on the mesh."""
-        return ParallelPlan(self.config.sizes, self.mesh, self.numerics == "exact")
+        leaves = _EXACT_LEAVES if self.numerics == "exact" else None
+        return ParallelPlan(self.config.sizes, self.mesh, leaves)
 
     @cached_property
     def backend(self) -> Backend:
@@ -74,8 +79,9 @@ class ParallelModel:
     @cached_property
     def ops(self) -> Ops:
         """What each device computes with."""
-        leaves = LEAVES // self.plan.model_devices
-        policy: Numerics = Exact(vocabulary_leaves=leaves) if self.plan.exact else Fast()
+        policy: Numerics = Fast()
+        if self.numerics == "exact":
+            policy = Exact(vocabulary_leaves=self.plan.local_leaves)
         return Ops(Collectives(self.plan.model_axes), policy, self.backend)
 
     @cached_property

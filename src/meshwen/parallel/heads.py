@@ -123,8 +123,8 @@ def head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLay
     )
 
 
-def exact_head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
-    """The layout for exact numerics: pieces whose partial sums are subtrees of one fixed tree.
+def subtree_head_layout(query_heads: int, key_value_heads: int, devices: int) -> HeadLayout:
+    """The layout whose pieces have partial sums that are subtrees of one tree on every mesh.
 
     A group of query heads is padded to a power of two, and pieces are halves, quarters, ...
     of these. A piece that is a whole group leaves its padding out: an addend of exactly zero.

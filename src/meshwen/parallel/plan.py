@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshwen.errors import MeshwenError
-from meshwen.parallel.heads import PADDING, HeadLayout, exact_head_layout, head_layout
+from meshwen.parallel.heads import PADDING, HeadLayout, head_layout, subtree_head_layout
 from meshwen.parallel.mesh import axes_size, data_axes, model_axes
 from meshwen.parallel.sizes import ModelSizes
 
@@ -37,10 +37,6 @@ LOGICAL_AXIS_RULES: dict[str, str] = {
     "head_dim": REPLICATED,
 }
 
-# Into how many leaves exact numerics cuts the MLP's inner dimension and the vocabulary, whatever
-# the mesh: a mesh may split the model over any number of devices that divides it.
-LEAVES = 32
-
 
 @dataclass(frozen=True)
 class ParallelPlan:
@@ -49,8 +45,9 @@ class ParallelPlan:
     Attributes:
         sizes: the model's.
         mesh: abstract is enough to tell the layout, with no devices behind it.
-        exact: heads, the MLP and the vocabulary are laid out in leaves that are the same on every
-            mesh, as exact numerics needs: see `meshwen.ops.numerics.exact`.
+        leaves: into how many leaves the MLP's inner dimension and the vocabulary are cut, the same
+            on every mesh; heads are then cut into powers of two. Exact numerics needs it: see
+            `meshwen.ops.numerics.exact`. None: every axis is cut for this mesh alone.
 
     Raises:
         MeshwenError: there is no such layout of this model on this mesh.
@@ -58,17 +55,18 @@ class ParallelPlan:
 
     sizes: ModelSizes
     mesh: Mesh | AbstractMesh
-    exact: bool = False
+    leaves: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.exact:
+        if self.leaves is None:
             return
-        if LEAVES % self.model_devices:
+        if self.leaves % self.model_devices:
+            *fewer, most = (n for n in range(1, self.leaves + 1) if self.leaves % n == 0)
             raise MeshwenError(
-                f"exact numerics splits a model over 1, 2, 4, 8, 16 or {LEAVES} devices, "
-                f"not {self.model_devices}; choose another mesh, or fast numerics"
+                f"exact numerics splits a model over {', '.join(map(str, fewer))} or {most} "
+                f"devices, not {self.model_devices}; choose another mesh, or fast numerics"
             )
-        _ = self.heads  # Refuses what has no exact layout now, not when weights are placed.
+        _ = self.heads  # Refuses what has no such layout now, not when weights are placed.
 
     @cached_property
     def model_axes(self) -> tuple[str, ...]:
@@ -93,18 +91,25 @@ class ParallelPlan:
     @cached_property
     def heads(self) -> HeadLayout:
         """The head layout over the model's devices."""
-        layout = exact_head_layout if self.exact else head_layout
+        layout = head_layout if self.leaves is None else subtree_head_layout
         return layout(self.sizes.query_heads, self.sizes.key_value_heads, self.model_devices)
 
-    def leaves(self, axis: str) -> tuple[int, ...]:
-        """How exact numerics cuts one device's part of a contracted axis, as a nested shape.
+    @property
+    def local_leaves(self) -> int:
+        """Leaves of the MLP's inner dimension, and of the vocabulary, on each device; else 1."""
+        return 1 if self.leaves is None else self.leaves // self.model_devices
+
+    def leaf_tree(self, axis: str) -> tuple[int, ...]:
+        """The leaves of one device's part of a contracted axis, as a nested shape; () for one.
 
         `query`: key/value heads, then the query heads of each; `mlp`: slices of its inner
         dimension. All leaves have the same size, on every mesh.
         """
+        if self.leaves is None:
+            return ()
         if axis == "query":
             return self.heads.local_key_value_heads, self.heads.group_size
-        return (LEAVES // self.model_devices,)
+        return (self.local_leaves,)
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:
         """The mesh axes that a logical axis is split over; () where it is replicated."""
@@ -159,8 +164,8 @@ class ParallelPlan:
 
     def _shards(self, axis: str) -> int:
         """How many equal parts an axis that is no axis of heads is padded to."""
-        if self.exact and axis in ("mlp", "vocab"):
-            return LEAVES
+        if self.leaves is not None and axis in ("mlp", "vocab"):
+            return self.leaves
         return axes_size(self.mesh, self.mesh_axes(axis))
 
 

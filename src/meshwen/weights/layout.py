@@ -142,8 +142,8 @@ class WeightTable:
 
         These are the declared ones; but a tied embedding table is packed where kernels multiply
         with it, and looked up so. Where the format rounds, it also stands in the place of the
-        output head, as a lookup is of numbers that are not rounded; so does it in exact numerics
-        without kernels, whose matmuls are cut along the hidden size.
+        output head, as a lookup is of numbers that are not rounded; so does it where the
+        plan has leaves, without kernels: the head's matmul is cut along the hidden size.
         """
         found = list(self.declared)
         for i, weight in enumerate(self.declared):
@@ -152,7 +152,7 @@ class WeightTable:
             as_head = self.as_head(weight.declaration)
             if self.format is not None and not self.format.rounds:
                 found[i] = replace(as_head, path=weight.path)
-            elif self.format is not None or self.plan.exact:
+            elif self.format is not None or self.plan.leaves is not None:
                 found.append(as_head)
         return tuple(found)
 
@@ -179,7 +179,7 @@ class WeightTable:
         tree: tuple[int, ...] = ()
         # Slices of one array would do, did XLA's CPU back end not copy them: a step of bfloat16
         # matmuls then takes 4 times as long.
-        if self.plan.exact and declared.sums_over_devices:
-            tree = self.plan.leaves(declared.axes[-1])
+        if declared.sums_over_devices:
+            tree = self.plan.leaf_tree(declared.axes[-1])
         format = self.format if multiplied else None
         return WeightLayout(declared, path, self.plan, format, multiplied, tree)
