@@ -303,6 +303,13 @@ def test_a_mesh_is_a_string_or_a_mesh(folder):
         assert model.generate("A\n", max_new_tokens=20)[0].text == ANSWER
 
 
+def test_the_mesh_of_a_model_is_made_once(folder, monkeypatch):
+    made, make = [], EngineOptions.make_mesh
+    monkeypatch.setattr(EngineOptions, "make_mesh", lambda self: made.append(self) or make(self))
+    Qwen2ForCausalLM.from_pretrained(folder, mesh="1x2")
+    assert [options.mesh for options in made] == ["1x2"]
+
+
 def test_what_a_user_should_know_of_a_checkpoint_is_a_warning(tmp_path):
     folder = write_speller(tmp_path / "whole")
     settings = json.loads((folder / "config.json").read_text())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from meshwen.checkpoints import Checkpoint, open_checkpoint
@@ -120,14 +121,14 @@ class CausalLM:
             raise MeshwenError(f"progress must be a function, not {brief(progress)}")
         if not isinstance(path_or_hub_id, str | PathLike):
             raise MeshwenError(f"the model must be a path or name, not {brief(path_or_hub_id)}")
-        engine.make_mesh()  # Refuses what does not exist before a checkpoint is looked for.
+        mesh = engine.make_mesh()  # Refuses what does not exist before a checkpoint is looked for.
         name, formats = fsdecode(path_or_hub_id), engine.load_format
         with open_checkpoint(name, load_format=formats, revision=engine.revision) as checkpoint:
             cls._class_for(checkpoint)  # Refuses another architecture before anything is loaded.
             for note in checkpoint.notes:
                 warnings.warn(f"{name}: {note}", stacklevel=2)
             tokenizer = Tokenizer.from_checkpoint(checkpoint)
-            return cls.from_checkpoint(checkpoint, tokenizer, engine, progress)
+            return cls._load(checkpoint, tokenizer, engine, progress, mesh)
 
     @classmethod
     def from_checkpoint(
@@ -141,8 +142,20 @@ class CausalLM:
 
         A checkpoint that was opened without weights gets dummy ones. It may be closed afterwards.
         """
+        return cls._load(checkpoint, tokenizer, options, progress)
+
+    @classmethod
+    def _load(
+        cls,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None,
+        options: EngineOptions,
+        progress: Progress | None,
+        mesh: Mesh | None = None,
+    ) -> Self:
+        """As `from_checkpoint`, on a mesh that was made of the options; None: make it."""
         model_class = cls._class_for(checkpoint)
-        model = options.parallel_model(checkpoint.config)
+        model = options.parallel_model(checkpoint.config, mesh)
         compared = options.compared() | {
             "mesh": mesh_label(model.mesh),
             "weights": "dummy" if checkpoint.format is None else "files",
