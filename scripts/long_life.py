@@ -17,8 +17,8 @@ import sys
 import jax
 
 from mesh_model import MeshModel
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -61,7 +61,9 @@ def main(rounds: int, kept: int) -> None:
     print("rounds  programs  maps  MB")
     for number in range(1, rounds + 1):
         # An engine of its own makes a cache of its own size.
-        for _ in Engine(model, None, (), cache_budget(model, 8)).run(requests(draw)):
+        for _ in Engine(model, None, (), EngineOptions().cache_budget(model.model)).run(
+            requests(draw)
+        ):
             pass
         if number % max(1, rounds // 10) == 0:
             maps, megabytes = maps_and_megabytes()

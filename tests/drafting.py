@@ -4,12 +4,14 @@
 import numpy as np
 
 from mesh_model import shared_model
-from meshwen.engine.cache_budget import cache_budget
+from meshwen.engine.drafter import Drafter
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
+from meshwen.engine.prompt_lookup import PromptLookup
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.engine.speculation import Drafter, Speculation
+from meshwen.engine.speculation import Speculation
 from tiny_model import ONE_LAYER
 
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
@@ -46,10 +48,9 @@ def run(
     `sampling` is that of all prompts, or a list of each one's.
     """
     runner = CountingRunner(shared_model(config, mesh, dtype, "exact").runner)
-    budget = cache_budget(runner, rows, CONTEXT)
-    engine = Engine(runner, None, eos, budget, prompt_lookup_num_tokens=drafts)
-    if drafter is not None:
-        engine._core.speculation = Speculation(drafter, drafts)
+    budget = EngineOptions(max_num_seqs=rows, max_model_len=CONTEXT).cache_budget(runner.model)
+    speculation = Speculation(PromptLookup() if drafter is None else drafter, drafts)
+    engine = Engine(runner, None, eos, budget, speculation=speculation)
     each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     requests = [Request(tuple(p), one) for p, one in zip(prompts, each, strict=True)]
     done = {e.request: e.completion for e in engine.run(requests) if e.completion}

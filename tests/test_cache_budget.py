@@ -5,7 +5,7 @@ import pytest
 
 from mesh_model import shared_model
 from meshwen.cache.budget import CacheBudget
-from meshwen.engine.cache_budget import cache_budget
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from tiny_model import ONE_LAYER
 
@@ -35,20 +35,15 @@ def test_the_longest_cache_is_the_largest_shape_bucket_that_fits():
     assert [budget(cache_bytes=100 * n).longest for n in (15, 16, 31, 50)] == [0, 16, 24, 48]
 
 
-@pytest.mark.parametrize("length", [1, ONE_LAYER.max_position_embeddings + 1])
-def test_an_impossible_max_model_len_is_refused(length):
-    runner = shared_model(ONE_LAYER).runner
+def test_more_tokens_than_the_context_of_the_model_are_refused():
+    options = EngineOptions(max_model_len=ONE_LAYER.max_position_embeddings + 1)
     with pytest.raises(MeshwenError, match=r"max_model_len must be from 2 to .* context of 1100"):
-        cache_budget(runner, 1, length)
-
-
-def test_without_sequences_there_is_no_budget():
-    with pytest.raises(MeshwenError, match="max_num_seqs must be at least 1, not 0"):
-        cache_budget(shared_model(ONE_LAYER).runner, 0)
+        options.cache_budget(shared_model(ONE_LAYER).runner.model)
 
 
 def test_a_budget_is_a_share_of_the_free_memory_in_rows_of_a_device(monkeypatch):
     monkeypatch.setattr("meshwen.runtime.memory._free_host_bytes", lambda: 10_000_000)
-    found = cache_budget(shared_model(ONE_LAYER).runner, 3, 50)
+    options = EngineOptions(max_num_seqs=3, max_model_len=50)
+    found = options.cache_budget(shared_model(ONE_LAYER).runner.model)
     # One layer of 2 heads of 8 numbers, keys and values in float32.
     assert found == CacheBudget(3, 50, 1, token_bytes=2 * 8 * 8, cache_bytes=8_000_000)

@@ -8,11 +8,13 @@ import pytest
 
 import reference
 from mesh_model import MeshModel
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.constraints import TokenConstraints
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
+from meshwen.engine.prompt_lookup import PromptLookup
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.speculation import Speculation
 from meshwen.errors import MeshwenError
 from tiny_model import STEPS, TINY, greedy, weights
 
@@ -136,8 +138,8 @@ def runner(mesh):
 
 
 def engine(mesh, eos=(), drafts=0):
-    budget = cache_budget(runner(mesh), 8)
-    return Engine(runner(mesh), None, eos, budget, prompt_lookup_num_tokens=drafts)
+    budget = EngineOptions().cache_budget(runner(mesh).model)
+    return Engine(runner(mesh), None, eos, budget, speculation=Speculation(PromptLookup(), drafts))
 
 
 def answered(prompt, eos=(), **asked) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ import reference
 from mesh_model import MeshModel, random_tokens, with_nan
 from meshwen import Qwen2ForCausalLM
 from meshwen.engine.answer_text import StopText
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Completion, Request
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
@@ -46,7 +46,9 @@ def engine(mesh="1", eos=(), max_num_seqs=4, config=TINY) -> Engine:
 
 
 def engine_of(runner, eos=(), max_num_seqs=4) -> Engine:
-    return Engine(runner, None, eos, cache_budget(runner, max_num_seqs))
+    return Engine(
+        runner, None, eos, EngineOptions(max_num_seqs=max_num_seqs).cache_budget(runner.model)
+    )
 
 
 def request(prompt, **sampling) -> Request:
@@ -455,7 +457,9 @@ def test_a_stop_string_ends_the_answer_at_the_token_that_completes_it(speller, s
     ],
 )
 def test_stop_strings_see_special_tokens_and_texts_do_not(speller, stop, text, tokens, reason):
-    without_eos = Engine(speller.runner, speller.tokenizer, (), cache_budget(speller.runner, 8))
+    without_eos = Engine(
+        speller.runner, speller.tokenizer, (), EngineOptions().cache_budget(speller.runner.model)
+    )
     prompt = speller.tokenizer.encode("\n")
     events = list(without_eos.run([request(prompt, stop=stop, max_new_tokens=9)]))
     completion = events[-1].completion

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mesh_model import random_tokens, shared_model
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine, QueueFullError
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Event, Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
@@ -78,7 +78,13 @@ def test_two_runs_on_one_engine_each_get_their_own():
 
 
 def test_a_full_queue_refuses_and_run_waits_for_room():
-    running = Engine(model().runner, None, (), cache_budget(model().runner, 1), max_waiting=1)
+    running = Engine(
+        model().runner,
+        None,
+        (),
+        EngineOptions(max_num_seqs=1).cache_budget(model().runner.model),
+        max_waiting=1,
+    )
     events = []
     running.submit(request(PROMPTS[0]), events.append)
     with pytest.raises(QueueFullError, match="1 requests wait"):
@@ -232,7 +238,7 @@ def growing(mesh: str, numerics: str, positions: int) -> Engine:
     """An engine whose cache may have so many positions in all its rows of a part of the batch."""
     config = replace(TINY, num_hidden_layers=1, layer_types=("full_attention",))
     runner = shared_model(config, mesh, numerics=numerics).runner
-    budget = cache_budget(runner, 2)
+    budget = EngineOptions(max_num_seqs=2).cache_budget(runner.model)
     budget = replace(budget, cache_bytes=positions * budget.token_bytes)
     return Engine(runner, None, (), budget)
 
@@ -279,7 +285,12 @@ def test_a_cache_that_grows_as_one_did_before_compiles_nothing(caplog, monkeypat
 
 
 def test_max_model_len_limits_prompt_and_answer():
-    limited = Engine(model().runner, None, (), cache_budget(model().runner, 6, max_model_len=8))
+    limited = Engine(
+        model().runner,
+        None,
+        (),
+        EngineOptions(max_num_seqs=6, max_model_len=8).cache_budget(model().runner.model),
+    )
     (found,) = completions(limited.run([request(PROMPTS[0], max_new_tokens=50)]))
     assert found.tokens == greedy(tuple(PROMPTS[0]))[0][:3]
     assert found.finish_reason == "length"
@@ -289,7 +300,7 @@ def test_max_model_len_limits_prompt_and_answer():
 
 def engine_with_room_for(positions: int, max_num_seqs: int = 2) -> Engine:
     """An engine whose cache may have so many positions in all its rows."""
-    budget = cache_budget(model().runner, max_num_seqs)
+    budget = EngineOptions(max_num_seqs=max_num_seqs).cache_budget(model().runner.model)
     small = replace(budget, cache_bytes=positions * budget.token_bytes)
     return Engine(model().runner, None, (), small)
 

@@ -11,8 +11,8 @@ import pytest
 
 from mesh_model import MeshModel, random_tokens
 from meshwen import Qwen2ForCausalLM
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
@@ -56,7 +56,9 @@ SEEDED = replace(GREEDY, temperature=0.7, top_p=0.9, top_k=20, repetition_penalt
 
 def run(model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int) -> dict[int, tuple]:
     """By request: tokens and log-probabilities, the same numbers only if the same bits."""
-    engine = Engine(model.runner, None, (), cache_budget(model.runner, batch))
+    engine = Engine(
+        model.runner, None, (), EngineOptions(max_num_seqs=batch).cache_budget(model.runner.model)
+    )
     numbers = list(requests)
     events = engine.run(list(requests.values()))
     done = {numbers[e.request]: e.completion for e in events if e.completion}

@@ -15,8 +15,8 @@ import pytest
 import reference
 from emulated import compile_anywhere
 from mesh_model import SMALL_7B, MeshModel, random_tokens
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.cpu import kernels
@@ -415,7 +415,9 @@ def test_the_engine_draws_what_is_likeliest_where_all_is_read_at_once():
     requests = [Request(tuple(prompt), sampling) for prompt in prompts]
     model = MeshModel(SLIDING, "1", jnp.bfloat16, weights)
     runner = model.runner
-    engine = Engine(runner, None, [], cache_budget(runner, 3, 32))
+    engine = Engine(
+        runner, None, [], EngineOptions(max_num_seqs=3, max_model_len=32).cache_budget(runner.model)
+    )
     answers = {e.request: e.completion.tokens for e in engine.run(requests) if e.completion}
     for number, prompt in enumerate(prompts):
         whole = np.array([[*prompt, *answers[number]]])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mesh_model import MeshModel
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -82,7 +82,9 @@ def test_a_model_that_keeps_few_programs_answers_alike(monkeypatch):
         model = MeshModel(ONE_LAYER, "1").runner
         answers = []
         for request in requests:
-            engine = Engine(model, None, (), cache_budget(model, 1))
+            engine = Engine(
+                model, None, (), EngineOptions(max_num_seqs=1).cache_budget(model.model)
+            )
             answers += [event.token for event in engine.run([request])]
         found.append(answers)
         assert 3 <= len(model._programs) <= limit

@@ -4,12 +4,9 @@
 import gc
 from dataclasses import replace
 
-import pytest
-
 from drafting import CONTEXT, GREEDY, PROMPTS, repeating, run
 from meshwen.engine.prompt_lookup import PromptLookup, SequenceLookup
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.errors import MeshwenError
 from sequences import sequence
 
 PENALIZED = SamplingParams(max_new_tokens=20, temperature=0, repetition_penalty=1.2)
@@ -115,9 +112,3 @@ def test_nothing_is_drafted_with_a_repetition_penalty_or_for_many_answers():
     assert set(steps) == {1}
     _, steps = run([repeating(20, i) for i in range(8)], GREEDY, 5, rows=8)
     assert set(steps) == {1}
-
-
-@pytest.mark.parametrize("drafts", [-1, 16])
-def test_more_drafts_than_there_can_be_are_refused(drafts):
-    with pytest.raises(MeshwenError, match="prompt_lookup_num_tokens must be from 0 to 15"):
-        run([[1]], GREEDY, drafts)

@@ -20,13 +20,14 @@ from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.common.arguments import brief, one_prompt, several_prompts
 from meshwen.common.option_fields import check_names, documented
 from meshwen.engine.agreement import check_model
-from meshwen.engine.cache_budget import cache_budget
 from meshwen.engine.engine import Engine
 from meshwen.engine.generation_config import unsupported
 from meshwen.engine.options import EngineKeywords, EngineOptions
+from meshwen.engine.prompt_lookup import PromptLookup
 from meshwen.engine.request import Completion, Event, Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
+from meshwen.engine.speculation import Speculation
 from meshwen.engine.stream import Stream
 from meshwen.engine.token_batch import TokenBatch
 from meshwen.errors import MeshwenError
@@ -80,8 +81,8 @@ class CausalLM:
             runner,
             tokenizer,
             self._eos_token_ids(),
-            cache_budget(runner, options.max_num_seqs, options.max_model_len),
-            prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
+            options.cache_budget(runner.model),
+            speculation=Speculation(PromptLookup(), options.prompt_lookup_num_tokens),
         )
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -16,7 +16,7 @@ from meshwen.bench.measure import Seconds, decode, first_token, peak_bytes
 from meshwen.bench.probes import matrix_rate, read_bandwidth
 from meshwen.causal_lm import CausalLM
 from meshwen.common.choices import Quantization
-from meshwen.engine.cache_budget import cache_budget
+from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from meshwen.parallel.mesh import AnyMesh, mesh_label
 from meshwen.runtime.shape_buckets import shape_bucket
@@ -124,7 +124,7 @@ def measure(
 
 
 def _check_memory(model: CausalLM, batch: int, length: int) -> None:
-    budget = cache_budget(model.runner, batch)
+    budget = EngineOptions(max_num_seqs=batch).cache_budget(model.runner.model)
     if not budget.holds((batch, shape_bucket(length))):
         raise MeshwenError(
             f"the KV cache of {batch} sequences of {length} tokens does not fit into the memory: "

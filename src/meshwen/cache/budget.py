@@ -5,9 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Self
 
 from meshwen.errors import MeshwenError
+from meshwen.parallel.plan import ParallelPlan
+from meshwen.runtime.memory import free_bytes_of_mesh
 from meshwen.runtime.shape_buckets import largest_shape_bucket, power_of_two
+
+# Of a device's free memory, what the cache may take; the rest is for what the steps compute.
+_CACHE_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,14 @@ class CacheBudget:
     parts: int
     token_bytes: int
     cache_bytes: int
+
+    @classmethod
+    def of_free_memory(
+        cls, plan: ParallelPlan, token_bytes: int, max_num_seqs: int, max_model_len: int
+    ) -> Self:
+        """The budget of what the devices have free now: call it when the weights are on them."""
+        cache_bytes = int(_CACHE_SHARE * free_bytes_of_mesh(plan.mesh))
+        return cls(max_num_seqs, max_model_len, plan.data_devices, token_bytes, cache_bytes)
 
     @property
     def longest(self) -> int:

@@ -26,7 +26,7 @@ from meshwen.engine.request import Event, Request, check_prompt, check_sampling
 from meshwen.engine.request_table import LiveRequest, RequestTable
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sequence import SequenceState
-from meshwen.engine.speculation import MOST_DRAFTS, Speculation
+from meshwen.engine.speculation import Speculation
 from meshwen.engine.stream import Stream
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
@@ -49,10 +49,8 @@ class Engine:
         eos_token_ids: tokens that end an answer.
         budget: the most sequences at once, the longest, and the memory of the cache.
         max_waiting: requests that may wait.
-        prompt_lookup_num_tokens: draft tokens of an answer in a step, 0 to 15, see
-            `meshwen.engine.prompt_lookup` and, for when there are none,
-            `meshwen.engine.speculation`. They only change how fast an answer comes; in fast
-            numerics also its rounding.
+        speculation: proposes draft tokens; None: there are none. They only change how fast an
+            answer comes; in fast numerics also its rounding.
     """
 
     def __init__(
@@ -62,17 +60,12 @@ class Engine:
         eos_token_ids: Sequence[int],
         budget: CacheBudget,
         max_waiting: int = 1024,
-        prompt_lookup_num_tokens: int = 0,
+        speculation: Speculation | None = None,
     ):
-        if not 0 <= prompt_lookup_num_tokens <= MOST_DRAFTS:
-            raise MeshwenError(
-                f"prompt_lookup_num_tokens must be from 0 to {MOST_DRAFTS}, "
-                f"not {prompt_lookup_num_tokens}"
-            )
         self._config, self._tokenizer = runner.config, tokenizer
         self._eos = frozenset(eos_token_ids)
         self._budget, self._max_waiting = budget, max_waiting
-        speculation = Speculation(PromptLookup(), prompt_lookup_num_tokens)
+        speculation = speculation or Speculation(PromptLookup(), 0)
         self._core = EngineCore(runner, budget, speculation)  # For the thread that has the lock.
         self._one_thread = runner.plan.mesh.is_multi_process
         self._lock = FairLock()

@@ -24,13 +24,14 @@ from meshwen.common.choices import (
     Quantization,
 )
 from meshwen.common.option_fields import documented, option, options_of
+from meshwen.engine.drafter import MOST_DRAFTS
 from meshwen.errors import MeshwenError
-from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
+    from meshwen.cache.budget import CacheBudget
     from meshwen.models.config import ModelConfig
     from meshwen.models.parallel_model import ParallelModel
     from meshwen.parallel.mesh import AnyMesh
@@ -101,7 +102,7 @@ class EngineOptions:
         "faster, e.g. with 7. 0: none.",
         type=int,
         least=0,
-        most=SMALLEST_BUCKET - 1,
+        most=MOST_DRAFTS,
     )
 
     def __post_init__(self) -> None:
@@ -145,6 +146,25 @@ class EngineOptions:
         mesh = self.make_mesh() if mesh is None else mesh
         dtype = jnp.dtype(self.dtype)
         return ParallelModel(config, mesh, dtype, self.numerics, self.quantization)
+
+    def cache_budget(self, model: ParallelModel) -> CacheBudget:
+        """What the KV cache may hold in the memory that the devices have free now.
+
+        Args:
+            model: the model on its mesh, whose weights are on the devices.
+
+        Raises:
+            MeshwenError: `max_model_len` is more than the model's context.
+        """
+        from meshwen.cache.budget import CacheBudget
+
+        context = model.config.context_length
+        length = context if self.max_model_len is None else self.max_model_len
+        if length > context:
+            raise MeshwenError(
+                f"max_model_len must be from 2 to the model's context of {context}, not {length}"
+            )
+        return CacheBudget.of_free_memory(model.plan, model.token_bytes, self.max_num_seqs, length)
 
     def compared(self) -> dict[str, Any]:
         """What must be alike in all processes of a run, by name; JSON.

@@ -20,7 +20,7 @@ _LONGEST_PAUSE = 32  # steps
 
 
 class PromptLookup:
-    """Proposes drafts for a batch; see `meshwen.engine.speculation.Drafter`."""
+    """Proposes drafts for a batch; see `meshwen.engine.drafter.Drafter`."""
 
     def __init__(self) -> None:
         self._of: WeakKeyDictionary[SequenceState, SequenceLookup] = WeakKeyDictionary()

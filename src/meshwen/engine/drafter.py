@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What proposes draft tokens for speculative decoding: a lookup, or a smaller model.
+
+Importing this imports no JAX: options state the most drafts that there may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
+
+if TYPE_CHECKING:
+    from meshwen.engine.sequence import SequenceState
+
+# The most drafts of a sequence in a step. A step writes to rows that are being prefilled, too; the
+# next chunk of the prompt, which is never shorter, overwrites it there.
+MOST_DRAFTS = SMALLEST_BUCKET - 1
+
+
+class Drafter(Protocol):
+    """Proposes draft tokens: from a lookup, or from a smaller model that runs beside.
+
+    Between two calls a sequence may have got tokens, another row, or nothing at all; other
+    sequences may have come and gone. What a drafter keeps of a sequence it brings up to date by the
+    tokens of the `SequenceState`, which only grow.
+    """
+
+    def propose(
+        self, sequences: Mapping[int, SequenceState], count: int
+    ) -> Mapping[int, Sequence[int]]:
+        """Draft tokens for a decode step.
+
+        Args:
+            sequences: those of the step, by their row in the batch.
+            count: the most drafts of each.
+
+        Returns:
+            By row, tokens that may follow the sequence's newest one, in their order. A row may be
+            left out.
+        """
+
+    def report_accepted(self, sequence: SequenceState, count: int) -> None:
+        """Called after each step in which a sequence had drafts, before it gets its tokens.
+
+        Args:
+            sequence: the sequence.
+            count: how many of its drafts the model agreed with.
+        """
