@@ -350,6 +350,13 @@ FAULTS = (
         "prompt_lookup",
     ),
     _fault(
+        "engine: a drafter is not told of sequences that have ended",
+        "engine/core.py",
+        "        self.speculation.forget_ended()\n",
+        "",
+        "core",
+    ),
+    _fault(
         "engine: prefill goes on after a cancellation",
         "engine/scheduler.py",
         "            self._prefill = self._prefill.without({one.number for one in ended})",

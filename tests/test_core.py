@@ -83,18 +83,44 @@ class Runner:
         return Sampled(jax.device_put(sampled), None), None, cache
 
 
-def core(mesh="1", max_num_seqs=4, positions=10**6, drafts=0) -> EngineCore:
+class DraftModel:
+    """A drafter with a cache of its own: the tokens whose keys and values it would hold."""
+
+    def __init__(self):
+        self.cached: dict[int, list[int]] = {}
+        self.accepted, self.forgotten = [], []
+
+    def propose(self, sequences, count):
+        return {row: self._drafts(one, count) for row, one in sequences.items()}
+
+    def _drafts(self, one, count):
+        cached = self.cached.setdefault(one.number, [])
+        assert tuple(cached) == one.token_ids[: len(cached)]
+        cached += one.token_ids[len(cached) :]
+        for _ in range(count):
+            cached.append((following(cached) + (len(cached) % 5 == 0)) % 7)
+        return cached[-count:]
+
+    def report_accepted(self, sequence, count):
+        del self.cached[sequence.number][sequence.length + count :]
+        self.accepted.append(count)
+
+    def forget(self, sequence):
+        del self.cached[sequence.number]
+        self.forgotten.append(sequence.number)
+
+
+def core(mesh="1", max_num_seqs=4, positions=10**6, drafts=0, drafter=None) -> EngineCore:
     """One whose cache may have so many positions in all rows of a part."""
     runner = Runner(mesh)
     budget = CacheBudget(max_num_seqs, 1100, runner.plan.data_devices, 1, positions)
-    return EngineCore(runner, budget, Speculation(PromptLookup(), drafts))
+    return EngineCore(runner, budget, Speculation(drafter or PromptLookup(), drafts))
 
 
-def finish(steps: EngineCore, *new: SequenceState) -> None:
-    """Takes steps until all these have ended; with errors of others."""
-    steps.step(new)
+def finish(steps: EngineCore, *sequences: SequenceState) -> None:
+    """Takes steps until all these have ended."""
     for _ in range(5000):
-        if all(one.ended for one in new):
+        if all(one.ended for one in sequences):
             return
         steps.step()
     pytest.fail("5000 steps were not enough")
@@ -134,7 +160,7 @@ def test_an_answer_is_the_same_whatever_else_comes_and_goes(
         if cancel:
             draw.choice(running).cancelled = True
         steps.step(new, drop_cancelled=cancel)
-    finish(steps, *(one for one in made if not one.ended))
+    finish(steps, *made)
     done = [one for one in made if not one.cancelled]
     assert len(done) > 30
     assert all(one.finish_reason == "length" for one in done)
@@ -151,8 +177,37 @@ def test_a_core_that_was_cleared_is_as_new():
     steps.clear()
     assert (steps.scheduler.prefill, steps.cache.rows) == (None, 0)
     one = sequence(2, limit=5)
+    steps.step([one])
     finish(steps, one)
     assert one.tokens == alone(one)
+
+
+def test_a_draft_model_learns_what_of_its_cache_stands_and_what_has_ended():
+    drafter = DraftModel()
+    steps = core(drafts=3, drafter=drafter)
+    made = [sequence(n, range(n + 1), limit=20 + n) for n in range(6)]
+    steps.step(made[:3])
+    for _ in range(3):
+        steps.step()
+    made[0].cancelled = True
+    steps.step(made[3:], drop_cancelled=True)
+    assert drafter.forgotten == [0]
+    finish(steps, *made)
+    assert all(one.tokens == alone(one) for one in made[1:])
+    assert set(drafter.accepted) >= {0, 3}
+    assert sorted(drafter.forgotten) == list(range(6))
+    assert drafter.cached == {}
+
+
+def test_a_draft_model_forgets_what_a_cleared_core_has_lost():
+    drafter = DraftModel()
+    steps = core(drafts=3, drafter=drafter)
+    steps.step([sequence(0, limit=50), sequence(1, limit=50)])
+    for _ in range(3):
+        steps.step()
+    assert drafter.cached
+    steps.clear()
+    assert drafter.cached == {}
 
 
 def test_an_error_of_a_callback_ends_its_sequence_and_frees_its_row():
@@ -161,6 +216,7 @@ def test_an_error_of_a_callback_ends_its_sequence_and_frees_its_row():
 
     steps = core(max_num_seqs=1)
     bad, good = sequence(0, limit=5, on_event=fails), sequence(1, limit=5)
+    steps.step([bad, good])
     finish(steps, bad, good)
     assert (len(bad.tokens), good.tokens) == (1, alone(good))
     assert [(n, str(error)) for n, error in steps.delivery.take_errors()] == [(0, "gone")]

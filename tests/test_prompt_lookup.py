@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft tokens from what came before, and that no answer depends on them."""
 
-import gc
 from dataclasses import replace
 
 from drafting import CONTEXT, GREEDY, PROMPTS, repeating, run
@@ -65,11 +64,12 @@ def test_each_sequence_of_a_batch_has_a_lookup_that_keeps_up_with_it():
     assert drafter.propose({2: one, 3: other}, 1) == {2: [8]}
 
 
-def test_the_lookup_of_a_sequence_that_is_gone_is_dropped():
-    drafter = PromptLookup()
-    drafter.propose({0: sequence()}, 2)
-    gc.collect()
-    assert len(drafter._of) == 0
+def test_nothing_is_kept_of_a_sequence_that_is_forgotten():
+    drafter, one = PromptLookup(), sequence()
+    drafter.propose({0: one}, 2)
+    for _ in range(2):
+        drafter.forget(one)
+    assert drafter._of == {}
 
 
 def test_drafts_that_are_looked_up_change_no_exact_answer():

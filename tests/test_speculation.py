@@ -23,7 +23,7 @@ class Constant:
     """Drafts of one kind, and a note of what became of them."""
 
     def __init__(self, drafts=(7, 8, 9)):
-        self.drafts, self.asked, self.reported = drafts, [], []
+        self.drafts, self.asked, self.reported, self.forgotten = drafts, [], [], []
 
     def propose(self, sequences, count):
         self.asked.append((sorted(sequences), count))
@@ -31,6 +31,9 @@ class Constant:
 
     def report_accepted(self, sequence, count):
         self.reported.append((sequence.number, count))
+
+    def forget(self, sequence):
+        self.forgotten.append(sequence.number)
 
 
 def sampler(penalize=False, constrained=False):
@@ -83,6 +86,21 @@ def test_nothing_is_reported_of_a_row_without_drafts():
     assert drafter.reported == []
 
 
+def test_the_drafter_forgets_each_sequence_that_it_was_given_once():
+    drafter = Constant()
+    speculation, running = Speculation(drafter, 2), {n: sequence(n) for n in range(4)}
+    speculation.drafts({n: running[n] for n in range(3)}, 4, 100, sampler())
+    speculation.forget_ended()
+    assert drafter.forgotten == []
+    running[1].cancelled = running[3].cancelled = True
+    for _ in range(2):
+        speculation.forget_ended()
+    assert drafter.forgotten == [1]
+    for _ in range(2):
+        speculation.clear()
+    assert drafter.forgotten == [1, 0, 2]
+
+
 # --- In answers
 
 
@@ -106,6 +124,9 @@ class Scripted:
 
     def report_accepted(self, sequence, count):
         self.accepted += count
+
+    def forget(self, sequence):
+        pass
 
 
 # Another kind of layer, and heads that kernels need not pad.

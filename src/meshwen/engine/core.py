@@ -61,6 +61,7 @@ class EngineCore:
         self.cache.clear()
         self.scheduler.clear()
         self.delivery.clear()
+        self.speculation.clear()
         self._hidden = self._sampler = None
 
     def step(self, new: Iterable[SequenceState] = (), *, drop_cancelled: bool = False) -> None:
@@ -82,6 +83,7 @@ class EngineCore:
         sequences = self.scheduler.next_decode()
         if sequences:
             self._decode(sequences)
+        self.speculation.forget_ended()
 
     def _compute_chunk(self, prefill: Prefill) -> None:
         if not prefill.done:

@@ -22,9 +22,10 @@ MOST_DRAFTS = SMALLEST_BUCKET - 1
 class Drafter(Protocol):
     """Proposes draft tokens: from a lookup, or from a smaller model that runs beside.
 
-    Between two calls a sequence may have got tokens, another row, or nothing at all; other
-    sequences may have come and gone. What a drafter keeps of a sequence it brings up to date by the
-    tokens of the `SequenceState`, which only grow.
+    Between two calls of `propose` a sequence may have got tokens, another row, or nothing at all;
+    other sequences may have come. What a drafter keeps of a sequence, such as keys and values, it
+    brings up to date by the tokens of the `SequenceState`, which only grow; `report_accepted` says
+    how much of its drafts stands, and `forget` that nothing more is needed.
     """
 
     def propose(
@@ -44,7 +45,16 @@ class Drafter(Protocol):
     def report_accepted(self, sequence: SequenceState, count: int) -> None:
         """Called after each step in which a sequence had drafts, before it gets its tokens.
 
+        The other drafts were rejected: of what a drafter keeps, the first `sequence.length + count`
+        positions stand.
+
         Args:
             sequence: the sequence.
             count: how many of its drafts the model agreed with.
+        """
+
+    def forget(self, sequence: SequenceState) -> None:
+        """Called when a sequence has ended or is dropped.
+
+        There may be nothing of it: an interrupt comes anywhere, before `propose` too.
         """

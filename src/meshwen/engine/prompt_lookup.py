@@ -11,7 +11,6 @@ with is a step saved.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from weakref import WeakKeyDictionary
 
 from meshwen.engine.sequence import SequenceState
 
@@ -23,7 +22,7 @@ class PromptLookup:
     """Proposes drafts for a batch; see `meshwen.engine.drafter.Drafter`."""
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[SequenceState, SequenceLookup] = WeakKeyDictionary()
+        self._of: dict[int, SequenceLookup] = {}  # By the sequence's number.
 
     def propose(self, sequences: Mapping[int, SequenceState], count: int) -> dict[int, list[int]]:
         """By row, `count` tokens that may follow; rows with nothing to propose are left out."""
@@ -32,13 +31,15 @@ class PromptLookup:
 
     def report_accepted(self, sequence: SequenceState, count: int) -> None:
         """Takes note of how many of a sequence's drafts the model agreed with."""
-        self._of[sequence].report_accepted(count)
+        self._of[sequence.number].report_accepted(count)
+
+    def forget(self, sequence: SequenceState) -> None:
+        """Drops the n-grams of a sequence."""
+        self._of.pop(sequence.number, None)
 
     def _lookup(self, sequence: SequenceState) -> SequenceLookup:
         """A sequence's lookup, up to its newest token."""
-        lookup = self._of.get(sequence)
-        if lookup is None:
-            lookup = self._of[sequence] = SequenceLookup()
+        lookup = self._of.setdefault(sequence.number, SequenceLookup())
         if lookup.length < sequence.length:
             lookup.extend(sequence.token_ids[lookup.length :])
         return lookup

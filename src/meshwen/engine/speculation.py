@@ -31,6 +31,7 @@ class Speculation:
         assert 0 <= num_tokens <= MOST_DRAFTS
         self.num_tokens = num_tokens
         self._drafter = drafter
+        self._sequences: dict[int, SequenceState] = {}  # That were proposed for.
 
     def drafts(
         self,
@@ -49,6 +50,7 @@ class Speculation:
         """
         if not self._useful(sequences, rows, length, sampler):
             return {}
+        self._sequences |= {one.number: one for one in sequences.values()}
         proposed = self._drafter.propose(sequences, self.num_tokens)
         return {row: drafts for row, drafts in proposed.items() if len(drafts)}
 
@@ -85,3 +87,15 @@ class Speculation:
         count = next(wrong, len(drafts))
         self._drafter.report_accepted(sequence, count)
         return count
+
+    def forget_ended(self) -> None:
+        """Lets the drafter forget the sequences that have ended."""
+        for one in [one for one in self._sequences.values() if one.ended]:
+            self._drafter.forget(one)
+            del self._sequences[one.number]
+
+    def clear(self) -> None:
+        """Lets the drafter forget all sequences."""
+        for one in self._sequences.values():
+            self._drafter.forget(one)
+        self._sequences.clear()
