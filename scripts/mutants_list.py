@@ -383,8 +383,8 @@ FAULTS = (
     _fault(
         "engine: an answer without room goes on",
         "cache/manager.py",
-        "return position < self.length",
-        "return position <= self.length",
+        "return position < self._length",
+        "return position <= self._length",
         "cache_manager",
         "engine_batching",
     ),

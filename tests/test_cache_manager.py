@@ -36,8 +36,11 @@ def manager(parts=1, positions=10**6, max_num_seqs=8) -> CacheManager:
 
 
 def shape(cache: CacheManager) -> tuple[int, int]:
-    assert cache.arrays.shape == (cache.rows, cache.length)
-    return cache.rows, cache.length
+    rows, length = cache.arrays.shape
+    assert cache.batch_size == rows
+    assert cache.has_position(length - 1)
+    assert not cache.has_position(length)
+    return rows, length
 
 
 def test_an_empty_cache_is_as_large_as_what_waits_needs():
@@ -55,7 +58,7 @@ def test_sequences_get_the_first_free_row_of_their_part_where_it_is_long_enough(
     assert not cache.allocate(0, positions=17, part=0)
     assert [cache.allocate(n, 16, part) for n, part in ((0, 1), (1, 0), (2, 1))] == [True] * 3
     assert [cache.row(n) for n in range(3)] == [2, 0, 3]
-    assert [cache.row_of_part(n) for n in range(3)] == [0, 0, 1]
+    assert [cache.prefill_rows({1: 2}), cache.prefill_rows({0: 1, 1: 0})] == [[0, 1], [0, 0]]
     assert not cache.allocate(3, 1, part=1)
     cache.free(0, zero=False)
     assert cache.allocate(3, 1, part=1)
@@ -144,6 +147,6 @@ def test_clearing_drops_arrays_and_rows():
     cache.make_room(waiting=1, positions=16)
     cache.allocate(0, 16, 0)
     cache.clear()
-    assert (cache.rows, cache.length, cache.arrays) == (0, 0, ())
+    assert (cache.batch_size, cache.has_position(0), cache.arrays) == (0, False, ())
     cache.make_room(waiting=1, positions=16)
     assert cache.allocate(0, 16, 0)

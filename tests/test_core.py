@@ -175,7 +175,7 @@ def test_a_core_that_was_cleared_is_as_new():
     steps = core()
     steps.step([sequence(0, [1] * 600, limit=5), sequence(1, limit=500)])
     steps.clear()
-    assert (steps.scheduler.prefill, steps.cache.rows) == (None, 0)
+    assert (steps.scheduler.prefill, steps.cache.batch_size) == (None, 0)
     one = sequence(2, limit=5)
     steps.step([one])
     finish(steps, one)

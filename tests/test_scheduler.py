@@ -16,9 +16,9 @@ HEADS = 1
 
 @dataclass
 class Cache:
-    """Room for `rows` sequences of `length` positions, which may become `longest`."""
+    """Room for a batch of sequences of `length` positions, which may become `longest`."""
 
-    rows: int = 2
+    batch_size: int = 2
     length: int = 1000
     longest: int = 1000
     parts: int = 1
@@ -31,8 +31,8 @@ class Cache:
         return False
 
     def allocate(self, number, positions, part):
-        first = part * (self.rows // self.parts)
-        rows = range(first, first + self.rows // self.parts)
+        first = part * (self.batch_size // self.parts)
+        rows = range(first, first + self.batch_size // self.parts)
         free = [row for row in rows if row not in self.row_of.values()]
         if not free or positions > self.length:
             return False
@@ -91,7 +91,7 @@ def long(number: int, chunks: int, **options) -> SequenceState:
 
 
 def test_a_request_is_prefilled_then_decoded_until_it_ends():
-    cache = Cache(rows=1)
+    cache = Cache(batch_size=1)
     plan = scheduler(cache)
     plan.add([sequence(limit=3)])
     assert steps(plan, 3) == [([0], [0]), ([], [0]), ([], [])]
@@ -105,7 +105,7 @@ def test_a_request_gets_the_row_of_one_that_ended_while_the_other_goes_on():
 
 
 def test_few_answers_wait_for_some_prompts_but_not_for_all():
-    plan = scheduler(Cache(rows=32))
+    plan = scheduler(Cache(batch_size=32))
     plan.add([sequence(n, limit=50) for n in range(20)])
     decoded = [bool(answers) for _, answers in steps(plan, 20)]
     # Of 32 rows 16 make half.
@@ -121,7 +121,7 @@ def test_answers_go_on_between_the_chunks_of_a_long_prompt():
 
 
 def test_each_part_of_the_batch_prefills_one_prompt_at_a_time():
-    plan = scheduler(Cache(rows=4, parts=2))
+    plan = scheduler(Cache(batch_size=4, parts=2))
     plan.add([sequence(n) for n in range(4)])
     assert [prefilled for prefilled, _ in steps(plan, 3)] == [[0, 1], [2, 3], []]
     assert step(plan)[1] == [0, 2, 1, 3]  # By row: those of the first part, then of the second.
@@ -134,7 +134,7 @@ def test_none_overtakes_a_request_that_the_cache_has_no_room_for():
 
 
 def test_the_cache_is_asked_for_what_the_next_needs_and_when_empty_for_the_most():
-    cache = Cache(rows=1)
+    cache = Cache(batch_size=1)
     plan = scheduler(cache)
     plan.add([sequence(0, limit=100), sequence(1, [1] * 40, limit=400)])
     steps(plan, 2)
@@ -146,7 +146,7 @@ def test_the_cache_is_asked_for_what_the_next_needs_and_when_empty_for_the_most(
 
 
 def test_a_prompt_is_written_in_whole_chunks_which_need_room():
-    cache = Cache(rows=1)
+    cache = Cache(batch_size=1)
     plan = scheduler(cache)
     plan.add([sequence(0, [1] * 33, limit=2)])
     plan.next_chunk()
@@ -154,7 +154,7 @@ def test_a_prompt_is_written_in_whole_chunks_which_need_room():
 
 
 def test_an_answer_that_reaches_the_end_of_its_row_goes_on_where_the_cache_is_extended():
-    cache = Cache(rows=1, length=1000, longest=2000)
+    cache = Cache(batch_size=1, length=1000, longest=2000)
     plan, one = scheduler(cache), sequence(0, [1] * 740, limit=300)
     plan.add([one])
     for _ in range(301):
@@ -164,7 +164,7 @@ def test_an_answer_that_reaches_the_end_of_its_row_goes_on_where_the_cache_is_ex
 
 
 def test_answers_without_room_wait_and_are_prefilled_again_before_others():
-    cache = Cache(rows=2, length=300, longest=300)
+    cache = Cache(batch_size=2, length=300, longest=300)
     plan = scheduler(cache)
     first, second = (sequence(n, [1] * 40, limit=m) for n, m in ((0, 300), (1, 100)))
     plan.add([first, second])
@@ -179,7 +179,7 @@ def test_answers_without_room_wait_and_are_prefilled_again_before_others():
 
 
 def test_cancelled_requests_leave_the_queue_the_prefill_and_their_rows():
-    cache = Cache(rows=2, length=5000)
+    cache = Cache(batch_size=2, length=5000)
     plan = scheduler(cache)
     gone = [long(0, chunks=3), sequence(1)]
     plan.add([*gone, sequence(2)])
@@ -195,7 +195,7 @@ def test_cancelled_requests_leave_the_queue_the_prefill_and_their_rows():
 
 
 def test_of_prompts_that_are_prefilled_together_one_may_be_cancelled():
-    plan = scheduler(Cache(rows=2, length=5000, parts=2))
+    plan = scheduler(Cache(batch_size=2, length=5000, parts=2))
     both = [long(0, chunks=2), long(1, chunks=3)]
     plan.add(both)
     plan.next_chunk()
@@ -224,7 +224,7 @@ def test_a_row_that_may_hold_nan_is_cleared(reason, cancelled, zero):
 
 
 def test_the_batch_is_another_when_and_only_when_something_else_runs_or_moves(monkeypatch):
-    cache = Cache(rows=2, length=5000)
+    cache = Cache(batch_size=2, length=5000)
     plan = scheduler(cache)
     first = sequence(limit=50)
 
@@ -264,7 +264,7 @@ def test_a_cleared_scheduler_has_forgotten_everything():
 
 
 def test_prefill_inputs_are_the_tokens_of_each_part_and_what_the_chunk_attends_to():
-    plan = scheduler(Cache(rows=2, length=5000, parts=2))
+    plan = scheduler(Cache(batch_size=2, length=5000, parts=2))
     plan.add([sequence(0, range(700)), sequence(1, [5] * 20, tokens=[6])])
     first = plan.next_chunk().inputs([0, 3])
     assert (first.start, first.positions, first.rows.tolist()) == (0, 512, [0, 3])

@@ -36,6 +36,10 @@ class Constant:
         self.forgotten.append(sequence.number)
 
 
+def anywhere(position):
+    return True
+
+
 def sampler(penalize=False, constrained=False):
     return SimpleNamespace(method=SimpleNamespace(penalize=penalize), constrained=constrained)
 
@@ -43,10 +47,10 @@ def sampler(penalize=False, constrained=False):
 def test_each_row_gets_what_the_drafter_proposes():
     drafter = Constant()
     running = {0: sequence(0), 3: sequence(1)}
-    found = Speculation(drafter, 2).drafts(running, 4, 100, sampler())
+    found = Speculation(drafter, 2).drafts(running, 4, anywhere, sampler())
     assert found == {0: (7, 8), 3: (7, 8)}
     assert drafter.asked == [([0, 3], 2)]
-    assert Speculation(Constant(()), 2).drafts(running, 4, 100, sampler()) == {}
+    assert Speculation(Constant(()), 2).drafts(running, 4, anywhere, sampler()) == {}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,8 @@ def test_there_are_no_drafts_where_they_cannot_or_should_not_be(
 ):
     drafter = Constant()
     speculation = Speculation(drafter, num_tokens)
-    found = speculation.drafts({0: sequence()}, rows, length, sampler(**options))
+    running = {0: sequence()}
+    found = speculation.drafts(running, rows, lambda n: n < length, sampler(**options))
     assert bool(found) == bool(drafter.asked) == any_drafts
 
 
@@ -89,7 +94,7 @@ def test_nothing_is_reported_of_a_row_without_drafts():
 def test_the_drafter_forgets_each_sequence_that_it_was_given_once():
     drafter = Constant()
     speculation, running = Speculation(drafter, 2), {n: sequence(n) for n in range(4)}
-    speculation.drafts({n: running[n] for n in range(3)}, 4, 100, sampler())
+    speculation.drafts({n: running[n] for n in range(3)}, 4, anywhere, sampler())
     speculation.forget_ended()
     assert drafter.forgotten == []
     running[1].cancelled = running[3].cancelled = True

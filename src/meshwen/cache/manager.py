@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache of an engine: its arrays, which sequence has which row, and when it grows.
 
-Every sequence has a row of its own, and all rows have one length. This is where a cache of another
-kind would come in: who schedules sequences asks for room and knows of no array.
+Every sequence has a row of its own, and all rows have one length. Callers need to know neither:
+they ask for sequences, positions and rows of the batch, and pass the arrays to the steps unread. So
+a paged cache, whose arrays are blocks and each row's table of them, can take this one's place.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 from meshwen.cache.budget import CacheBudget
@@ -42,9 +44,9 @@ class CacheManager:
         budget: what they may take.
 
     Attributes:
-        arrays: the cache; steps replace it by what they return.
-        rows: of the arrays. Each part of the batch has equally many, one after the other.
-        length: positions of a row.
+        arrays: what steps take as the cache, donated, and return another of; for them alone.
+        batch_size: rows that a decode step computes, used or not. Each part of the batch has
+            equally many, one after the other.
     """
 
     def __init__(self, programs: CachePrograms, budget: CacheBudget):
@@ -54,16 +56,26 @@ class CacheManager:
     def clear(self) -> None:
         """Drops the arrays and all sequences."""
         self.arrays: KVCache = ()
-        self.rows = self.length = 0
+        self.batch_size = self._length = 0
         self._row_of: dict[int, int] = {}  # Of each sequence, by its number.
 
     def row(self, sequence: int) -> int:
-        """The row of a sequence; it may be another after `make_room`."""
+        """The row in the batch that a sequence has; it may be another after `make_room`."""
         return self._row_of[sequence]
 
-    def row_of_part(self, sequence: int) -> int:
-        """The same, counted from the first row of its part of the batch."""
-        return self._row_of[sequence] % self._rows_a_part
+    def prefill_rows(self, sequences: Mapping[int, int]) -> list[int]:
+        """The rows that a prefill writes to, as `ModelRunner.prefill` takes them.
+
+        Args:
+            sequences: at most one of each part of the batch, by part.
+
+        Returns:
+            Of each part a row, counted from its first; any where it has no sequence.
+        """
+        rows = [0] * self._budget.parts
+        for part, sequence in sequences.items():
+            rows[part] = self._row_of[sequence] % self._rows_a_part
+        return rows
 
     def make_room(self, waiting: int, positions: int) -> bool:
         """Adapts the cache to what waits, as far as memory and the sequences in it allow.
@@ -81,13 +93,13 @@ class CacheManager:
         Raises:
             MeshwenError: not even one sequence on each part fits into an empty cache.
         """
-        wanted = len(self._row_of) + waiting
+        count = len(self._row_of) + waiting
         if not self._row_of:
             length = shape_bucket(positions)
-            return self._replace(self._budget.rows(wanted, length), length, waiting)
-        length = max(self.length, shape_bucket(positions))
-        rows = max(self.rows, self._budget.rows(wanted, length))
-        return self._grow(rows, length) or self._grow(self.rows, length)
+            return self._replace(self._budget.rows(count, length), length, waiting)
+        length = max(self._length, shape_bucket(positions))
+        rows = max(self.batch_size, self._budget.rows(count, length))
+        return self._grow(rows, length) or self._grow(self.batch_size, length)
 
     def allocate(self, sequence: int, positions: int, part: int) -> bool:
         """Gives a sequence the first free row of a part of the batch.
@@ -95,7 +107,7 @@ class CacheManager:
         Returns:
             Whether it has one: not where none is free, or rows have fewer `positions`.
         """
-        if positions > self.length:
+        if positions > self._length:
             return False
         first, taken = part * self._rows_a_part, set(self._row_of.values())
         free = (row for row in range(first, first + self._rows_a_part) if row not in taken)
@@ -106,8 +118,8 @@ class CacheManager:
         return True
 
     def has_position(self, position: int) -> bool:
-        """Whether a row has room for a token at this position."""
-        return position < self.length
+        """Whether the sequences in the cache have room for a token at this position."""
+        return position < self._length
 
     def extend(self, positions: int) -> bool:
         """Makes rows longer.
@@ -119,8 +131,8 @@ class CacheManager:
             Whether there was memory for it.
         """
         # Twice as long, so that it is copied rarely.
-        twice = min(2 * self.length, shape_bucket(positions))
-        return self._grow(self.rows, twice) or self._grow(self.rows, shape_bucket(self.length + 1))
+        lengths = min(2 * self._length, shape_bucket(positions)), shape_bucket(self._length + 1)
+        return any(self._grow(self.batch_size, length) for length in lengths)
 
     def free(self, sequence: int, *, zero: bool) -> None:
         """Takes a sequence's row from it.
@@ -136,33 +148,33 @@ class CacheManager:
 
     @property
     def _rows_a_part(self) -> int:
-        return self.rows // self._budget.parts
+        return self.batch_size // self._budget.parts
 
     def _grow(self, rows: int, length: int) -> bool:
         """Makes the cache larger, if there is memory for that."""
-        old, new = (self.rows, self.length), (rows, length)
+        old, new = (self.batch_size, self._length), (rows, length)
         if new == old or not self._budget.holds(old, new):  # Both exist for a moment.
             return False
         self.arrays = self._programs.resized(self.arrays, rows, length)
         before = self._rows_a_part
-        self.rows, self.length = rows, length
+        self.batch_size, self._length = rows, length
         for sequence, row in self._row_of.items():  # Each part has its new rows behind its old.
             self._row_of[sequence] = row // before * self._rows_a_part + row % before
         return True
 
     def _replace(self, rows: int, length: int, waiting: int) -> bool:
         """Makes an empty cache of another shape."""
-        if (rows, length) == (self.rows, self.length):
+        if (rows, length) == (self.batch_size, self._length):
             return False
         self.arrays = ()  # Free before the next is made.
         self.arrays = self._programs.empty_cache(rows, length)
-        self.rows, self.length = rows, length
-        wanted = min(self._budget.max_num_seqs, waiting)
-        if rows < wanted:
+        self.batch_size, self._length = rows, length
+        needed = min(self._budget.max_num_seqs, waiting)
+        if rows < needed:
             logger.warning(
                 "the memory for the KV cache has room for %d of %d sequences of %d tokens at once",
                 rows,
-                wanted,
+                needed,
                 length,
             )
         return True

@@ -89,9 +89,7 @@ class EngineCore:
         if not prefill.done:
             self._hidden = self.runner.empty_hidden(self._parts)
         assert self._hidden is not None
-        rows = [0] * self._parts
-        for part, sequence in prefill.sequences.items():
-            rows[part] = self.cache.row_of_part(sequence.number)
+        rows = self.cache.prefill_rows({p: one.number for p, one in prefill.sequences.items()})
         self._hidden, self.cache.arrays = self.runner.prefill(
             self.cache.arrays, self._hidden, *prefill.inputs(rows)
         )
@@ -113,7 +111,9 @@ class EngineCore:
     def _decode(self, sequences: Mapping[int, SequenceState]) -> None:
         """Takes a step of every answer, by row."""
         sampler = self._batch_sampler(sequences)
-        drafts = self.speculation.drafts(sequences, self.cache.rows, self.cache.length, sampler)
+        drafts = self.speculation.drafts(
+            sequences, self.cache.batch_size, self.cache.has_position, sampler
+        )
         tokens, positions = self._decode_inputs(sequences, drafts)
         sampled, penalized, self.cache.arrays = self.runner.decode(
             self.cache.arrays,
@@ -130,13 +130,13 @@ class EngineCore:
         """That of the last step, unless what runs in which row has changed since."""
         if self._sampler and self._sampler[0] == self.scheduler.batch_version:
             return self._sampler[1]
-        return BatchSampler.of(sequences, self.cache.rows, self.runner.plan)
+        return BatchSampler.of(sequences, self.cache.batch_size, self.runner.plan)
 
     def _decode_inputs(
         self, sequences: Mapping[int, SequenceState], drafts: Mapping[int, Sequence[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, int32 [B, 1 + drafts], and the positions of the first of each, int32 [B]."""
-        rows, count = self.cache.rows, self.speculation.num_tokens if drafts else 0
+        rows, count = self.cache.batch_size, self.speculation.num_tokens if drafts else 0
         tokens, positions = np.zeros((rows, 1 + count), np.int32), np.zeros(rows, np.int32)
         if prefill := self.scheduler.prefill:
             # The step writes to every row: here, what the next chunk overwrites.

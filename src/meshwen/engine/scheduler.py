@@ -26,8 +26,8 @@ class CacheSpace(Protocol):
     """What the scheduler asks of the cache; sequences are known by their numbers."""
 
     @property
-    def rows(self) -> int:
-        """Sequences that a decode step computes, whether there are so many or not."""
+    def batch_size(self) -> int:
+        """Rows of the batch that a decode step computes, used or not."""
 
     def make_room(self, waiting: int, positions: int) -> bool:
         """Adapts the cache to what waits, as far as memory and the sequences in it allow.
@@ -58,7 +58,7 @@ class CacheSpace(Protocol):
         """
 
     def row(self, sequence: int) -> int:
-        """The row of a sequence, which stays the same until rows are added or moved."""
+        """The row of a sequence in the batch: the same until rows are added or moved."""
 
     def free(self, sequence: int, *, zero: bool) -> None:
         """Takes a sequence's row from it; `zero`: what it holds must not reach the next."""
@@ -131,7 +131,7 @@ class Scheduler:
         few answers costs almost what one of many does.
         """
         running = self._running()
-        few = 2 * len(running) < self._cache.rows
+        few = 2 * len(running) < self._cache.batch_size
         if not running or (few and self._chunks_since_decode < _MOST_CHUNKS):
             return {}
         self._chunks_since_decode = 0

@@ -9,7 +9,7 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from meshwen.engine.batch_sampler import BatchSampler
 from meshwen.engine.drafter import MOST_DRAFTS, Drafter
@@ -36,19 +36,19 @@ class Speculation:
     def drafts(
         self,
         sequences: Mapping[int, SequenceState],
-        rows: int,
-        length: int,
+        batch_size: int,
+        has_position: Callable[[int], bool],
         sampler: BatchSampler,
     ) -> dict[int, Sequence[int]]:
         """Drafts for a decode step, by row; empty where it should have none.
 
         Args:
             sequences: those of the step, by row.
-            rows: of the batch, used or not.
-            length: positions of a row of the cache.
+            batch_size: rows that the step computes, used or not.
+            has_position: whether the cache has room for a token at a position.
             sampler: that of the step.
         """
-        if not self._useful(sequences, rows, length, sampler):
+        if not self._useful(sequences, batch_size, has_position, sampler):
             return {}
         self._sequences |= {one.number: one for one in sequences.values()}
         proposed = self._drafter.propose(sequences, self.num_tokens)
@@ -57,8 +57,8 @@ class Speculation:
     def _useful(
         self,
         sequences: Mapping[int, SequenceState],
-        rows: int,
-        length: int,
+        batch_size: int,
+        has_position: Callable[[int], bool],
         sampler: BatchSampler,
     ) -> bool:
         """Whether a step may have drafts: all the reasons against them."""
@@ -67,11 +67,11 @@ class Speculation:
         # Each draft would need masks of its own.
         if sampler.method.penalize or sampler.constrained:
             return False
-        if rows * (1 + self.num_tokens) > _MOST_TOKENS:
+        if batch_size * (1 + self.num_tokens) > _MOST_TOKENS:
             return False
         # A step writes equally many tokens to every row, which has to have room for them.
         last = max((one.position for one in sequences.values()), default=0) + self.num_tokens
-        return last < length
+        return has_position(last)
 
     def accept(self, sequence: SequenceState, drafts: Sequence[int], sampled: Sequence[int]) -> int:
         """How many of a sequence's drafts are right; the drafter learns it too.
