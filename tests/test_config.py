@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from meshwen.errors import MeshwenError
-from meshwen.models.config import declared_quantization
+from meshwen.models.config_json import declared_quantization
 from meshwen.models.presets import PRESETS, preset
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.registry import config_from_dict, config_from_json

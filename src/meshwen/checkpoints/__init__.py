@@ -20,7 +20,8 @@ from meshwen.common.choices import LOAD_FORMATS, check_choice
 from meshwen.common.json_files import read_json, shown
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
-from meshwen.models.config import ModelConfig, config_file, declared_quantization, read_config
+from meshwen.models.config import ModelConfig
+from meshwen.models.config_json import config_file, declared_quantization, read_config
 from meshwen.models.presets import PRESETS, preset
 from meshwen.models.registry import config_from_dict
 

@@ -12,14 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from meshwen.models.config import (
-    ModelConfig,
-    config_file,
-    folder_name,
-    named_architecture,
-    read_config,
-    unsupported,
-)
+from meshwen.models.config import ModelConfig, unsupported
+from meshwen.models.config_json import config_file, folder_name, named_architecture, read_config
 
 if TYPE_CHECKING:
     from jax import Array
