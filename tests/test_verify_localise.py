@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mesh_model import whole
+from meshwen.errors import MeshwenError
 from meshwen.verify.faults import (
     negated,
     reversed_sum,
@@ -167,6 +168,13 @@ def test_a_changed_weight_leaves_the_original_as_it_was():
     assert (whole(changed) != before).sum() == 1
     np.testing.assert_array_equal(whole(weight), before)
     assert params["model"]["layers"][1]["mlp"]["down_proj"]["weight"] is weight
+
+
+def test_a_weight_that_holds_zeros_alone_gets_no_fault_but_an_error():
+    runner, path = mesh_run("4").runner, ("model", "layers", "1", "mlp", "down_proj", "weight")
+    params = replaced(runner.params, path, jnp.zeros_like)
+    with pytest.raises(MeshwenError, match=r"cannot change model\.layers\.1\.mlp\.down_proj"):
+        with_changed_weight(params, runner.model.weights, Operation(1, MLP), negated)
 
 
 def replaced(tree, path, change):

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meshwen.errors import MeshwenError
 from meshwen.ops.formats import Leaf, Packed
 from meshwen.ops.weight import Weight
 from meshwen.runtime.jax_settings import own_settings
@@ -101,10 +103,14 @@ def with_changed_weight(
 ) -> Params:
     """Weights of which one device's part of a row-parallel matmul's weight is another.
 
-    Nothing is copied but that part, the first one that does not hold zeros alone.
+    Nothing is copied but that part, the first one of this process's that does not hold zeros alone.
+
+    Raises:
+        MeshwenError: they all do.
     """
     path = row_parallel(weights)[operation].path
-    return updated(params, path, lambda w: w.with_leaf(0, lambda leaf: _changed(leaf, factors)))
+    changed = partial(_changed, factors=factors, name=path)
+    return updated(params, path, lambda weight: weight.with_leaf(0, changed))
 
 
 def negated(part: np.ndarray) -> np.ndarray:
@@ -141,7 +147,7 @@ def _reversed_leaf(leaf: Leaf) -> Leaf:
     return leaf[::-1]
 
 
-def _changed(leaf: Leaf, factors: Factors) -> Leaf:
+def _changed(leaf: Leaf, factors: Factors, name: str) -> Leaf:
     """The leaf with another first part that does not hold zeros alone.
 
     Of a packed one the first array holds the numbers, in a format that rounds as multiples of
@@ -150,7 +156,12 @@ def _changed(leaf: Leaf, factors: Factors) -> Leaf:
     numbers, *rest = jax.tree.leaves(leaf)
     shards = numbers.addressable_shards
     parts = [shard.data for shard in shards]
-    index = next(i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
+    filled = (i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
+    if (index := next(filled, None)) is None:
+        raise MeshwenError(
+            f"the self-test cannot change {name}: on the devices of this process it holds zeros "
+            "alone; verify on fewer devices, or without --self-test"
+        )
     if isinstance(leaf, Packed):
         stored = [array.addressable_shards[index].data for array in (numbers, *rest)]
         whole = np.asarray(leaf.format.wrap(stored, leaf.shape, leaf.dtype).unpacked())
