@@ -119,7 +119,7 @@ FAULTS = (
         "model",
     ),
     _fault(
-        "model: last chunk's wanted token off by one",
+        "model: last chunk's last token off by one",
         "engine/steps.py",
         "end = lengths - 1 - start",
         "end = lengths - 2 - start",
@@ -162,7 +162,7 @@ FAULTS = (
     ),
     # --- Sharding
     _fault(
-        "sharding: a slot more than a group has",
+        "sharding: a head more than a group has",
         "parallel/heads.py",
         "head[(within >= group) |",
         "head[(within > group) |",
@@ -646,8 +646,8 @@ FAULTS = (
     _fault(
         "gguf: blocks of a slice from the first column",
         "checkpoints/gguf.py",
-        "columns = np.arange(wanted.start, wanted.stop, wanted.step) - first * self.block_elements",
-        "columns = np.arange(wanted.start, wanted.stop, wanted.step) % covered",
+        "np.arange(indices.start, indices.stop, indices.step) - first * self.block_elements",
+        "np.arange(indices.start, indices.stop, indices.step) % covered",
         "checkpoints_gguf",
     ),
     _fault(

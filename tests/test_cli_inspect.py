@@ -29,7 +29,7 @@ def report(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_seven_b_on_eight_devices_pads_each_group_by_one_slot(capsys):
+def test_seven_b_on_eight_devices_pads_each_group_by_one_head(capsys):
     found = report(capsys, "qwen2.5-7b", "--mesh", "1x8")
     assert found["parameters"] == 7_615_616_512
     assert found["config"]["num_attention_heads"] == 28
@@ -41,7 +41,7 @@ def test_seven_b_on_eight_devices_pads_each_group_by_one_slot(capsys):
         [[7, 8, 9, 10]],
         [[11, 12, 13, None]],
     ]
-    assert heads["padded_query_slots"] == 4
+    assert heads["padding_query_heads"] == 4
     assert heads["query_cost_percent"] == pytest.approx(100 * 4 / 28, abs=0.01)
     assert heads["key_value_cost_percent"] == 100
 
@@ -54,7 +54,7 @@ def test_exact_numerics_shows_its_leaves_and_its_tree(capsys):
     assert sums["across_devices"] == "(((d0+d1)+(d2+d3))+((d4+d5)+(d6+d7)))"
     one = report(capsys, "qwen2.5-7b", "--numerics", "exact")["sums"]
     assert one["attention output"]["leaves_per_device"] == 28
-    # The padded eighth slot of a group adds nothing, so the tree is cut short there.
+    # The padding eighth head of a group adds nothing, so the tree is cut short there.
     group = "(((0+1)+(2+3))+((4+5)+6))"
     assert one["attention output"]["device_tree"].startswith(f"(({group}+")
     assert report(capsys, "qwen2.5-7b", "--mesh", "2x4")["sums"] is None

@@ -192,7 +192,8 @@ def certificate() -> dict:
     row = {
         **{"numerics": "exact", "mesh": "data=2,model=4", "devices": 8, "broken": False},
         **{"weight_bytes": (1_200_000, 4_700_000), "cache_bytes": (1, 2), "bits_equal": False},
-        **{"sent_bytes_per_token": 41_200, "seconds": [100.0, 12.4], "parting": "0:MLP output"},
+        **{"sent_bytes_per_token": 41_200, "seconds": [100.0, 12.4]},
+        **{"first_divergence": "0:MLP output"},
         **{"operations": ["embedding", *["0:MLP output"] * 59, "logits"]},
         **{"operations_equal": [True] * 60, "divergence": [0.0] * 60, "collectives": []},
         **{"whole": different, "cached": cached, "cached_against_whole": {"bits_equal": True}},

@@ -47,19 +47,19 @@ class BlockTensor(TensorSource):
         row_bytes = self.shape[-1] // self.block_elements * self.block_bytes
         data = self.file.bytes_at(self.offset, self.nbytes)
         rows = data.reshape(*self.shape[:-1], row_bytes)[tuple(lead)]
-        wanted = range(self.shape[-1])[columns]
-        out = np.empty((*rows.shape[:-1], len(wanted)), np.float32)
+        indices = range(self.shape[-1])[columns]
+        out = np.empty((*rows.shape[:-1], len(indices)), np.float32)
         if out.size:
-            self._fill(out.reshape(-1, len(wanted)), rows.reshape(-1, row_bytes), wanted)
+            self._fill(out.reshape(-1, len(indices)), rows.reshape(-1, row_bytes), indices)
         return out
 
-    def _fill(self, out: np.ndarray, rows: np.ndarray, wanted: range) -> None:
-        first = min(wanted[0], wanted[-1]) // self.block_elements
-        stop = max(wanted[0], wanted[-1]) // self.block_elements + 1
+    def _fill(self, out: np.ndarray, rows: np.ndarray, indices: range) -> None:
+        first = min(indices[0], indices[-1]) // self.block_elements
+        stop = max(indices[0], indices[-1]) // self.block_elements + 1
         rows = rows[:, first * self.block_bytes : stop * self.block_bytes]
         covered = (stop - first) * self.block_elements
-        columns = np.arange(wanted.start, wanted.stop, wanted.step) - first * self.block_elements
-        whole = len(columns) == covered and wanted.step == 1
+        columns = np.arange(indices.start, indices.stop, indices.step) - first * self.block_elements
+        whole = len(columns) == covered and indices.step == 1
         step = max(1, _ELEMENTS_AT_A_TIME // covered)
         for start in range(0, len(rows), step):
             packed = np.ascontiguousarray(rows[start : start + step]).reshape(1, -1)

@@ -11,7 +11,7 @@ from meshwen.errors import MeshwenError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json")
 _ALWAYS = ["*.json", "merges.txt", "*.jinja"]
-# A star also matches slashes. Of what lies in a subfolder only *.jinja is wanted: chat templates.
+# A star also matches slashes. Of a subfolder only *.jinja is used: chat templates.
 _NEVER = ["*/*[!a]"]
 
 

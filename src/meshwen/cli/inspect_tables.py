@@ -142,10 +142,10 @@ def _print_heads(report: dict[str, Any], console: Console) -> None:
     say(
         console,
         f"\nOn each device: {_plural(heads['key_value_heads_per_device'], 'kv head')}, each with "
-        f"{_plural(heads['query_slots_per_key_value_head'], 'query head')}. With padding and "
-        f"copies: {heads['query_slots']} query heads for the model's {heads['query_heads']} "
-        f"({_cost(heads['query_cost_percent'])}), {key_value_heads} kv heads for "
-        f"{heads['key_value_heads']} ({_cost(heads['key_value_cost_percent'])}).",
+        f"{_plural(heads['query_heads_per_key_value_head'], 'query head')}. With padding and "
+        f"copies: {heads['query_heads_with_padding']} query heads for the model's "
+        f"{heads['query_heads']} ({_cost(heads['query_cost_percent'])}), {key_value_heads} kv "
+        f"heads for {heads['key_value_heads']} ({_cost(heads['key_value_cost_percent'])}).",
     )
 
 

@@ -72,7 +72,7 @@ def _print_divergence(rows: list[dict[str, Any]], console: Console) -> None:
     say(console, f"\n{operations} (· same bits, ▁ to █: 1e-8 to 1 apart)")
     width = max(len(row["mesh"]) for row in rows)
     for row in rows:
-        where = row["parting"] or "nowhere"
+        where = row["first_divergence"] or "nowhere"
         line = f"{row['mesh']:<{width}}  {strip(row)}  first divergence: {where}"
         if row["cached"]["first_divergence"] is not None:
             line += f"; greedy tokens {greedy_text(row)}"

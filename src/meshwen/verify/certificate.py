@@ -209,10 +209,7 @@ def golden_comparison(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    found = asdict(row)
-    first_divergence = found.pop("first_divergence")
-    return found | {
-        "parting": first_divergence,
+    return asdict(row) | {
         "bits_equal": row.bits_equal,
         "collectives": [
             asdict(found) | {"count": count, "sent_bytes": found.sent_bytes}
