@@ -88,7 +88,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forgets all sequences; the cache is emptied by who owns it."""
         self._waiting: deque[SequenceState] = deque()
-        self._placed: dict[int, SequenceState] = {}  # Those in the cache, by number.
+        self._cached: dict[int, SequenceState] = {}  # Those in the cache, by number.
         self._prefill: Prefill | None = None
         self._chunks_since_decode = 0
         self.batch_version += 1
@@ -140,13 +140,13 @@ class Scheduler:
 
     def release_ended(self) -> None:
         """Frees the places of sequences that have ended."""
-        ended = self._by_row(one for one in self._placed.values() if one.ended)
+        ended = self._by_row(one for one in self._cached.values() if one.ended)
         if not ended:
             return
         for one in ended:
             # NaN must not reach the next in the row; of a cancelled one it is not known.
             self._cache.free(one.number, zero=one.finish_reason not in ("stop", "length"))
-            del self._placed[one.number]
+            del self._cached[one.number]
         if self._prefill is not None:
             self._prefill = self._prefill.without({one.number for one in ended})
         self.batch_version += 1
@@ -159,7 +159,7 @@ class Scheduler:
     def _running(self) -> list[SequenceState]:
         """The sequences that a decode step gives a token to, in the order of their rows."""
         prefill = set(self._prefill.sequences.values()) if self._prefill else ()
-        return self._by_row(s for s in self._placed.values() if s.tokens and s not in prefill)
+        return self._by_row(s for s in self._cached.values() if s.tokens and s not in prefill)
 
     def _by_row(self, sequences: Iterable[SequenceState]) -> list[SequenceState]:
         return sorted(sequences, key=lambda one: self._cache.row(one.number))
@@ -169,7 +169,7 @@ class Scheduler:
             return
         needed = self._limits.positions_to_begin
         first = self._waiting[0]
-        positions = needed(first) if self._placed else max(map(needed, self._waiting))
+        positions = needed(first) if self._cached else max(map(needed, self._waiting))
         if self._cache.make_room(len(self._waiting), positions):
             self.batch_version += 1
 
@@ -184,7 +184,7 @@ class Scheduler:
             if self._cache.allocate(first.number, positions, part):
                 self._waiting.popleft()
                 first.timer.begin()
-                self._placed[first.number] = begun[part] = first
+                self._cached[first.number] = begun[part] = first
         if not begun:
             return None
         longest = max(one.length for one in begun.values())
@@ -200,5 +200,5 @@ class Scheduler:
             return
         for one in full:
             self._cache.free(one.number, zero=False)
-            del self._placed[one.number]
+            del self._cached[one.number]
         self._waiting.extendleft(sorted(full, key=lambda one: one.number, reverse=True))
