@@ -4,6 +4,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from checkpoint_writers import (
     write_gguf,
 )
 from meshwen.checkpoints import open_checkpoint
+from meshwen.common.extras import how_to_install
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.models.parallel_model import ParallelModel
@@ -29,8 +31,6 @@ from meshwen.models.registry import MODEL_TYPES
 from meshwen.parallel.mesh import make_mesh
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.loading import load_params
-
-gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
 EMBEDDING = ("token_embd.weight", (np.zeros((CONFIG["vocab_size"], 64), np.float32), None))
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -349,7 +349,7 @@ def test_unsupported_type_names_tensor_and_type(tmp_path, type_):
 def test_missing_gguf_package_says_what_to_install(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "x.gguf", float_gguf_tensors())
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert 'pip install "meshwen[gguf]"' in error_of(path)
+    assert error_of(path).endswith(how_to_install("gguf"))
 
 
 def test_truncation_at_any_point_is_refused(tmp_path):

@@ -2,13 +2,17 @@
 """GSM8K from the hub, through a local stand-in, or from a file; what is said where that fails."""
 
 import json
+import re
 import sys
 
 import huggingface_hub
+import pyarrow
 import pytest
 from huggingface_hub import errors
+from pyarrow import parquet
 
 from meshwen.cli import main
+from meshwen.common.extras import how_to_install
 from meshwen.errors import MeshwenError
 from meshwen.evals.problems import hub_problems, read_problems
 
@@ -21,8 +25,6 @@ ROWS = [
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Stands for the hub: has the rows in the form of its files, and notes what it is asked."""
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra gsm8k")
-    pyarrow = pytest.importorskip("pyarrow")
     asked = []
 
     def download(repo_id, filename, *, repo_type):
@@ -52,8 +54,6 @@ def test_a_row_that_is_no_problem_is_named(stand_in, monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_told_with_what_to_give_instead(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("pyarrow", reason="needs the extra gsm8k")
-
     def fail(*_, **__):
         raise errors.LocalEntryNotFoundError("no network")
 
@@ -67,7 +67,7 @@ def test_a_hub_out_of_reach_is_told_with_what_to_give_instead(monkeypatch, tmp_p
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MeshwenError, match=r"pip install 'meshwen\[gsm8k\]', or give"):
+    with pytest.raises(MeshwenError, match=re.escape(how_to_install("gsm8k"))):
         hub_problems("test")
 
 

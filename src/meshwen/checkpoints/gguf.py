@@ -13,6 +13,7 @@ import numpy as np
 from meshwen.checkpoints.base import Index, MappedFile, MappedTensor, TensorSource
 from meshwen.checkpoints.gguf_header import DAMAGED, TensorInfo, read_header
 from meshwen.checkpoints.gguf_names import hugging_face_name
+from meshwen.common.extras import how_to_install
 from meshwen.common.json_files import shown
 from meshwen.errors import MeshwenError
 
@@ -151,6 +152,6 @@ def _gguf_package() -> tuple[Any, Any]:
         from gguf import constants, quants
     except ImportError:
         raise MeshwenError(
-            'reading GGUF files needs the gguf package: pip install "meshwen[gguf]"'
+            f"reading GGUF files needs the package gguf: {how_to_install('gguf')}"
         ) from None
     return constants, quants

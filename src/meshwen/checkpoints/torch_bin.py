@@ -12,6 +12,7 @@ import numpy as np
 
 from meshwen.checkpoints.base import Index, TensorSource, join_shards, shard_files
 from meshwen.checkpoints.torch_zip import Record, read_records
+from meshwen.common.extras import how_to_install
 from meshwen.common.json_files import shown
 from meshwen.errors import MeshwenError
 
@@ -69,7 +70,7 @@ def _read_file(path: Path) -> dict[str, TensorSource]:
         import torch
     except ImportError:
         raise MeshwenError(
-            f'{path} needs torch: pip install "meshwen[torch]", or use safetensors'
+            f"{path} needs torch: use a checkpoint in safetensors, or {how_to_install('torch')}"
         ) from None
     records = read_records(path)
     try:

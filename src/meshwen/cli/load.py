@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli.console import note, progress_bar
+from meshwen.common.extras import how_to_install
 from meshwen.common.units import bytes_text, count_text
 from meshwen.errors import MeshwenError
 
@@ -79,9 +80,9 @@ def load_model(
     _note_layout(model, time.perf_counter() - started)
     if options.quantization and model.runner.model.matmuls_by == XLA:
         note(
-            "int8 saves memory here, but takes longer than bfloat16 (about 6 times on a CPU): XLA "
-            "multiplies with the numbers that it stands for; on an x86 CPU, the extra cpu has "
-            'kernels (pip install "meshwen[cpu]")'
+            "int8 saves memory here, but takes longer than bfloat16 (about 6 times on a CPU), as "
+            "XLA expands it for every matmul. There are kernels for x86 CPUs with AVX2: "
+            f"{how_to_install('cpu')}"
         )
     if checkpoint.format is None:
         note("weights: random, as --load-format dummy asks; the answers mean nothing")

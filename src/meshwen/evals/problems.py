@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwen.checkpoints.hub import dataset_file
+from meshwen.common.extras import how_to_install
 from meshwen.common.json_files import parse_json
 from meshwen.errors import MeshwenError
 from meshwen.evals.answers import gold_answer
@@ -52,8 +53,8 @@ def hub_problems(split: str) -> list[Problem]:
         from pyarrow import parquet
     except ImportError:
         raise MeshwenError(
-            "the hub's copy of GSM8K is read with pyarrow: pip install 'meshwen[gsm8k]', or give "
-            "the problems as a file, --data (and --train)"
+            "the hub's copy of GSM8K needs pyarrow: give the problems as a file, --data (and "
+            f"--train), or {how_to_install('gsm8k')}"
         ) from None
     name = f"main/{split}-00000-of-00001.parquet"
     rows = parquet.read_table(dataset_file("openai/gsm8k", name)).to_pylist()

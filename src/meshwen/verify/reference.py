@@ -11,6 +11,7 @@ from annotated_types import Ge, MinLen
 from typing_extensions import TypedDict
 
 from meshwen.checkpoints import Checkpoint
+from meshwen.common.extras import how_to_install
 from meshwen.common.json_files import Finite, TokenId, read_json
 from meshwen.errors import MeshwenError
 
@@ -74,7 +75,7 @@ def transformers_cases(
         from transformers import AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
         raise MeshwenError(
-            f"--reference transformers needs {error.name}: pip install 'meshwen[transformers]'"
+            f"--reference transformers needs {error.name}: {how_to_install('transformers')}"
         ) from None
     try:
         model = AutoModelForCausalLM.from_pretrained(
