@@ -124,7 +124,7 @@ def test_numbers_of_every_library_become_pythons():
         ({"logprobs": 5}, "logprobs must be true or false, not 5"),
         ({"stop": 5}, "stop must be strings that are not empty, not 5"),
         ({"stop": b"x"}, "stop must be strings"),
-        ({"max_tokens": 5}, "'max_tokens', did you mean max_new_tokens; there are max_new_"),
+        ({"max_tokens": 5}, r"'max_tokens' \(did you mean max_new_tokens\?\); there are max_new_"),
     ],
 )
 def test_sampling_parameters_of_another_kind_are_named(given, message):
@@ -147,7 +147,7 @@ def test_a_mesh_may_be_given_in_numbers(given, shape):
 
 @pytest.mark.parametrize("given", [None, True, 1.0, b"1", (), [1.5], {"data": 1}, object()])
 def test_what_is_no_mesh_is_named(given):
-    with pytest.raises(MeshwenError, match="is neither a mesh string, expected"):
+    with pytest.raises(MeshwenError, match=r"mesh must be text such as 8, .*Mesh, not \S"):
         make_mesh(given)
 
 

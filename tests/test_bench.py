@@ -165,12 +165,15 @@ def test_a_page_escapes_what_it_shows():
 @pytest.mark.parametrize(
     ("options", "output"),
     [
-        ("--batch 0", "--batch '0' is no list of numbers"),
-        ("--batch 1,x", "no list of numbers"),
+        ("--batch 0", "--batch must be whole numbers from 1 with commas between, such as"),
+        ("--batch 1,x", "with commas between, such as 1,8,32, not '1,x'"),
         ("--prompt-len 100000", "are more than the model's context"),
         ("--html no/such/folder/b.html", "cannot write no/such/folder/b.html"),
         ("--mesh 1x", "mesh"),
-        ("--batch 3 --mesh data=2", "--batch 3 is no multiple of the mesh's 2 parts"),
+        (
+            "--batch 3 --mesh data=2",
+            "--batch must be multiples of 2, the size of the mesh's data axes, not 3",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, output, capsys):

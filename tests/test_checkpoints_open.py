@@ -254,7 +254,7 @@ def test_torch_files_are_fetched_only_for_want_of_safetensors(
     assert ("pytorch_model*.bin" in asked[-1]) == (load_format != "safetensors")
 
 
-def test_made_up_weights_need_a_config_alone(tmp_path):
+def test_dummy_weights_need_a_config_alone(tmp_path):
     write_folder(tmp_path / "tiny")
     for path in (tmp_path / "tiny", write_gguf(tmp_path / "x.gguf", float_gguf_tensors())):
         checkpoint = open_checkpoint(str(path), load_format="dummy")
@@ -262,14 +262,14 @@ def test_made_up_weights_need_a_config_alone(tmp_path):
         assert (checkpoint.format, checkpoint.tensors) == (None, {})
 
 
-def test_made_up_weights_take_the_tokenizer_that_is_there(tmp_path):
+def test_dummy_weights_take_the_tokenizer_that_is_there(tmp_path):
     folder = write_folder(tmp_path)
     assert open_checkpoint(str(folder), load_format="dummy").tokenizer_files is None
     (folder / "tokenizer.json").touch()
     assert open_checkpoint(str(folder), load_format="dummy").tokenizer_files == folder
 
 
-def test_made_up_weights_of_a_hub_id_download_no_weights(tmp_path, monkeypatch):
+def test_dummy_weights_of_a_hub_id_download_no_weights(tmp_path, monkeypatch):
     asked = []
 
     def snapshot_download(repo_id: str, **options: object) -> str:
@@ -287,7 +287,7 @@ def test_a_preset_is_a_config_without_weights(no_hub):
     assert checkpoint.config == preset("qwen2.5-7b")
     assert (checkpoint.format, checkpoint.tensors, checkpoint.tokenizer_files) == (None, {}, None)
     assert "without weights" in error_of("qwen2.5-7b")
-    assert "for a hub id only" in error_of("qwen2.5-7b", load_format="dummy", revision="v1")
+    assert "is for a hub id, and" in error_of("qwen2.5-7b", load_format="dummy", revision="v1")
 
 
 def test_an_existing_folder_goes_before_a_preset_of_its_name(tmp_path, monkeypatch):

@@ -4,14 +4,19 @@
 import io
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from meshwen.causal_lm import Qwen2ForCausalLM
 from meshwen.cli import app, main
+from meshwen.common.extras import PACKAGES, how_to_install
 from meshwen.errors import MeshwenError
 from speller import write_speller
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,45 +45,83 @@ def error(capsys, arguments):
         (["inspect", " "], "the model's name is empty"),
         (["inspect", "a/b", "--revision", ""], "the revision is empty"),
         (["inspect", "qwen2.5-7b", "--filter", ""], "no tensor of qwen2.5-7b has a name like ''"),
-        (["verify", "--meshes", ""], "names no mesh"),
+        (["verify", "--meshes", ""], "--meshes must name a mesh, such as 1x1,1x8,2x4, not ''"),
         (["inspect", "a/" * 200], "does not exist"),
         (["inspect", "~nosuchuser/x"], "write the path without ~"),
         (["inspect", "a\0b"], "'a\\x00b' holds a NUL"),
-        (["generate", "hi", "--mesh", "2by4"], "mesh '2by4' does not parse"),
-        (["generate", "hi", "--dtype", "int8"], "--dtype"),
-        (["generate", "hi", "--numerics", "loose"], "--numerics"),
+        (
+            ["generate", "hi", "--mesh", "2by4"],
+            "error: --mesh must be such as 8, 1x8, 2x4 or data=",
+        ),
+        (["generate", "hi", "--dtype", "int8"], "--dtype must be float32 or bfloat16, not 'int8'"),
+        (["verify", "--numerics", "x"], "--numerics must be fast, exact or both, not 'x'"),
+        (["chat", "--quantization", "int4"], "--quantization must be int8, not 'int4'"),
+        (["verify", "--reference", "x"], "--reference must be transformers, not 'x'"),
+        (["eval", "compare", "a", "b", "--require", "x"], "must be identical or same-score, not"),
+        (["eval", "gsm8k", "--out", "x", "--prompt-style", "y"], "--prompt-style must be qwen-box"),
         (["generate", "hi", "--numerics", "exact", "--mesh", "3"], "not 3; choose another mesh"),
         (["generate", "hi", "--model", "qwen2.5-7b"], "without weights"),
-        (["generate", "hi", "--temperature", "-1"], "temperature must be 0 (greedy) or more"),
-        (["generate", "hi", "--top-p", "1.5"], "top_p must be above 0 and at most 1"),
-        (["generate", "hi", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
-        (["generate", "hi", "--stop", ""], "stop must be strings that are not empty"),
+        (["generate", "hi", "--temperature", "-1"], "--temperature must be 0 (greedy) or more"),
+        (["generate", "hi", "--top-p", "1.5"], "error: --top-p must be above 0 and at most 1"),
+        (["generate", "hi", "--max-tokens", "0"], "error: --max-new-tokens must be at least 1"),
+        (["generate", "hi", "--stop", ""], "error: --stop must be strings that are not empty"),
         (["generate", "hi", "--raw", "--system", "x"], "--system needs the chat template"),
         (["generate", "hi", "--logprobs"], "add --json"),
         (["generate", "hi", "--model", "qwen2.5-7b", "--load-format", "dummy"], "no tokenizer"),
-        (["generate", "hi", "--batch-size", "0"], "--batch-size"),
+        (["generate", "hi", "--batch-size", "0"], "--max-num-seqs must be at least 1, not 0"),
+        (["generate", "hi", "--max-num-seqs", "abc"], "must be a whole number, not 'abc'"),
+        (["generate", "hi", "--max-model-len", "5.5"], "must be a whole number, not '5.5'"),
+        (["bench", "--gen-len", "0"], "--gen-len must be at least 1, not 0"),
+        (["bench", "--runs", "x"], "--runs must be a whole number, not 'x'"),
+        (["bench", "--batch", "0"], "with commas between, such as 1,8,32, not '0'"),
+        (["eval", "gsm8k", "--out", "x", "--limit", "0"], "--limit must be at least 1, not 0"),
+        (["eval", "gsm8k", "--out", "x", "--offset", "-1"], "--offset must be at least 0, not -1"),
+        (["eval", "gsm8k", "--out", "x", "--seed", "-1"], "--seed must be from 0 to 42949"),
+        (["generate", "hi", "--process-id", "-1"], "--process-id must be at least 0, not -1"),
+        (["verify", "--coordinator-timeout", "soon"], "must be a number, not 'soon'"),
+        (["verify", "--coordinator-timeout", "0"], "--coordinator-timeout must be at least 1, "),
         (["generate", " "], "the prompt is empty"),
         (["generate", "hi", "--prompts-file", "x"], "not both"),
         (["generate", "--prompts-file", "no-such-file"], "cannot read no-such-file: No such file"),
-        (["chat", "--seed", "-1"], "seed must be from 0"),
+        (["chat", "--seed", "-1"], "error: --seed must be from 0 to 4294967295, not -1"),
         (["chat", "--load", "no-such-file"], "cannot read no-such-file"),
-        (["inspect"], "Missing argument 'MODEL'"),
+        (["inspect"], "error: missing argument 'MODEL'; see meshwen inspect --help"),
         (["inspect", "qwen2.5-7b", "--filter", "foo*"], "no tensor of qwen2.5-7b has a name like"),
         (["inspect", "qwen2.5-7b", "--stats"], "--stats reads weights"),
         (["inspect", "qwen2.5-7b", "--load-format", "torch"], "without weights"),
-        (["inspect", "--frob"], "No such option: --frob"),
-        (["frobnicate"], "No such command 'frobnicate'"),
-        (["gen", "hi"], "Did you mean generate?"),
-        (["generate", "hi", "--tp", "8"], "Did you mean --mesh?"),
-        (["generate", "hi", "--max-tokns", "8"], "--max-tokens"),
-        (["generate", "hi", "-n", "many"], ", not 'many' (see --help)"),
-        (["generate", "hi", "-p", "hi"], "the prompt is there twice"),
-        (["chat", "--temp", "hot"], ", not 'hot' (see --help)"),
-        (["chat", "--dtype", "fp16"], "'--dtype': dtype 'fp16' is not one of float32, bfloat16"),
+        (["inspect", "x", "y"], "error: got unexpected extra argument"),
+        (
+            ["inspect", "x", "--mesh"],
+            "error: option '--mesh' requires an argument; see meshwen ins",
+        ),
+        (["inspect", "--frob"], "there is no option --frob; see meshwen inspect --help"),
+        (["frobnicate"], "error: there is no command 'frobnicate'; see meshwen --help"),
+        (["eval", "gsm9k"], "no command 'gsm9k' (did you mean gsm8k?); see meshwen eval --help"),
+        (["gen", "hi"], "no command 'gen' (did you mean generate?); see meshwen --help"),
+        (["generate", "hi", "--tp", "8"], "no option --tp (did you mean --mesh?); see meshwen gen"),
+        (["generate", "hi", "--max-tokns", "8"], "did you mean --max-tokens, --max-new-tokens or"),
+        (["generate", "hi", "-n", "many"], "--max-new-tokens must be a whole number, not 'many'"),
+        (["generate", "hi", "-p", "hi"], "the prompt is given twice"),
+        (["chat", "--temp", "hot"], "error: --temperature must be a number, not 'hot'"),
+        (["inspect", "qwen9"], "qwen9 does not exist (did you mean a published size, qwen3-"),
+        (["chat", "--model", "Qwen2.5-7B-Instruct"], "(did you mean a published size, qwen2.5-"),
     ],
 )
 def test_what_the_user_must_change_is_said_in_one_line(capsys, arguments, message):
     assert message in error(capsys, arguments)
+
+
+def test_a_file_with_a_name_like_the_one_given_is_suggested(capsys, tmp_path):
+    (tmp_path / "Qwen2.5-0.5B-Instruct").mkdir()
+    line = error(capsys, ["inspect", str(tmp_path / "Qwen2.5-0.5B-Instrct")])
+    assert f"does not exist (did you mean {tmp_path / 'Qwen2.5-0.5B-Instruct'}?)" in line
+
+
+def test_what_an_error_says_to_install_is_what_the_extra_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    for extra, packages in PACKAGES.items():
+        declared = " ".join(project["optional-dependencies"][extra])
+        assert all(package in declared for package in packages.split())
 
 
 @pytest.fixture
@@ -131,7 +174,7 @@ def test_an_impossible_value_of_the_checkpoint_names_its_file(capsys, tmp_path, 
         line = error(capsys, [*arguments, "--model", str(tmp_path)])
         assert f"{path}: top_p must be above 0" in line
     line = error(capsys, ["generate", "hi", "--model", str(tmp_path), "--top-k", "-1"])
-    assert "error: top_k must be" in line
+    assert "error: --top-k must be" in line
 
 
 def test_a_hub_id_is_refused_offline(capsys, monkeypatch, tmp_path):
@@ -198,8 +241,8 @@ def test_the_harness_has_help_without_its_extra(capsys, monkeypatch):
     assert main(["eval", "harness", "--help"]) == 0
     output = capsys.readouterr().out
     assert "--model_args pretrained=demo" in output
-    assert "pip install 'meshwen[lm-eval]'" in output
-    assert "pip install 'meshwen[lm-eval]'" in error(capsys, ["eval", "harness"])
+    assert how_to_install("lm-eval") in output
+    assert how_to_install("lm-eval") in error(capsys, ["eval", "harness"])
 
 
 @pytest.mark.parametrize(

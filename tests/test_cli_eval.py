@@ -253,9 +253,9 @@ def test_bad_data_names_the_line(tmp_path, capsys, content, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--prompt-style", "gsm"], "'gsm' is not one of qwen-boxed, lm-eval"),
+        (["--prompt-style", "gsm"], "--prompt-style must be qwen-boxed, lm-eval, "),
         (["--train", HELD_OUT], "has no solved examples"),
-        (["--offset", 500], "leaves none of the 200 problems"),
+        (["--offset", 500], "--offset must be below 200, the number of problems, not 500"),
         (["--data", "none.jsonl"], "cannot read none.jsonl"),
         (["--out", "no/such/folder/r.jsonl"], "cannot write no/such/folder/r.jsonl"),
         (["--samples", "2"], "--samples needs a --temperature"),

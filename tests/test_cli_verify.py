@@ -199,7 +199,8 @@ def test_meshes_are_split_where_one_ends(text, meshes):
 
 
 @pytest.mark.parametrize(
-    ("text", "output"), [("1,1x8,8,8", "twice"), (";", "no mesh"), ("x", "parse")]
+    ("text", "output"),
+    [("1,1x8,8,8", "twice"), (";", "must name a mesh"), ("x", "mesh must be such as 8")],
 )
 def test_meshes_that_make_no_sense_are_refused(text, output):
     with pytest.raises(MeshwenError, match=output):

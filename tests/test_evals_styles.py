@@ -6,6 +6,7 @@ import json
 import pytest
 
 from meshwen.checkpoints import open_checkpoint
+from meshwen.common.choices import PROMPT_STYLES
 from meshwen.engine.request import Completion, Event, Timings
 from meshwen.engine.sampling import NO_TOKEN
 from meshwen.engine.sampling_params import SamplingParams
@@ -115,8 +116,9 @@ def test_conversations_are_framed_by_the_chat_template():
 
 
 def test_an_unknown_style_names_the_known():
-    with pytest.raises(MeshwenError, match="'gsm' is not one of qwen-boxed, lm-eval, "):
+    with pytest.raises(MeshwenError, match=r"style must be qwen-boxed, .* or demo, not 'gsm'"):
         prompt_style("gsm")
+    assert tuple(STYLES) == PROMPT_STYLES
 
 
 class Canned:

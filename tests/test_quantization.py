@@ -301,9 +301,9 @@ def test_dummy_weights_are_the_same_on_every_mesh():
 
 
 def test_an_unknown_quantization_is_named():
-    with pytest.raises(MeshwenError, match="quantization 'int4' is not one of int8"):
+    with pytest.raises(MeshwenError, match="quantization must be int8, not 'int4'"):
         Qwen2ForCausalLM.from_pretrained("demo", quantization="int4")
-    with pytest.raises(MeshwenError, match="quantization 'int4' is not one of int8"):
+    with pytest.raises(MeshwenError, match="quantization must be int8, not 'int4'"):
         ParallelModel(SMALL_7B, make_mesh("1"), jnp.dtype(np.float32), "fast", "int4")
 
 

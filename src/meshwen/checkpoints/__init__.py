@@ -13,16 +13,17 @@ from meshwen.checkpoints.dimensions import check_dimensions
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.checkpoints.gguf import MAGIC, read_gguf
 from meshwen.checkpoints.gguf_config import generation_dict, metadata_notes, read_metadata
-from meshwen.checkpoints.hub import download, looks_like_hub_id
+from meshwen.checkpoints.hub import download
+from meshwen.checkpoints.names import name_kind
 from meshwen.checkpoints.safetensors import find_safetensors, read_safetensors
 from meshwen.checkpoints.torch_bin import find_torch, read_torch
 from meshwen.common.choices import LOAD_FORMATS, check_choice
 from meshwen.common.json_files import read_json, shown
-from meshwen.common.paths import exists, user_path
+from meshwen.common.paths import user_path
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
 from meshwen.models.config_json import config_file, declared_quantization, read_config
-from meshwen.models.presets import PRESETS, preset
+from meshwen.models.presets import preset
 from meshwen.models.registry import config_from_dict
 
 __all__ = [
@@ -61,7 +62,9 @@ def open_checkpoint(
 def _open(name: str, load_format: str, revision: str | None) -> Checkpoint:
     kind = name_kind(name)
     if kind != "hub" and revision is not None:
-        raise MeshwenError(f"{name} is a {kind}: a revision ({revision!r}) is for a hub id only")
+        raise MeshwenError(
+            f"a revision ({revision!r}) is for a hub id, and {name} is a {kind}: leave it out"
+        )
     if revision is not None and not revision.strip():
         raise MeshwenError("the revision is empty: leave it out for the newest")
     if kind == "preset":
@@ -81,32 +84,11 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def name_kind(name: str) -> Literal["path", "preset", "hub"]:
-    """What a model's name stands for: a path goes before a preset, and a preset before a hub id.
-
-    "demo" always stands for the path of the demo model. Raises MeshwenError when it is none of all.
-    """
-    if not name.strip():
-        raise MeshwenError(
-            "the model's name is empty: pass a model folder, a .gguf file, a hub id, or demo"
-        )
-    if name == "demo" or exists(user_path(name)):
-        return "path"
-    if name.lower() in PRESETS:
-        return "preset"
-    if looks_like_hub_id(name):
-        return "hub"
-    raise MeshwenError(
-        f"{name} does not exist: pass a model folder, a .gguf file, or a hub id such as "
-        "Qwen/Qwen2.5-0.5B-Instruct"
-    )
-
-
 def _open_preset(name: str, load_format: str) -> Checkpoint:
     if load_format != "dummy":
         raise MeshwenError(
-            f"{name} is the shape of a model, without weights: give a checkpoint or hub id, "
-            "or load_format dummy for dummy weights"
+            f"{name} is a published size, without weights: pass a model folder or a hub id such as "
+            "Qwen/Qwen2.5-0.5B-Instruct, or load format dummy for random weights"
         )
     config = preset(name)
     return Checkpoint(

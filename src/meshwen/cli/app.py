@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import typer
@@ -27,7 +27,7 @@ from meshwen.cli.interrupt import INTERRUPTED
 from meshwen.cli.processes import over_processes
 from meshwen.cli.streams import check_stdout, drop_output, open_streams, output_failure
 from meshwen.cli.verify import verify
-from meshwen.common.arguments import brief
+from meshwen.common.arguments import meant
 from meshwen.errors import MeshwenError
 
 USER_MUST_CHANGE, DEFECT = 2, 3
@@ -103,7 +103,7 @@ def _run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             note(traceback.format_exc())
         if output_failure() is None:
-            status, message = _explain(error)
+            status, message = _explain(error, arguments)
             note(f"meshwen: error: {message}")
     if (failure := output_failure()) is not None:
         status, message = drop_output(failure)
@@ -122,14 +122,13 @@ def _leave(status: int) -> None:
         wait_for_others()
 
 
-def _explain(error: Exception) -> tuple[int, str]:
+def _explain(error: Exception, arguments: Sequence[str]) -> tuple[int, str]:
     """An exit status, and one line."""
     if isinstance(error, MeshwenError):
         return USER_MUST_CHANGE, _one_line(str(error))
     # A usage error. Its class has lived in click and in typer, by version; this marks it in both.
     if callable(format_message := getattr(error, "format_message", None)):
-        message = _one_line(format_message()).replace(": Value error, ", ": ", 1)  # pydantic's.
-        return USER_MUST_CHANGE, f"{message}{_hint(error)} (see --help)"
+        return USER_MUST_CHANGE, _one_line(_usage(error, format_message(), arguments))
     if isinstance(error, OSError) and error.strerror:  # The disk is full, a file may not be read.
         where = "cannot read or write" if error.filename is None else error.filename
         return USER_MUST_CHANGE, _one_line(f"{where}: {error.strerror}")
@@ -151,20 +150,32 @@ _NAMES_ELSEWHERE = {
 }
 
 
-def _hint(error: Exception) -> str:
-    """What a usage error leaves out: the value that was wrong, or what was meant."""
-    name = getattr(error, "option_name", None)  # Of an option that there is not.
-    if name is None:
-        unknown = re.fullmatch(r"No such command '(.*)'\.", getattr(error, "message", ""))
-        name = unknown[1] if unknown else None
-    if name is not None:
-        meant = _NAMES_ELSEWHERE.get(name)
-        return f" Did you mean {meant}?" if meant else ""
-    problems = getattr(error.__cause__, "errors", None)  # Of pydantic, by which typer reads values.
-    if not callable(problems):
-        return ""
-    value = problems()[0].get("input")
-    return "" if str(value) in getattr(error, "message", "") else f", not {brief(value)}"
+def _usage(error: Exception, message: str, arguments: Sequence[str]) -> str:
+    """A usage error in the style of all others: what was wrong, what may be meant, where to look.
+
+    Args:
+        error: click's, or typer's.
+        message: its own text: "No such option: --frob".
+        arguments: those of the command line.
+    """
+    context = getattr(error, "ctx", None)
+    named = arguments[: 2 if arguments[0] == "eval" else 1]  # Not every error has its context.
+    where = getattr(context, "command_path", " ".join(("meshwen", *named)))
+    command = re.match(r"No such command '(.*?)'\.", message)
+    option = getattr(error, "option_name", None)
+    if command:
+        known = getattr(getattr(context, "command", None), "commands", {})
+        what = f"there is no command {command[1]!r}{_meant(command[1], known)}"
+    elif option and hasattr(error, "possibilities"):
+        what = f"there is no option {option}{_meant(option, error.possibilities or ())}"
+    else:
+        what = f"{message[:1].lower()}{message[1:]}".rstrip(".")
+    return f"{what}; see {where} --help"
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    elsewhere = _NAMES_ELSEWHERE.get(name)
+    return f" (did you mean {elsewhere}?)" if elsewhere else meant(name, known)
 
 
 def _one_line(text: str) -> str:

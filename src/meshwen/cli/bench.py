@@ -18,6 +18,7 @@ from meshwen.cli.load import load_model, opened
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.tables import PlainTable
 from meshwen.common.json_files import to_json
+from meshwen.common.option_fields import Option
 from meshwen.common.units import bytes_text
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
@@ -31,16 +32,16 @@ def bench(
     model: options.Model = "demo",
     *,
     engine: EngineOptions,
-    batch: Annotated[str, typer.Option("--batch", help="Sequences that decode together.")] = "1,8",
+    batch: Annotated[
+        str, typer.Option("--batch", help="Batch sizes, with commas between.")
+    ] = "1,8",
     prompt_len: Annotated[
-        str, typer.Option("--prompt-len", help="Tokens of a prompt, and before decoding.")
+        str, typer.Option("--prompt-len", help="Lengths of prompts in tokens, with commas between.")
     ] = "128,512",
     gen_len: Annotated[
-        int, typer.Option("--gen-len", min=1, help="Decode steps, of which the median counts.")
+        int, options.declared(Option("Decode steps to time.", int, least=1), "--gen-len")
     ] = 16,
-    runs: Annotated[
-        int, typer.Option("--runs", min=1, help="Prefills, of which the median counts.")
-    ] = 5,
+    runs: Annotated[int, options.declared(Option("Prefills to time.", int, least=1), "--runs")] = 5,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -53,10 +54,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure time to the first token and decode steps, beside the machine's own limits.
+    """Measure prefill and decode, beside the machine's own limits.
 
     The limits are measured first: bytes read a second, and operations a second in matmuls.
-    Programs are compiled before anything counts. Nothing else should run.
+    Programs are compiled before they are timed; medians are shown. Let nothing else run meanwhile.
     """
     import jax.numpy as jnp
 
@@ -70,13 +71,16 @@ def bench(
     devices = engine.make_mesh()
     parts = devices.shape.get(DATA_AXIS, 1)
     if wrong := [size for size in batches if size % parts]:
-        raise MeshwenError(f"--batch {wrong[0]} is no multiple of the mesh's {parts} parts")
+        raise MeshwenError(
+            f"--batch must be multiples of {parts}, the size of the mesh's data axes, "
+            f"not {wrong[0]}"
+        )
     with opened(model, engine) as checkpoint:
         context = checkpoint.config.context_length
         if max(prompts) + gen_len > context:
             raise MeshwenError(
                 f"--prompt-len {max(prompts)} and --gen-len {gen_len} are more than the model's "
-                f"context of {context} tokens"
+                f"context of {context} tokens: give less"
             )
         note("measuring what the machine can do")
         machine = Machine.of(devices, jnp.dtype(engine.dtype), engine.quantization)
@@ -106,7 +110,10 @@ def bench(
 
 def _sizes(option: str, text: str) -> list[int]:
     if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*(,\s*[1-9]\d{0,8}\s*)*", text):
-        raise MeshwenError(f"{option} {text!r} is no list of numbers; give e.g. 1,8,32")
+        raise MeshwenError(
+            f"{option} must be whole numbers from 1 with commas between, such as 1,8,32, "
+            f"not {text!r}"
+        )
     return [int(size) for size in text.split(",")]
 
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import ignored_fields, read_template_kwargs
+from meshwen.common.arguments import meant
 from meshwen.common.json_files import parse_json, to_json
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
@@ -63,23 +63,25 @@ def chat(
         typer.Option(
             "--load",
             metavar="FILE",
-            help="Go on with the last conversation that /save put in this file.",
+            help="Continue the last conversation that /save wrote to this file.",
             show_default=False,
         ),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
-    From a pipe, each line is a turn; /help lists the commands. Answers go to stdout, everything
-    else to stderr.
+    /help lists the commands of a chat. Where stdin is a pipe, each line of it is a turn. Answers go
+    to stdout, everything else to stderr.
     """
     from meshwen.tokenizer.tokenizer import Tokenizer
 
     variables = read_template_kwargs(chat_template_kwargs)
     if sys.stdin is None:  # Closed, as `<&-` does.
-        raise MeshwenError("there is nothing to answer: stdin is closed")
-    engine.make_mesh()  # Refuses what does not parse, or has not the devices, before loading.
+        raise MeshwenError(
+            "there is nothing to answer: stdin is closed; use a terminal, or pipe turns in"
+        )
+    engine.make_mesh()  # Refuses a mesh without its devices before loading.
     before = None if load is None else load_conversation(load)
     if before is not None and (ignored := ignored_fields([before], returned=False)):
         note(ignored)
@@ -87,7 +89,9 @@ def chat(
         sampling = sampling_params(checkpoint, given)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         if tokenizer is None:
-            raise MeshwenError("the model has no tokenizer, so it cannot chat")
+            raise MeshwenError(
+                f"{model} has no tokenizer, so it cannot chat: give a checkpoint that has one"
+            )
         loaded = load_model(checkpoint, tokenizer, replace(engine, max_num_seqs=1))
     conversation = Conversation(loaded, tokenizer, sampling, before)
     conversation.template_kwargs = variables
@@ -156,11 +160,9 @@ def _obey(command: str, argument: str, conversation: Conversation) -> bool:
         conversation.save(Path(argument))
         note(f"saved to {argument}")
     elif command not in _LEAVE:
-        near = get_close_matches(command, _COMMANDS, n=1)
-        meant = f", did you mean {near[0]}" if near else ""
         raise MeshwenError(
-            f"no command {command}{meant}: /help lists them, and //TEXT says something that begins "
-            "with /"
+            f"there is no command {command}{meant(command, _COMMANDS, most=1)}; /help lists them, "
+            "and //TEXT says something that begins with /"
         )
     return command not in _LEAVE
 
@@ -172,9 +174,10 @@ def _set(argument: str, conversation: Conversation) -> None:
     name = name.replace("-", "_")  # As the options are written.
     if name:
         if name not in settings:
-            if near := get_close_matches(name, settings, n=1):
-                raise MeshwenError(f"no setting {name}, did you mean {near[0]}: /set shows all")
-            raise MeshwenError(f"no setting {name}; there are {', '.join(settings)}")
+            raise MeshwenError(
+                f"there is no setting {name}{meant(name, settings, most=1)}; there are "
+                f"{', '.join(settings)}"
+            )
         try:
             value = parse_json(text, name)
         except MeshwenError:

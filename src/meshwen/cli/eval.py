@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`meshwen eval`: scores on word problems, and two runs held against each other."""
+"""`meshwen eval`: scores on word problems, and comparisons of runs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +20,9 @@ from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.options import parse_meshes
 from meshwen.cli.processes import over_processes
+from meshwen.common.extras import how_to_install
 from meshwen.common.json_files import to_json
+from meshwen.common.option_fields import Option
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
@@ -33,19 +34,16 @@ app = typer.Typer()
 
 @app.callback(invoke_without_command=True)
 def _eval(context: typer.Context) -> None:
-    """Scores on word problems, and runs compared."""
+    """Score a model on GSM8K, and compare runs."""
     if context.invoked_subcommand is None:
         write(context.get_help())
 
 
-class Requirement(StrEnum):
-    """What two runs may have to have in common."""
+_IDENTICAL, _SAME_SCORE = "identical", "same-score"  # What --require may be.
 
-    IDENTICAL = "identical"
-    SAME_SCORE = "same-score"
-
-
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with run files where they exist.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue a run file that exists; begin one otherwise.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Html = Annotated[
     Path | None,
@@ -54,11 +52,14 @@ Html = Annotated[
     ),
 ]
 Require = Annotated[
-    Requirement | None,
-    typer.Option(
+    str | None,
+    options.declared(
+        Option(
+            "Exit status 1 unless all answers are identical token for token, or the scores are the "
+            "same.",
+            choices=(_IDENTICAL, _SAME_SCORE),
+        ),
         "--require",
-        help="Exit status 1 unless the answers are identical token for token, or the scores are "
-        "the same.",
         show_default=False,
     ),
 ]
@@ -78,8 +79,8 @@ def gsm8k(
 ) -> None:
     """Score a model on GSM8K, or on problems in its form.
 
-    Every answer is in the run file as soon as it is whole: what was interrupted goes on with
-    --resume.
+    Each answer is written to the run file as soon as it is complete. --resume continues a run that
+    was interrupted.
     """
     from meshwen.parallel.distributed import shared
 
@@ -99,10 +100,13 @@ def gsm8k(
 @with_groups(asked=asking(numerics="exact"))
 def meshes(
     out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Gets a run file of each mesh.")
+        Path, typer.Option("--out", metavar="FOLDER", help="The folder for run files, one a mesh.")
     ],
     meshes: Annotated[
-        str, typer.Option("--meshes", help="The others are held against the first.")
+        str,
+        typer.Option(
+            "--meshes", help="Meshes, with , or ; between them. All are compared with the first."
+        ),
     ] = "1x1,1x8,2x4,8x4,1x32",
     *,
     asked: Asked,
@@ -112,9 +116,9 @@ def meshes(
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> int:
-    """Score a model on several meshes, and hold them all against the first.
+    """Score a model on several meshes, and compare all with the first.
 
-    Without --require, exact numerics has to give identical answers, and fast the same score.
+    Without --require, answers must be identical in exact numerics, and scores the same in fast.
     """
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.parallel.distributed import shared
@@ -144,8 +148,7 @@ def meshes(
     if html is not None:
         _write_report(html, [run for run, _ in results], compared[1:])
     exact = asked.engine.numerics == "exact"
-    default = Requirement.IDENTICAL if exact else Requirement.SAME_SCORE
-    required = require or default
+    required = require or (_IDENTICAL if exact else _SAME_SCORE)
     pairs = zip(specs, compared, strict=True)
     if apart := [str(spec) for spec, one in pairs if not _kept(required, one)]:
         note(f"not {required}: {', '.join(apart)}")
@@ -157,9 +160,10 @@ def meshes(
     add_help_option=False,
 )
 def harness(context: typer.Context) -> None:
-    """Run lm-evaluation-harness (extra lm-eval) with --model meshwen, and the options you give.
+    """Run lm-evaluation-harness with --model meshwen.
 
-    For instance: meshwen eval harness --model_args pretrained=demo,mesh=1x8 --tasks gsm8k
+    It needs the extra lm-eval, and takes the harness's own options:
+    meshwen eval harness --model_args pretrained=demo,mesh=1x8 --tasks gsm8k
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -167,11 +171,11 @@ def harness(context: typer.Context) -> None:
         import meshwen.evals.harness  # noqa: F401  (names the model)
     except ImportError as error:
         if {"-h", "--help"} & {*context.args}:
-            write(f"{context.get_help()}\n\nIts options are those of lm_eval run, once it is here:")
-            write("pip install 'meshwen[lm-eval]'")
+            write(f"{context.get_help()}\n\nIts options are those of lm_eval run; to install it:")
+            write(how_to_install("lm-eval"))
             return
         raise MeshwenError(
-            f"lm-evaluation-harness is not here ({error}): pip install 'meshwen[lm-eval]'"
+            f"eval harness needs lm-evaluation-harness ({error}): {how_to_install('lm-eval')}"
         ) from None
     given = any(one.split("=")[0] in ("--batch_size", "-b") for one in context.args)
     # The harness's own default is one at a time.
@@ -189,9 +193,9 @@ def compare(
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> int:
-    """Hold two runs against each other, answer by answer, on the problems that both have.
+    """Compare two runs, answer by answer.
 
-    With --require, both must have the same problems.
+    Problems that only one has are counted, and with --require are not allowed.
     """
     from meshwen.evals.compare import compare as compare_runs
     from meshwen.evals.compare import settings_of
@@ -214,10 +218,10 @@ def compare(
     return 0 if kept else 1
 
 
-def _kept(require: Requirement, found: Comparison) -> bool:
+def _kept(require: str, found: Comparison) -> bool:
     if any(found.alone):
         return False
-    return found.all_identical if require is Requirement.IDENTICAL else found.same_score
+    return found.all_identical if require == _IDENTICAL else found.same_score
 
 
 def _check_report(path: Path | None, runs: Sequence[Path]) -> None:

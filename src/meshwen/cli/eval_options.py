@@ -15,6 +15,8 @@ from meshwen.cli import options
 from meshwen.cli.console import note
 from meshwen.cli.load import opened
 from meshwen.cli.option_groups import group, with_groups
+from meshwen.common.choices import PROMPT_STYLES
+from meshwen.common.option_fields import Option
 from meshwen.engine.options import EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
@@ -45,22 +47,31 @@ Train = Annotated[
 ]
 Style = Annotated[
     str | None,
-    typer.Option(
+    options.declared(
+        Option(
+            "How problems are asked and answers graded. Default: demo for the demo model, lm-eval "
+            "for base models (no chat template, or no end token that ends its turns), else "
+            "qwen-boxed.",
+            choices=PROMPT_STYLES,
+        ),
         "--prompt-style",
-        help="qwen-boxed, lm-eval, lm-eval-cot-zeroshot or demo. Default: demo for the demo model, "
-        "lm-eval for base models (without a chat template, or which do not end turns of it), else "
-        "qwen-boxed.",
         show_default=False,
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Only so many problems.", show_default=False)
+    int | None,
+    options.declared(
+        Option("Ask at most this many problems.", int, least=1), "--limit", show_default=False
+    ),
 ]
-Offset = Annotated[int, typer.Option("--offset", min=0, help="Leave out the first ones.")]
+Offset = Annotated[
+    int, options.declared(Option("Skip this many problems.", int, least=0), "--offset")
+]
 Samples = Annotated[
     int,
-    typer.Option(
-        "--samples", min=1, help="Answers to each problem, each drawn with a seed of its own."
+    options.declared(
+        Option("Answers to each problem, each drawn with a seed of its own.", int, least=1),
+        "--samples",
     ),
 ]
 _DRAWING = group(
@@ -70,10 +81,13 @@ _DRAWING = group(
             SamplingParams,
             "max_new_tokens",
             default=None,
-            help="Most tokens of an answer. Default: 256 for lm-eval's styles, as there; else 512.",
+            help="Most tokens of an answer. Default: 256 for lm-eval's styles, as in the harness; "
+            "else 512.",
         ),
-        "temperature": options.flag(SamplingParams, "temperature", help="0: the likeliest token."),
-        "seed": options.flag(SamplingParams, "seed", help="Of what is drawn."),
+        "temperature": options.flag(
+            SamplingParams, "temperature", help="0 takes the likeliest token."
+        ),
+        "seed": options.flag(SamplingParams, "seed", help="The same seed draws the same answers."),
     },
 )
 
@@ -145,14 +159,17 @@ def _asked(
     name, why = shared("style", lambda: _style(prompt_style, model, engine))
     style = style_of(name)
     given = {name: value for name, value in drawing.items() if value is not None}
-    sampling = SamplingParams(**{"max_new_tokens": style.max_new_tokens} | given)
+    with options.naming_flags(given):
+        sampling = SamplingParams(**{"max_new_tokens": style.max_new_tokens} | given)
     if samples > 1 and sampling.temperature == 0:
         raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
     problems = _together("problems", lambda: _problems(data, model, engine))
     examples = _together("examples", lambda: _examples(train, style))
     chosen = problems[offset : None if limit is None else offset + limit]
     if not chosen:
-        raise MeshwenError(f"--offset {offset} leaves none of the {len(problems)} problems")
+        raise MeshwenError(
+            f"--offset must be below {len(problems)}, the number of problems, not {offset}"
+        )
     return Asked(
         model=model,
         engine=engine,
@@ -207,7 +224,9 @@ def _examples(train: Path | None, style: PromptStyle) -> Sequence[Problem]:
 
     if not style.shots:
         if train is not None:
-            raise MeshwenError(f"prompt style {style.name} has no solved examples: no --train")
+            raise MeshwenError(
+                f"prompt style {style.name} has no solved examples: leave out --train"
+            )
         return []
     if train is not None:
         return read_problems(train)

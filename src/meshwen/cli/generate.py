@@ -49,13 +49,13 @@ def generate(
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="What to answer. -, or no prompt where one is piped in: all of stdin.",
+            help="The prompt. With -, or without one where stdin is a pipe: all of stdin.",
             show_default=False,
         ),
     ] = None,
     prompt_option: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="The same, as an option.", show_default=False),
+        typer.Option("--prompt", "-p", help="The prompt, as an option.", show_default=False),
     ] = None,
     model: options.Model = "demo",
     *,
@@ -64,24 +64,24 @@ def generate(
     system: options.System = None,
     chat_template_kwargs: options.ChatTemplateKwargs = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
+        bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")
     ] = False,
     prompts_file: Annotated[
         str | None,
         typer.Option(
             "--prompts-file",
             metavar="FILE",
-            help='A prompt a line: plain text, or a JSON object with "prompt", "messages" or '
-            '"prompt_tokens". The chat template gets its "tools" and "documents"; all of its other '
-            "fields come back with --json. -: stdin.",
+            help='A prompt on each line: plain text, or a JSON object with "prompt", "messages" or '
+            '"prompt_tokens". Its "tools" and "documents" go to the chat template; --json repeats '
+            "all other fields. -: stdin.",
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a prompt, on a line each.")
+        bool, typer.Option("--json", help="Print a JSON object on a line for each prompt.")
     ] = False,
     no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Print an answer when it is whole.")
+        bool, typer.Option("--no-stream", help="Print an answer when it is complete.")
     ] = False,
     debug: options.Debug = False,
 ) -> None:
@@ -90,16 +90,18 @@ def generate(
     Answers go to stdout, everything else to stderr.
     """
     if prompt is not None and prompt_option is not None:
-        raise MeshwenError("the prompt is there twice, as an argument and as --prompt")
+        raise MeshwenError("the prompt is given twice, as an argument and as --prompt: drop one")
     if raw and system is not None:
-        raise MeshwenError("--system needs the chat template, which --raw leaves out")
+        raise MeshwenError("--system needs the chat template, which --raw leaves out: drop one")
     if raw and chat_template_kwargs is not None:
-        raise MeshwenError("--chat-template-kwargs needs the chat template, which --raw leaves out")
+        raise MeshwenError(
+            "--chat-template-kwargs needs the chat template, which --raw leaves out: drop one"
+        )
     if given["logprobs"] and not as_json:
-        raise MeshwenError("--logprobs shows in the JSON output: add --json")
+        raise MeshwenError("--logprobs needs the JSON output: add --json")
     variables = read_template_kwargs(chat_template_kwargs)
     render = partial(Prompt.token_ids, raw=raw, system=system, template_kwargs=variables)
-    engine.make_mesh()  # Refuses what does not parse, or has not the devices, before any prompt.
+    engine.make_mesh()  # Refuses a mesh without its devices before any prompt.
     prompts = _prompts(prompt_option if prompt is None else prompt, prompts_file, as_json)
     loaded, sampling, requests = _loaded(model, engine, given, prompts, render)
     show = _write_answers

@@ -30,8 +30,8 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model folder, a .gguf file, a hub id, demo, or a published size, of which only "
-            f"the config is needed: {', '.join(PRESETS)}.",
+            help="A model folder, a .gguf file, a hub id or demo; or a published size, which needs "
+            f"no files: {', '.join(PRESETS)}.",
             show_default=False,
         ),
     ],
@@ -42,14 +42,15 @@ def inspect(
         typer.Option(
             "--filter",
             metavar="GLOB",
-            help="Only the tensors with such a name, e.g. '*.layers.0.*'.",
+            help="Only tensors whose names match, for example '*.layers.0.*'.",
             show_default=False,
         ),
     ] = None,
     stats: Annotated[
         bool,
         typer.Option(
-            "--stats", help="Read the tensors: least, greatest and mean value, NaN and Inf counts."
+            "--stats",
+            help="Read the tensors: minimum, maximum, mean, and counts of NaN and infinity.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -57,9 +58,9 @@ def inspect(
 ) -> None:
     """Show a model's config, its tensors, and how they lie on a mesh.
 
-    Nothing is put on a device, so any mesh can be inspected on any machine. Of a hub id, only the
-    config is downloaded unless --stats or --load-format asks for more. Exit status 2 when the
-    checkpoint's tensors do not fit its config.
+    Nothing runs, so any mesh can be inspected on any machine. Of a hub id only the config is
+    downloaded, unless --stats or --load-format asks for weights. Exit status 2: the checkpoint's
+    tensors do not fit its config.
     """
     from meshwen.checkpoints import name_kind, open_checkpoint
     from meshwen.cli.inspect_report import inspection, tensor_rows
@@ -79,7 +80,9 @@ def inspect(
         parallel = engine.parallel_model(checkpoint.config, abstract_mesh)
         rows = tensor_rows(parallel, checkpoint.tensors, "*" if pattern is None else pattern)
         if not rows:
-            raise MeshwenError(f"no tensor of {model} has a name like {pattern!r}")
+            raise MeshwenError(
+                f"no tensor of {model} has a name like {pattern!r}: leave out --filter to see all"
+            )
         if stats:
             rows = _with_stats(rows, model, checkpoint)
         report = inspection(parallel, checkpoint, rows)
@@ -117,7 +120,10 @@ def _with_stats(rows: list[TensorRow], model: str, checkpoint: Checkpoint) -> li
     from meshwen.cli.inspect_report import tensor_stats
 
     if checkpoint.format is None:
-        raise MeshwenError(f"--stats reads weights, and {model} was opened without any")
+        raise MeshwenError(
+            f"--stats reads weights, and {model} was opened without any: leave out one of --stats "
+            "and --load-format dummy, or name a checkpoint"
+        )
     found = []
     with progress_bar("reading tensors") as progress:
         for done, row in enumerate(rows):

@@ -7,7 +7,8 @@ adds what is the command line's own: short forms of flags, and what stands for "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,12 +37,12 @@ _FLAGS = {
 }
 # What is to be said of a sampling option on the command line alone.
 _MORE_HELP = {
-    "max_new_tokens": "Default, here and for all below: what the checkpoint's "
-    "generation_config.json says, or 256 tokens if it says nothing.",
-    "temperature": "Without a generation_config.json that says otherwise: 0.",
+    "max_new_tokens": "Default, for this and the sampling options below: the checkpoint's "
+    "generation_config.json; without one, 256.",
+    "temperature": "Default without a generation_config.json: 0.",
     "seed": "Default: a fresh one, which is printed.",
-    "stop": "Repeatable.",
-    "logprobs": "Shows with --json.",
+    "stop": "May be given several times.",
+    "logprobs": "Needs --json.",
 }
 
 # The options that say what is loaded, and how it lies on which devices.
@@ -84,19 +85,35 @@ def flag(kind: type, name: str, *, default: Any = ..., **changes: Any) -> tuple[
     one = replace(options_of(kind)[name], **changes)
     if default is ...:
         default = {f.name: f.default for f in fields(kind)}[name]
-    declared = typer.Option(
-        f"--{name.replace('_', '-')}",
-        *_FLAGS.get(name, ()),
-        help=one.help,
-        show_default=default is not None and default is not False,
-        metavar=_metavar(one),
-        autocompletion=(lambda: [*one.choices]) if one.choices else None,
-        callback=_check(one, name),
-    )
+    shown = default is not None and default is not False
+    declaration = declared(one, _flag(name), *_FLAGS.get(name, ()), show_default=shown)
     annotation: Any = str if one.type is object else one.type
     if one.many:
         annotation = list[annotation]
-    return Annotated[annotation | None if default is None else annotation, declared], default
+    return Annotated[annotation | None if default is None else annotation, declaration], default
+
+
+def declared(one: Option, *flags: str, **more: Any) -> Any:
+    """A command-line option: its value is read, and refused, in the words of the Python API.
+
+    Args:
+        one: its help, and the values that are allowed.
+        flags: the first is what errors call it.
+        more: further arguments of `typer.Option`.
+    """
+
+    def read(text: Any) -> Any:
+        return one.read(flags[0], text)
+
+    limited = bool(one.choices) or one.type in (int, float)
+    return typer.Option(
+        *flags,
+        help=one.help,
+        metavar=_metavar(one),
+        autocompletion=(lambda: [*one.choices]) if one.choices else None,
+        parser=read if limited and not one.many else None,
+        **more,
+    )
 
 
 def engine_options(*names: str, **defaults: Any) -> Callable[..., EngineOptions]:
@@ -109,7 +126,18 @@ def engine_options(*names: str, **defaults: Any) -> Callable[..., EngineOptions]
     options = {name: flag(EngineOptions, name) for name in names}
     options |= {name: flag(EngineOptions, name, default=new) for name, new in defaults.items()}
     order = [name for name in options_of(EngineOptions) if name in options]
-    return group(EngineOptions, {name: options[name] for name in order})
+    return group(_checked_engine, {name: options[name] for name in order})
+
+
+def _checked_engine(**given: Any) -> EngineOptions:
+    """The options, with a mesh that parses; its devices are looked for by `make_mesh`."""
+    with naming_flags(given):
+        options = EngineOptions(**given)
+        if "mesh" in given:
+            from meshwen.parallel.mesh import MeshSpec  # Imports JAX.
+
+            MeshSpec.parse(given["mesh"])
+    return options
 
 
 def one_option(kind: type, name: str, **changes: Any) -> Callable[..., Any]:
@@ -130,29 +158,34 @@ def sampling_options(*names: str) -> Callable[..., Mapping[str, Any]]:
 
 def _checked_sampling(**given: Any) -> Mapping[str, Any]:
     """What was given, unless it is impossible: that is to be heard before anything is loaded."""
-    SamplingParams.from_generation_config({}, **given)
+    with naming_flags(given):
+        SamplingParams.from_generation_config({}, **given)
     return given
+
+
+@contextmanager
+def naming_flags(names: Iterable[str]) -> Iterator[None]:
+    """Calls an option by its flag in an error that begins with its name in Python."""
+    try:
+        yield
+    except MeshwenError as error:
+        name, _, what = str(error).partition(" ")
+        if name not in names:
+            raise
+        raise MeshwenError(f"{_flag(name)} {what}") from None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _metavar(one: Option) -> str | None:
     """What stands for the value in the help; None: typer's own."""
     if one.many:
         return "TEXT"
-    if one.range:
-        return f"<int, {one.range}>"
+    if one.type in (int, float):
+        return f"<{one.type.__name__}{', ' * bool(one.range)}{one.range}>"
     return f"<{'|'.join(one.choices)}>" if one.choices else None
-
-
-def _check(one: Option, name: str) -> Callable[[Any], Any] | None:
-    """Refuses a value in the words of the Python API, with the flag before them."""
-
-    def checked(value: Any) -> Any:
-        try:
-            return None if value is None else one.checked(name, value)
-        except MeshwenError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return checked if one.choices or one.range else None
 
 
 def parse_meshes(text: str) -> list[MeshSpec]:
@@ -178,8 +211,8 @@ def parse_meshes(text: str) -> list[MeshSpec]:
         found.append(",".join(axes))
     specs = [MeshSpec.parse(mesh) for mesh in found if mesh]
     if not specs:
-        raise MeshwenError(f"--meshes {text!r} names no mesh; give e.g. 1x1,1x8,2x4")
+        raise MeshwenError(f"--meshes must name a mesh, such as 1x1,1x8,2x4, not {text!r}")
     labels = [str(spec) for spec in specs]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise MeshwenError(f"--meshes names {twice[0]} twice")
+        raise MeshwenError(f"--meshes names {twice[0]} twice: leave one out")
     return specs

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from meshwen.cli.option_groups import with_groups
+from meshwen.cli.options import declared
+from meshwen.common.option_fields import Option
 from meshwen.errors import MeshwenError
 
 Coordinator = Annotated[
@@ -21,28 +23,31 @@ Coordinator = Annotated[
     typer.Option(
         "--coordinator",
         metavar="HOST:PORT",
-        help="Run over several processes, all started with the same options; process 0 listens "
-        "here. auto: ask the cluster (Slurm, Open MPI, Kubernetes, TPU) for this and the next two.",
+        help="Run over several processes, each started with the same options; process 0 listens "
+        "at this address. auto: the cluster (Slurm, Open MPI, Kubernetes, TPU) knows the address, "
+        "the number and the id.",
         show_default=False,
     ),
 ]
 NumProcesses = Annotated[
     int | None,
-    typer.Option("--num-processes", min=1, help="How many processes.", show_default=False),
+    declared(
+        Option("How many processes there are.", int, least=1), "--num-processes", show_default=False
+    ),
 ]
 ProcessId = Annotated[
     int | None,
-    typer.Option(
-        "--process-id", min=0, help="Which of them this is, from 0; 0 prints.", show_default=False
+    declared(
+        Option("Which of them this is, from 0. Process 0 prints.", int, least=0),
+        "--process-id",
+        show_default=False,
     ),
 ]
 CoordinatorTimeout = Annotated[
     float,
-    typer.Option(
+    declared(
+        Option("Seconds to wait for the other processes to be started.", float, least=1),
         "--coordinator-timeout",
-        metavar="SECONDS",
-        min=1,
-        help="How long to wait for the other processes to be started.",
     ),
 ]
 

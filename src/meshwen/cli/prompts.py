@@ -95,7 +95,7 @@ class Prompt:
                 '{"prompt_tokens": [1, 2, 3]} in a --prompts-file'
             )
         if raw and not isinstance(self.content, str):
-            raise MeshwenError(f"{self.where}: messages need the chat template, so not --raw")
+            raise MeshwenError(f"{self.where}: messages need the chat template: drop --raw")
         if raw:
             self._refuse_template_fields("--raw leaves out")
         try:
@@ -146,7 +146,7 @@ def read_prompts(argument: str | None, prompts_file: str | None) -> list[Prompt]
     """
     if prompts_file is not None:
         if argument is not None:
-            raise MeshwenError("give either a prompt or --prompts-file, not both")
+            raise MeshwenError("there are a prompt and --prompts-file: give one of them, not both")
         return _parse_lines(prompts_file, _read(prompts_file))
     if argument is None and sys.stdin is not None and sys.stdin.isatty():
         raise MeshwenError(
@@ -155,7 +155,9 @@ def read_prompts(argument: str | None, prompts_file: str | None) -> list[Prompt]
     if argument is None or argument == "-":
         argument = _read("-").removesuffix("\n")
     if not argument.strip():
-        raise MeshwenError("the prompt is empty")
+        raise MeshwenError(
+            "the prompt is empty: give one as an argument, pipe it in, or use --prompts-file"
+        )
     return [Prompt("the prompt", argument)]
 
 
@@ -183,7 +185,7 @@ def _parse_lines(path: str, text: str) -> list[Prompt]:
     numbered = enumerate(lines, start=1)
     prompts = [_parse(f"{name} line {n}", line) for n, line in numbered if line.strip()]
     if not prompts:
-        raise MeshwenError(f"{name} holds no prompt")
+        raise MeshwenError(f"{name} holds no prompt: put one on each line")
     return prompts
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from meshwen.cli.load import opened
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import read_prompts
 from meshwen.common.choices import NUMERICS
+from meshwen.common.option_fields import Option
 from meshwen.engine.options import EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 _MESHES = "1x1,1x8,2x4,8x4,1x32"
 _STEPS = 16
 _BOTH = "both"  # What --numerics may be, besides one of them.
-
-
-class Reference(StrEnum):
-    """Who else can generate, to be held against."""
-
-    TRANSFORMERS = "transformers"
+_TRANSFORMERS = "transformers"  # What else can generate, for --reference.
 
 
 def _file(option: str, help_text: str) -> Any:
@@ -53,15 +48,15 @@ def _file(option: str, help_text: str) -> Any:
         EngineOptions,
         "dtype",
         default=None,
-        help="What weights, matmul inputs and the KV cache's values are kept in. Default: float32, "
-        "whose bounds are the tightest.",
+        help="Dtype of weights, matmul inputs and KV cache. Default: float32, whose bounds are the "
+        "tightest.",
     ),
     max_new_tokens=options.one_option(
         SamplingParams,
         "max_new_tokens",
         default=None,
-        help="Tokens after each prompt, past an end of text too. Default: as many as --golden has, "
-        f"or {_STEPS}.",
+        help="Tokens to generate after each prompt, also past an end of text. Default: as many as "
+        f"--golden has, or {_STEPS}.",
     ),
 )
 def verify(
@@ -70,7 +65,7 @@ def verify(
         str | None,
         typer.Option(
             "--meshes",
-            help="Meshes, with , or ; between them; the others are held against the first. "
+            help="Meshes, with , or ; between them. All are compared with the first. "
             f"Default: {_MESHES}.",
             show_default=False,
         ),
@@ -80,39 +75,44 @@ def verify(
     dtype: str | None,
     loading: EngineOptions,
     prompts: Annotated[
-        str | None, _file("--prompts", "Prompts, a line each, as generate's --prompts-file.")
+        str | None, _file("--prompts", "A prompt a line, as generate's --prompts-file takes them.")
     ] = None,
     max_new_tokens: int | None,
     golden: Annotated[
         Path | None,
         _file(
-            "--golden", 'Reference outputs: JSON {"cases": [{"input_ids": ..., "greedy": ...}]}.'
+            "--golden",
+            "Tokens that the first mesh must generate: JSON "
+            '{"cases": [{"input_ids": [...], "greedy": [...]}]}.',
         ),
     ] = None,
     reference: Annotated[
-        Reference | None,
-        typer.Option(
+        str | None,
+        options.declared(
+            Option(
+                "Compare the first mesh's tokens with those that transformers (PyTorch, float32) "
+                "generates from the same files.",
+                choices=(_TRANSFORMERS,),
+            ),
             "--reference",
-            help="Generate from the same files with transformers (PyTorch, float32), and hold the "
-            "first mesh's tokens against it.",
             show_default=False,
         ),
     ] = None,
     json_file: Annotated[Path | None, _file("--json", "Write a certificate.")] = None,
-    html_file: Annotated[Path | None, _file("--html", "Write a report to look at.")] = None,
+    html_file: Annotated[Path | None, _file("--html", "Write a report, one HTML file.")] = None,
     against: Annotated[
         Path | None,
-        _file("--against", "Run a certificate's tokens again, and say what differs."),
+        _file("--against", "Run the tokens of a certificate again, and report what differs."),
     ] = None,
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Put faults in, and see that each is found.")
+        bool, typer.Option("--self-test", help="Inject faults, and check that each is found.")
     ] = False,
     debug: options.Debug = False,
 ) -> int:
     """Check that every mesh gives what one device gives.
 
-    All meshes compute the same tokens; their logits are held against the first mesh's, and the
-    collectives of the compiled step are counted. Exit status 1 when a promise is broken, or the
+    All meshes compute the logits of the same tokens, which are compared with the first mesh's. The
+    collectives of the compiled step are counted. Exit status 1: a promise was broken, or the
     outcome is not the certificate's.
     """
     from meshwen.checkpoints.digest import weights_sha256
@@ -129,7 +129,7 @@ def verify(
         meshes = ";".join(before["meshes"] if before else [_MESHES])
     specs = options.parse_meshes(meshes)
     if len(specs) == 1 and against is None:
-        note("only one mesh: it is held against itself, whole sequences against the cache")
+        note("only one mesh: nothing to compare it with, but whole sequences with the KV cache")
     kind = dtype or (before["dtype"] if before else "float32")
     if before and loading.quantization is None:
         loading = replace(loading, quantization=before.get("quantization"))
@@ -199,7 +199,7 @@ def _progress(runs: Sequence[str]) -> Iterator[Callable[[str], None]]:
 def _check_together(
     prompts: str | None,
     golden: Path | None,
-    reference: Reference | None,
+    reference: str | None,
     against: Path | None,
     self_test: bool,
     max_new_tokens: int | None,
@@ -208,7 +208,10 @@ def _check_together(
     from meshwen.parallel.distributed import process_count
 
     if against is not None and (prompts is not None or golden is not None or max_new_tokens):
-        raise MeshwenError("--against has its own prompts; leave out what else names some")
+        raise MeshwenError(
+            "--against has its own prompts and tokens: leave out --prompts, --golden and "
+            "--max-new-tokens"
+        )
     if reference is not None and (golden is not None or against is not None):
         raise MeshwenError("--reference makes reference outputs: leave out --golden and --against")
     if golden is not None and prompts is not None:

@@ -8,8 +8,9 @@ and 5.0 no token id: either is more likely a mistake than meant.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -27,6 +28,17 @@ def brief(value: Any) -> str:
     except Exception:  # A stranger's object.
         text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def meant(name: str, known: Iterable[str], most: int = 3) -> str:
+    """What may have been meant by an unknown name, for the place behind it; "" for nothing."""
+    near = get_close_matches(name, list(known), n=most)
+    return f" (did you mean {one_of(near)}?)" if near else ""
+
+
+def one_of(words: Sequence[str]) -> str:
+    """The words as a sentence has them: "auto, gguf or dummy"."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def whole_number(name: str, value: Any) -> int:

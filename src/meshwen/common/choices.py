@@ -6,18 +6,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from meshwen.common.arguments import brief
+from meshwen.common.arguments import brief, one_of
 from meshwen.errors import MeshwenError
 
 DType = Literal["float32", "bfloat16"]
 Numerics = Literal["fast", "exact"]
 Quantization = Literal["int8"]
 LoadFormat = Literal["auto", "safetensors", "torch", "gguf", "dummy"]
+PromptStyleName = Literal["qwen-boxed", "lm-eval", "lm-eval-cot-zeroshot", "demo"]
 
 DTYPES: tuple[DType, ...] = get_args(DType)
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
+PROMPT_STYLES: tuple[PromptStyleName, ...] = get_args(PromptStyleName)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -27,4 +29,4 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         MeshwenError: naming the value and the choices.
     """
     if not isinstance(value, str) or value not in choices:
-        raise MeshwenError(f"{name} {brief(value)} is not one of {', '.join(choices)}")
+        raise MeshwenError(f"{name} must be {one_of(choices)}, not {brief(value)}")

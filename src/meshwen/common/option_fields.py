@@ -6,11 +6,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from inspect import cleandoc
 from typing import Any, TypeVar
 
-from meshwen.common.arguments import brief, whole_number
+from meshwen.common.arguments import brief, meant, number, whole_number
 from meshwen.common.choices import check_choice
 from meshwen.errors import MeshwenError
 
@@ -26,7 +25,7 @@ class Option:
         help: what it means, in a sentence or two.
         type: of one value: str, int, float or bool; object: any, which text can name.
         choices: the words that it may be; none: any.
-        least: the least that it may be, if a whole number.
+        least: the least that it may be, if a number.
         most: the most.
         many: it is a list of such values.
     """
@@ -48,7 +47,11 @@ class Option:
         )
 
     def checked(self, name: str, value: Any) -> Any:
-        """The value, where it is a text, one of the choices, or a whole number in the range.
+        """The value, where it is a text, one of the choices, or a number in the range.
+
+        Args:
+            name: what to call it: "max_num_seqs", or a command's "--max-num-seqs".
+            value: what was given.
 
         Raises:
             MeshwenError: it is not.
@@ -57,12 +60,28 @@ class Option:
             check_choice(name, value, self.choices)
         elif self.type is str and not isinstance(value, str):
             raise MeshwenError(f"{name} must be text, not {brief(value)}")
-        if not self.range:
+        if self.type not in (int, float):
             return value
-        found = whole_number(name, value)
-        if found < (self.least or 0) or (self.most is not None and found > self.most):
+        found = whole_number(name, value) if self.type is int else number(name, value)
+        too_small = self.least is not None and found < self.least
+        if too_small or (self.most is not None and found > self.most):
             raise MeshwenError(f"{name} must be {self.range}, not {found}")
         return found
+
+    def read(self, name: str, text: Any) -> Any:
+        """The value that the text of a command line means; a default is none, and is as it is.
+
+        Raises:
+            MeshwenError: it means none that is allowed.
+        """
+        if self.type not in (int, float) or not isinstance(text, str):
+            return self.checked(name, text)
+        try:
+            value = self.type(text)
+        except ValueError:
+            kind = "a whole number" if self.type is int else "a number"
+            raise MeshwenError(f"{name} must be {kind}, not {brief(text)}") from None
+        return self.checked(name, value)
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -94,9 +113,10 @@ def check_names(what: str, given: Iterable[str], kind: type) -> None:
     """
     known = options_of(kind)
     if unknown := sorted(set(given) - set(known)):
-        near = get_close_matches(unknown[0], known, n=1)
-        meant = f", did you mean {near[0]}" if near else ""
-        raise MeshwenError(f"unknown {what} {unknown[0]!r}{meant}; there are {', '.join(known)}")
+        name = unknown[0]
+        raise MeshwenError(
+            f"there is no {what} {name!r}{meant(name, known, most=1)}; there are {', '.join(known)}"
+        )
 
 
 def documented(kind: type, heading: str) -> Callable[[Documented], Documented]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from meshwen.common.arguments import brief
 from meshwen.common.choices import (
     DTYPES,
     LOAD_FORMATS,
@@ -22,6 +21,7 @@ from meshwen.common.choices import (
     LoadFormat,
     Numerics,
     Quantization,
+    check_choice,
 )
 from meshwen.common.option_fields import documented, option, options_of
 from meshwen.engine.drafter import MOST_DRAFTS
@@ -50,8 +50,8 @@ class EngineOptions:
 
     mesh: str | int | Mesh = option(
         "1",
-        "Devices: 8, 1x8, 2x4 split the model; data=2,model=4 splits the batch too. On a CPU, "
-        "devices are simulated.",
+        "Devices: 8, 1x8 or 2x4 splits the model over 8; data=2,model=4 splits the batch over 2 "
+        "and the model over 4. A CPU simulates devices that it lacks.",
         type=object,
     )
     model_axes: str | Sequence[str] | None = option(
@@ -65,28 +65,30 @@ class EngineOptions:
     )
     dtype: DType | DTypeLike = option(
         "bfloat16",
-        "What weights, matmul inputs and the KV cache are kept in.",
+        "Dtype of weights, matmul inputs and KV cache.",
         choices=DTYPES,
     )
     numerics: Numerics = option(
         "fast",
-        "fast, or exact: the same bits on every mesh and in every batch.",
+        "fast; or exact: the same bits on every mesh and in every batch, but slower.",
         choices=NUMERICS,
     )
     quantization: Quantization | None = option(
         None,
-        "int8: weights, and with the extra cpu what is multiplied with them, are rounded to a "
-        "byte each. With the extra faster than bfloat16, and a little less exact; without it about "
-        "6 times slower on a CPU.",
+        "int8 rounds weights to 8 bits. The kernels for x86 CPUs round matmul inputs too, and are "
+        "faster than with bfloat16; without them int8 takes about 6 times as long on a CPU.",
         choices=QUANTIZATIONS,
     )
     load_format: LoadFormat = option(
-        "auto", "What to read weights from; dummy makes random weights up.", choices=LOAD_FORMATS
+        "auto",
+        "File format of the weights; auto takes what is there. dummy reads none: the weights are "
+        "random.",
+        choices=LOAD_FORMATS,
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     max_num_seqs: int = option(
         8,
-        "Prompts to answer at the same time; fewer where memory is short.",
+        "Most prompts to answer at the same time; fewer where memory is short.",
         type=int,
         least=1,
     )
@@ -98,8 +100,8 @@ class EngineOptions:
     )
     prompt_lookup_num_tokens: int = option(
         0,
-        "Draft so many tokens a step from what came before: answers that repeat their prompt come "
-        "faster, e.g. with 7. 0: none.",
+        "Speculative decoding: tokens to draft in a step, from earlier text that ends alike. It is "
+        "faster where answers repeat their prompt, for example with 7. 0: off.",
         type=int,
         least=0,
         most=MOST_DRAFTS,
@@ -207,6 +209,6 @@ def dtype_name(dtype: DTypeLike | None) -> str:
             name = np.dtype(own if isinstance(own, np.dtype) else dtype).name
         except TypeError:
             name = str(dtype).removeprefix("torch.")
-    if dtype is None or name not in DTYPES:
-        raise MeshwenError(f"dtype {brief(dtype)} is not one of {', '.join(DTYPES)}")
+    # What was given is what the error shows: `jnp.float16`, and not its name.
+    check_choice("dtype", name if dtype is not None and name in DTYPES else dtype, DTYPES)
     return str(name)

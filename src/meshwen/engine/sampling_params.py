@@ -32,7 +32,7 @@ class SamplingParams:
     max_new_tokens_asked: bool = field(default=True, compare=False)
     temperature: float = option(
         0.0,
-        "0 takes the likeliest token, and no repetition penalty unless one is given.",
+        "0 takes the likeliest token, without the checkpoint's repetition penalties.",
         type=float,
     )
     top_p: float = option(
@@ -43,7 +43,7 @@ class SamplingParams:
         0.0, "Drop tokens below this share of the likeliest token's probability.", type=float
     )
     repetition_penalty: float = option(
-        1.0, "Above 1: makes tokens that were there already less likely.", type=float
+        1.0, "Above 1: makes tokens of the prompt and the answer so far less likely.", type=float
     )
     encoder_repetition_penalty: float = option(
         1.0, "Above 1: makes the prompt's tokens more likely.", type=float
@@ -52,35 +52,39 @@ class SamplingParams:
         None, "Most tokens of a prompt and its answer. None: no such limit.", type=int
     )
     min_new_tokens: int = option(
-        0, "No end-of-text token before so many others; stop strings end the answer.", type=int
+        0, "No end-of-text token before this many others; stop strings still end it.", type=int
     )
     min_length: int = option(0, "The same, the prompt counted.", type=int)
     no_repeat_ngram_size: int = option(
-        0, "No run of so many tokens twice, the prompt's counted; 0: any.", type=int
+        0, "No run of this many tokens twice, the prompt's counted; 0: off.", type=int
     )
     encoder_no_repeat_ngram_size: int = option(
-        0, "No run of so many of the prompt's tokens in a row; 0: any.", type=int
+        0, "No run of this many tokens that the prompt has too; 0: off.", type=int
     )
-    suppress_tokens: tuple[int, ...] = option((), "Ids that never come.", type=int, many=True)
+    suppress_tokens: tuple[int, ...] = option(
+        (), "Token ids that are never drawn.", type=int, many=True
+    )
     begin_suppress_tokens: tuple[int, ...] = option(
-        (), "Ids that do not come first.", type=int, many=True
+        (), "Token ids that are not drawn first.", type=int, many=True
     )
     bad_words_ids: tuple[tuple[int, ...], ...] = option(
-        (), "Runs of ids that never come whole.", type=tuple, many=True
+        (), "Runs of token ids that are never drawn whole.", type=tuple, many=True
     )
-    forced_bos_token_id: int | None = option(None, "What follows a prompt of one token.", type=int)
+    forced_bos_token_id: int | None = option(
+        None, "The token after a prompt of one token.", type=int
+    )
     forced_eos_token_id: tuple[int, ...] = option(
         (),
-        "Ids one of which is the last that max_new_tokens leaves room for.",
+        "Token ids, one of which is the last token of an answer of max_new_tokens.",
         type=int,
         many=True,
     )
     seed: int = option(0, "The same seed draws the same answer.", type=int)
     stop: tuple[str, ...] = option(
-        (), "End the answer before this text, or special token.", many=True
+        (), "End the answer before this text or special token.", many=True
     )
     logprobs: bool = option(
-        False, "Each token's log-probability, under the unmodified logits.", type=bool
+        False, "Return each token's log-probability, from the unmodified logits.", type=bool
     )
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from meshwen.common.choices import PROMPT_STYLES, check_choice
 from meshwen.errors import MeshwenError
 from meshwen.evals.answers import boxed, gold_answer, matches, same_number
 from meshwen.evals.numerals import last_number
@@ -108,8 +109,7 @@ def prompt_style(name: str) -> PromptStyle:
     Raises:
         MeshwenError: there is none of this name.
     """
-    if name not in STYLES:
-        raise MeshwenError(f"prompt style {name!r} is not one of {', '.join(STYLES)}")
+    check_choice("the prompt style", name, PROMPT_STYLES)
     return STYLES[name]
 
 

@@ -31,7 +31,7 @@ AnyMesh = Mesh | AbstractMesh
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
-_EXPECTED = "expected e.g. 8, 1x8, 2x4 or data=2,model=4"
+_EXPECTED = "such as 8, 1x8, 2x4 or data=2,model=4"
 _MAX_DEVICES = 1 << 16
 _MAX_LENGTH = 100  # Python refuses to read a number of thousands of digits.
 
@@ -57,7 +57,7 @@ class MeshSpec:
             text = _mesh_text(text)
         compact = text.strip().lower().replace(" ", "")
         if len(compact) > _MAX_LENGTH:
-            raise MeshwenError(f"a mesh of {len(compact)} characters does not parse; {_EXPECTED}")
+            raise MeshwenError(f"mesh must be {_EXPECTED}, not {len(compact)} characters")
         if re.fullmatch(r"\d+(x\d+)*", compact):
             sizes = [int(size) for size in compact.split("x")]
             kinds = [MODEL_AXIS] * len(sizes)
@@ -75,7 +75,7 @@ class MeshSpec:
             if MODEL_AXIS not in kinds:
                 kinds, sizes = [*kinds, MODEL_AXIS], [*sizes, 1]
         else:
-            raise MeshwenError(f"mesh {text!r} does not parse; {_EXPECTED}")
+            raise MeshwenError(f"mesh must be {_EXPECTED}, not {text!r}")
         if min(sizes) < 1 or prod(sizes) > _MAX_DEVICES:
             raise MeshwenError(
                 f"mesh {text!r}: axis sizes must be at least 1, at most {_MAX_DEVICES} in all"
@@ -149,8 +149,8 @@ def _mesh_text(given: Any) -> str:
     sizes = given if isinstance(given, tuple | list) and given else [given]
     if not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise MeshwenError(
-            f"mesh {brief(given)} is neither a mesh string, {_EXPECTED}, nor a number of devices, "
-            "nor a jax.sharding.Mesh"
+            f"mesh must be text {_EXPECTED}, a number of devices or a jax.sharding.Mesh, "
+            f"not {brief(given)}"
         )
     return "x".join(str(int(size)) for size in sizes)
 
