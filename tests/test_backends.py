@@ -1,33 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Back ends: what is particular to one no other inherits, and none changes what is computed."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesh_model import SMALL_7B, SMALL_HALF_B, MeshModel, random_tokens, relative_error
+from mesh_model import MeshModel, random_tokens, relative_error
 from meshwen.common.choices import QUANTIZATIONS
 from meshwen.ops.backend import Backend, CacheLayout
 from meshwen.ops.backends import backend_of
 from meshwen.ops.cpu.backend import CpuKernels
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh
+from tiny_model import ONE_LAYER
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-LENGTH, POSITIONS = 9, 16
-
-
-def decoded(model: MeshModel, token_ids: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V] by way of the cache: a chunk of all but two, then one by one."""
-    first = token_ids.shape[1] - 2
-    starts = [0] * len(token_ids)
-    out, cache = model.step(token_ids[:, :first], starts, model.cache(len(token_ids), POSITIONS))
-    found = [out]
-    for t in range(first, token_ids.shape[1]):
-        out, cache = model.step(token_ids[:, t : t + 1], [t] * len(token_ids), cache)
-        found.append(out)
-    return np.concatenate(found, axis=1)
+LENGTH = 9
+TIED = replace(ONE_LAYER, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("mesh", ["1", "2x4"])
@@ -51,11 +42,10 @@ def test_other_devices_inherit_nothing_from_cpus():
 @pytest.mark.parametrize(
     ("config", "mesh", "dtype", "numerics", "quantization"),
     [
-        (SMALL_7B, "1", np.float32, "fast", None),
-        (SMALL_7B, "2x4", np.float32, "exact", None),
-        (SMALL_HALF_B, "data=2,model=4", jnp.bfloat16, "fast", None),
-        (SMALL_HALF_B, "1x8", np.float32, "exact", "int8"),
-        (SMALL_HALF_B, "1", jnp.bfloat16, "exact", None),
+        (ONE_LAYER, "1", np.float32, "fast", None),
+        (TIED, "data=2,model=4", jnp.bfloat16, "fast", None),
+        (TIED, "1x8", np.float32, "exact", "int8"),
+        (TIED, "2x4", jnp.bfloat16, "exact", None),
     ],
 )
 def test_a_model_computes_the_same_without_what_cpus_need(
@@ -69,7 +59,7 @@ def test_a_model_computes_the_same_without_what_cpus_need(
         )
         model = MeshModel(config, mesh, dtype, numerics=numerics, quantization=quantization)
         assert model.runner.cache_axes.split().index("heads") == (1 if backend != Backend() else 2)
-        found[backend] = model.logits(token_ids), decoded(model, token_ids)
+        found[backend] = model.logits(token_ids), model.cached_logits(token_ids)
     bound = 1e-5 if dtype == np.float32 else 0.02
     expected, _ = found[XlaOnCpu()]
     for whole, cached in found.values():
