@@ -151,10 +151,20 @@ def unoptimised(request):
     """Compiles with few of XLA's optimisations, a third faster; `--optimised` switches it off.
 
     For files that are about what surrounds a program (engine, command line, reports), or that
-    compare two programs to a tolerance.
+    compare two programs to a tolerance. Not for exact bits without kernels: XLA then adds up small
+    products otherwise.
     """
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", not request.config.getoption("optimised"))
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def optimised():
+    """Compiles a test's programs as users do, in a file that is `unoptimised`."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
