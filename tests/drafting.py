@@ -62,5 +62,5 @@ def repeating(length: int, seed: int) -> list[int]:
     return (part * 20)[:length]
 
 
-# Of few lengths: all tests share two rows of one cache, and what is compiled for it.
-PROMPTS = [repeating(25, 0), [7, 8, 9], repeating(32, 1), repeating(28, 2), [3] * 30]
+# Of one bucket: all tests share two rows of one cache, and what is compiled for it.
+PROMPTS = [repeating(25, 0), [*range(26)], repeating(32, 1), repeating(28, 2), [3] * 30]

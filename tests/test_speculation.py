@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drafting import GREEDY, PROMPTS, run
+from drafting import PROMPTS, run
 from meshwen.engine.request import Completion
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.engine.speculation import Speculation
@@ -141,11 +141,10 @@ WIDE = replace(ONE_LAYER, head_dim=32, layer_types=("full_attention",))
 @pytest.mark.parametrize(
     ("mesh", "dtype", "config", "sampling"),
     [
-        ("1", np.float32, ONE_LAYER, GREEDY),
         ("1", np.float32, ONE_LAYER, SAMPLED),
         ("data=2,model=2", jnp.bfloat16, WIDE, WHOLE),
     ],
-    ids=["greedy", "top-p", "whole, on a mesh"],
+    ids=["top-p", "whole, on a mesh"],  # Greedily: `test_prompt_lookup.py`.
 )
 def test_exact_answers_are_the_same_to_the_bit_and_take_fewer_steps(mesh, dtype, config, sampling):
     plain, steps = run(PROMPTS, sampling, 0, mesh, dtype=dtype, config=config)
