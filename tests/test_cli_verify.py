@@ -48,21 +48,25 @@ def test_a_sound_model_passes_and_its_faults_are_found(model, capsys, tmp_path):
 
 
 def test_int8_keeps_its_promises_its_faults_are_found_and_a_certificate_has_it(
-    model, capsys, tmp_path
+    model, capsys, monkeypatch, tmp_path
 ):
     file, prompts = tmp_path / "certificate.json", tmp_path / "p.jsonl"
     prompts.write_text('{"prompt_tokens": [1, 2, 3]}\n{"prompt_tokens": [4]}\n')
     run = ["verify", "--model", model, "--meshes", "1,2"]
-    options = ["--quantization", "int8", "--prompts", str(prompts), "--max-new-tokens", "2"]
-    assert main([*run, *options, "--self-test", "--json", str(file)]) == 0
+    asked = ["--quantization", "int8", "--prompts", str(prompts), "--max-new-tokens", "2"]
+    assert main([*run, *asked, "--numerics", "fast", "--json", str(file)]) == 0
+    assert "float32, int8: 2 prompts" in capsys.readouterr().out
     found = json.loads(file.read_text())
     assert (found["dtype"], found["quantization"]) == ("float32", "int8")
-    assert [row["bits_equal"] for row in found["rows"]][2:] == [True, True]
-    for numerics in ("fast", "exact"):
-        assert all(fault["caught"] for fault in found["self_test"][f"{numerics} 2"])
-    again = ["verify", "--model", model, "--meshes", "1", "--numerics", "fast"]
-    assert main([*again, "--against", str(file)]) == 0
-    assert "float32, int8: 2 prompts" in capsys.readouterr().out
+    assert main([*run, *asked, "--numerics", "exact", "--self-test"]) == 0
+    assert "every promise was kept" in capsys.readouterr().out
+
+    def only_asked(*_, quantization, **__):
+        raise MeshwenError(f"asked for {quantization}")
+
+    monkeypatch.setattr(parity, "verify", only_asked)
+    assert main([*run, "--against", str(file)]) == 2
+    assert "asked for int8" in capsys.readouterr().err
 
 
 def test_a_broken_promise_is_exit_status_1(model, capsys, monkeypatch):
