@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from importlinter import cli as linter
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "meshwen"
@@ -38,7 +39,6 @@ def test_what_a_script_imports_is_there(path):
 
 def test_each_part_of_the_package_imports_only_what_stands_below_it(capsys, monkeypatch):
     """The parts, in their order, are in pyproject.toml."""
-    linter = pytest.importorskip("importlinter.cli", reason="import-linter is not installed")
     monkeypatch.syspath_prepend(PACKAGE.parent)
     # Its own would disable all loggers that there are, for the tests that follow too.
     monkeypatch.setattr("logging.config.dictConfig", lambda config: None)

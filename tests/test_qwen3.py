@@ -4,6 +4,7 @@
 import json
 from dataclasses import replace
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -225,7 +226,6 @@ def test_a_file_of_the_gguf_package_holds_the_same_weights(tmp_path):
 
 
 def write_gguf(path, config, weights):
-    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_block_count(config.num_hidden_layers)

@@ -4,6 +4,7 @@
 
 import json
 
+import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -580,7 +581,6 @@ def test_a_long_stream_stays_fast(real):
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_gguf_file_gives_the_same_ids(real, real_model_dir, golden):
-    gguf = pytest.importorskip("gguf")
     path = real_model_dir.parent / f"{real_model_dir.name}.gguf"
     if not path.is_file():
         pytest.skip(f"no GGUF file at {path}")
