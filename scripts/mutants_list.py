@@ -60,9 +60,9 @@ FAULTS = (
     ),
     _fault(
         "exact: one row keeps its own order",
-        "ops/ordered.py",
-        "_BFLOAT16_ROWS = 8 ",
-        "_BFLOAT16_ROWS = 1 ",
+        "ops/cpu/ordered.py",
+        "_YNNPACK_ROWS = 8 ",
+        "_YNNPACK_ROWS = 1 ",
         "exact",
     ),
     _fault(

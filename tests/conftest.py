@@ -32,6 +32,7 @@ SHAPED = [
     "meshwen.ops.attention",
     "meshwen.ops.backend",
     "meshwen.ops.cpu.backend",
+    "meshwen.ops.cpu.ordered",
     "meshwen.ops.cpu.xla",
     "meshwen.ops.numerics",
     "meshwen.ops.operations",

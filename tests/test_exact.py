@@ -20,7 +20,8 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.errors import MeshwenError
-from meshwen.ops import ordered
+from meshwen.ops.attention import weighted_values
+from meshwen.ops.backend import CacheLayout
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.ops.numerics.exact import Exact
 from meshwen.ops.operations import Ops
@@ -79,7 +80,8 @@ def test_the_heads_of_a_device_are_summed_as_each_is_by_itself(dtype):
 
     def summed(weights, projected):
         v = projected.reshape(B, T, -1, H).swapaxes(1, 2)
-        return ordered.weighted_values(weights, v)
+        ops = Ops(numerics=Exact(), backend=XlaOnCpu())
+        return weighted_values(weights, v, CacheLayout(values="BKSH", keys="BKSH"), ops)
 
     run = jax.jit(summed, compiler_options=OPTIONS)
     whole = [np.asarray(part) for part in run(weights, projected)]

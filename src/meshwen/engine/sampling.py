@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float32, Int32, Integer, Num, UInt32
 
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.operations import Ops
+from meshwen.ops.ordered import long_tree_sum
 from meshwen.runtime.jax_settings import own_settings
 
 NO_TOKEN = -1  # Drawn where logits are not finite, or no token may come.
@@ -230,7 +231,7 @@ def _draw(
     # Sums whose order depends neither on the number of rows nor on that of the candidates: what a
     # request draws is its own affair.
     weights = ops.numerics.pointwise(jnp.exp, scaled - scaled[:, :1])
-    total = _tree_sum(weights)
+    total = long_tree_sum(weights)
     probabilities = weights / total
     before = (lax.associative_scan(jnp.add, weights, axis=1) - weights) / total
     top_p = rows.top_p[:, None]
@@ -250,18 +251,6 @@ def _scores(scaled: Float32[Array, "B N"], noise: Float32[Array, "B N"]) -> Floa
     """Logits with noise; what is not finite keeps its place, whatever the noise."""
     lowest = jnp.finfo(scaled.dtype).min
     return jnp.where(jnp.isfinite(scaled), jnp.maximum(scaled + noise, lowest), scaled)
-
-
-def _tree_sum(x: Float32[Array, "B N"]) -> Float32[Array, "B 1"]:
-    """The sum of each row, neighbours first, unchanged by zeros behind.
-
-    The order of `ordered.tree_sum`, a level at a time: its unrolled program has an addition a term,
-    and here a term may be each token of the vocabulary.
-    """
-    while x.shape[1] > 1:
-        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
-        x = x[:, ::2] + x[:, 1::2]
-    return x
 
 
 def _noise(

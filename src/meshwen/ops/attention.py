@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
-from meshwen.ops import ordered
 from meshwen.ops.backend import CacheLayout
 from meshwen.ops.dot import dot
 from meshwen.ops.operations import Ops
@@ -37,7 +36,7 @@ def softmax_attention(
     scores = ops.backend.masked(scores, mask)
     shifted = scores - scores.max(axis=-1, keepdims=True)
     weights = ops.numerics.pointwise(jnp.exp, shifted).reshape(B, K, N // K * T, S)
-    y, total = _weighted_values(weights, values, layout, ops)
+    y, total = weighted_values(weights, values, layout, ops)
     return (y / total).reshape(B, N, T, H)
 
 
@@ -47,16 +46,25 @@ def _scores(
     """q keys^T, of R rows."""
     keys = keys.astype(jnp.float32)
     if ops.numerics.ordered:
-        return ordered.float32_matmul(q, axes_in_order(keys, layout.keys, "BKHS"))
+        return ops.backend.ordered_matmul(q, axes_in_order(keys, layout.keys, "BKHS"))
     return _dot(q, keys, layout.keys, "H")
 
 
-def _weighted_values(
+def weighted_values(
     weights: Float32[Array, "B K R S"], values: Array, layout: CacheLayout, ops: Ops
 ) -> tuple[Float32[Array, "B K R H"], Float32[Array, "B K R 1"]]:
-    """Values summed with weights, and the weights summed."""
+    """Values summed with weights, and the weights summed.
+
+    In exact numerics zeros behind the last position that counts change nothing. The weights are
+    summed by themselves: ones beside the values would have the values copied at every step.
+    """
     if ops.numerics.ordered:
-        return ordered.weighted_values(weights, axes_in_order(values, layout.values, "BKSH"))
+        weights = weights.astype(values.dtype)
+        values = axes_in_order(values, layout.values, "BKSH")
+        y = ops.backend.ordered_matmul(weights, values, zeros_behind=True)
+        rows = weights.reshape(-1, weights.shape[-1])
+        total = ops.backend.row_sums(rows, zeros_behind=True)
+        return y, total.reshape(*weights.shape[:-1], 1)
     total = weights.sum(axis=-1, keepdims=True)
     return _dot(weights.astype(values.dtype), values, layout.values, "S"), total
 

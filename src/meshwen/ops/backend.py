@@ -85,16 +85,28 @@ class Backend:
         """
         x, weight = multiplied(x, leaf)
         if ordered:
-            return in_order.matmul(x, weight if transposed else weight.T)
+            return self._ordered_rows(x, weight if transposed else weight.T)
         return self._dot_rows(x.astype(weight.dtype), weight, 0 if transposed else 1)
+
+    def ordered_matmul(
+        self,
+        a: Float[Array, "*batch M c"],
+        b: Float[Array, "*batch c N"],
+        *,
+        zeros_behind: bool = False,
+    ) -> Float32[Array, "*batch M N"]:
+        """a @ b of activations: see `meshwen.ops.ordered.OrderedSums`."""
+        return in_order.batched_matmul(a, b, zeros_behind)
+
+    def row_sums(
+        self, x: Float[Array, "M c"], *, zeros_behind: bool = False
+    ) -> Float32[Array, " M"]:
+        """The sum of each row: see `meshwen.ops.ordered.OrderedSums`."""
+        return in_order.row_sums(x)
 
     def block_rows(self, dtype: jnp.dtype) -> int:
         """Of how many rows blocks of an ordered matmul must be a multiple."""
-        return in_order.block_rows(dtype)
-
-    def row_sums(self, x: Float32[Array, "M c"]) -> Float32[Array, " M"]:
-        """The sum of each row in one order."""
-        return in_order.row_sums(x)
+        return 1
 
     def attention(
         self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
@@ -141,3 +153,7 @@ class Backend:
     def _dot_rows(self, x: Array, weight: Array, contract: int) -> Array:
         """[M, c] times an array whose axis `contract` is c: -> float32 [M, N]."""
         return dot(x, weight, (((1,), (contract,)), ((), ())))
+
+    def _ordered_rows(self, x: Array, weight: Array) -> Array:
+        """[M, c] times [c, N] in one order of additions: -> float32 [M, N]."""
+        return in_order.matmul(x, weight)

@@ -1,22 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products by XLA whose order of additions does not depend on their shape.
+"""Sums whose order of additions does not depend on the shape of what is computed.
 
-The order must depend neither on the number of rows nor on how wide a device's part is. XLA's CPU
-back end has two libraries, measured on jax 0.10 and 0.12 (AVX-512; AVX2 on jax 0.10):
-
-- YNNPACK multiplies bfloat16 in one order for any number of rows from 2 up and columns from 64 up
-  (from 16 for short sums), and zeros behind a sum change nothing. Operands have to lie in row-major
-  order: XLA turns a transposition into another layout, which goes elsewhere. In float32 YNNPACK
-  cuts the sum to suit its cache, by rows and columns.
-- Eigen adds float32 products one after the other up to 304 of them, but may share a sum among
-  threads, for some shapes, where a thread's share is more than 32 (`shouldShardByInnerDim`). Sums
-  of up to 64 it never shares, however many threads there are. With AVX2 it adds them up in other
-  orders where rows are not 1, 4, 16 or a multiple of 24, or columns no multiple of 16.
-
-So float32 products are cut into sums of up to 64, padded so, handed to Eigen (YNNPACK refuses a
-transposed left operand) and added in a tree; bfloat16 products are padded to 8 rows and 64 columns.
-On other back ends the same programs run; whether their products keep their order, `meshwen verify`
-finds out.
+The order must depend neither on the number of rows nor on how wide a device's part is. XLA leaves
+the order inside a matmul to a library, which chooses by shape. So a matmul is cut into sums that
+are too short to be cut by a library, and their results are added here, in a binary tree. What else
+the libraries of one back end need is that back end's: see `meshwen.ops.cpu.ordered`. Whether those
+of another keep the order of a short sum, `meshwen verify` finds out.
 
 -0.0 and +0.0 are equal but different bits, and a cut tree may lose the sign of a zero. So every
 result here has +0.0 in the place of -0.0.
@@ -26,87 +15,70 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import BFloat16, Float, Float32
+from jaxtyping import Float, Float32
 
-from meshwen.ops.dot import batched, dot
+from meshwen.ops.dot import dot
 
 Term = TypeVar("Term")  # an array; to show the order of additions, a text
 
-_LONGEST_SUM = 64  # products that one float32 matmul adds up
-_BFLOAT16_ROWS = 8  # at least: fewer are slower, and one would have another order
-_BFLOAT16_COLUMNS = 64
-# Of float32 matmuls: what is left over multiples of them would have another order.
-_FLOAT32_ROWS, _FLOAT32_COLUMNS = 24, 16
-_ONES = 32  # equal columns of a sum's product with ones: one column would have another order
-# What partial sums may take; larger products go by blocks of rows, whose partial sums are still in
+LONGEST_SUM = 64  # products that one matmul adds up
+# What partial sums may take; larger matmuls go by blocks of rows, whose partial sums are still in
 # the cache when they are added.
 _PARTIAL_BYTES = 1 << 26
 
 
+@runtime_checkable  # For checks of shapes.
+class OrderedSums(Protocol):
+    """Sums of activations in one order of additions; back ends have them.
+
+    With `zeros_behind`, any number of zeros may also follow the terms of a sum without changing it.
+    """
+
+    def ordered_matmul(
+        self,
+        a: Float[Array, "*batch M c"],
+        b: Float[Array, "*batch c N"],
+        *,
+        zeros_behind: bool = False,
+    ) -> Float32[Array, "*batch M N"]:
+        """a @ b, of one dtype."""
+
+    def row_sums(
+        self, x: Float[Array, "M c"], *, zeros_behind: bool = False
+    ) -> Float32[Array, " M"]:
+        """The sum of each row."""
+
+
 def matmul(x: Float[Array, "M c"], weight: Float[Array, "c N"]) -> Float32[Array, "M N"]:
     """x @ weight, x rounded to the weight's dtype."""
-    if weight.dtype != jnp.float32:
-        return bfloat16_matmul(x.astype(weight.dtype), weight)
-    partials = -(-x.shape[1] // _LONGEST_SUM) * weight.shape[1]
-    return by_blocks(lambda rows: float32_matmul(rows, weight), x, partials, _FLOAT32_ROWS)
+    x, partials = x.astype(weight.dtype), -(-x.shape[1] // LONGEST_SUM) * weight.shape[1]
+    return by_blocks(lambda rows: batched_matmul(rows, weight), x, partials)
 
 
-def block_rows(dtype: jnp.dtype) -> int:
-    """Of how many rows blocks of a matmul must be a multiple."""
-    return _FLOAT32_ROWS if dtype == jnp.float32 else _BFLOAT16_ROWS
-
-
-def row_sums(x: Float32[Array, "M c"]) -> Float32[Array, " M"]:
-    """The sum of each row."""
-    return float32_matmul(x, jnp.ones((x.shape[1], _ONES), jnp.float32))[:, 0]
-
-
-def weighted_values(
-    weights: Float32[Array, "B K R S"], values: Float[Array, "B K S H"]
-) -> tuple[Float32[Array, "B K R H"], Float32[Array, "B K R 1"]]:
-    """Values summed with weights, and the weights summed.
-
-    Zeros behind the last position that counts change nothing: bfloat16 products are added from the
-    left, float32 positions are cut into sums from the left. The weights are summed by a matmul of
-    their own: ones beside the values would have the values copied at every step.
-    """
-    ones = jnp.ones((weights.shape[-1], _ONES), values.dtype)
-    rows = weights.reshape(-1, weights.shape[-1])
-    if values.dtype == jnp.float32:
-        y = float32_matmul(weights, values, _LONGEST_SUM)
-        total = float32_matmul(rows, ones, _LONGEST_SUM)
-    else:
-        y = bfloat16_matmul(weights.astype(values.dtype), values)
-        total = bfloat16_matmul(rows.astype(values.dtype), ones)
-    return y, total[:, :1].reshape(*weights.shape[:-1], 1)
-
-
-def bfloat16_matmul(
-    a: BFloat16[Array, "*batch M c"], b: BFloat16[Array, "*batch c N"]
+def batched_matmul(
+    a: Float[Array, "*batch M c"], b: Float[Array, "*batch c N"], zeros_behind: bool = False
 ) -> Float32[Array, "*batch M N"]:
-    """a @ b."""
-    M, N = a.shape[-2], b.shape[-1]
-    a = pad(a, a.ndim - 2, max(0, _BFLOAT16_ROWS - M))
-    b = pad(b, b.ndim - 1, max(0, _BFLOAT16_COLUMNS - N))
-    a, b = (with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in (a, b))
-    return positive_zeros(batched(a, b)[..., :M, :N])
+    """a @ b, of one dtype: see `OrderedSums`."""
+    length = LONGEST_SUM if zeros_behind else even_length(a.shape[-1], LONGEST_SUM)
+    return cut_matmul(jnp.swapaxes(a, -1, -2), b, length)
 
 
-def float32_matmul(
-    a: Float32[Array, "*batch M c"], b: Float32[Array, "*batch c N"], length: int = 0
+def row_sums(x: Float[Array, "M c"]) -> Float32[Array, " M"]:
+    """The sum of each row; zeros behind do not change it."""
+    # The barrier keeps what was rounded to bfloat16 so: a compiler may drop conversions and back.
+    x = lax.optimization_barrier(x)
+    return positive_zeros(long_tree_sum(x.astype(jnp.float32)))[:, 0]
+
+
+def cut_matmul(
+    a: Float[Array, "*batch c M"], b: Float[Array, "*batch c N"], length: int
 ) -> Float32[Array, "*batch M N"]:
-    """a @ b, cut into sums of `length` from the left; 0: of one length that divides c."""
-    (M, N), batch = (a.shape[-2], b.shape[-1]), a.ndim - 2
-    a = jnp.swapaxes(pad(a, batch, _row_padding(M)), -1, -2)
-    b = pad(b, batch + 1, -N % _FLOAT32_COLUMNS)
-    # The barrier keeps XLA from folding the transposition into the product.
-    a = lax.optimization_barrier(a)
-    length = length or _sum_length(a.shape[batch])
+    """a^T @ b, cut into sums of `length` from the left, which are added in a tree."""
+    batch = a.ndim - 2
     whole, rest = divmod(a.shape[batch], length)
     cut, sums = whole * length, []
     if whole:
@@ -118,11 +90,21 @@ def float32_matmul(
     if rest:
         sums.append(_transposed_matmul(*(o[..., None, cut:, :] for o in (a, b))))
     y = sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=batch)
-    return tree_sum(y, axis=batch)[..., :M, :N]
+    return tree_sum(y, axis=batch)
+
+
+def even_length(length: int, most: int) -> int:
+    """Into sums of how many products to cut one of `length`, so that no weight has to be copied.
+
+    The most that divides `length`; but where these are few, `most`.
+    """
+    most = min(length, most)
+    even = max(k for k in range(1, most + 1) if length % k == 0)
+    return even if 8 * even >= most else most
 
 
 def by_blocks(
-    function: Callable[[Array], Array], x: Float[Array, "M c"], partials: int, multiple: int
+    function: Callable[[Array], Array], x: Float[Array, "M c"], partials: int, multiple: int = 1
 ) -> Float32[Array, "M N"]:
     """`function(x)`, for as many rows at a time as leave their partial sums in the cache.
 
@@ -146,6 +128,17 @@ def tree_sum(x: Float32[Array, "*shape"], axis: int) -> Float32[Array, "*others"
     """The sum over an axis, as a binary tree: neighbours first."""
     parts = [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])]
     return positive_zeros(added_in_tree(parts))
+
+
+def long_tree_sum(x: Float32[Array, "M c"]) -> Float32[Array, "M 1"]:
+    """The sum of each row in the order of `tree_sum`, but -0.0; zeros behind do not change it.
+
+    A level at a time: the program of `tree_sum` has an addition a term.
+    """
+    while x.shape[1] > 1:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2)))
+        x = x[:, ::2] + x[:, 1::2]
+    return x
 
 
 def added_in_tree(terms: Sequence[Term], add: Callable[[Term, Term], Term] = operator.add) -> Term:
@@ -182,24 +175,8 @@ def pad(x: Array, axis: int, count: int) -> Array:
 
 
 def _transposed_matmul(
-    a: Float32[Array, "*batch c M"], b: Float32[Array, "*batch c N"]
+    a: Float[Array, "*batch c M"], b: Float[Array, "*batch c N"]
 ) -> Float32[Array, "*batch M N"]:
     """a^T @ b."""
     batch = tuple(range(a.ndim - 2))
     return dot(a, b, (((a.ndim - 2,), (a.ndim - 2,)), (batch, batch)))
-
-
-def _sum_length(length: int) -> int:
-    """How many products to add up at once, so that no weight need be cut unevenly and copied.
-
-    The most that divides `length`; but where these are few, the most.
-    """
-    most = min(length, _LONGEST_SUM)
-    even = max(k for k in range(1, most + 1) if length % k == 0)
-    return even if even >= _LONGEST_SUM // 8 else most
-
-
-def _row_padding(rows: int) -> int:
-    """Rows to add so that there are 1, 4, 16 or a multiple of 24: see `_FLOAT32_ROWS`."""
-    few = [count for count in (1, 4, 16) if rows <= count]
-    return few[0] - rows if few else -rows % _FLOAT32_ROWS

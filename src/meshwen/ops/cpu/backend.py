@@ -62,8 +62,10 @@ class CpuKernels(XlaOnCpu):
         """Of how many rows blocks of an ordered matmul must be a multiple."""
         return _BLOCK_ROWS
 
-    def row_sums(self, x: Float32[Array, "M c"]) -> Float32[Array, " M"]:
-        """The sum of each row, by a matmul with ones."""
+    def row_sums(
+        self, x: Float[Array, "M c"], *, zeros_behind: bool = False
+    ) -> Float32[Array, " M"]:
+        """The sum of each row, by a kernel's matmul with ones."""
         ones = jnp.ones((1, x.shape[1], COLUMNS, 1), jnp.float32)
         columns = Panels(ones, None, (x.shape[1], COLUMNS), ones.dtype)
         return positive_zeros(kernels.matmul(x, columns)[:, 0])

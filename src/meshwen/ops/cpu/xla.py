@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float32, Integer, Num
+from jaxtyping import Bool, Float, Float32, Integer, Num
 
 from meshwen.ops.backend import Backend, CacheLayout, CompilerOptions
+from meshwen.ops.cpu import ordered as in_order
 
 # jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
 _OPTIONS: CompilerOptions = {"xla_disable_hlo_passes": "cse_barrier_expander"}
@@ -49,6 +50,26 @@ class XlaOnCpu(Backend):
     def compiler_options(self, ordered: bool) -> CompilerOptions | None:
         """Options of XLA's compiler; `ordered` where sums must keep their order."""
         return _ORDERED_OPTIONS if ordered else _OPTIONS
+
+    def ordered_matmul(
+        self,
+        a: Float[Array, "*batch M c"],
+        b: Float[Array, "*batch c N"],
+        *,
+        zeros_behind: bool = False,
+    ) -> Float32[Array, "*batch M N"]:
+        """a @ b in shapes for which the libraries have one order."""
+        return in_order.batched_matmul(a, b, zeros_behind)
+
+    def row_sums(
+        self, x: Float[Array, "M c"], *, zeros_behind: bool = False
+    ) -> Float32[Array, " M"]:
+        """The sum of each row, by a matmul with ones."""
+        return in_order.row_sums(x, zeros_behind)
+
+    def block_rows(self, dtype: jnp.dtype) -> int:
+        """Of how many rows blocks of an ordered matmul must be a multiple."""
+        return in_order.block_rows(dtype)
 
     def mask(self, visible: Bool[Array, "B T S"]) -> Float32[Array, "B T S"]:
         """A number to add: the softmax of 32 rows of 512 scores takes half the time (jax 0.10)."""
@@ -96,6 +117,9 @@ class XlaOnCpu(Backend):
             x = jnp.pad(x, ((0, missing), (0, 0)))
         y = super()._dot_rows(x, weight, contract)
         return y[: y.shape[0] - missing]
+
+    def _ordered_rows(self, x: Array, weight: Array) -> Array:
+        return in_order.matmul(x, weight)
 
 
 def _select(cache: Array, new: Array, start: Array, axis: int) -> Array:

@@ -11,14 +11,15 @@ Here that order is fixed by the model alone, never by the mesh, the batch or the
   (all-to-all), adds them in tree order, and the shares are gathered. There is no floating-point
   all-reduce, whose order XLA leaves open. An addend of zero (a padded leaf) changes nothing, so a
   tree may be cut short.
-- Inside a leaf the matmul decides: `meshwen.ops.ordered` where XLA multiplies, and the kernels
-  (`meshwen.ops.cpu.kernels`), whose order is one by construction.
+- Inside a leaf the back end decides: `meshwen.ops.ordered` where XLA multiplies, on CPUs
+  `meshwen.ops.cpu.ordered`, and the kernels (`meshwen.ops.cpu.kernels`), whose order is one by
+  construction.
 - A product that is added to another is rounded first: a fused multiply-add rounds once, and whether
   XLA forms one depends on what it fuses.
 - Functions such as exp are computed by themselves, in rows that fill whole vector registers: XLA
   has other approximations for what is left over, and other roundings where it fuses (2% of the
   values of `exp(x - max)` differ from those of exp of the difference).
-- Reductions are matmuls with ones. XLA's own order of a reduction depends on the shape.
+- Reductions are the back end's `row_sums`. XLA's own order of a reduction depends on the shape.
 """
 
 from __future__ import annotations
