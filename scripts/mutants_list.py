@@ -99,7 +99,7 @@ FAULTS = (
     # --- The model
     _fault(
         "model: window of one token more",
-        "models/decoder.py",
+        "ops/attention.py",
         "(query - key < window)",
         "(query - key <= window)",
         "model",

@@ -31,6 +31,7 @@ SHAPED = [
     "meshwen.models.qwen3",
     "meshwen.ops.attention",
     "meshwen.ops.backend",
+    "meshwen.ops.cache_layout",
     "meshwen.ops.cpu.backend",
     "meshwen.ops.cpu.ordered",
     "meshwen.ops.cpu.xla",

@@ -11,8 +11,9 @@ import pytest
 
 from mesh_model import MeshModel, random_tokens, relative_error
 from meshwen.common.choices import QUANTIZATIONS
-from meshwen.ops.backend import Backend, CacheLayout
+from meshwen.ops.backend import Backend
 from meshwen.ops.backends import backend_of
+from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.cpu.backend import CpuKernels
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh

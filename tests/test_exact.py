@@ -21,7 +21,7 @@ from mesh_model import (
 )
 from meshwen.errors import MeshwenError
 from meshwen.ops.attention import weighted_values
-from meshwen.ops.backend import CacheLayout
+from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.ops.numerics.exact import Exact
 from meshwen.ops.operations import Ops
@@ -80,8 +80,7 @@ def test_the_heads_of_a_device_are_summed_as_each_is_by_itself(dtype):
 
     def summed(weights, projected):
         v = projected.reshape(B, T, -1, H).swapaxes(1, 2)
-        ops = Ops(numerics=Exact(), backend=XlaOnCpu())
-        return weighted_values(weights, v, CacheLayout(values="BKSH", keys="BKSH"), ops)
+        return weighted_values(weights, v, CacheLayout("BKSH", "BKSH"), XlaOnCpu())
 
     run = jax.jit(summed, compiler_options=OPTIONS)
     whole = [np.asarray(part) for part in run(weights, projected)]

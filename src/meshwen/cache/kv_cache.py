@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshwen.ops.attention import axes_in_order
-from meshwen.ops.backend import Backend, CacheLayout
+from meshwen.ops.backend import Backend
+from meshwen.ops.cache_layout import CacheLayout, axes_in_order
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import Program
 

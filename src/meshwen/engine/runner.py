@@ -169,23 +169,16 @@ class ModelRunner:
             start: int32 [], the position of the chunk.
             lengths: int32 [P], the prompts' lengths. Where one is not beyond `start`, nothing is
                 written.
-            length: at least start + T. XLA reads so many positions of the cache, and compiles
-                for each number; a kernel for the attention reads what tokens see.
+            length: how many positions of the cache the tokens may attend to, at least start + T;
+                how many are read is the back end's `positions_read`.
 
         Returns:
             The final hidden states of the prompts' last tokens so far, and the cache.
         """
-        if self.model.backend.attends:
-            length = cache[0].length(self.model.backend.cache_layout)
+        backend = self.model.backend
+        length = backend.positions_read(length, cache[0].length(backend.cache_layout))
         return self.prefill_program(
-            self.params,
-            cache,
-            hidden,
-            token_ids,
-            rows,
-            start,
-            lengths,
-            length=length,
+            self.params, cache, hidden, token_ids, rows, start, lengths, length=length
         )
 
     def first(

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float32, Int32, Shaped
 
-from meshwen.cache.kv_cache import AnyCache, LayerCache, SequenceCache
+from meshwen.cache.kv_cache import AnyCache, LayerCache
 from meshwen.models.config import ModelConfig
 from meshwen.models.rope_frequencies import inverse_frequencies
-from meshwen.ops.attention import softmax_attention
+from meshwen.ops.attention import CausalMask
+from meshwen.ops.cache_layout import HeldKeysValues
 from meshwen.ops.operations import Ops
 from meshwen.ops.rotary import Rotary, rotary_tables
 from meshwen.weights.declaration import Params
@@ -37,14 +38,12 @@ LAYER_SCOPE = "decoder_layer"
 
 
 class Context(NamedTuple):
-    """Where tokens stand, and which keys they see: each the last `window` ones up to its own.
+    """Where tokens are, and to which keys they attend.
 
     Layers of one kind (full or sliding attention) share it.
     """
 
-    start: Int32[Array, " B"]  # the position of the first token
-    window: Int32[Array, ""]
-    mask: Shaped[Array, "B T S"]  # as the back end's `mask` gives it
+    mask: CausalMask
     rotary: Rotary
 
     def at(self, last: Int32[Array, " B"] | None) -> Context:
@@ -52,8 +51,7 @@ class Context(NamedTuple):
         if last is None:
             return self
         rotary = Rotary(*(at_last(table, last, axis=2) for table in self.rotary))
-        mask = at_last(self.mask, last, axis=1)
-        return Context(self.start + last, self.window, mask, rotary)
+        return Context(self.mask.at(last), rotary)
 
 
 @runtime_checkable  # For checks of shapes.
@@ -92,11 +90,11 @@ def hidden_states(
     Args:
         params: this device's weights.
         token_ids: tokens that follow one another. Padding stands behind them, where
-            none of them sees it.
+            none of them attends to it.
         start: the positions of the first ones.
         cache: keys and values of earlier tokens. The tokens' own are written at the positions from
             `start` on. None: there are none, and `start` is 0.
-        length: S, the positions from 0 on that tokens may see: of the cache, or all T.
+        length: S, the positions from 0 on that tokens may attend to: of the cache, or all T.
         config: the model's hyperparameters.
         ops: the operations.
         attention: the architecture's.
@@ -182,7 +180,7 @@ def attend(
         q: queries, rotated; with `last`, of those tokens alone.
         k: keys, rotated.
         v: values.
-        context: where the tokens stand.
+        context: where the tokens are, and to which keys they attend.
         cache: of earlier tokens; None: there are none.
         ops: the operations.
         dtype: what k and v are rounded to, the cache's.
@@ -191,19 +189,14 @@ def attend(
     Returns:
         What the heads attend to, one behind the other, and the cache with k and v.
     """
-    layout = ops.backend.cache_layout
     q = q * q.shape[-1] ** -0.5
     k, v = ops.numerics.rounded((k.astype(dtype), v.astype(dtype)))
-    own = LayerCache.of(k, v, layout)
-    cache = None if cache is None else cache.written(own, context.start, ops.backend)
-    context, length = context.at(last), context.mask.shape[-1]
+    own = LayerCache.of(k, v, ops.backend.cache_layout)
+    cache = None if cache is None else cache.written(own, context.mask.start, ops.backend)
+    mask = context.at(last).mask
     # The tokens' own keys are all that there are where nothing came before.
-    held: LayerCache | SequenceCache = own if cache is None or length == k.shape[2] else cache
-    if ops.backend.attends:
-        y = ops.attention(q, *held.located(), context.start, context.window)
-    else:
-        y = softmax_attention(q, *held.first(length, layout), context.mask, ops)
-    return _merge_heads(y), cache
+    held: HeldKeysValues = own if cache is None or mask.length == k.shape[2] else cache
+    return _merge_heads(ops.attend(q, held, mask)), cache
 
 
 def mlp(weights: Params, x: Float32[Array, "B T D"], ops: Ops) -> Float32[Array, "B T D"]:
@@ -242,7 +235,7 @@ def _contexts(
     for kind in set(config.layer_types):
         window = config.sliding_window if kind == "sliding_attention" else None
         window = window or jnp.iinfo(jnp.int32).max
-        query, key = positions[:, :, None], jnp.arange(length)
-        visible = (key <= query) & (query - key < window)
-        found[kind] = Context(positions[:, 0], jnp.int32(window), ops.backend.mask(visible), rotary)
+        array = ops.backend.mask(positions, window, length)
+        mask = CausalMask(positions[:, 0], jnp.int32(window), length, array)
+        found[kind] = Context(mask, rotary)
     return found

@@ -7,16 +7,19 @@ numerics policy or the engine asks the back end, never the platform.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Float32, Integer, Num, Shaped
+from jaxtyping import Float, Float32, Int, Integer, Num, Shaped
 
 from meshwen.common.choices import Quantization
 from meshwen.ops import ordered as in_order
+from meshwen.ops.attention import CausalMask, causal_mask, softmax_attention
+from meshwen.ops.cache_layout import CacheLayout, HeldKeysValues
 from meshwen.ops.dot import dot
 from meshwen.ops.formats import Format, Leaf, multiplied
 from meshwen.ops.quant.int8 import INT8
@@ -27,33 +30,12 @@ _FORMATS: dict[Quantization | None, Format | None] = {None: None, "int8": INT8}
 
 
 @dataclass(frozen=True)
-class CacheLayout:
-    """In which order arrays of the KV cache have their axes.
-
-    B sequences, K key/value heads, S positions, H head_dim. B comes first and K at the same place
-    in both.
-    """
-
-    keys: str = "BSKH"
-    values: str = "BSKH"
-
-    def __post_init__(self) -> None:
-        for axes in (self.keys, self.values):
-            if sorted(axes) != sorted("BKSH") or axes[0] != "B":
-                raise ValueError(f"{axes} is no order of B, K, S, H that begins with B")
-        if self.keys.index("K") != self.values.index("K"):  # Both are sharded by one spec.
-            raise ValueError(f"heads are not at the same place in {self.keys} and {self.values}")
-
-
-@dataclass(frozen=True)
 class Backend:
     """XLA on any device; static, as programs are compiled for it."""
 
     cache_layout: ClassVar[CacheLayout] = CacheLayout()
     # Compiled programs that are kept.
     programs: ClassVar[int] = 512
-    # Whether `attention` is there, and reads of the cache what a token sees.
-    attends: ClassVar[bool] = False
 
     def matmul_name(self, dtype: jnp.dtype, quantization: Quantization | None) -> str:
         """What multiplies rows with weights."""
@@ -108,21 +90,41 @@ class Backend:
         """Of how many rows blocks of an ordered matmul must be a multiple."""
         return 1
 
-    def attention(
-        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
-    ) -> Array:
-        """Attention of tokens that follow one another, where the back end has a kernel for it."""
-        raise NotImplementedError
+    def attend(
+        self,
+        q: Float32[Array, "B N T H"],
+        held: HeldKeysValues,
+        mask: CausalMask,
+        exp: Callable[[Array], Array],
+        *,
+        ordered: bool = False,
+    ) -> Float32[Array, "B N T H"]:
+        """softmax(q keys^T) values of tokens that follow one another.
 
-    def mask(self, visible: Bool[Array, "B T S"]) -> Shaped[Array, "B T S"]:
-        """What `masked` takes, of whether a query sees a key."""
-        return visible
+        Args:
+            q: of the heads of this device, divided by sqrt(H).
+            held: keys and values, those of the tokens themselves included.
+            mask: where the tokens are, and to which keys they attend.
+            exp: the function, as the numerics round it; a kernel may have its own.
+            ordered: as in `matmul`.
+        """
+        keys, values = held.first(mask.length, self.cache_layout)
+        assert mask.array is not None, "the mask is of a back end that reads none"
+        sums = self if ordered else None
+        return softmax_attention(q, keys, values, mask.array, self.cache_layout, exp, sums)
 
-    def masked(
-        self, scores: Float32[Array, "B K G T S"], mask: Shaped[Array, "B T S"]
-    ) -> Float32[Array, "B K G T S"]:
-        """Scores, the lowest number where a query does not see a key."""
-        return jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    def mask(
+        self, positions: Int[Array, "B T"], window: int, length: int
+    ) -> Shaped[Array, "B T {length}"] | None:
+        """What `attend` reads as `CausalMask.array`: here whether a token attends to a key."""
+        return causal_mask(positions, window, length)
+
+    def positions_read(self, needed: int, held: int) -> int:
+        """How many positions of a cache a program reads that needs some of those held.
+
+        XLA reads as many as its arrays have, so programs are compiled for what they need.
+        """
+        return needed
 
     def write(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
         """The cache with `new` from position start[b] of `axis` on, in each row b.

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Int
 
+from meshwen.ops.attention import CausalMask
 from meshwen.ops.backend import Backend
+from meshwen.ops.cache_layout import HeldKeysValues
 from meshwen.ops.formats import Packed
 from meshwen.ops.numerics.base import Numerics
 from meshwen.ops.numerics.fast import Fast
-from meshwen.ops.ordered import positive_zeros
 from meshwen.ops.weight import Weight
 from meshwen.parallel.collectives import Collectives
 
@@ -77,18 +79,12 @@ class Ops:
         """Logits of a head, or of a tied table, split over the vocabulary."""
         return self._matmul(x, layer["weight"])
 
-    def attention(
-        self,
-        q: Float32[Array, "B N T H"],
-        keys: Array,
-        values: Array,
-        rows: Int32[Array, " B"],
-        starts: Int32[Array, " B"],
-        window: Int32[Array, ""],
+    def attend(
+        self, q: Float32[Array, "B N T H"], held: HeldKeysValues, mask: CausalMask
     ) -> Float32[Array, "B N T H"]:
-        """Attention by the back end's kernel: see `Backend.attends`."""
-        y = self.backend.attention(q, keys, values, rows, starts, window)
-        return positive_zeros(y) if self.numerics.ordered else y
+        """Attention of this device's heads: see `Backend.attend`."""
+        exp = partial(self.numerics.pointwise, jnp.exp)
+        return self.backend.attend(q, held, mask, exp, ordered=self.numerics.ordered)
 
     def rms_norm(
         self, x: Float32[Array, "*rows D"], layer: Linear, eps: float

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from meshwen.common.choices import Quantization
+from meshwen.ops.attention import CausalMask
+from meshwen.ops.cache_layout import HeldKeysValues
 from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.panels import COLUMNS, INT8_PANELS, PANELS, Panels
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -30,8 +32,6 @@ class CpuKernels(XlaOnCpu):
     Attributes:
         alone: each device does so by one thread, as there are no more threads than devices.
     """
-
-    attends: ClassVar[bool] = True
 
     alone: bool = False
 
@@ -70,8 +70,22 @@ class CpuKernels(XlaOnCpu):
         columns = Panels(ones, None, (x.shape[1], COLUMNS), ones.dtype)
         return positive_zeros(kernels.matmul(x, columns)[:, 0])
 
-    def attention(
-        self, q: Array, keys: Array, values: Array, rows: Array, starts: Array, window: Array
-    ) -> Array:
-        """See `meshwen.ops.cpu.kernels.attention`."""
-        return kernels.attention(q, keys, values, rows, starts, window, self.alone)
+    def attend(
+        self,
+        q: Float32[Array, "B N T H"],
+        held: HeldKeysValues,
+        mask: CausalMask,
+        exp: Callable[[Array], Array],
+        *,
+        ordered: bool = False,
+    ) -> Float32[Array, "B N T H"]:
+        """By `meshwen.ops.cpu.kernels.attention`, which has its own exp: see `Backend.attend`."""
+        y = kernels.attention(q, *held.located(), mask.start, mask.window, self.alone)
+        return positive_zeros(y) if ordered else y
+
+    def mask(self, positions: Int[Array, "B T"], window: int, length: int) -> None:
+        """The kernel reads none."""
+
+    def positions_read(self, needed: int, held: int) -> int:
+        """All: the kernel reads those to which tokens attend, and one program does for any."""
+        return held

@@ -9,9 +9,11 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Float32, Integer, Num
+from jaxtyping import Float, Float32, Int, Integer, Num
 
-from meshwen.ops.backend import Backend, CacheLayout, CompilerOptions
+from meshwen.ops.attention import causal_mask
+from meshwen.ops.backend import Backend, CompilerOptions
+from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.cpu import ordered as in_order
 
 # jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
@@ -71,15 +73,12 @@ class XlaOnCpu(Backend):
         """Of how many rows blocks of an ordered matmul must be a multiple."""
         return in_order.block_rows(dtype)
 
-    def mask(self, visible: Bool[Array, "B T S"]) -> Float32[Array, "B T S"]:
+    def mask(
+        self, positions: Int[Array, "B T"], window: int, length: int
+    ) -> Float32[Array, "B T {length}"] | None:
         """A number to add: the softmax of 32 rows of 512 scores takes half the time (jax 0.10)."""
+        visible = causal_mask(positions, window, length)
         return jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)
-
-    def masked(
-        self, scores: Float32[Array, "B K G T S"], mask: Float32[Array, "B T S"]
-    ) -> Float32[Array, "B K G T S"]:
-        """Scores plus the mask."""
-        return scores + mask[:, None, None]
 
     # XLA's CPU back end (jax 0.10) writes into a bfloat16 array by converting all of it to float32
     # and back: integers of the same bits take less. One position is written by selection, which
