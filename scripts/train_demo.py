@@ -251,7 +251,7 @@ def optimiser(weights: Sequence[WeightLayout], steps: int) -> optax.GradientTran
 def all_logits(values: dict[str, Array], tokens: Array, config: Qwen2Config) -> Array:
     """Logits of whole rows: int32 [B, T] -> float32 [B, T, V]."""
     params = unflatten(
-        (name, Weight((value,), transposed="embed_tokens" not in name and value.ndim == 2))
+        (name, Weight((value,), inputs_first="embed_tokens" not in name and value.ndim == 2))
         for name, value in values.items()
     )
     start = jnp.zeros(tokens.shape[0], jnp.int32)
@@ -316,7 +316,7 @@ def write_model(
     tensors = {}
     for weight in weights:
         value = np.asarray(values[weight.path].astype(jnp.bfloat16))
-        tensors[weight.path] = np.ascontiguousarray(value.T if weight.transposed else value)
+        tensors[weight.path] = np.ascontiguousarray(value.T if weight.inputs_first else value)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # written as readable by its owner only
 

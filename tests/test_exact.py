@@ -157,7 +157,7 @@ def test_one_step_of_any_batch_has_the_bits_of_the_whole(dtype):
 def column(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x @ weight, as a column-parallel layer multiplies, without kernels."""
     ops = Ops(numerics=Exact(), backend=XlaOnCpu())
-    return ops.column(x, {"weight": Weight((weight,), transposed=True)})
+    return ops.column(x, {"weight": Weight((weight,), inputs_first=True)})
 
 
 @every_dtype

@@ -287,7 +287,7 @@ def test_dummy_weights_are_the_same_on_every_mesh(dummy_on_one_device, mesh):
     arrays = by_name(dummy_params(table))
     for weight in table.declared:
         name, one = weight.path, dummy_on_one_device[weight.path]
-        original = one.T if weight.transposed else one
+        original = one.T if weight.inputs_first else one
         assert same_bits(arrays[name], on_devices(name, original, table.plan)), name
 
 

@@ -256,14 +256,13 @@ def test_padding_the_rows_of_a_matmul_does_not_change_them(rows, dtype):
     y64 = x64 @ np.asarray(weight, np.float64)
     for min_rows in (1, 8):
         ops = Ops(backend=XlaOnCpu(min_rows))
-        kernel = {"weight": Weight((weight,), transposed=True)}
-        found = ops.column(x, kernel | {"bias": Weight((bias,))})
+        kernel = {"weight": Weight((weight,), inputs_first=True)}
+        found = ops.column(x, kernel | {"bias": Weight((bias,), inputs_first=False)})
         assert (found.shape, found.dtype) == ((1, rows, 24), jnp.float32)
         assert relative_error(np.asarray(found), y64 + np.asarray(bias, np.float64)) < 1e-6
         assert relative_error(np.asarray(ops.row(x, kernel)), y64) < 1e-6
-        assert (
-            relative_error(np.asarray(ops.logits(x, {"weight": Weight((weight.T,))})), y64) < 1e-6
-        )
+        tied = {"weight": Weight((weight.T,), inputs_first=False)}
+        assert relative_error(np.asarray(ops.logits(x, tied)), y64) < 1e-6
 
 
 def test_float32_products_ask_every_back_end_for_float32():
@@ -281,7 +280,7 @@ def test_rms_norm_of_large_and_tiny_rows():
     x = rng.standard_normal((4, 16)) * np.array([[1e-6], [1e-2], [1.0], [1e4]])
     weight = rng.standard_normal(16).astype(np.float32)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
-    layer = {"weight": Weight((jnp.asarray(weight),))}
+    layer = {"weight": Weight((jnp.asarray(weight),), inputs_first=False)}
     found = Ops().rms_norm(jnp.asarray(x, jnp.float32), layer, 1e-6)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 

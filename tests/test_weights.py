@@ -56,7 +56,7 @@ def test_a_device_holds_an_equal_part_of_what_is_split_and_all_of_what_is_not(me
         split = [axis != "embed" for axis in weight.axes]
         assert part == tuple(size // n if s else size for size, s in zip(whole, split, strict=True))
         assert sum(split) <= 1
-        original = weight.declaration.shape(ODD.sizes)[:: -1 if weight.transposed else 1]
+        original = weight.declaration.shape(ODD.sizes)[:: -1 if weight.inputs_first else 1]
         assert all(big >= small for big, small in zip(whole, original, strict=True))
         assert n > 1 or whole == original
 

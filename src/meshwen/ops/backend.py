@@ -50,25 +50,25 @@ class Backend:
         return None
 
     def matmul(
-        self,
-        x: Float[Array, "M in"],
-        leaf: Leaf,
-        *,
-        ordered: bool = False,
-        transposed: bool = True,
+        self, x: Float[Array, "M in"], leaf: Leaf, *, ordered: bool = False
     ) -> Float32[Array, "M out"]:
-        """x @ leaf, which is [in, out].
+        """x @ leaf.
 
         Args:
             x: rounded to the weight's dtype, or quantised where the weight is.
-            leaf: the weight; an array is [out, in] where it is not `transposed`.
+            leaf: the weight [in, out].
             ordered: each element's sum has one order of additions, and no result is -0.0.
-            transposed: see `meshwen.ops.weight.Weight`.
         """
         x, weight = multiplied(x, leaf)
         if ordered:
-            return self._ordered_rows(x, weight if transposed else weight.T)
-        return self._dot_rows(x.astype(weight.dtype), weight, 0 if transposed else 1)
+            return self._ordered_rows(x, weight)
+        return self._dot_rows(x.astype(weight.dtype), weight, 0)
+
+    def matmul_transposed(
+        self, x: Float[Array, "M in"], table: Float[Array, "out in"]
+    ) -> Float32[Array, "M out"]:
+        """x @ table^T, in any order of additions; x is rounded to the table's dtype."""
+        return self._dot_rows(x.astype(table.dtype), table, 1)
 
     def ordered_matmul(
         self,

@@ -27,7 +27,6 @@ from jaxtyping import Float, Float32, Int
 from meshwen.ops.attention import CausalMask
 from meshwen.ops.backend import Backend
 from meshwen.ops.cache_layout import HeldKeysValues
-from meshwen.ops.formats import Packed
 from meshwen.ops.numerics.base import Numerics
 from meshwen.ops.numerics.fast import Fast
 from meshwen.ops.weight import Weight
@@ -70,14 +69,17 @@ class Ops:
         row = token_ids - self.collectives.index() * count
         here = (row >= 0) & (row < count)
         row = jnp.where(here, row, 0)
-        stored = table.leaf
-        rows = stored.columns(row) if isinstance(stored, Packed) else jnp.take(stored, row, axis=0)
-        rows = jnp.where(here[..., None], rows.astype(jnp.float32), 0)
+        rows = jnp.where(here[..., None], table.lookup(row).astype(jnp.float32), 0)
         return self.numerics.select(rows, self.collectives)
 
     def logits(self, x: Float32[Array, "*tokens D"], layer: Linear) -> Float32[Array, "*tokens V"]:
-        """Logits of a head, or of a tied table, split over the vocabulary."""
-        return self._matmul(x, layer["weight"])
+        """Logits of a head, or of a tied table [V/n, D], split over the vocabulary."""
+        weight = layer["weight"]
+        if weight.inputs_first:
+            return self._matmul(x, weight)
+        assert not self.numerics.ordered, "exact numerics have a head beside a tied table"
+        y = self.backend.matmul_transposed(x.reshape(-1, x.shape[-1]), weight.array)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def attend(
         self, q: Float32[Array, "B N T H"], held: HeldKeysValues, mask: CausalMask
@@ -100,10 +102,6 @@ class Ops:
 
     def _matmul(self, x: Float[Array, "*rows in"], weight: Weight) -> Float32[Array, "*rows out"]:
         """Times a weight in one leaf."""
-        y = self.backend.matmul(
-            x.reshape(-1, x.shape[-1]),
-            weight.leaf,
-            ordered=self.numerics.ordered,
-            transposed=weight.transposed,
-        )
+        rows, ordered = x.reshape(-1, x.shape[-1]), self.numerics.ordered
+        y = self.backend.matmul(rows, weight.leaf, ordered=ordered)
         return y.reshape(*x.shape[:-1], y.shape[-1])

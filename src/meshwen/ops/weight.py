@@ -18,7 +18,7 @@ from meshwen.ops.formats import Leaf, Packed
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("leaves",),
-    meta_fields=("tree", "transposed"),
+    meta_fields=("inputs_first", "tree"),
 )
 @dataclass(frozen=True)
 class Weight:
@@ -27,14 +27,15 @@ class Weight:
     Attributes:
         leaves: what is stored: an array, or a packed matrix. There is one; but a weight whose
             inputs are split has, in exact numerics, one for each leaf of the sum.
+        inputs_first: whether the leaves are matrices [in, out]. False: they are as in a checkpoint,
+            matrices [out, in], or vectors.
         tree: how the leaves are added: (2, 4) adds four neighbours, twice, then these two. () for
             one leaf.
-        transposed: whether matrices are [in, out], and not [out, in] as in a checkpoint.
     """
 
     leaves: tuple[Leaf, ...]
+    inputs_first: bool
     tree: tuple[int, ...] = ()
-    transposed: bool = False
 
     @property
     def leaf(self) -> Leaf:
@@ -57,8 +58,13 @@ class Weight:
 
     @property
     def outputs(self) -> int:
-        """Columns of [in, out], on this device."""
-        return self.leaves[0].shape[1 if self.transposed else 0]
+        """How many outputs there are on this device."""
+        return self.leaves[0].shape[1 if self.inputs_first else 0]
+
+    def lookup(self, index: Array) -> Array:
+        """The inputs of some outputs, which are rows of a table: int [...] -> [..., in]."""
+        leaf = self.leaf
+        return leaf.columns(index) if isinstance(leaf, Packed) else jnp.take(leaf, index, axis=0)
 
     def with_leaf(self, index: int, change: Callable[[Leaf], Leaf]) -> Self:
         """The weight with another leaf in the place of one."""

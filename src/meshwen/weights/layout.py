@@ -22,14 +22,14 @@ from meshwen.weights.declaration import WeightDeclaration, unflatten
 class WeightLayout:
     """How one weight is laid out on the devices of a mesh; its numbers are a `Weight`.
 
-    Projections are `[out, in]` in a checkpoint; as arrays they are kept `[in, out]`.
+    Projections are `[out, in]` in a checkpoint, `[in, out]` on the devices.
 
     Attributes:
         declaration: what it is in a checkpoint.
         path: where it stands in the pytree, a dotted name.
         plan: how the model lies on the mesh.
+        inputs_first: whether it is a matrix [in, out] on the devices; else as in the checkpoint.
         format: how its matrices are packed; None for arrays.
-        transposed: whether its axes are swapped on the devices.
         tree: the leaves of each device's part, as a nested shape; () for one. Leaves are equal
             parts of the last axis in the checkpoint.
     """
@@ -37,8 +37,8 @@ class WeightLayout:
     declaration: WeightDeclaration
     path: str
     plan: ParallelPlan
+    inputs_first: bool
     format: Format | None = None
-    transposed: bool = False
     tree: tuple[int, ...] = ()
 
     @property
@@ -55,12 +55,12 @@ class WeightLayout:
         if self.tree:
             parts = sources[-1].reshape(self.plan.model_devices, self.leaves, -1)
             sources[-1] = parts[:, leaf].reshape(-1)
-        return sources[::-1] if self.transposed else sources
+        return sources[::-1] if self.inputs_first else sources
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Logical axes in the order kept on the devices."""
-        return self.declaration.axes[::-1] if self.transposed else self.declaration.axes
+        return self.declaration.axes[::-1] if self.inputs_first else self.declaration.axes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class WeightLayout:
         """Shape of a leaf on all devices together."""
         sizes = [self.plan.axis_length(axis) for axis in self.declaration.axes]
         sizes[-1] //= self.leaves
-        return tuple(sizes[::-1] if self.transposed else sizes)
+        return tuple(sizes[::-1] if self.inputs_first else sizes)
 
     @property
     def array_sharding(self) -> NamedSharding:
@@ -101,7 +101,7 @@ class WeightLayout:
     def model_bytes(self, dtype: jnp.dtype) -> int:
         """Bytes of the whole weight, without padding to the mesh and without copies."""
         shape = self.declaration.shape(self.plan.sizes)
-        return self.stored_bytes(shape[::-1] if self.transposed else shape, dtype)
+        return self.stored_bytes(shape[::-1] if self.inputs_first else shape, dtype)
 
     def stored_bytes(self, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
         """Bytes of a part of some shape."""
@@ -112,7 +112,7 @@ class WeightLayout:
 
     def partition_specs(self) -> Weight:
         """A pytree of partition specs, one for each leaf."""
-        return Weight((self.sharding.spec,) * self.leaves, self.tree, self.transposed)  # type: ignore[arg-type]
+        return Weight((self.sharding.spec,) * self.leaves, self.inputs_first, self.tree)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -182,4 +182,4 @@ class WeightTable:
         if declared.sums_over_devices:
             tree = self.plan.leaf_tree(declared.axes[-1])
         format = self.format if multiplied else None
-        return WeightLayout(declared, path, self.plan, format, multiplied, tree)
+        return WeightLayout(declared, path, self.plan, multiplied, format, tree)

@@ -175,7 +175,7 @@ def _place(
 ) -> Weight:
     what = f"{where}: tensor {weight.declaration.name}"
     leaves = tuple(_place_leaf(source, weight, i, dtype, what) for i in range(weight.leaves))
-    return Weight(leaves, weight.tree, weight.transposed)
+    return Weight(leaves, weight.inputs_first, weight.tree)
 
 
 def _place_leaf(
@@ -189,7 +189,7 @@ def _place_leaf(
         """One device's part, its axes in the checkpoint's order."""
         assert index is not None  # Only a sharding that names no devices gives None.
         own = [axis[i] for axis, i in zip(positions, index, strict=True)]
-        values = _read(source, own[::-1] if weight.transposed else own)
+        values = _read(source, own[::-1] if weight.inputs_first else own)
         check_finite(values, kept, what)
         return values
 
@@ -199,7 +199,7 @@ def _place_leaf(
         return _packed(parts, weight, format, dtype)
     arrays = []
     for device, index in places:
-        own = part(index).T if weight.transposed else part(index)
+        own = part(index).T if weight.inputs_first else part(index)
         arrays.append(jax.block_until_ready(jax.device_put(_copy(own, dtype), device)))
     return jax.make_array_from_single_device_arrays(shape, weight.sharding, arrays)
 
@@ -294,7 +294,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 @own_settings()
 def _dummy(weight: WeightLayout, dtype: jnp.dtype, seed: int) -> Weight:
     leaves = tuple(_dummy_leaf(weight, i, dtype, seed) for i in range(weight.leaves))
-    return Weight(leaves, weight.tree, weight.transposed)
+    return Weight(leaves, weight.inputs_first, weight.tree)
 
 
 def _dummy_leaf(weight: WeightLayout, leaf: int, dtype: jnp.dtype, seed: int) -> Leaf:
@@ -306,7 +306,7 @@ def _dummy_leaf(weight: WeightLayout, leaf: int, dtype: jnp.dtype, seed: int) ->
         positions,
         np.uint32(zlib.crc32(weight.declaration.name.encode()) ^ seed),
         mean=weight.declaration.dummy_mean,
-        transposed=weight.transposed,
+        inputs_first=weight.inputs_first,
         dtype=jnp.dtype(dtype),
         sharding=weight.array_sharding,
     )
@@ -320,22 +320,22 @@ def _dummy_leaf(weight: WeightLayout, leaf: int, dtype: jnp.dtype, seed: int) ->
 
 
 # A function of the module, so that the weights of all layers share what is compiled.
-@partial(Program, static_argnames=("mean", "transposed", "dtype", "sharding"))
+@partial(Program, static_argnames=("mean", "inputs_first", "dtype", "sharding"))
 def _fill(
     positions: list[Array],
     name_seed: Array,
     mean: float,
-    transposed: bool,
+    inputs_first: bool,
     dtype: jnp.dtype,
     sharding: NamedSharding,
 ) -> Array:
     """Numbers hashed from `name_seed` and the positions in the checkpoint, zeros at `PADDING`."""
-    grid = jnp.meshgrid(*(positions[::-1] if transposed else positions), indexing="ij")
+    grid = jnp.meshgrid(*(positions[::-1] if inputs_first else positions), indexing="ij")
     bits = name_seed
     for position in grid:
         bits = mixed(bits ^ position.astype(jnp.uint32))
     uniform = (bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5
     padding = jnp.stack([position == PADDING for position in grid]).any(axis=0)
     value = jnp.where(padding, 0.0, mean + uniform * (0.02 * 12**0.5))
-    value = (value.T if transposed else value).astype(dtype)
+    value = (value.T if inputs_first else value).astype(dtype)
     return lax.with_sharding_constraint(value, sharding)

@@ -45,16 +45,11 @@ class CpuKernels(XlaOnCpu):
         return _FORMATS[quantization]
 
     def matmul(
-        self,
-        x: Float[Array, "M in"],
-        leaf: Leaf,
-        *,
-        ordered: bool = False,
-        transposed: bool = True,
+        self, x: Float[Array, "M in"], leaf: Leaf, *, ordered: bool = False
     ) -> Float32[Array, "M out"]:
         """x @ leaf, by a kernel if it is in panels: see `Backend.matmul`."""
         if not isinstance(leaf, Panels):
-            return super().matmul(x, leaf, ordered=ordered, transposed=transposed)
+            return super().matmul(x, leaf, ordered=ordered)
         y = kernels.matmul(x, leaf, self.alone)
         return positive_zeros(y) if ordered else y
 
