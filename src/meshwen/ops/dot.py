@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product that everything is made of."""
+"""The matmul that everything is made of."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from meshwen.ops.cpu import ordered as in_order
 
 # jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
 _OPTIONS: CompilerOptions = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-# Only single matrix products go to YNNPACK, no reductions and nothing fused with them: it would
+# Only single matmuls go to YNNPACK, no reductions and nothing fused with them: it would
 # take those by their size.
 _ORDERED_OPTIONS: CompilerOptions = _OPTIONS | {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "xla_cpu_enable_fast_math": False,  # Whatever the user's XLA_FLAGS say.
 }
 
-# XLA's CPU back end takes 8 times as long for a bfloat16 product of one row as for one of eight
+# XLA's CPU back end takes 8 times as long for a bfloat16 matmul of one row as for one of eight
 # rows (all layers of Qwen2.5-0.5B: 485 against 59 ms with jax 0.10, 831 against 60 with 0.12).
 _BFLOAT16_ROWS = 8
 
@@ -77,8 +77,8 @@ class XlaOnCpu(Backend):
         self, positions: Int[Array, "B T"], window: int, length: int
     ) -> Float32[Array, "B T {length}"] | None:
         """A number to add: the softmax of 32 rows of 512 scores takes half the time (jax 0.10)."""
-        visible = causal_mask(positions, window, length)
-        return jnp.where(visible, 0.0, jnp.finfo(jnp.float32).min)
+        lowest = jnp.finfo(jnp.float32).min
+        return jnp.where(causal_mask(positions, window, length), 0.0, lowest)
 
     # XLA's CPU back end (jax 0.10) writes into a bfloat16 array by converting all of it to float32
     # and back: integers of the same bits take less. One position is written by selection, which

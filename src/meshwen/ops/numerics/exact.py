@@ -62,8 +62,8 @@ class Exact(Numerics):
 
         def added(rows: Array) -> Array:
             parts = jnp.split(rows, len(leaves), axis=1)
-            products = zip(parts, leaves, strict=True)
-            sums = [backend.matmul(part, leaf, ordered=True) for part, leaf in products]
+            pairs = zip(parts, leaves, strict=True)
+            sums = [backend.matmul(part, leaf, ordered=True) for part, leaf in pairs]
             return added_in_trees(sums, weight.tree)
 
         partials = len(leaves) * weight.outputs
