@@ -11,14 +11,26 @@ TESTS ?=
 MARKS ?=
 # More flags for each run of pytest, e.g. PYTEST_FLAGS='-x --durations=10'.
 PYTEST_FLAGS ?=
-# What is installed beside the package: without `cpu`, XLA multiplies bfloat16 by itself.
-EXTRAS ?= dev,cpu
+# What is installed beside the package.
+EXTRAS ?= dev
 # The version of jax for the tests, e.g. JAX='jax==0.11.*'.
 JAX ?= jax
 # Where this would install a CUDA build, point pip to the CPU builds or name another.
 TORCH ?= torch==2.13.0
+# The platforms of `make wheels`: see scripts/build_kernels.py.
+TARGETS ?= linux-x86_64 linux-aarch64 macos-arm64 windows-x86_64
 
-.PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format wheel clean
+# What the kernels are compiled from: an installation older than one of them compiles them anew.
+KERNELS := $(wildcard src/meshwen/ops/cpu/csrc/*) scripts/build_kernels.py hatch_build.py
+# $(call install,ENVIRONMENT,EXTRAS,MORE REQUIREMENTS): the package, compiled by what is installed first.
+# A comma in an argument of `call`.
+, := ,
+# What is imported is compiled to bytecode then: pip would do all of it, half of its time.
+pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+install = $(1)/bin/python scripts/requirements.py > $(1)/requirements.txt && \
+  $(pip) -r $(1)/requirements.txt $(3) && $(pip) --no-build-isolation -e ".$(2)" $(3)
+
+.PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format wheels clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
@@ -64,30 +76,42 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/.installed-dev
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# A wheel for each target, and the source distribution, into dist/. Compiled against the oldest jaxlib,
+# whose interface newer ones keep.
+wheels: $(VENV)-build/.installed
+	rm -rf dist
+	for target in $(TARGETS); do \
+	  MESHWEN_TARGET=$$target $(VENV)-build/bin/python -m hatchling build -t wheel || exit 1; done
+	$(VENV)-build/bin/python -m hatchling build -t sdist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+$(VENV)/.installed: pyproject.toml $(KERNELS) | $(VENV)/bin/python
+	$(call install,$(VENV))
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]" "$(JAX)"
+$(VENV)/.installed-dev: pyproject.toml $(KERNELS) | $(VENV)/bin/python
+	$(call install,$(VENV),[$(EXTRAS)],"$(JAX)")
 	@touch $@ $(VENV)/.installed
 
-$(VENV)-torch/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-torch
-	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(VENV)-torch/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,cpu,transformers]"
+$(VENV)-build/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-build
+	$(VENV)-build/bin/python scripts/requirements.py build > $(VENV)-build/requirements.txt
+	$(call pip,$(VENV)-build) -r $(VENV)-build/requirements.txt
 	@touch $@
 
-$(VENV)-harness/.installed: pyproject.toml
+$(VENV)-torch/.installed: pyproject.toml $(KERNELS)
+	$(PYTHON) -m venv $(VENV)-torch
+	$(call pip,$(VENV)-torch) "$(TORCH)"
+	$(call install,$(VENV)-torch,[dev$(,)transformers])
+	@touch $@
+
+$(VENV)-harness/.installed: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)-harness
-	$(VENV)-harness/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,cpu,lm-eval]"
+	$(call install,$(VENV)-harness,[dev$(,)lm-eval])
 	@touch $@
 
 clean:
 	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/meshwen/ops/cpu/kernels/*.so src/meshwen/ops/cpu/kernels/*.dylib src/meshwen/ops/cpu/kernels/*.dll

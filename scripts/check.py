@@ -26,11 +26,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 PACKAGE = ROOT / "src" / "meshwen"
+_CSRC = PACKAGE / "ops/cpu/csrc"
+_CSRC_OF = "meshwen.ops.cpu.kernels"  # which loads what is compiled from it
 _INTERRUPTED, _NOTHING_RAN = 2, 5  # pytest's exit statuses
 _LEFT = re.compile(r"^!+ .*?(\d+) tests not begun within .* !+$", re.MULTILINE)
 # Other files, and the test files that show whether they work at all.
 _SMOKE = {
     "scripts": "test_scripts.py",
+    "scripts/build_kernels.py": "test_build_kernels.py",
+    "hatch_build.py": "test_build_kernels.py",
     "tests/conftest.py": "test_heads.py",
     "tests/costs.py": "test_heads.py",
     "pyproject.toml": "test_heads.py",
@@ -86,6 +90,8 @@ def module_of(path: Path) -> str | None:
     """The module that a file of the package is, or a part of: for data, its package."""
     if not path.is_relative_to(PACKAGE):
         return None
+    if path.is_relative_to(_CSRC):
+        return _CSRC_OF
     parts = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     if path.suffix != ".py" or parts[-1] == "__init__":
         parts.pop()

@@ -8,7 +8,7 @@
 
 `mutants_list.py` holds the faults. The test files run without a fault first; exit status 2: one
 fails. A fault is found when a test fails, hangs or crashes with it; exit status 1: one is not
-found. Skipped tests find nothing: those of the kernels need the extra `cpu` and a CPU with AVX2.
+found. Skipped tests find nothing: those of the kernels need a CPU with AVX2 or NEON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from mutants_list import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 _FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(\S+)", re.MULTILINE)
-_PARTS = ("src", "scripts", "benchmarks", "examples", "docs", "pyproject.toml", "README.md")
+_PARTS = (
+    *("src", "scripts", "benchmarks", "examples", "docs"),
+    *("pyproject.toml", "hatch_build.py", "README.md"),
+)
 _UNFIT = "scripts"  # Its tests check that each fault's text is there: not so once one is put in.
 _TIMEOUT = 400  # seconds for the test files of one fault
 _NOTHING_RAN = 5  # pytest's exit status
@@ -70,6 +73,9 @@ def first_failure(
         if fault is not None:
             path = copy / fault.path
             path.write_text(mutated(fault, path.read_text(encoding="utf-8")), encoding="utf-8")
+            if path.suffix in {".c", ".h"}:
+                build = [sys.executable, copy / "scripts" / "build_kernels.py"]
+                subprocess.run(build, stdout=subprocess.DEVNULL, check=True)
         files = [f"tests/test_{name}.py" for name in names]
         return _run(copy, [one for one in files if (copy / one).is_file()], timeout)
 

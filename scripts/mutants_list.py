@@ -262,42 +262,38 @@ FAULTS = (
     ),
     # --- Kernels
     _fault(
-        "kernels: a window of one slot more",
-        "ops/cpu/kernels/attention.ll",
-        "  %first.any = sub i64 %behind, %window\n",
-        "  %first.any = sub i64 %slot, %window\n",
+        "kernels: a window of one position more",
+        "ops/cpu/csrc/attention.h",
+        "return larger(position + 1 - window, 0);",
+        "return larger(position - window, 0);",
         "kernels",
     ),
     _fault(
         "kernels: earlier passes are not rescaled",
-        "ops/cpu/kernels/attention.ll",
-        "br i1 %is.first, label %row.end, label %row.scale",
-        "br label %row.end",
+        "ops/cpu/csrc/attention.h",
+        "if (is_first) continue;",
+        "continue;",
         "kernels",
     ),
     _fault(
-        "kernels: a part of a panel has a column less",
-        "ops/cpu/kernels/product.ll",
-        "  %bytes = mul i64 %columns, 4\n  br label %row",
-        "  %columns.less = sub i64 %columns, 1\n"
-        "  %bytes = mul i64 %columns.less, 4\n"
-        "  br label %row",
+        "kernels: the last panel has a column less",
+        "ops/cpu/csrc/matmul.h",
+        "memcpy(y + row * y_stride, sums + row * sums_stride, 4 * columns);",
+        "memcpy(y + row * y_stride, sums + row * sums_stride, 4 * columns - 4);",
         "kernels",
     ),
     _fault(
         "kernels: runs of sums by the number of rows",
-        "ops/cpu/kernels/product.ll",
-        "%chunk.steps = call i64 @llvm.umin.i64(i64 %run, i64 %steps.left)",
-        "%run.some = lshr i64 %run, 1\n"
-        "  %run.chosen = select i1 %unpacks, i64 %run.some, i64 %run\n"
-        "  %chunk.steps = call i64 @llvm.umin.i64(i64 %run.chosen, i64 %steps.left)",
+        "ops/cpu/csrc/matmul.h",
+        "run = kind == PAIRS ? ADDITIONS / 2 : ADDITIONS;",
+        "run = (kind == PAIRS ? ADDITIONS / 2 : ADDITIONS) >> (m->rows > MOST_ROWS);",
         "kernels",
     ),
     _fault(
         "kernels: int8 corrections with the other sign",
-        "ops/cpu/kernels/int8.ll",
-        "mul i32 %sum, -128",
-        "mul i32 %sum, 128",
+        "ops/cpu/csrc/int8.c",
+        "UNSIGNED ? -128 * sum : 0",
+        "UNSIGNED ? 128 * sum : 0",
         "quantization",
     ),
     _fault(

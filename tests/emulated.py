@@ -1,69 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of instructions that this CPU may lack: LLVM makes others of all of them but two."""
+"""Kernels of every instruction set that this processor has, and what stands in for others.
 
-import re
+The sources are compiled once more in portable C, with the shapes of another instruction set's
+vectors: so their tiles run on any processor. Its own instructions do not.
+"""
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jaxlib
+import pytest
 
 from meshwen.ops.cpu import kernels
+from needs_kernels import needs_kernels
 
-# Adds up the two products of a pair, as `vdpbf16ps` does; it may round otherwise.
-_PAIRS = """
-define internal <16 x float> @pairs(<16 x float> %y, <32 x bfloat> %a, <32 x bfloat> %b) {
-  %a.bits = bitcast <32 x bfloat> %a to <16 x i32>
-  %b.bits = bitcast <32 x bfloat> %b to <16 x i32>
-  %a.low.bits = shl <16 x i32> %a.bits, splat (i32 16)
-  %b.low.bits = shl <16 x i32> %b.bits, splat (i32 16)
-  %a.high.bits = and <16 x i32> %a.bits, splat (i32 -65536)
-  %b.high.bits = and <16 x i32> %b.bits, splat (i32 -65536)
-  %a.low = bitcast <16 x i32> %a.low.bits to <16 x float>
-  %b.low = bitcast <16 x i32> %b.low.bits to <16 x float>
-  %a.high = bitcast <16 x i32> %a.high.bits to <16 x float>
-  %b.high = bitcast <16 x i32> %b.high.bits to <16 x float>
-  %high = call <16 x float> @llvm.fma.v16f32(<16 x float> %a.high, <16 x float> %b.high,
-                                             <16 x float> %y)
-  %sum = call <16 x float> @llvm.fma.v16f32(<16 x float> %a.low, <16 x float> %b.low,
-                                            <16 x float> %high)
-  ret <16 x float> %sum
-}
-"""
-
-# Adds up 4 products of unsigned and signed bytes, as `vpdpbusd` does.
-_DOTS = """
-define internal <{lanes} x i32> @dots.{bits}(<{lanes} x i32> %y, <{lanes} x i32> %a,
-                                             <{lanes} x i32> %b) {{
-{products}
-  ret <{lanes} x i32> %y.4
-}}
-"""
-_DOT = """
-  %a.up.{i} = shl <{lanes} x i32> %a, splat (i32 {left})
-  %b.up.{i} = shl <{lanes} x i32> %b, splat (i32 {left})
-  %a.{i} = lshr <{lanes} x i32> %a.up.{i}, splat (i32 24)
-  %b.{i} = ashr <{lanes} x i32> %b.up.{i}, splat (i32 24)
-  %ab.{i} = mul <{lanes} x i32> %a.{i}, %b.{i}
-  %y.{next} = add <{lanes} x i32> %y{before}, %ab.{i}"""
+SOURCES = Path(__file__).parents[1] / "src/meshwen/ops/cpu/csrc"
+_FUNCTIONS = ("matmul", "matmul_int8", "attention")
 
 
-def _dots(bits: int) -> str:
-    lanes = bits // 32
-    products = [
-        _DOT.format(lanes=lanes, i=i, left=24 - 8 * i, next=i + 1, before=f".{i}" if i else "")
-        for i in range(4)
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels to be every_instruction_set.
+
+    Attributes:
+        name: of the instruction set, or of what is emulated.
+        flags: of the compiler, of an emulated one.
+        pairs: whether pairs of bfloat16 are multiplied by one instruction.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    pairs: bool = False
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Makes these the process's kernels."""
+        found = kernels.InstructionSet("portable" if self.flags else self.name, self.pairs)
+        monkeypatch.setattr(kernels, "instruction_set", lambda: found)
+        if self.flags:
+            prefix = _registered(self)
+            monkeypatch.setattr(kernels, "target", lambda function: f"{prefix}_{function}")
+
+
+EMULATED = (
+    Kernels("avx512_bf16", ("-DMESHWEN_LANES=16", "-DMESHWEN_DOT", "-DMESHWEN_UNSIGNED"), True),
+    Kernels("avx_vnni", ("-DMESHWEN_LANES=8", "-DMESHWEN_UNSIGNED")),
+    Kernels("neon_bf16", ("-DMESHWEN_LANES=4", "-DMESHWEN_DOT"), True),
+)
+
+
+def every_instruction_set() -> Iterator[object]:
+    """Those of this processor, and what stands in for those it lacks, as parameters of a test."""
+    if needs_kernels.args[0]:
+        return
+    for one in kernels.supported():
+        yield pytest.param(Kernels(one.name, (), one.pairs), id=one.name)
+    for one in EMULATED:
+        yield pytest.param(one, id=f"emulated-{one.name}")
+
+
+_registrations: dict[str, ctypes.CDLL] = {}
+
+
+def _registered(one: Kernels) -> str:
+    """Compiles the kernels, in a folder that is kept between runs, and tells XLA of them, once."""
+    prefix = f"emulated_{one.name}"
+    if prefix not in _registrations:
+        library = ctypes.CDLL(str(_compiled(one)))
+        for function in _FUNCTIONS:
+            handler = jax.ffi.pycapsule(getattr(library, f"meshwen_{function}"))
+            jax.ffi.register_ffi_target(f"{prefix}_{function}", handler, platform="cpu")
+        _registrations[prefix] = library
+    return prefix
+
+
+def _compiled(one: Kernels) -> Path:
+    sources = sorted(SOURCES.glob("*.c"))
+    compiler = shutil.which("cc") or pytest.skip("no C compiler to emulate instruction sets with")
+    command = [
+        *(compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-fvisibility=hidden"),
+        "-ffp-contract=off",
+        *("-fno-math-errno", "-DMESHWEN_PORTABLE", "-DSUFFIX=portable", *one.flags),
+        f"-I{Path(jaxlib.__file__).parent / 'include'}",
     ]
-    return _DOTS.format(lanes=lanes, bits=bits, products="".join(products))
-
-
-def emulated(assembly: str) -> str:
-    """The assembly of kernels without the instructions of AVX512-BF16 and VNNI."""
-    assembly = re.sub(r"(?m)^declare .*dpbf16ps.*$", _PAIRS, assembly)
-    for bits in (256, 512):
-        assembly = re.sub(rf"(?m)^declare .*vpdpbusd.{bits}.*$", _dots(bits), assembly)
-        assembly = assembly.replace(f"@llvm.x86.avx512.vpdpbusd.{bits}", f"@dots.{bits}")
-    return assembly.replace("@llvm.x86.avx512bf16.dpbf16ps.512", "@pairs")
-
-
-def compile_anywhere(of: kernels.InstructionSet, monkeypatch) -> None:
-    """Compiles the kernels of an instruction set for whatever CPU this is."""
-    if of.name not in {one.name for one in kernels.supported()}:
-        assembly = kernels._assembly
-        monkeypatch.setattr(kernels, "_assembly", lambda of: emulated(assembly(of)))
-    kernels.compiled(of)
+    if platform.machine() == "x86_64":
+        command += ["-mavx2", "-mfma"]  # Multiply-adds in hardware: the C library's are slow.
+    texts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256(b"".join([" ".join(command).encode(), *texts])).hexdigest()[:16]
+    folder = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{one.name}-{key}.so"
+    if not library.exists():
+        part = library.with_suffix(f".{hash(str(library)) & 0xFFFF:04x}.part")
+        subprocess.run([*command, *map(str, sources), "-o", str(part), "-lm"], check=True)
+        part.rename(library)
+    return library

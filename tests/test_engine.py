@@ -24,7 +24,6 @@ from meshwen.engine.request import Completion, Request
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.ops.cpu import kernels
 from needs_kernels import needs_kernels
 from speller import ANSWER, answer_ids, write_speller
 from tiny_model import STEPS, TINY, greedy, weights
@@ -376,7 +375,7 @@ def test_prefill_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypat
         runner.params, cache, hidden, ids.astype(np.int32), one, one[0], one + 9, length=length
     )
     program = lowered.compile().as_text()
-    assert (f"meshwen_{kernels.label()}_attention_" in program) == kernel
+    assert ("meshwen_attention" in program) == kernel
     for array in cache[0]:
         shape = rf"\[{','.join(map(str, array.shape))}\]"
         assert re.search(shape, program)

@@ -3,7 +3,6 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,13 +12,15 @@ import numpy as np
 import pytest
 
 import reference
-from emulated import compile_anywhere
+from emulated import every_instruction_set
 from mesh_model import SMALL_7B, MeshModel, random_tokens
 from meshwen.engine.engine import Engine
 from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.errors import MeshwenError
 from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.kernels import library
 from meshwen.ops.cpu.panels import PANELS
 from needs_kernels import needs_kernels
 
@@ -28,8 +29,9 @@ pytestmark = needs_kernels
 
 def test_kernels_are_there_wherever_their_needs_are_met():
     assert kernels.instruction_set() is kernels.supported()[0]
-    assert kernels.name("float32")
-    assert kernels.name("bfloat16")
+    assert kernels.supported()[-1].name == "portable"
+    assert kernels.name("float32") == kernels.name("int8") == kernels.supported()[0].name
+    assert kernels.name("float16") is None
 
 
 # Every tile, of 1 to 12 rows; one block of rows and several.
@@ -40,30 +42,21 @@ SHAPES = [(2, 32), (64, 33), (896, 152), (152, 896), (77, 70), (64, 8), (1, 1), 
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def distinct(sets: Sequence[kernels.InstructionSet]) -> list[kernels.InstructionSet]:
-    """Those whose products and attention are not another's too."""
-    return list({(one.registers.name, str(one.products)): one for one in sets}.values())
-
-
-DISTINCT = distinct(kernels.INSTRUCTION_SETS)
-
-
-@pytest.fixture(params=DISTINCT, ids=lambda one: one.name)
+@pytest.fixture(params=every_instruction_set())
 def instructions(request, monkeypatch):
     """Makes each set of instructions the one to be used, emulated where the CPU lacks it."""
-    compile_anywhere(request.param, monkeypatch)
-    monkeypatch.setattr(kernels, "instruction_set", lambda: request.param)
+    request.param.use(monkeypatch)
     return request.param
 
 
-NATIVE = [] if needs_kernels.args[0] else distinct(kernels.supported())
+NATIVE = [] if needs_kernels.args[0] else [one.name for one in kernels.supported()]
 
 
 @pytest.fixture
 def native(request, monkeypatch):
     """Makes a set of instructions that the CPU has the one to be used."""
-    kernels.compiled(request.param)
-    monkeypatch.setattr(kernels, "instruction_set", lambda: request.param)
+    found = next(one for one in kernels.supported() if one.name == request.param)
+    monkeypatch.setattr(kernels, "instruction_set", lambda: found)
 
 
 def multiply(a, b, alone=False):
@@ -310,7 +303,7 @@ def test_what_attention_is_not_for_is_refused():
     where = jnp.array([0]), jnp.array([0]), 32
     with pytest.raises(TypeError, match="float16"):
         kernels.attention(q, keys, values.astype(jnp.float16), *where)
-    with pytest.raises(TypeError, match="40 tokens cannot stand in 32 slots"):
+    with pytest.raises(TypeError, match="40 tokens cannot stand in 32 positions"):
         kernels.attention(q, keys, values, *where)
 
 
@@ -318,7 +311,9 @@ def test_threads_may_begin_at_the_same_time():
     # In a process of its own, where nothing is compiled yet.
     program = """
 import concurrent.futures as f, jax.numpy as jnp
+from meshwen.errors import MeshwenError
 from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.kernels import library
 from meshwen.ops.cpu.panels import PANELS
 one = jnp.ones((4, 4), jnp.bfloat16)
 weight = PANELS.pack(one, one.dtype)
@@ -329,30 +324,28 @@ assert found == [4.0] * 8
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (RuntimeError("LLVM IR parsing error\n<string>:6:30: error"), "LLVM IR parsing error"),
-        (TypeError(), "TypeError()"),  # Of functions that take other arguments.
-    ],
-)
-def test_an_llvmlite_that_cannot_compile_them_is_told_of_and_not_used(
-    error, told, monkeypatch, caplog
-):
-    def old(*_):
-        raise error
+@pytest.mark.parametrize("name", ["portable", "none", "sse9"])
+def test_a_variable_chooses_a_lesser_instruction_set(name, monkeypatch):
+    monkeypatch.setenv("MESHWEN_INSTRUCTION_SET", name)
+    if name == "sse9":
+        with pytest.raises(MeshwenError, match=r"SET=sse9: this processor has kernels for .*none"):
+            kernels.instruction_set()
+    else:
+        assert kernels.label() == name
 
-    found = kernels.instruction_set()
-    monkeypatch.setattr(kernels, "compiled", old)
-    kernels._fastest.cache_clear()
+
+def test_a_package_without_kernels_says_so_once_and_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(library, "_NAMES", ())
+    caches = library._loaded, library.supported, library._chosen
+    for one in caches:
+        one.cache_clear()
     try:
-        assert not kernels.instruction_set()
-        assert told in caplog.text
-        assert "meshwen[cpu]" in caplog.text
+        assert kernels.instruction_set() is kernels.instruction_set() is None
+        (said,) = caplog.messages
+        assert "has no kernels for this processor, so XLA multiplies" in said
     finally:
-        monkeypatch.undo()
-        kernels._fastest.cache_clear()
-        assert kernels.instruction_set() is found
+        for one in caches:
+            one.cache_clear()
 
 
 def test_attention_of_large_scores_neither_overflows_nor_loses_the_largest(attention):
@@ -393,7 +386,7 @@ def test_a_model_decodes_with_the_kernels_what_it_reads_at_once(mesh, numerics, 
     for position in range(12, 20):
         logits, cache = model.step(token_ids[:, position : position + 1], [position] * 2, cache)
         found.append(logits[:, 0])
-    assert f"meshwen_{kernels.label()}_attention_" in model.compiled(2, 1, 32).as_text()
+    assert "meshwen_attention" in model.compiled(2, 1, 32).as_text()
     found, expected = np.stack(found, axis=1), expected[:, 12:]
     if numerics == "exact":
         one = MeshModel(SLIDING, "1", jnp.dtype(dtype), numerics=numerics).logits(token_ids)

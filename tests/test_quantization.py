@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import reference
-from emulated import compile_anywhere
+from emulated import every_instruction_set
 from mesh_model import (
     SMALL_7B,
     SMALL_HALF_B,
@@ -39,13 +39,11 @@ QUANTISED = ("_proj.weight", "lm_head.weight")
 # Every tile and several; a whole panel and parts of one, several groups and parts of one.
 ROWS = [*range(1, 9), 13, 40]
 SHAPES = [(32, 32), (64, 40), (896, 152), (152, 70), (37, 5), (1, 1)]
-SETS = list({one.dots.name: one for one in kernels.INSTRUCTION_SETS}.values())
 
 
-@pytest.fixture(params=SETS, ids=lambda one: one.dots.name)
+@pytest.fixture(params=every_instruction_set())
 def instructions(request, monkeypatch):
-    compile_anywhere(request.param, monkeypatch)
-    monkeypatch.setattr(kernels, "instruction_set", lambda: request.param)
+    request.param.use(monkeypatch)
     return request.param
 
 

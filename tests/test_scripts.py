@@ -66,7 +66,11 @@ def test_a_fault_whose_place_has_gone_is_named(script):
             ["test_prompt_lookup"],
         ),
         ("src/meshwen/cli/chat.py", ["test_chat_template", "test_cli_chat"], []),
-        ("src/meshwen/ops/cpu/kernels/attention.ll", ["test_kernels"], ["test_quantization"]),
+        (
+            "src/meshwen/ops/cpu/csrc/attention.h",
+            ["test_build_kernels", "test_kernels"],
+            ["test_quantization"],
+        ),
         (
             "src/meshwen/ops/numerics/exact.py",
             ["test_exact", "test_exact_models"],
@@ -74,6 +78,7 @@ def test_a_fault_whose_place_has_gone_is_named(script):
         ),
         ("src/meshwen/gone.py", [], []),
         ("scripts/check.py", ["test_scripts"], []),
+        ("scripts/build_kernels.py", ["test_build_kernels", "test_scripts"], []),
         ("tests/conftest.py", ["test_heads"], []),
         ("docs/architecture.md", [], []),
     ],

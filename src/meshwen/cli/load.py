@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli.console import note, progress_bar
-from meshwen.common.extras import how_to_install
 from meshwen.common.units import bytes_text, count_text
 from meshwen.errors import MeshwenError
 
@@ -81,8 +80,7 @@ def load_model(
     if options.quantization and model.runner.model.matmuls_by == XLA:
         note(
             "int8 saves memory here, but takes longer than bfloat16 (about 6 times on a CPU), as "
-            "XLA expands it for every matmul. There are kernels for x86 CPUs with AVX2: "
-            f"{how_to_install('cpu')}"
+            "XLA expands it for every matmul: this process has no CPU kernels"
         )
     if checkpoint.format is None:
         note("weights: random, as --load-format dummy asks; the answers mean nothing")

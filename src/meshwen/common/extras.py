@@ -3,7 +3,6 @@
 
 # What an extra installs. The package itself is on no index; these are.
 PACKAGES = {
-    "cpu": "llvmlite",
     "gguf": "gguf",
     "gsm8k": "pyarrow",
     "lm-eval": "lm-eval",

@@ -71,7 +71,7 @@ def check_environment() -> None:
     check_same(
         "the processes' environment",
         environment(),
-        "give all the same installation (with the extra cpu for all or for none) and flags, on "
+        "give all the same installation (with kernels for all or for none) and flags, on "
         "CPUs of one kind",
     )
 

@@ -75,7 +75,7 @@ class EngineOptions:
     )
     quantization: Quantization | None = option(
         None,
-        "int8 rounds weights to 8 bits. The kernels for x86 CPUs round matmul inputs too, and are "
+        "int8 rounds weights to 8 bits. The CPU kernels round matmul inputs too, and are "
         "faster than with bfloat16; without them int8 takes about 6 times as long on a CPU.",
         choices=QUANTIZATIONS,
     )

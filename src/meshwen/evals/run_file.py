@@ -40,7 +40,7 @@ _BEGINNING = b'{"format": "meshwen-eval-'  # of run files of all versions
 # Settings of runs from before there was a choice.
 _EARLIER = {"products": "xla", "grading": 1}
 _TO_DO = {
-    "products": "install or remove the extra cpu, or",
+    "products": "set MESHWEN_INSTRUCTION_SET to the same (none for xla), or",
     "grading": "its answers were found and graded by earlier rules;",
 }
 _HINT = "it was edited or damaged"

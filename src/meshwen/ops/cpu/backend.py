@@ -37,7 +37,7 @@ class CpuKernels(XlaOnCpu):
 
     def matmul_name(self, dtype: jnp.dtype, quantization: Quantization | None) -> str:
         """The instructions that multiply rows with weights."""
-        name = kernels.int8_name() if quantization == "int8" else kernels.name(dtype)
+        name = kernels.name(quantization or dtype)
         return name or super().matmul_name(dtype, quantization)
 
     def format(self, quantization: Quantization | None) -> Format | None:

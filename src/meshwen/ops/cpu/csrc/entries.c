@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What XLA calls, and what Python asks. Entries check every buffer against the others, and return an
+// error of XLA's where something does not fit.
+
+#include <stddef.h>
+
+#include "ffi.h"
+#include "instruction_sets.h"
+#include "panels.h"
+#include "parallel.h"
+
+#if defined(_WIN32)
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
+
+#define F32 XLA_FFI_DataType_F32
+#define BF16 XLA_FFI_DataType_BF16
+#define S8 XLA_FFI_DataType_S8
+#define S32 XLA_FFI_DataType_S32
+
+#define TRY(expression)                                                                              \
+    do {                                                                                             \
+        error *found = (expression);                                                                 \
+        if (found) return found;                                                                     \
+    } while (0)
+
+// The name of an instruction set, by number; 0 behind the last.
+EXPORTED const char *meshwen_instruction_set(int number) {
+    return number >= 0 && number < instruction_set_count ? instruction_sets[number].name : 0;
+}
+
+// Whether this processor has it.
+EXPORTED int meshwen_supported(int number) {
+    return number >= 0 && number < instruction_set_count && supported(number);
+}
+
+// Whether it has an instruction that multiplies pairs of bfloat16.
+EXPORTED int meshwen_multiplies_pairs(int number) {
+    return number >= 0 && number < instruction_set_count &&
+           instruction_sets[number].floats->matmul_dot;
+}
+
+// The kernels that a call asks for, and how many threads may compute.
+static error *asked(const call *call, const struct instruction_set **set, int64_t *threads) {
+    char name[32];
+    int64_t most;
+    TRY(attribute_text(call, "instruction_set", name, sizeof name));
+    TRY(attribute_int(call, "threads", &most));
+    *set = instruction_set(name);
+    if (!*set) return refused(call, "meshwen: this processor has no kernels for %s", name);
+    return count_threads(call, most, threads);
+}
+
+// y [rows, columns] = a [rows, in] b, of b in panels [columns/32, steps, 32, numbers of a step].
+//   float32 a and b; bfloat16 a and b, multiplied in pairs by an instruction for it; or float32 a and
+//   bfloat16 b.
+EXPORTED error *meshwen_matmul(call *call) {
+    if (described(call)) return 0;
+    const struct instruction_set *set;
+    int64_t threads;
+    TRY(counted(call, 2));
+    TRY(asked(call, &set, &threads));
+    const buffer *a = argument(call, 0), *b = argument(call, 1), *y = result(call);
+    const int numbers = b->dtype == F32 ? 1 : 2;
+    TRY(checked(call, b, (struct expected){"b", numbers == 1 ? F32 : BF16, 4, {ANY, ANY, COLUMNS, numbers}}));
+    const int pairs = a->dtype == BF16;
+    if (pairs && numbers == 1) return refused(call, "meshwen: a is bfloat16, but b is float32");
+    const int64_t panels = b->dims[0], steps = b->dims[1];
+    TRY(checked(call, a, (struct expected){"a", pairs ? BF16 : F32, 2, {ANY, steps * numbers}}));
+    TRY(checked(call, y, (struct expected){"the result", F32, 2, {a->dims[0], ANY}}));
+    if (quotient_up(y->dims[1], COLUMNS) != panels)
+        return refused(call, "meshwen: %lld columns are not in %lld panels", (long long)y->dims[1],
+                       (long long)panels);
+    unit_function *function = numbers == 1 ? set->floats->matmul_float32
+                              : pairs      ? set->floats->matmul_dot
+                                           : set->floats->matmul_pairs;
+    if (!function) return refused(call, "meshwen: %s multiplies no pairs of bfloat16", set->name);
+    if (!a->dims[0] || !panels) return 0;
+    if (!steps) return refused(call, "meshwen: sums of nothing");
+    const struct matmul task = {
+        .a = a->data,
+        .b = b->data,
+        .y = y->data,
+        .rows = a->dims[0],
+        .steps = steps,
+        .columns = y->dims[1],
+        .unit_panels = unit_parts(panels, threads),
+    };
+    return parallel(call, function, &task, quotient_up(panels, task.unit_panels), threads);
+}
+
+// y [rows, columns] = a [rows, in] b, of float32 a and of b in int8 panels [columns/32, in/4, 32, 4]
+// with bfloat16 scales [columns/32, in/32, 32].
+EXPORTED error *meshwen_matmul_int8(call *call) {
+    if (described(call)) return 0;
+    const struct instruction_set *set;
+    int64_t threads;
+    TRY(counted(call, 3));
+    TRY(asked(call, &set, &threads));
+    const buffer *a = argument(call, 0), *b = argument(call, 1), *scales = argument(call, 2);
+    const buffer *y = result(call);
+    TRY(checked(call, scales, (struct expected){"scales", BF16, 3, {ANY, ANY, COLUMNS}}));
+    const int64_t panels = scales->dims[0], groups = scales->dims[1];
+    TRY(checked(call, b, (struct expected){"b", S8, 4, {panels, groups * GROUP_STEPS, COLUMNS, STEP}}));
+    TRY(checked(call, a, (struct expected){"a", F32, 2, {ANY, groups * GROUP}}));
+    TRY(checked(call, y, (struct expected){"the result", F32, 2, {a->dims[0], ANY}}));
+    if (quotient_up(y->dims[1], COLUMNS) != panels)
+        return refused(call, "meshwen: %lld columns are not in %lld panels", (long long)y->dims[1],
+                       (long long)panels);
+    const int64_t rows = a->dims[0], all_groups = rows * groups;
+    if (!rows || !panels) return 0;
+    if (!groups) return refused(call, "meshwen: sums of nothing");
+    int8_t *space = allocate(all_groups * (GROUP + sizeof(float) + sizeof(int32_t)));
+    if (!space) return out_of_memory(call);
+    // A few rows are quantised sooner than another thread is woken.
+    const int64_t quantising = all_groups < 1024 ? 1 : threads;
+    const struct int8_matmul task = {
+        .a = a->data,
+        .quantised = space,
+        .a_scales = (float *)(space + all_groups * GROUP),
+        .corrections = (int32_t *)(space + all_groups * (GROUP + sizeof(float))),
+        .b = b->data,
+        .b_scales = scales->data,
+        .y = y->data,
+        .rows = rows,
+        .groups = groups,
+        .columns = y->dims[1],
+        .unit_rows = unit_parts(rows, quantising),
+        .unit_panels = unit_parts(panels, threads),
+    };
+    error *error = parallel(call, set->int8->quantise, &task, quotient_up(rows, task.unit_rows), quantising);
+    if (!error)
+        error = parallel(call, set->int8->matmul, &task, quotient_up(panels, task.unit_panels), threads);
+    release(space);
+    return error;
+}
+
+// Whether rows, starts and the window lie within the cache.
+static error *within_cache(const call *call, const struct attention *of, int64_t B) {
+    for (int64_t b = 0; b < B; b++)
+        if (of->rows[b] < 0 || of->rows[b] >= of->C || of->starts[b] < 0 ||
+            of->starts[b] > of->S - of->T)
+            return refused(call, "meshwen: row %d from %d on is not in the cache", (int)of->rows[b],
+                           (int)of->starts[b]);
+    return of->window > 0 ? 0 : refused(call, "meshwen: the window is empty");
+}
+
+// See `attention.h`.
+EXPORTED error *meshwen_attention(call *call) {
+    if (described(call)) return 0;
+    const struct instruction_set *set;
+    int64_t threads;
+    TRY(counted(call, 6));
+    TRY(asked(call, &set, &threads));
+    const buffer *q = argument(call, 0), *keys = argument(call, 1), *values = argument(call, 2);
+    const buffer *rows = argument(call, 3), *starts = argument(call, 4), *window = argument(call, 5);
+    const XLA_FFI_DataType dtype = keys->dtype == F32 ? F32 : BF16;
+    TRY(checked(call, q, (struct expected){"q", F32, 4, {ANY, ANY, ANY, ANY}}));
+    const int64_t B = q->dims[0], N = q->dims[1], T = q->dims[2], H = q->dims[3];
+    TRY(checked(call, keys, (struct expected){"keys", dtype, 4, {ANY, ANY, H, ANY}}));
+    const int64_t C = keys->dims[0], K = keys->dims[1], S = keys->dims[3];
+    TRY(checked(call, values, (struct expected){"values", dtype, 4, {C, K, S, H}}));
+    TRY(checked(call, rows, (struct expected){"rows", S32, 1, {B}}));
+    TRY(checked(call, starts, (struct expected){"starts", S32, 1, {B}}));
+    TRY(checked(call, window, (struct expected){"window", S32, 1, {1}}));
+    TRY(checked(call, result(call), (struct expected){"the result", F32, 4, {B, N, T, H}}));
+    if (!B || !N || !T || !H) return 0;
+    if (!K || N % K) return refused(call, "meshwen: %lld heads do not share %lld", (long long)N, (long long)K);
+    if (H % COLUMNS || S % COLUMNS)
+        return refused(call, "meshwen: %lld dimensions or %lld positions are no multiple of %d",
+                       (long long)H, (long long)S, COLUMNS);
+    if (S > INT32_MAX) return refused(call, "meshwen: int32 counts no %lld positions", (long long)S);
+    const struct attention task = {
+        .q = q->data,
+        .keys = keys->data,
+        .values = values->data,
+        .y = result(call)->data,
+        .rows = rows->data,
+        .starts = starts->data,
+        .window = *(const int32_t *)window->data,
+        .K = K,
+        .G = N / K,
+        .H = H,
+        .S = S,
+        .T = T,
+        .C = C,
+    };
+    TRY(within_cache(call, &task, B));
+    unit_function *function =
+        dtype == F32 ? set->floats->attention_float32 : set->floats->attention_bfloat16;
+    return parallel(call, function, &task, B * (T == 1 ? K : N), threads);
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Matmuls and attention of float32 and bfloat16. Compiled once for each instruction set; SUFFIX is its
+// name. With MESHWEN_DOT it has an instruction for pairs of bfloat16.
+
+#include "attention.h"
+#include "kernels.h"
+#include "matmul.h"
+#include "tile.h"
+
+#define JOINED(name, suffix) name##_##suffix
+#define NAMED(name, suffix) JOINED(name, suffix)
+
+#define MATMUL(kind)                                                                                 \
+    static int matmul_##kind(const void *task, int64_t unit) {                                       \
+        return multiply_panels(kind, tiles_##kind, paired_##kind, task, unit);                       \
+    }
+#define ATTENTION(kind)                                                                              \
+    static int attention_##kind(const void *task, int64_t unit) {                                    \
+        return attend_head(kind, tiles_##kind, task, unit);                                          \
+    }
+
+MATMUL(FLOAT32)
+MATMUL(PAIRS)
+ATTENTION(FLOAT32)
+ATTENTION(CACHED)
+#if defined(MESHWEN_DOT)
+MATMUL(DOT)
+#endif
+
+const struct float_kernels NAMED(float_kernels, SUFFIX) = {
+    .matmul_float32 = matmul_FLOAT32,
+    .matmul_pairs = matmul_PAIRS,
+#if defined(MESHWEN_DOT)
+    .matmul_dot = matmul_DOT,
+#endif
+    .attention_float32 = attention_FLOAT32,
+    .attention_bfloat16 = attention_CACHED,
+};

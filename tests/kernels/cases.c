@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cases.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#define COLUMNS 32
+#define GROUP 32
+#define ROUNDING 0x1p-24 // of float32, relative
+#define SMALLEST 0x1p-149
+
+static _Thread_local uint32_t state = 1;
+
+// From -1 to 1, of the 8 bits that bfloat16 has; one of 16 is 0, one of 16 subnormal.
+static float random_number(void) {
+    state = state * 1664525 + 1013904223;
+    const int kind = state >> 28, bits = (int)(state >> 16 & 0xFF) - 128;
+    return kind == 0 ? 0.0f : kind == 1 ? (float)bits * 0x1p-133f : (float)bits * 0x1p-7f;
+}
+
+static uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
+// Number i of a buffer.
+static double number(const struct frame *frame, int buffer, int64_t i) {
+    const XLA_FFI_Buffer *of = &frame->buffers[buffer];
+    if (of->dtype == F32) return ((const float *)of->data)[i];
+    if (of->dtype == S8) return ((const int8_t *)of->data)[i];
+    const uint32_t bits = (uint32_t)((const uint16_t *)of->data)[i] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static void put(const struct frame *frame, int buffer, int64_t i, float x) {
+    const XLA_FFI_Buffer *of = &frame->buffers[buffer];
+    if (of->dtype == F32)
+        ((float *)of->data)[i] = x;
+    else
+        ((uint16_t *)of->data)[i] = to_bfloat16(x);
+}
+
+static void *buffer4(struct frame *frame, XLA_FFI_DataType dtype, enum side side, int64_t a,
+                     int64_t b, int64_t c, int64_t d) {
+    return frame_buffer(frame, dtype, side, 4, (int64_t[]){a, b, c, d});
+}
+
+XLA_FFI_Handler *product_entry(struct product of) {
+    return of.kind == INT8 ? meshwen_matmul_int8 : meshwen_matmul;
+}
+
+static int64_t panels_of(struct product of) { return (of.columns + COLUMNS - 1) / COLUMNS; }
+static int64_t numbers_of(struct product of) {
+    return of.kind == FLOAT32 ? 1 : of.kind == INT8 ? 4 : 2;
+}
+static int64_t steps_of(struct product of) { return of.kind == INT8 ? 8 * of.steps : of.steps; }
+
+// Where b has element k of a column.
+static int64_t place(struct product of, int64_t k, int64_t column) {
+    const int64_t numbers = numbers_of(of), steps = steps_of(of);
+    const int64_t step = column / COLUMNS * steps + k / numbers;
+    return (step * COLUMNS + column % COLUMNS) * numbers + k % numbers;
+}
+
+void product_frame(struct frame *frame, struct product of, enum side side) {
+    const int64_t numbers = numbers_of(of), steps = steps_of(of), inner = steps * numbers;
+    const XLA_FFI_DataType dtype = of.kind == FLOAT32 ? F32 : of.kind == INT8 ? S8 : BF16;
+    state = (uint32_t)(of.rows * 7 + of.steps * 31 + of.columns);
+    frame_buffer(frame, of.kind == PAIRS ? BF16 : F32, side, 2, (int64_t[]){of.rows, inner});
+    for (int64_t i = 0; i < of.rows * inner; i++)
+        put(frame, 0, i, random_number() * (of.tiny ? 0x1p-126f : 1.0f));
+    int8_t *b = buffer4(frame, dtype, side, panels_of(of), steps, COLUMNS, numbers);
+    for (int64_t column = 0; column < of.columns; column++) // Behind them NaN stays.
+        for (int64_t k = 0; k < inner; k++) {
+            if (of.kind == INT8)
+                b[place(of, k, column)] = (int8_t)((state = state * 1664525 + 1013904223) >> 24);
+            else
+                put(frame, 1, place(of, k, column), random_number());
+        }
+    if (of.kind == INT8) {
+        frame_buffer(frame, BF16, side, 3, (int64_t[]){panels_of(of), of.steps, COLUMNS});
+        for (int64_t i = 0; i < panels_of(of) * of.steps * COLUMNS; i++)
+            put(frame, 2, i, random_number());
+    }
+    frame_buffer(frame, F32, side, 2, (int64_t[]){of.rows, of.columns});
+    frame_ready(frame);
+}
+
+struct sum {
+    double value, sizes; // and the sum of absolute values
+};
+
+static struct sum dot_product(const struct frame *frame, struct product of, int64_t row,
+                              int64_t column) {
+    const int64_t inner = steps_of(of) * numbers_of(of);
+    struct sum sum = {0, 0};
+    for (int64_t k = 0; k < inner; k++) {
+        const double product =
+            number(frame, 0, row * inner + k) * number(frame, 1, place(of, k, column));
+        sum.value += product;
+        sum.sizes += fabs(product);
+    }
+    return sum;
+}
+
+// As the row is quantised: groups of 32 numbers share a scale, the largest of them over 127.
+static struct sum quantised_product(const struct frame *frame, struct product of, int64_t row,
+                                    int64_t column) {
+    const float *a = (const float *)frame->buffers[0].data + row * of.steps * GROUP;
+    struct sum sum = {0, 0};
+    for (int64_t g = 0; g < of.steps; g++) {
+        float largest = 0;
+        for (int i = 0; i < GROUP; i++) largest = fmaxf(largest, fabsf(a[g * GROUP + i]));
+        const float inverse = largest > 0x1p-120f ? 127.0f / largest : 0.0f;
+        double products = 0;
+        for (int i = 0; i < GROUP; i++)
+            products += (double)rintf(a[g * GROUP + i] * inverse) *
+                        number(frame, 1, place(of, g * GROUP + i, column));
+        const int64_t scale = ((column / COLUMNS) * of.steps + g) * COLUMNS + column % COLUMNS;
+        products *= (double)(largest / 127.0f) * number(frame, 2, scale);
+        sum.value += products;
+        sum.sizes += fabs(products);
+    }
+    return sum;
+}
+
+void product_check(const struct frame *frame, struct product of) {
+    // Each addition rounds once, and products once more that an instruction or a scale rounds.
+    const double roundings = 2.0 * (double)(steps_of(of) * numbers_of(of)) + 3;
+    const XLA_FFI_Buffer *y = &frame->buffers[frame->count - 1];
+    for (int64_t row = 0; row < of.rows; row++)
+        for (int64_t column = 0; column < of.columns; column++) {
+            const double found = ((const float *)y->data)[row * of.columns + column];
+            const struct sum sum = of.kind == INT8 ? quantised_product(frame, of, row, column)
+                                                   : dot_product(frame, of, row, column);
+            const double bound = roundings * (ROUNDING * sum.sizes + SMALLEST);
+            CHECK(fabs(found - sum.value) <= bound, "y[%d, %d] is %g, not %g", (int)row,
+                  (int)column, found, sum.value);
+        }
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+void attention_frame(struct frame *frame, struct attention of, enum side side) {
+    const int64_t B = of.B, K = of.K, T = of.T, H = of.H, C = of.C, S = of.S, N = K * of.G;
+    state = (uint32_t)(B * 3 + N * 5 + T * 7 + H * 11 + S);
+    buffer4(frame, F32, side, B, N, T, H);
+    for (int64_t i = 0; i < B * N * T * H; i++) put(frame, 0, i, random_number());
+    buffer4(frame, of.dtype, side, C, K, H, S);
+    buffer4(frame, of.dtype, side, C, K, S, H);
+    int32_t *rows = frame_buffer(frame, S32, side, 1, &B);
+    int32_t *starts = frame_buffer(frame, S32, side, 1, &B);
+    for (int64_t b = 0; b < B; b++) {
+        rows[b] = (int32_t)((C - 1 + b * 2) % C);
+        starts[b] = (int32_t)(of.end ? S - T : b ? (S - T) / (b + 1) : 0);
+        const int64_t begin = larger(starts[b] + 1 - of.window, 0), end = starts[b] + T;
+        for (int64_t k = 0; k < K; k++) // All that no token sees stays NaN.
+            for (int64_t h = 0; h < H; h++)
+                for (int64_t s = begin; s < end; s++) {
+                    const int64_t head = rows[b] * K + k;
+                    put(frame, 1, (head * H + h) * S + s, random_number());
+                    put(frame, 2, (head * S + s) * H + h, random_number());
+                }
+    }
+    const int64_t one = 1;
+    *(int32_t *)frame_buffer(frame, S32, side, 1, &one) = (int32_t)of.window;
+    buffer4(frame, F32, side, B, N, T, H);
+    frame_ready(frame);
+}
+
+// A token's attention of one head, and the bound on its errors.
+static void check_token(const struct frame *frame, struct attention of, int64_t b, int64_t n,
+                        int64_t t) {
+    const int64_t H = of.H, S = of.S;
+    const int64_t query = ((b * of.K * of.G + n) * of.T + t) * H;
+    const int64_t head = ((const int32_t *)frame->buffers[3].data)[b] * of.K + n / of.G;
+    const int64_t last = ((const int32_t *)frame->buffers[4].data)[b] + t;
+    double scores[4096], largest = -DBL_MAX, error = 0, weights = 0;
+    CHECK(S <= 4096, "no room for %d scores", (int)S);
+    const int64_t first = larger(last + 1 - of.window, 0);
+    for (int64_t s = first; s <= last; s++) {
+        double sizes = scores[s] = 0;
+        for (int64_t h = 0; h < H; h++) {
+            const double product =
+                number(frame, 0, query + h) * number(frame, 1, (head * H + h) * S + s);
+            scores[s] += product;
+            sizes += fabs(product);
+        }
+        largest = fmax(largest, scores[s]);
+        error = fmax(error, (double)(H + 2) * ROUNDING * sizes);
+    }
+    for (int64_t s = first; s <= last; s++) weights += exp(scores[s] - largest);
+    for (int64_t h = 0; h < H; h++) {
+        double sum = 0, sizes = 0;
+        for (int64_t s = first; s <= last; s++) {
+            const double product =
+                exp(scores[s] - largest) / weights * number(frame, 2, (head * S + s) * H + h);
+            sum += product;
+            sizes += fabs(product);
+        }
+        // A score's error is its weight's, relative, and once more that of their sum; then
+        // exponentials, a few roundings of each and of the largest, and the additions.
+        const double bound =
+            sizes * (2 * error + (double)(2 * (last - first) + 64) * ROUNDING) + SMALLEST;
+        const double found = ((const float *)frame->buffers[6].data)[query + h];
+        CHECK(fabs(found - sum) <= bound, "y[%d, %d, %d, %d] is %.9g, not %.9g", (int)b, (int)n,
+              (int)t, (int)h, found, sum);
+    }
+}
+
+void attention_check(const struct frame *frame, struct attention of) {
+    for (int64_t b = 0; b < of.B; b++)
+        for (int64_t n = 0; n < of.K * of.G; n++)
+            for (int64_t t = 0; t < of.T; t++) check_token(frame, of, b, n, t);
+}
+
+static const char *const kinds[KINDS] = {"float32", "float32 and bfloat16", "bfloat16", "int8"};
+
+void run_product(const char *set, int64_t threads, struct product of, enum side side) {
+    at("%s, %s, %d threads: [%d, %d steps] to %d columns, guarded at %s", set, kinds[of.kind],
+       (int)threads, (int)of.rows, (int)of.steps, (int)of.columns, side ? "the begin" : "the end");
+    struct frame frame;
+    frame_begin(&frame, set, threads);
+    product_frame(&frame, of, side);
+    const XLA_FFI_Error *error = frame_call(&frame, product_entry(of));
+    CHECK(!error, "refused: %s", error->message);
+    product_check(&frame, of);
+    frame_end(&frame);
+}
+
+void run_attention(const char *set, int64_t threads, struct attention of, enum side side) {
+    at("%s, %s, %d threads: attention B %d K %d G %d T %d H %d C %d S %d window %d, starts at %s, "
+       "guarded at %s",
+       set, of.dtype == F32 ? "float32" : "bfloat16", (int)threads, (int)of.B, (int)of.K,
+       (int)of.G, (int)of.T, (int)of.H, (int)of.C, (int)of.S, (int)of.window,
+       of.end ? "the end" : "the begin", side ? "the begin" : "the end");
+    struct frame frame;
+    frame_begin(&frame, set, threads);
+    attention_frame(&frame, of, side);
+    const XLA_FFI_Error *error = frame_call(&frame, meshwen_attention);
+    CHECK(!error, "refused: %s", error->message);
+    attention_check(&frame, of);
+    frame_end(&frame);
+}
+
+void with_each_set(void (*function)(const char *set, int pairs)) {
+    for (int i = 0; meshwen_instruction_set(i); i++)
+        if (meshwen_supported(i))
+            function(meshwen_instruction_set(i), meshwen_multiplies_pairs(i));
+}

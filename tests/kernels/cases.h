@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Calls of each entry with random numbers, and what their results have to be, in double.
+
+#ifndef CASES_H
+#define CASES_H
+
+#include "xla.h"
+
+// The weights and the rows that are multiplied with them.
+enum kind {
+    FLOAT32,
+    WIDENED, // float32 with bfloat16
+    PAIRS,   // bfloat16 with bfloat16, by an instruction for pairs
+    INT8,
+    KINDS
+};
+
+// y [rows, columns] of `steps` steps of 4 bytes; in int8 of so many groups.
+struct product {
+    enum kind kind;
+    int64_t rows, steps, columns;
+    int tiny; // whether all rows are subnormal
+};
+
+struct attention {
+    XLA_FFI_DataType dtype;
+    int64_t B, K, G, T, H, C, S, window;
+    int end; // whether starts are the last possible; else some are 0, some between
+};
+
+XLA_FFI_Handler *product_entry(struct product of);
+// Makes a frame's buffers. What may not be read or does not count is NaN.
+void product_frame(struct frame *frame, struct product of, enum side side);
+void attention_frame(struct frame *frame, struct attention of, enum side side);
+// Checks the result against the bound on rounding errors.
+void product_check(const struct frame *frame, struct product of);
+void attention_check(const struct frame *frame, struct attention of);
+
+// Calls and checks on each number of a frame; the context is in `at`.
+void run_product(const char *set, int64_t threads, struct product of, enum side side);
+void run_attention(const char *set, int64_t threads, struct attention of, enum side side);
+
+// Does something with every instruction set that this processor has.
+void with_each_set(void (*function)(const char *set, int pairs));
+
+#endif

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every size that is taken in another way, from 0 up: results are right, and nothing outside of the
+// buffers is read or written.
+
+#include "tests.h"
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+
+// One block of rows and several of each instruction set, whole and in parts.
+static const int64_t ROWS[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 17, 24, 25, 37, 50};
+// Fewer columns than a panel, whole panels, parts of one; an odd and an even number of panels.
+static const int64_t WIDTHS[] = {1, 2, 15, 31, 32, 33, 47, 63, 64, 65, 95, 96, 97, 128, 159, 192};
+// Chunks are of 64 pairs or of 128 numbers.
+static const int64_t STEPS[] = {1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 193, 257};
+
+static void products(const char *set, int pairs) {
+    for (int kind = 0; kind < KINDS; kind++) {
+        if (kind == PAIRS && !pairs) continue;
+        for (int i = 0; i < 3 * COUNT(ROWS); i++) {
+            struct product of = {kind, ROWS[i % COUNT(ROWS)], STEPS[i % COUNT(STEPS)],
+                                 WIDTHS[i * 5 % COUNT(WIDTHS)], 0};
+            if (kind == INT8) of.steps = 1 + of.steps % 5;
+            run_product(set, i % 2 ? 8 : 1, of, i / 2 % SIDES);
+        }
+        // Two whole panels at once of few rows, in chunks; a pair of which one is not whole; many units.
+        run_product(set, 8, (struct product){kind, 1, 131, 64, 0}, AT_END);
+        run_product(set, 8, (struct product){kind, 1, 131, 33, 0}, AT_END);
+        run_product(set, 8, (struct product){kind, 1, 3, 32 * 70, 0}, AT_END);
+        run_product(set, 8, (struct product){kind, 6, 3, 32 * 67 + 1, 0}, AT_BEGIN);
+        for (int side = 0; side < SIDES; side++) { // Nothing to do.
+            run_product(set, 8, (struct product){kind, 0, 3, 33, 0}, side);
+            run_product(set, 8, (struct product){kind, 3, 3, 0, 0}, side);
+            run_product(set, 8, (struct product){kind, 0, 0, 0, 0}, side);
+            run_product(set, 8, (struct product){kind, 0, 0, 40, 0}, side);
+        }
+    }
+    // Rows enough for threads to share their quantisation.
+    run_product(set, 8, (struct product){INT8, 257, 4, 33, 0}, AT_END);
+}
+
+static const struct attention ATTENDED[] = {
+    // B, K, G, T, H, C, S, window
+    {F32, 1, 1, 1, 1, 32, 1, 32, INT32_MAX, 0},
+    {F32, 2, 2, 3, 1, 64, 3, 64, INT32_MAX, 0},
+    {F32, 2, 1, 13, 1, 32, 2, 96, 7, 0},      // rows of queries in two blocks
+    {F32, 3, 2, 1, 1, 96, 2, 544, 513, 0},    // two passes
+    {F32, 1, 1, 2, 1, 32, 1, 1056, 1, 0},     // one position
+    {F32, 2, 1, 2, 2, 32, 2, 32, INT32_MAX, 0},
+    {F32, 1, 2, 2, 12, 64, 1, 64, 3, 0},
+    {F32, 2, 1, 1, 13, 32, 3, 544, INT32_MAX, 0}, // blocks of 7 and 6 tokens over two passes
+    {F32, 1, 1, 1, 25, 96, 1, 512, 12, 0},
+    {F32, 1, 1, 2, 14, 32, 1, 1056, 511, 0},
+    {F32, 1, 1, 1, 32, 32, 1, 32, INT32_MAX, 0}, // all positions are new
+    {F32, 2, 1, 1, 70, 32, 2, 576, 64, 0},       // windows that begin in another pass
+    {F32, 1, 1, 1, 35, 32, 1, 544, INT32_MAX, 0}, // a pass of all rows, and of some
+};
+// Of no tokens, heads, sequences, dimensions, positions.
+static const struct attention EMPTY[] = {
+    {F32, 0, 1, 1, 1, 32, 1, 32, 1, 0}, {F32, 1, 0, 1, 1, 32, 1, 32, 1, 0},
+    {F32, 1, 1, 1, 0, 32, 1, 32, 1, 0}, {F32, 1, 1, 1, 1, 0, 1, 32, 1, 0},
+    {F32, 0, 0, 0, 0, 0, 0, 0, 1, 0},   {F32, 1, 1, 1, 0, 32, 1, 0, 1, 0},
+};
+
+static void attentions(const char *set, int pairs) {
+    (void)pairs;
+    for (int i = 0; i < 4 * COUNT(ATTENDED); i++) {
+        struct attention of = ATTENDED[i / 4];
+        of.dtype = i & 1 ? BF16 : F32;
+        of.end = i >> 1 & 1;
+        run_attention(set, i % 3 ? 8 : 1, of, i / 4 % SIDES ^ of.end);
+    }
+    for (int i = 0; i < 2 * COUNT(EMPTY); i++) run_attention(set, 8, EMPTY[i / 2], i % 2);
+}
+
+void test_products(void) { with_each_set(products); }
+void test_attention(void) { with_each_set(attentions); }

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#ifndef TESTS_H
+#define TESTS_H
+
+#include "cases.h"
+
+void test_products(void);
+void test_attention(void);
+void test_wrong_sizes(void);
+void test_wrong_buffers(void);
+void test_wrong_attributes(void);
+void test_wrong_places(void);
+void test_version(void);
+void test_no_memory(void);
+void test_pools(void);
+void test_callers(void);
+void test_fork(void);
+void test_rounding(void);
+
+#endif

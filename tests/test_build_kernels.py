@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build of the kernels, and their way into wheels, by a compiler that notes its arguments."""
+
+import importlib
+import json
+import platform
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+COMPILER = """
+import json, pathlib, sys
+arguments = sys.argv[1:]
+with open({log!r}, "a", encoding="utf-8") as log:
+    log.write(json.dumps(arguments) + "\\n")
+if "-c" in arguments and arguments[arguments.index("-c") + 1].endswith({broken!r}):
+    sys.exit("int8.c:7:1: error: unknown type name 'flaot'")
+pathlib.Path(arguments[arguments.index("-o") + 1]).write_text("a library")
+"""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """scripts/build_kernels.py, on a machine that names no target."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.delenv("MESHWEN_TARGET", raising=False)
+    return importlib.import_module("build_kernels")
+
+
+@pytest.fixture
+def fake(script, tmp_path):
+    """Makes a compiler that writes no code; and reads what it was asked."""
+
+    class Fake:
+        log = tmp_path / "log"
+
+        def compiler(self, broken="nothing", pinned=True):
+            path = tmp_path / "compiler.py"
+            path.write_text(COMPILER.format(log=str(self.log), broken=broken), encoding="utf-8")
+            return script.Compiler((sys.executable, str(path)), pinned)
+
+        def asked(self):
+            return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    return Fake()
+
+
+def on(monkeypatch, system, machine):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "name"),
+    [
+        ("Linux", "x86_64", "linux-x86_64"),
+        ("Linux", "aarch64", "linux-aarch64"),
+        ("Darwin", "arm64", "macos-arm64"),
+        ("Windows", "AMD64", "windows-x86_64"),
+        ("Windows", "ARM64", None),
+        ("Darwin", "x86_64", None),
+        ("Linux", "riscv64", None),
+    ],
+)
+def test_each_machine_has_its_target_or_none(script, monkeypatch, system, machine, name):
+    on(monkeypatch, system, machine)
+    assert script.chosen() == name
+
+
+def test_a_target_can_be_named(script, monkeypatch):
+    for name in script.TARGETS:
+        monkeypatch.setenv("MESHWEN_TARGET", name)
+        assert script.chosen() == name
+    monkeypatch.setenv("MESHWEN_TARGET", "none")
+    assert script.chosen() is None
+
+
+def test_an_unknown_target_is_refused_in_a_line(script, monkeypatch):
+    monkeypatch.setenv("MESHWEN_TARGET", "amiga")
+    with pytest.raises(SystemExit) as refused:
+        script.chosen()
+    assert str(refused.value) == (
+        "MESHWEN_TARGET=amiga: it has to be one of linux-x86_64, linux-aarch64, macos-arm64, "
+        "windows-x86_64, none"
+    )
+
+
+def test_the_systems_compiler_is_for_this_machine_where_there_is_no_pinned_one(script, monkeypatch):
+    on(monkeypatch, "Linux", "x86_64")
+    monkeypatch.setattr(script, "find_spec", lambda name: name == "ziglang")
+    assert script.compiler("macos-arm64").pinned
+    monkeypatch.setattr(script, "find_spec", lambda _: None)
+    monkeypatch.setattr(script.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    assert script.compiler("linux-x86_64") == (("/usr/bin/gcc",), False)
+    assert script.compiler("linux-aarch64") is None
+    monkeypatch.setattr(script.shutil, "which", lambda _: None)
+    assert script.compiler("linux-x86_64") is None
+
+
+@pytest.mark.parametrize("target", ["linux-x86_64", "linux-aarch64", "macos-arm64"])
+def test_every_instruction_set_of_a_target_is_compiled_once(script, fake, target, tmp_path):
+    script.build(target, fake.compiler(), tmp_path)
+    asked = fake.asked()
+    compiled = [a[a.index("-c") + 1].rpartition("/")[2] for a in asked[:-1]]
+    suffixed = {
+        f"{name.removesuffix('.c')}_kernels_{argument.removeprefix('-DSUFFIX=')}"
+        for name, arguments in zip(compiled, asked, strict=False)
+        for argument in arguments
+        if argument.startswith("-DSUFFIX=")
+    }
+    table = (script.SOURCES / "instruction_sets.c").read_text(encoding="utf-8")
+    table = table[table.index("instruction_sets[] = {") :]
+    x86, arm = table.split("#elif defined(__aarch64__)")
+    part = x86 if "x86" in target else arm
+    part += table[table.index("#endif") :]
+    assert suffixed == set(re.findall(r"(?:float|int8)_kernels_\w+", part))
+    assert {*compiled} == {path.name for path in script.SOURCES.glob("*.c")}
+    assert all("-ffp-contract=off" in arguments for arguments in asked[:-1])
+    assert "-shared" in asked[-1]
+
+
+def test_zig_is_told_of_arm_in_its_own_words(script, fake, tmp_path):
+    script.build("linux-aarch64", fake.compiler(), tmp_path)
+    flags = {flag for arguments in fake.asked() for flag in arguments}
+    assert {"-mcpu=generic+bf16", "-mcpu=generic+dotprod"} <= flags
+    assert not any(flag.startswith("-march") for flag in flags)
+    fake.log.unlink()
+    script.build("linux-aarch64", fake.compiler(pinned=False), tmp_path)
+    flags = {flag for arguments in fake.asked() for flag in arguments}
+    assert {"-march=armv8.2-a+bf16", "-march=armv8.2-a+dotprod"} <= flags
+
+
+def test_a_library_takes_the_place_of_one_that_is_loaded(script, fake, tmp_path):
+    (tmp_path / "libkernels.so").write_text("the old library")
+    with (tmp_path / "libkernels.so").open() as loaded:
+        assert script.build("linux-x86_64", fake.compiler(), tmp_path).read_text() == "a library"
+        assert loaded.read() == "the old library"
+
+
+def test_a_source_that_does_not_compile_is_told_in_the_compilers_words(script, fake, tmp_path):
+    with pytest.raises(SystemExit, match=r"the kernels do not compile: .*int8\.c") as failed:
+        script.build("linux-x86_64", fake.compiler(broken="int8.c"), tmp_path / "out")
+    assert "int8.c:7:1: error: unknown type name 'flaot'" in str(failed.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_jaxlibs_header_the_build_says_what_to_install(script, fake, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="pip install jaxlib"):
+        script.build("linux-x86_64", fake.compiler(), tmp_path)
+
+
+def built_wheel(monkeypatch, folder):
+    from hatchling.build import build_wheel
+
+    monkeypatch.chdir(ROOT)
+    return folder / build_wheel(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("target", "library", "tag"),
+    [
+        ("linux-aarch64", "libkernels.so", "manylinux_2_17_aarch64"),
+        ("macos-arm64", "libkernels.dylib", "macosx_11_0_arm64"),
+        ("windows-x86_64", "kernels.dll", "win_amd64"),
+    ],
+)
+def test_a_wheel_has_its_targets_library_and_tag(
+    script, fake, monkeypatch, tmp_path, target, library, tag
+):
+    before = {path.name: path.stat().st_mtime for path in script.LIBRARIES.iterdir()}
+    monkeypatch.setenv("MESHWEN_TARGET", target)
+    monkeypatch.setattr(script, "compiler", lambda _: fake.compiler())
+    wheel = built_wheel(monkeypatch, tmp_path)
+    assert wheel.name.endswith(f"-py3-none-{tag}.whl")
+    files = zipfile.ZipFile(wheel)
+    place = "meshwen/ops/cpu/kernels/"
+    names = [name.removeprefix(place) for name in files.namelist() if name.startswith(place)]
+    assert [name for name in names if not name.endswith(".py")] == [library]
+    assert files.read(place + library) == b"a library"
+    assert not any("csrc" in name for name in files.namelist())
+    after = {path.name: path.stat().st_mtime for path in script.LIBRARIES.iterdir()}
+    assert after == before  # An editable installation beside it keeps its library.
+
+
+def test_without_a_compiler_the_wheel_has_no_kernels_and_a_line_says_so(
+    script, monkeypatch, tmp_path, capfd
+):
+    monkeypatch.setattr(script, "compiler", lambda _: None)
+    wheel = built_wheel(monkeypatch, tmp_path)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(re.search(r"\.(so|dylib|dll)$", n) for n in zipfile.ZipFile(wheel).namelist())
+    (line,) = [one for one in capfd.readouterr().err.splitlines() if "compiler" in one]
+    assert "meshwen is built without its kernels" in line
