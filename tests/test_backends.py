@@ -14,9 +14,12 @@ from meshwen.common.choices import QUANTIZATIONS
 from meshwen.ops.backend import Backend
 from meshwen.ops.backends import backend_of
 from meshwen.ops.cache_layout import CacheLayout
+from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.backend import CpuKernels
+from meshwen.ops.cpu.kernels.library import NONE, VARIABLE, InstructionSet
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh
+from needs_kernels import needs_kernels
 from tiny_model import ONE_LAYER
 
 LENGTH = 9
@@ -28,6 +31,31 @@ def test_cpus_have_a_back_end_of_their_own(mesh, monkeypatch):
     assert isinstance(backend_of(make_mesh(mesh)), XlaOnCpu)
     monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     assert not isinstance(backend_of(make_mesh(mesh)), CpuKernels)
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_ordered_products_have_one_name_whatever_the_instructions(quantization, monkeypatch):
+    kept = (jnp.dtype(jnp.bfloat16), quantization)
+    for one in kernels.supported():
+        monkeypatch.setenv(VARIABLE, one.name)
+        assert CpuKernels().matmul_name(*kept) == one.name
+        assert CpuKernels().matmul_name(*kept, ordered=True) == "kernels"
+    monkeypatch.setenv(VARIABLE, NONE)
+    assert CpuKernels().matmul_name(*kept, ordered=True) == "xla"
+
+
+@needs_kernels
+@pytest.mark.parametrize("ordered", [True, False])
+def test_only_products_in_any_order_are_of_pairs(ordered, monkeypatch):
+    """Where the processor has an instruction for pairs of bfloat16, which adds in its own order."""
+    of = InstructionSet("of pairs", pairs=True)
+    monkeypatch.setattr(kernels, "instruction_set", lambda: of)
+    leaf = CpuKernels().format(None).pack(jnp.ones((32, 8), jnp.bfloat16), jnp.bfloat16)
+    product = partial(CpuKernels().matmul, ordered=ordered)
+    program = jax.make_jaxpr(product)(jnp.ones((3, 8), jnp.bfloat16), leaf)
+    (call,) = (one for one in program.eqns if one.primitive.name == "ffi_call")
+    assert call.invars[0].aval.dtype == (jnp.float32 if ordered else jnp.bfloat16)
 
 
 def test_other_devices_inherit_nothing_from_cpus():

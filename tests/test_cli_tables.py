@@ -191,6 +191,7 @@ def certificate() -> dict:
     cached = different | {"agree": 128, "positions": 128, "proven": 128, "first_divergence": None}
     row = {
         **{"numerics": "exact", "mesh": "data=2,model=4", "devices": 8, "broken": False},
+        "products": "kernels",
         **{"weight_bytes": (1_200_000, 4_700_000), "cache_bytes": (1, 2), "bits_equal": False},
         **{"sent_bytes_per_token": 41_200, "seconds": [100.0, 12.4]},
         **{"first_divergence": "0:MLP output"},

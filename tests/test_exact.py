@@ -196,6 +196,13 @@ def test_a_function_has_one_approximation_for_any_width_and_surroundings(functio
     assert_same_bits(np.asarray(lowered(x[:1])), expected.reshape(x.shape)[:1])
 
 
+def test_the_inverse_square_root_is_a_root_and_a_quotient_each_rounded_once():
+    """IEEE 754 leaves no choice there; a processor's own approximation has other bits."""
+    x = np.random.default_rng(0).uniform(1e-6, 20, 4095).astype(np.float32)
+    run = jax.jit(Exact().inverse_sqrt, compiler_options=OPTIONS)
+    assert_same_bits(np.asarray(run(x)), 1 / np.sqrt(x))
+
+
 def test_a_product_is_rounded_before_it_is_added():
     a, b, c = np.random.default_rng(0).uniform(1, 2, (3, 4096)).astype(np.float32)
 

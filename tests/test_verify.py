@@ -156,6 +156,16 @@ def test_a_certificate_reports_another_environment(found):
     assert line.startswith("jax: '9.9' before")
 
 
+def test_a_certificate_of_another_kind_is_reported(found):
+    rows = [row | {"products": "of another kind"} for row in found["rows"]]
+    (line,) = differences(found | {"rows": rows}, found)["environment"]
+    assert line.startswith("exact numerics: products by of another kind before, by ")
+    for row in rows:
+        row.pop("products")
+    (line,) = differences(found | {"rows": rows}, found)["environment"]
+    assert line.startswith("exact numerics: products by an earlier version before, by ")
+
+
 def test_weights_are_hashed_by_name_and_value():
     first = weights_sha256(checkpoint())
     assert first == weights_sha256(checkpoint())

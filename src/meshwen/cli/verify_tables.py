@@ -40,7 +40,10 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
 
 
 def _table(numerics: str, rows: list[dict[str, Any]]) -> PlainTable:
-    title = f"{numerics} (n devices; on each: weights, KV cache, bytes sent for a token)"
+    title = (
+        f"{numerics}, products by {rows[0]['products']} "
+        "(n devices; on each: weights, KV cache, bytes sent for a token)"
+    )
     table = PlainTable(title, *_COLUMNS)
     for row in rows:
         table.add_row(*_cells(row), style="red" if row["broken"] else "")

@@ -131,5 +131,6 @@ class ParallelModel:
 
     @property
     def matmuls_by(self) -> str:
-        """What multiplies rows with weights: "xla", or the name of kernels."""
-        return self.backend.matmul_name(self.dtype, self.quantization)
+        """What multiplies rows with weights: see `Backend.matmul_name`."""
+        ordered = self.numerics == "exact"
+        return self.backend.matmul_name(self.dtype, self.quantization, ordered=ordered)

@@ -37,8 +37,13 @@ class Backend:
     # Compiled programs that are kept.
     programs: ClassVar[int] = 512
 
-    def matmul_name(self, dtype: jnp.dtype, quantization: Quantization | None) -> str:
-        """What multiplies rows with weights."""
+    def matmul_name(
+        self, dtype: jnp.dtype, quantization: Quantization | None, *, ordered: bool = False
+    ) -> str:
+        """What multiplies rows with weights, as run files name it.
+
+        Of matmuls with the same name, dtype and quantisation an ordered one has the same bits.
+        """
         return XLA
 
     def format(self, quantization: Quantization | None) -> Format | None:

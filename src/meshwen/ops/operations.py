@@ -93,7 +93,7 @@ class Ops:
     ) -> Float32[Array, "*rows D"]:
         """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32."""
         mean_square = self.numerics.mean(jnp.square(x), self.backend)
-        scale = self.numerics.pointwise(jax.lax.rsqrt, mean_square + eps)
+        scale = self.numerics.inverse_sqrt(mean_square + eps)
         return x * scale * layer["weight"].array.astype(jnp.float32)
 
     def silu(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -129,17 +129,36 @@ def differences(before: Certificate, after: Certificate) -> dict[str, list[str]]
         for key in dict.fromkeys((*then, *now))
         if then.get(key) != now.get(key)
     ]
+    changed += _another_kind(before, after)
     if programs := _other_programs(before, after):
         changed.append(f"another compiled decode step on {', '.join(programs)}")
     return {"outcome": outcome + _other_logits(before, after), "environment": changed}
 
 
+def _another_kind(before: Certificate, after: Certificate) -> list[str]:
+    """Says so where exact sums follow another rule: that of the kernels, XLA's, an earlier one."""
+    old, new = (
+        {row.get("products", "an earlier version") for row in one["rows"] if _is_exact(row)}
+        for one in (before, after)
+    )
+    if not old or not new or old == new:
+        return []
+    return [
+        f"exact numerics: products by {', '.join(old)} before, by {', '.join(new)} now: "
+        "another kind of certificate, with other bits"
+    ]
+
+
+def _is_exact(row: dict[str, Any]) -> bool:
+    return bool(row["numerics"] == "exact")
+
+
 def _other_logits(before: Certificate, after: Certificate) -> list[str]:
     earlier = {_name(row): row for row in before["rows"]}
-    exact = next((row for row in before["rows"] if row["numerics"] == "exact"), None)
+    exact = next(filter(_is_exact, before["rows"]), None)
     found = []
     for row in after["rows"]:
-        old = earlier.get(_name(row), exact if row["numerics"] == "exact" else None)
+        old = earlier.get(_name(row), exact if _is_exact(row) else None)
         if old is None:
             found.append(f"{_name(row)} is not in the certificate")
             continue

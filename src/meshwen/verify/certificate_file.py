@@ -35,6 +35,7 @@ class _LogitHashes(TypedDict):
 class _Row(TypedDict):
     mesh: str
     numerics: Numerics
+    products: NotRequired[str]  # Older certificates have none.
     logits_sha256: _LogitHashes
     hlo_sha256: str
 

@@ -43,6 +43,7 @@ class Row:
     Attributes:
         mesh: as a string.
         numerics: "fast" or "exact".
+        products: what multiplies rows with weights: see `Backend.matmul_name`.
         devices: how many.
         data_devices: how many of them have other rows of the batch.
         weight_bytes: weights on the device with the least, and with the most.
@@ -67,6 +68,7 @@ class Row:
 
     mesh: str
     numerics: str
+    products: str
     devices: int
     data_devices: int
     weight_bytes: tuple[int, int]
@@ -231,6 +233,7 @@ def _row(
     return Row(
         mesh=run.label,
         numerics=numerics,
+        products=model.matmuls_by,
         devices=plan.mesh.size,
         data_devices=plan.data_devices,
         weight_bytes=run.weight_bytes(),

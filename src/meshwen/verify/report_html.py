@@ -30,6 +30,7 @@ def html_report(certificate: dict[str, Any]) -> str:
         sections.append(
             {
                 "numerics": numerics,
+                "products": rows[0]["products"],
                 "rows": shown,
                 "collectives": collectives_by_mesh(rows, certificate["layers"]),
                 "plot": _plot(rows),

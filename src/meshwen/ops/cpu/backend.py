@@ -35,10 +35,14 @@ class CpuKernels(XlaOnCpu):
 
     alone: bool = False
 
-    def matmul_name(self, dtype: jnp.dtype, quantization: Quantization | None) -> str:
-        """The instructions that multiply rows with weights."""
+    def matmul_name(
+        self, dtype: jnp.dtype, quantization: Quantization | None, *, ordered: bool = False
+    ) -> str:
+        """The instructions that multiply rows with weights; "kernels" where none decides bits."""
         name = kernels.name(quantization or dtype)
-        return name or super().matmul_name(dtype, quantization)
+        if name is None:
+            return super().matmul_name(dtype, quantization, ordered=ordered)
+        return kernels.ORDERED if ordered else name
 
     def format(self, quantization: Quantization | None) -> Format | None:
         """Panels."""
@@ -50,7 +54,7 @@ class CpuKernels(XlaOnCpu):
         """x @ leaf, by a kernel if it is in panels: see `Backend.matmul`."""
         if not isinstance(leaf, Panels):
             return super().matmul(x, leaf, ordered=ordered)
-        y = kernels.matmul(x, leaf, self.alone)
+        y = kernels.matmul(x, leaf, self.alone, ordered=ordered)
         return positive_zeros(y) if ordered else y
 
     def block_rows(self, dtype: jnp.dtype) -> int:
@@ -63,7 +67,7 @@ class CpuKernels(XlaOnCpu):
         """The sum of each row, by a kernel's matmul with ones."""
         ones = jnp.ones((1, x.shape[1], COLUMNS, 1), jnp.float32)
         columns = Panels(ones, None, (x.shape[1], COLUMNS), ones.dtype)
-        return positive_zeros(kernels.matmul(x, columns)[:, 0])
+        return positive_zeros(kernels.matmul(x, columns, ordered=True)[:, 0])
 
     def attend(
         self,

@@ -69,3 +69,7 @@ class Numerics(ABC):
         self, function: Callable[[Array], Array], x: Float32[Array, "*shape"]
     ) -> Float32[Array, "*shape"]:
         """A function of each element, such as exp, of which a compiler has approximations."""
+
+    @abstractmethod
+    def inverse_sqrt(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+        """1 / sqrt(x) of each element."""

@@ -121,3 +121,10 @@ class Exact(Numerics):
         (rows,) = lax.optimization_barrier((rows,))
         (y,) = lax.optimization_barrier((function(rows),))
         return y.reshape(-1)[: x.size].reshape(x.shape)
+
+    def inverse_sqrt(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+        """Square root and division, each of which IEEE 754 rounds in one way.
+
+        The barrier keeps XLA from making `rsqrt` of the two, which every processor approximates.
+        """
+        return self.pointwise(lambda x: 1 / lax.optimization_barrier(jnp.sqrt(x)), x)

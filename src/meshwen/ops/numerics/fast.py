@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Float32
 
 from meshwen.ops.backend import Backend
@@ -69,3 +69,7 @@ class Fast(Numerics):
     ) -> Float32[Array, "*shape"]:
         """The function; a compiler may approximate it as it likes."""
         return function(x)
+
+    def inverse_sqrt(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+        """What the processor has for it."""
+        return lax.rsqrt(x)

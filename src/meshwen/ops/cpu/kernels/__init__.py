@@ -20,7 +20,19 @@ from jax.typing import ArrayLike, DTypeLike
 from meshwen.ops.cpu.kernels.library import InstructionSet, instruction_set, supported, target
 from meshwen.ops.cpu.panels import COLUMNS, Panels
 
-__all__ = ["InstructionSet", "attention", "instruction_set", "label", "matmul", "name", "supported"]
+__all__ = [
+    "ORDERED",
+    "InstructionSet",
+    "attention",
+    "instruction_set",
+    "label",
+    "matmul",
+    "name",
+    "supported",
+]
+
+# What ordered matmuls of all instruction sets are named by: their bits are the same.
+ORDERED = "kernels"
 
 _MANY = 1 << 16  # threads: more than there are
 _DTYPES = ("float32", "bfloat16")
@@ -38,7 +50,7 @@ def label() -> str:
     return found.name if found else "none"
 
 
-def matmul(a: Array, b: Panels, alone: bool = False) -> Array:
+def matmul(a: Array, b: Panels, alone: bool = False, *, ordered: bool = False) -> Array:
     """a @ b: [M, K] x [K, N] -> float32 [M, N].
 
     a is rounded to the weight's dtype; or quantised, where b is, by the same rule: groups of 32 of
@@ -46,8 +58,8 @@ def matmul(a: Array, b: Panels, alone: bool = False) -> Array:
     and the element's place are:
 
     - runs of 128 numbers, one behind the other; within a run k = 0, 1, ..., each a fused
-      multiply-add. Where an instruction multiplies pairs of bfloat16, runs are 128 pairs, each of
-      which it adds up as it rounds.
+      multiply-add. Not `ordered`, and where an instruction multiplies pairs of bfloat16, runs are
+      128 pairs, each of which it adds up and rounds in its own way.
     - In int8, groups one behind the other, each of 32 products that are added exactly. Groups of a
       whose numbers are all below 1e-36 count as zeros; numbers that are not finite make their row's
       results NaN.
@@ -56,6 +68,7 @@ def matmul(a: Array, b: Panels, alone: bool = False) -> Array:
         a, b: the factors.
         alone: the thread that calls does all of it. Else the others of XLA's pool help, which is
             slower where they have devices of their own to serve.
+        ordered: by the same rule on every processor.
 
     Raises:
         TypeError: their K differ, or b is of another dtype.
@@ -74,7 +87,7 @@ def matmul(a: Array, b: Panels, alone: bool = False) -> Array:
         return _call(found, "matmul_int8", shape, alone, a, b.values, b.scales)
     if str(b.values.dtype) not in _DTYPES:
         raise TypeError(f"weights of float32, bfloat16 or int8 are multiplied here, not {b.dtype}")
-    if a.dtype == jnp.bfloat16 and not found.pairs:
+    if a.dtype == jnp.bfloat16 and (ordered or not found.pairs):
         a = _widened(a)
     return _call(found, "matmul", shape, alone, a, b.values)
 
