@@ -72,7 +72,7 @@ def _registered(one: Kernels) -> str:
     """Compiles the kernels, in a folder that is kept between runs, and tells XLA of them, once."""
     prefix = f"emulated_{one.name}"
     if prefix not in _registrations:
-        library = ctypes.CDLL(str(_compiled(one)))
+        library = ctypes.CDLL(str(compiled(one)))
         for function in _FUNCTIONS:
             handler = jax.ffi.pycapsule(getattr(library, f"meshwen_{function}"))
             jax.ffi.register_ffi_target(f"{prefix}_{function}", handler, platform="cpu")
@@ -80,7 +80,7 @@ def _registered(one: Kernels) -> str:
     return prefix
 
 
-def _compiled(one: Kernels) -> Path:
+def compiled(one: Kernels) -> Path:
     sources = sorted(SOURCES.glob("*.c"))
     compiler = shutil.which("cc") or pytest.skip("no C compiler to emulate instruction sets with")
     command = [

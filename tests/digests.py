@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of what exact numerics ask of XLA, to compare between processors.
+
+    python tests/digests.py > FILE                  JSON, digests by name
+    python tests/digests.py compare FILE FILE...    a table; exit status 1 where any differ
+
+`tests/kernels/digests.c` has those of the kernels.
+
+Inputs are made of random integers alone, so they are the same everywhere; no two NaN differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshwen.engine import sampling
+from meshwen.engine.sampling import SamplerRows, SamplingMethod
+from meshwen.engine.sampling_params import SamplingParams
+from meshwen.models.presets import PRESETS, preset
+from meshwen.models.rope_frequencies import inverse_frequencies, mean_rotation
+from meshwen.ops.backend import Backend
+from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.backend import CpuKernels
+from meshwen.ops.cpu.xla import XlaOnCpu
+from meshwen.ops.numerics.exact import Exact
+from meshwen.ops.operations import Ops
+from meshwen.ops.quant.int8 import quantized
+
+Digests = dict[str, str]
+
+
+def digest(*arrays: jax.Array | np.ndarray) -> str:
+    """Of the bits of arrays; of NaN there is one."""
+    found = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        if array.dtype.kind in "fV":
+            array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
+        found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    return found.hexdigest()[:16]
+
+
+def numbers(seed: int, shape: tuple[int, ...], exponents: tuple[int, int]) -> np.ndarray:
+    """float32 of random signs and mantissas, and of exponents in a range, both ends included."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    least, most = exponents
+    bits = random.integers(0, 1 << 23, shape, np.uint32)
+    bits |= random.integers(0, 2, shape, np.uint32) << 31
+    bits |= random.integers(127 + least, 128 + most, shape, np.uint32) << 23
+    return bits.view(np.float32)
+
+
+def inputs() -> dict[str, np.ndarray]:
+    """Numbers that functions are tried with: float32, by name; as many of each."""
+    random = np.random.Generator(np.random.PCG64(0))
+    anywhere = random.integers(0, 1 << 32, _COUNT, np.uint32)
+    steps = random.integers(0, 1 << 24, _COUNT, np.uint32).astype(np.float32)
+    return {
+        "every bfloat16": (np.arange(_COUNT, dtype=np.uint32) << 16).view(np.float32),
+        "any float32": anywhere.view(np.float32),
+        "subnormals": (anywhere & 0x807FFFFF).view(np.float32),
+        "-64 to 64": steps * np.float32(2.0**-17) - np.float32(64),
+        "0 to 32768": steps * np.float32(2.0**-9),
+        "0 to 1": (steps + np.float32(0.5)) * np.float32(2.0**-24),
+    }
+
+
+_COUNT = 1 << 17
+
+
+def functions(ops: Ops) -> dict[str, Callable[[jax.Array], object]]:
+    """What exact numerics ask of XLA, of one array of float32."""
+    alone = ops.numerics.pointwise
+    return {
+        "inverse_sqrt": ops.numerics.inverse_sqrt,
+        "silu": ops.silu,
+        "exp": lambda x: alone(jnp.exp, x),
+        "log": lambda x: alone(jnp.log, x),
+        "cos": lambda x: alone(jnp.cos, x),
+        "sin": lambda x: alone(jnp.sin, x),
+        "noise": lambda x: alone(lambda u: -jnp.log(-jnp.log1p(-u)), x),
+        "quotient": lambda x: x / x[::-1],
+        "by 896": lambda x: x / 896,
+        "product": lambda x: x * x[::-1],
+        "sum": lambda x: x + x[::-1],
+        "bfloat16": lambda x: x.astype(jnp.bfloat16),
+        "int8": lambda x: quantized(x.reshape(-1, 64)),
+        "equal to zero": lambda x: x == 0,
+        "larger": lambda x: jnp.maximum(x, x[::-1]),
+    }
+
+
+def function_digests() -> Digests:
+    """Of the functions of each input; of the sampler; of the angles of rotary embeddings."""
+    backend: Backend = CpuKernels() if kernels.instruction_set() else XlaOnCpu()
+    ops = Ops(numerics=Exact(), backend=backend)
+    options = backend.compiler_options(True)
+    found = {}
+    for name, function in functions(ops).items():
+        compiled = jax.jit(function, compiler_options=options)
+        for of, numbers in inputs().items():
+            found[f"{name}, {of}"] = digest(*jax.tree.leaves(compiled(jnp.array(numbers))))
+    for name, method, params in _sampled():
+        compiled = jax.jit(_sample, static_argnums=(2, 3), compiler_options=options)
+        tokens, logprobs = compiled(_logits(), SamplerRows.of(params), method, ops)
+        found[f"tokens, {name}"] = digest(tokens)
+        found[f"log-probabilities, {name}"] = digest(logprobs)
+    for name in PRESETS:
+        config = preset(name)
+        found[f"rotary, {name}"] = digest(*inverse_frequencies(config)[:1], *mean_rotation(config))
+    return found
+
+
+_ROWS, _VOCABULARY = 16, 4096
+
+
+def _logits() -> jax.Array:
+    logits = numbers(9, (_ROWS, _VOCABULARY), (-6, 3))
+    logits[:, 1::2] = logits[:, ::2]  # Equal ones, whose order is that of their ids.
+    return jnp.array(logits)
+
+
+def _sampled() -> list[tuple[str, SamplingMethod, list[SamplingParams]]]:
+    settings = {
+        "greedy": {"temperature": 0.0},
+        "by noise": {"temperature": 0.7},
+        "of some": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+        "of all": {"temperature": 1.0, "top_p": 0.95},
+    }
+    found = []
+    for name, kept in settings.items():
+        params = [SamplingParams(**kept, seed=seed, logprobs=True) for seed in range(_ROWS)]
+        found.append((name, SamplingMethod.of(params, _VOCABULARY), params))
+    return found
+
+
+def _sample(
+    logits: jax.Array, rows: SamplerRows, method: SamplingMethod, ops: Ops
+) -> sampling.Sampled:
+    positions = jnp.arange(_ROWS, dtype=jnp.int32)
+    return sampling.sample(logits, rows, positions, None, _VOCABULARY, method, ops)
+
+
+def compare(columns: dict[str, Digests]) -> tuple[list[str], bool]:
+    """A table of digests by column, a line a name, and whether every name has one alone."""
+    names = dict.fromkeys(name for digests in columns.values() for name in digests)
+    lines, same = [f"equal on {', '.join(columns)}:"], True
+    for name in names:
+        found = {column: digests.get(name, "missing") for column, digests in columns.items()}
+        equal = len(set(found.values())) == 1
+        shown = next(iter(found.values())) if equal else f"DIFFERS: {found}"
+        lines.append(f"  {name:<32} {shown}")
+        same &= equal
+    return lines, same
+
+
+def main(arguments: list[str]) -> int:
+    """See the top."""
+    machine = platform.machine()
+    match arguments:
+        case []:
+            found = {machine: function_digests()}
+        case ["compare", *files]:
+            columns = {n: d for f in files for n, d in json.loads(Path(f).read_text()).items()}
+            lines, same = compare(columns)
+            print("\n".join(lines))
+            return 0 if same else 1
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Prints what the bits of each ordered kernel are, of every instruction set that this processor has: a
+// line with the set, the kernel and a digest. In exact numerics digests are the same on every processor.
+
+#include <stdio.h>
+#include <string.h>
+
+#include "xla.h"
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+
+static uint64_t state;
+
+static uint32_t random_bits(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 32);
+}
+
+// Exponents of numbers that are multiplied: alike, far apart, so small that products are subnormal.
+struct range {
+    const char *name;
+    int least, most;
+};
+static const struct range RANGES[] = {{"near", -3, 3}, {"far", -30, 30}, {"subnormal", -80, -62}};
+
+// The bits of a float32 of random sign and mantissa.
+static uint32_t number(struct range range) {
+    const uint32_t bits = random_bits();
+    const uint32_t exponent = (uint32_t)(127 + range.least) +
+                              random_bits() % (uint32_t)(range.most - range.least + 1);
+    return (bits & 0x807FFFFF) | exponent << 23;
+}
+
+// A buffer of random numbers; `kept` are the bits of a float32 that count.
+static void *filled(struct frame *frame, XLA_FFI_DataType dtype, uint32_t kept, struct range range,
+                    int rank, const int64_t *dims) {
+    void *data = frame_buffer(frame, dtype, AT_END, rank, dims);
+    int64_t count = 1;
+    for (int i = 0; i < rank; i++) count *= dims[i];
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t bits = number(range) & kept;
+        if (dtype == F32)
+            memcpy((char *)data + 4 * i, &bits, 4);
+        else if (dtype == BF16)
+            ((uint16_t *)data)[i] = (uint16_t)(bits >> 16);
+        else
+            ((int8_t *)data)[i] = (int8_t)bits;
+    }
+    return data;
+}
+
+// FNV-1a, of one result after another.
+static uint64_t digest;
+
+static void call(struct frame *frame, XLA_FFI_Handler *entry) {
+    frame_ready(frame);
+    const XLA_FFI_Error *error = frame_call(frame, entry);
+    CHECK(!error, "refused: %s", error->message);
+    const XLA_FFI_Buffer *y = &frame->buffers[frame->count - 1];
+    size_t bytes = dtype_size(y->dtype);
+    for (int i = 0; i < y->rank; i++) bytes *= (size_t)y->dims[i];
+    for (size_t i = 0; i < bytes; i++)
+        digest = (digest ^ ((const uint8_t *)y->data)[i]) * 0x100000001B3u;
+    frame_end(frame);
+}
+
+static void begin(void) {
+    state = 1;
+    digest = 0xCBF29CE484222325u;
+}
+
+static void print(const char *set, const char *kernel, const char *dtype, const char *range) {
+    printf("%s %s %s %s %016llx\n", set, kernel, dtype, range, (unsigned long long)digest);
+}
+
+// One block of rows and several; so many that pairs are unpacked.
+static const int64_t ROWS[] = {1, 2, 3, 5, 8, 12, 13, 40};
+// Steps of 4 bytes (in int8, groups) and columns: less than a run of additions, one, more.
+static const int64_t SIZES[][2] = {{1, 1}, {15, 33}, {64, 64}, {129, 97}, {350, 160}};
+
+static void products(const char *set, XLA_FFI_DataType dtype, struct range range) {
+    const int64_t numbers = dtype == F32 ? 1 : dtype == BF16 ? 2 : 4;
+    for (int i = 0; i < COUNT(ROWS) * COUNT(SIZES); i++) {
+        const int64_t rows = ROWS[i % COUNT(ROWS)], *size = SIZES[i / COUNT(ROWS)];
+        const int64_t panels = (size[1] + 31) / 32, steps = dtype == S8 ? 8 * size[0] : size[0];
+        struct frame frame;
+        frame_begin(&frame, set, 4);
+        filled(&frame, F32, dtype == BF16 ? 0xFFFF0000 : 0xFFFFFFFF, range, 2,
+               (int64_t[]){rows, steps * numbers});
+        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){panels, steps, 32, numbers});
+        if (dtype == S8)
+            filled(&frame, BF16, 0x7FFFFFFF, range, 3, (int64_t[]){panels, size[0], 32});
+        frame_buffer(&frame, F32, AT_END, 2, (int64_t[]){rows, size[1]});
+        call(&frame, dtype == S8 ? meshwen_matmul_int8 : meshwen_matmul);
+    }
+}
+
+// Sequences, key/value heads, query heads of each, tokens, head_dim, positions of the cache, start and
+// window: decoding, a prompt, passes of 512 positions, a window that begins within one.
+static const int64_t ATTENDED[][8] = {
+    {2, 2, 7, 1, 64, 96, 70, INT32_MAX},
+    {1, 1, 2, 40, 64, 64, 0, INT32_MAX},
+    {2, 1, 2, 5, 128, 1120, 1100, INT32_MAX},
+    {1, 2, 1, 33, 32, 1120, 1000, 300},
+};
+
+static void attentions(const char *set, XLA_FFI_DataType dtype) {
+    const struct range range = {"", -4, 1};
+    for (int i = 0; i < COUNT(ATTENDED); i++) {
+        const int64_t *of = ATTENDED[i], B = of[0], K = of[1], N = K * of[2], T = of[3], H = of[4];
+        struct frame frame;
+        frame_begin(&frame, set, 4);
+        filled(&frame, F32, 0xFFFFFFFF, range, 4, (int64_t[]){B, N, T, H});
+        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){B, K, H, of[5]});
+        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){B, K, of[5], H});
+        int32_t *rows = frame_buffer(&frame, S32, AT_END, 1, &B);
+        int32_t *starts = frame_buffer(&frame, S32, AT_END, 1, &B);
+        for (int64_t b = 0; b < B; b++) {
+            rows[b] = (int32_t)(B - 1 - b);
+            starts[b] = (int32_t)(of[6] / (b + 1));
+        }
+        const int64_t one = 1;
+        *(int32_t *)frame_buffer(&frame, S32, AT_END, 1, &one) = (int32_t)of[7];
+        frame_buffer(&frame, F32, AT_END, 4, (int64_t[]){B, N, T, H});
+        call(&frame, meshwen_attention);
+    }
+}
+
+int main(void) {
+    pool_start(3);
+    for (int i = 0; meshwen_instruction_set(i); i++) {
+        if (!meshwen_supported(i)) continue;
+        const char *set = meshwen_instruction_set(i);
+        const struct {
+            const char *name;
+            XLA_FFI_DataType dtype;
+        } dtypes[] = {{"float32", F32}, {"bfloat16", BF16}, {"int8", S8}};
+        for (int d = 0; d < 3; d++)
+            for (int r = 0; r < COUNT(RANGES); r++) {
+                begin();
+                products(set, dtypes[d].dtype, RANGES[r]);
+                print(set, "matmul", dtypes[d].name, RANGES[r].name);
+            }
+        for (int d = 0; d < 2; d++) {
+            begin();
+            attentions(set, dtypes[d].dtype);
+            print(set, "attention", dtypes[d].name, "near");
+        }
+    }
+    pool_wait();
+    pool_stop();
+    return 0;
+}
