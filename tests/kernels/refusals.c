@@ -312,7 +312,7 @@ void test_version(void) {
         at("the version of entry %d", i);
         CHECK(!handlers[i](&call), "refused");
         CHECK(metadata.api_version.major_version == XLA_FFI_API_MAJOR, "another version");
-        CHECK(metadata.api_version.minor_version == XLA_FFI_API_MINOR, "another version");
+        CHECK(metadata.api_version.minor_version == 1, "another version"); // an early one
         CHECK(!metadata.traits, "traits");
     }
 }

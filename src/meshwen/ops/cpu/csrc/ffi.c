@@ -41,7 +41,8 @@ int described(const call *call) {
     if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
     XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    // An early one: later ones have all that is used here, whichever header this was compiled with.
+    metadata->api_version.minor_version = 1;
     metadata->traits = 0;
     metadata->state_type_id = (XLA_FFI_TypeId){0};
     return 1;
