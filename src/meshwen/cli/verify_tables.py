@@ -41,7 +41,7 @@ def print_certificate(found: dict[str, Any], console: Console) -> None:
 
 def _table(numerics: str, rows: list[dict[str, Any]]) -> PlainTable:
     title = (
-        f"{numerics}, products by {rows[0]['products']} "
+        f"{numerics}, matmuls by {rows[0]['products']} "
         "(n devices; on each: weights, KV cache, bytes sent for a token)"
     )
     table = PlainTable(title, *_COLUMNS)

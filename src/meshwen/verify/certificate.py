@@ -144,7 +144,7 @@ def _another_kind(before: Certificate, after: Certificate) -> list[str]:
     if not old or not new or old == new:
         return []
     return [
-        f"exact numerics: products by {', '.join(old)} before, by {', '.join(new)} now: "
+        f"exact numerics: matmuls by {', '.join(old)} before, by {', '.join(new)} now: "
         "another kind of certificate, with other bits"
     ]
 
