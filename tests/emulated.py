@@ -27,7 +27,7 @@ _FUNCTIONS = ("matmul", "matmul_int8", "attention")
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels to be every_instruction_set.
+    """Kernels to be tested.
 
     Attributes:
         name: of the instruction set, or of what is emulated.
@@ -55,14 +55,19 @@ EMULATED = (
 )
 
 
-def every_instruction_set() -> Iterator[object]:
-    """Those of this processor, and what stands in for those it lacks, as parameters of a test."""
+def every_instruction_set(*, int8: bool) -> Iterator[object]:
+    """Those of this processor, and what stands in for those it lacks, as parameters of a test.
+
+    Those that differ in int8 alone stand in for its kernels alone.
+    """
     if needs_kernels.args[0]:
         return
-    for one in kernels.supported():
+    here = kernels.supported()
+    for one in here:
         yield pytest.param(Kernels(one.name, (), one.pairs), id=one.name)
     for one in EMULATED:
-        yield pytest.param(one, id=f"emulated-{one.name}")
+        if (int8 or one.pairs) and one.name not in {other.name for other in here}:
+            yield pytest.param(one, id=f"emulated-{one.name}")
 
 
 _registrations: dict[str, ctypes.CDLL] = {}

@@ -42,7 +42,7 @@ SHAPES = [(2, 32), (64, 33), (896, 152), (152, 896), (77, 70), (64, 8), (1, 1), 
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-@pytest.fixture(params=every_instruction_set())
+@pytest.fixture(params=every_instruction_set(int8=False))
 def instructions(request, monkeypatch):
     """Makes each set of instructions the one to be used, emulated where the CPU lacks it."""
     request.param.use(monkeypatch)

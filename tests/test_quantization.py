@@ -41,7 +41,7 @@ ROWS = [*range(1, 9), 13, 40]
 SHAPES = [(32, 32), (64, 40), (896, 152), (152, 70), (37, 5), (1, 1)]
 
 
-@pytest.fixture(params=every_instruction_set())
+@pytest.fixture(params=every_instruction_set(int8=True))
 def instructions(request, monkeypatch):
     request.param.use(monkeypatch)
     return request.param
