@@ -22,13 +22,11 @@ TARGETS ?= linux-x86_64 linux-aarch64 macos-arm64 windows-x86_64
 
 # What the kernels are compiled from: an installation older than one of them compiles them anew.
 KERNELS := $(wildcard src/meshwen/ops/cpu/csrc/*) scripts/build_kernels.py hatch_build.py
-# $(call install,ENVIRONMENT,EXTRAS,MORE REQUIREMENTS): the package, compiled by what is installed first.
-# A comma in an argument of `call`.
-, := ,
 # What is imported is compiled to bytecode then: pip would do all of it, half of its time.
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
-install = $(1)/bin/python scripts/requirements.py > $(1)/requirements.txt && \
-  $(pip) -r $(1)/requirements.txt $(3) && $(pip) --no-build-isolation -e ".$(2)" $(3)
+# $(call install,ENVIRONMENT,EXTRAS,MORE REQUIREMENTS): the package, compiled by what is installed first.
+install = $(1)/bin/python scripts/requirements.py $(2) > $(1)/requirements.txt && \
+  $(pip) -r $(1)/requirements.txt $(3) && $(pip) --no-build-isolation --no-deps -e .
 
 .PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format wheels clean
 
@@ -92,24 +90,24 @@ $(VENV)/.installed: pyproject.toml $(KERNELS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(KERNELS) | $(VENV)/bin/python
-	$(call install,$(VENV),[$(EXTRAS)],"$(JAX)")
+	$(call install,$(VENV),$(EXTRAS),"$(JAX)")
 	@touch $@ $(VENV)/.installed
 
 $(VENV)-build/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-build
-	$(VENV)-build/bin/python scripts/requirements.py build > $(VENV)-build/requirements.txt
+	$(VENV)-build/bin/python scripts/requirements.py --build > $(VENV)-build/requirements.txt
 	$(call pip,$(VENV)-build) -r $(VENV)-build/requirements.txt
 	@touch $@
 
 $(VENV)-torch/.installed: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)-torch
 	$(call pip,$(VENV)-torch) "$(TORCH)"
-	$(call install,$(VENV)-torch,[dev$(,)transformers])
+	$(call install,$(VENV)-torch,dev transformers)
 	@touch $@
 
 $(VENV)-harness/.installed: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)-harness
-	$(call install,$(VENV)-harness,[dev$(,)lm-eval])
+	$(call install,$(VENV)-harness,dev lm-eval)
 	@touch $@
 
 clean:

@@ -1,29 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints requirements of pyproject.toml, one a line, for pip's `-r`.
 
-    python scripts/requirements.py          what builds and what runs the package
-    python scripts/requirements.py build    what builds wheels: with the oldest jaxlib
+    python scripts/requirements.py dev gguf    what builds and what runs the package, and extras
+    python scripts/requirements.py --build     what builds wheels: with the oldest jaxlib
 
 The Makefile installs them before the package, which it then builds without pip's isolation: that
-would unpack the compiler, 400 MB, for every build.
+would unpack the compiler, 400 MB, for every build. Requirements are built with it, as they expect.
 """
 
+import re
 import sys
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
-def requirements(build_only: bool) -> list[str]:
-    """Those of the build, and of running it: then jaxlib is what belongs to jax."""
-    declared = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
+def requirements(declared: dict[str, Any], extras: Sequence[str]) -> Iterator[str]:
+    """Those of the build, of running it and of extras; jaxlib is the one that belongs to jax."""
     build: list[str] = declared["build-system"]["requires"]
-    if build_only:
-        return build
-    run: list[str] = declared["project"]["dependencies"]
-    return [one for one in build if not one.startswith("jaxlib")] + run
+    yield from (one for one in build if not one.startswith("jaxlib"))
+    yield from declared["project"]["dependencies"]
+    for extra in extras:
+        yield from of_extra(declared, extra)
+
+
+def of_extra(declared: dict[str, Any], extra: str) -> Iterator[str]:
+    """Those of an extra, which may name others of the package."""
+    for one in declared["project"]["optional-dependencies"][extra]:
+        if others := re.fullmatch(r"meshwen\[(.*)\]", one):
+            for other in others[1].split(","):
+                yield from of_extra(declared, other)
+        else:
+            yield one
 
 
 if __name__ == "__main__":
-    print(*requirements(sys.argv[1:] == ["build"]), sep="\n")
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
+    if sys.argv[1:] == ["--build"]:
+        print(*project["build-system"]["requires"], sep="\n")
+    else:
+        print(*requirements(project, sys.argv[1:]), sep="\n")
