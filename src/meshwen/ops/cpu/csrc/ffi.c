@@ -37,7 +37,8 @@ static const char *dtype_name(XLA_FFI_DataType dtype) {
 }
 
 int described(const call *call) {
-    XLA_FFI_Extension_Base *extension = call->extension_start;
+    // Headers differ in what they call its type.
+    __typeof__(call->extension_start) extension = call->extension_start;
     if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
     XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
