@@ -120,7 +120,8 @@ def test_a_ctrl_c_that_a_prompt_takes_ends_nothing():
         "    try:",
         f"        {READY}",
         f"        time.sleep({LIMIT})",
-        "    except KeyboardInterrupt:",
+        "    except KeyboardInterrupt as stop:",
+        "        interrupt.take(stop)",
         "        print('taken', flush=True)",
         "time.sleep(0.6)",
     )
@@ -145,6 +146,30 @@ def test_a_signal_within_a_callback_that_swallows_exceptions_is_not_lost(name, s
     )
     with program(*body) as process:
         assert ended(process) == (status, "", "")
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_a_library_swallows_comes_again(name, status):
+    swallow = (
+        "try:",
+        f"    signal.raise_signal(signal.{name})",
+        "except BaseException:",
+        "    pass",
+    )
+    with program(*swallow, "time.sleep(10)") as process:
+        assert ended(process) == (status, "", "")
+
+
+def test_a_signal_that_a_library_makes_another_error_of_gives_its_own_status():
+    become = (
+        "try:",
+        "    signal.raise_signal(signal.SIGTERM)",
+        "except BaseException as error:",
+        "    text = str(error)",
+        "raise RuntimeError(text)",
+    )
+    with program(*become) as process:
+        assert ended(process)[0] == 143
 
 
 def test_an_ignored_signal_stays_ignored():

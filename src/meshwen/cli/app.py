@@ -23,7 +23,7 @@ from meshwen.cli.console import note
 from meshwen.cli.eval import app as evals
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
-from meshwen.cli.interrupt import INTERRUPTED
+from meshwen.cli.interrupt import INTERRUPTED, take
 from meshwen.cli.processes import over_processes
 from meshwen.cli.streams import check_stdout, drop_output, open_streams, output_failure
 from meshwen.cli.verify import verify
@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = _run(arguments)
     except SystemExit as stop:  # SIGTERM, or nobody reads stdout any more.
+        take(stop)
         status = stop.code if isinstance(stop.code, int) else DEFECT
     _leave(status)
     return status
@@ -97,7 +98,8 @@ def _run(arguments: list[str]) -> int:
     try:
         check_stdout()
         status = app(arguments, prog_name="meshwen", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        take(stop)
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:

@@ -2,8 +2,8 @@
 """Signals, and how the program ends.
 
 Ctrl-C and SIGTERM raise an exception in the main thread, so that what is open is closed. A second
-one ends the program at once, as does a first that has not ended it within 5 s. While a chat
-answers, Ctrl-C only stops the answer.
+one ends the program at once, as does a first that has not ended it within 5 s. An exception that a
+library swallows is raised again. While a chat answers, Ctrl-C only stops the answer.
 
 Python runs its signal handlers between two of its own instructions, so none runs while XLA compiles
 or computes. What the system calls writes to a socket at once, though, and a thread reads that.
@@ -21,6 +21,8 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -34,8 +36,19 @@ _ECHO = 1.0  # seconds within which the thread that watches hears of what the ha
 _SHOW_CURSOR = "\x1b[?25h"  # A progress bar hides it.
 
 
+@dataclass
+class _Fate:
+    """Whether somebody has `taken` a signal's exception, which it outlives."""
+
+    taken: bool = False
+
+
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; unlike a KeyboardInterrupt it can be referred to weakly."""
+    """Ctrl-C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fate = _Fate()
 
 
 class Terminated(SystemExit):
@@ -46,6 +59,21 @@ class Terminated(SystemExit):
     """
 
     code: int
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.fate = _Fate()
+
+
+def take(error: BaseException) -> None:
+    """Says that whoever caught an exception does what it asks for: a signal's is not raised again.
+
+    Args:
+        error: a signal's exception, one that was raised from it, or any other.
+    """
+    for one in (error, error.__cause__):
+        if isinstance(one, Interrupted | Terminated):
+            one.fate.taken = True
 
 
 def run_to_the_end(command: Callable[[], int]) -> NoReturn:
@@ -71,6 +99,7 @@ def run_to_the_end(command: Callable[[], int]) -> NoReturn:
         status = _DEFECT
     finally:
         ending.close()
+    status = ending.status(status)
     unwritten = _flush()
     os._exit(status or unwritten)
 
@@ -79,7 +108,8 @@ class _Ending:
     """The signal that is about to end the program, if any.
 
     It is under way from its coming until its exception is gone, which is alive as long as blocks
-    are left because of it. Code that catches it and goes on, as a prompt does, lets go of it.
+    are left because of it. Code that catches it and goes on, as a prompt does, takes it. One that
+    is gone and not taken was swallowed, by a library mostly; so it is raised again.
     """
 
     def __init__(self) -> None:
@@ -87,6 +117,7 @@ class _Ending:
         self._number = 0
         self._deadline = 0.0
         self._error: Callable[[], BaseException | None] | None = None  # None: not raised yet.
+        self._fate = _Fate()
         self._early: float | None = None  # When the handler ran before the thread that watches.
         self._closed = False
 
@@ -96,7 +127,7 @@ class _Ending:
             number = getattr(signal, name, None)  # Windows has no SIGHUP.
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._raise)
-        self._others_unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
+        self._others_unraisable, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._sockets = reader, writer = _socket_pair()  # Kept: closed, they would end the thread.
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=(reader, self._came, self._left), daemon=True).start()
@@ -104,6 +135,11 @@ class _Ending:
     def close(self) -> None:
         """Lets any signal end the program at once: there is nothing left to close."""
         self._closed = True
+
+    def status(self, status: int) -> int:
+        """`status`; the signal's where its exception was swallowed and a defect came of it."""
+        lost = self._number and not self._fate.taken
+        return 128 + self._number if lost and status == _DEFECT else status
 
     def _came(self, number: int) -> None:
         with self._lock:
@@ -138,22 +174,24 @@ class _Ending:
                 self._begin(number)
                 self._early = time.monotonic()
             error = Interrupted() if number == signal.SIGINT else Terminated(128 + number)
-            self._error = weakref.ref(error)
+            self._fate = error.fate
+            self._error = weakref.ref(error, partial(self._gone, number, error.fate))
         try:
             raise error
         finally:
             del error  # This frame, which the exception refers to, would keep it alive.
 
-    def _raise_again(self, found: sys.UnraisableHookArgs) -> None:
-        """Raises once more, soon, what came in a callback that no exception can leave."""
-        error = found.exc_value
-        if not isinstance(error, Interrupted | Terminated):
+    def _gone(self, number: int, fate: _Fate, _: object) -> None:
+        """Raises an exception once more, soon, that is gone and was not taken."""
+        if not fate.taken and not self._closed:
+            again = threading.Timer(_RETRY, _signal_main_thread, (number,))
+            again.daemon = True
+            again.start()
+
+    def _unraisable(self, found: sys.UnraisableHookArgs) -> None:
+        """Is told what came in a callback that no exception can leave: of a signal's, nothing."""
+        if not isinstance(found.exc_value, Interrupted | Terminated):
             self._others_unraisable(found)
-            return
-        number = error.code - 128 if isinstance(error, Terminated) else signal.SIGINT
-        again = threading.Timer(_RETRY, _signal_main_thread, (number,))
-        again.daemon = True
-        again.start()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output, create_output
 
 from meshwen.cli.console import note
+from meshwen.cli.interrupt import take
 
 
 def typed_turns(
@@ -53,7 +54,8 @@ def typed_turns(
                 text = session.prompt(handle_sigint=False)
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            take(stop)
             note("(Ctrl-D or /quit leaves)")
         else:
             yield text
