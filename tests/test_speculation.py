@@ -115,6 +115,7 @@ class Scripted:
     def __init__(self, answers: list[Completion], wrong: int):
         self._answers, self._wrong = answers, wrong
         self.accepted = 0
+        self.forgotten = []
 
     def propose(self, sequences, count):
         return {row: self._drafts(one, count - one.number % 2) for row, one in sequences.items()}
@@ -131,7 +132,7 @@ class Scripted:
         self.accepted += count
 
     def forget(self, sequence):
-        pass
+        self.forgotten.append(sequence.number)
 
 
 # Another kind of layer, and heads that kernels need not pad.
