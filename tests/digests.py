@@ -15,7 +15,8 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 from meshwen.engine import sampling
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.models.presets import PRESETS, preset
+from meshwen.models.presets import preset
 from meshwen.models.rope_frequencies import inverse_frequencies, mean_rotation
 from meshwen.ops.backend import Backend
 from meshwen.ops.cpu import kernels
@@ -86,7 +87,7 @@ def functions(ops: Ops) -> dict[str, Callable[[jax.Array], object]]:
         "log": lambda x: alone(jnp.log, x),
         "cos": lambda x: alone(jnp.cos, x),
         "sin": lambda x: alone(jnp.sin, x),
-        "noise": lambda x: alone(lambda u: -jnp.log(-jnp.log1p(-u)), x),
+        "noise": lambda x: alone(sampling.gumbel, x),
         "quotient": lambda x: x / x[::-1],
         "by 896": lambda x: x / 896,
         "product": lambda x: x * x[::-1],
@@ -102,18 +103,18 @@ def function_digests() -> Digests:
     """Of the functions of each input; of the sampler; of the angles of rotary embeddings."""
     backend: Backend = CpuKernels() if kernels.instruction_set() else XlaOnCpu()
     ops = Ops(numerics=Exact(), backend=backend)
-    options = backend.compiler_options(True)
+    # Two programs, as an emulator takes long to compile one.
+    compile = partial(jax.jit, compiler_options=backend.compiler_options(True))
     found = {}
-    for name, function in functions(ops).items():
-        compiled = jax.jit(function, compiler_options=options)
-        for of, numbers in inputs().items():
-            found[f"{name}, {of}"] = digest(*jax.tree.leaves(compiled(jnp.array(numbers))))
-    for name, method, params in _sampled():
-        compiled = jax.jit(_sample, static_argnums=(2, 3), compiler_options=options)
-        tokens, logprobs = compiled(_logits(), SamplerRows.of(params), method, ops)
+    called = compile(lambda x: {name: f(x) for name, f in functions(ops).items()})
+    for of, numbers in inputs().items():
+        for name, result in called(jnp.array(numbers)).items():
+            found[f"{name}, {of}"] = digest(*jax.tree.leaves(result))
+    sampled = compile(lambda logits: {n: _sample(logits, *how, ops) for n, how in _sampled()})
+    for name, (tokens, logprobs) in sampled(_logits()).items():
         found[f"tokens, {name}"] = digest(tokens)
         found[f"log-probabilities, {name}"] = digest(logprobs)
-    for name in PRESETS:
+    for name in ("qwen2.5-0.5b", "qwen2.5-7b"):
         config = preset(name)
         found[f"rotary, {name}"] = digest(*inverse_frequencies(config)[:1], *mean_rotation(config))
     return found
@@ -128,18 +129,16 @@ def _logits() -> jax.Array:
     return jnp.array(logits)
 
 
-def _sampled() -> list[tuple[str, SamplingMethod, list[SamplingParams]]]:
+def _sampled() -> Iterator[tuple[str, tuple[SamplerRows, SamplingMethod]]]:
     settings = {
         "greedy": {"temperature": 0.0},
         "by noise": {"temperature": 0.7},
         "of some": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
         "of all": {"temperature": 1.0, "top_p": 0.95},
     }
-    found = []
     for name, kept in settings.items():
         params = [SamplingParams(**kept, seed=seed, logprobs=True) for seed in range(_ROWS)]
-        found.append((name, SamplingMethod.of(params, _VOCABULARY), params))
-    return found
+        yield name, (SamplerRows.of(params), SamplingMethod.of(params, _VOCABULARY))
 
 
 def _sample(

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from meshwen.engine.sampling import NO_TOKEN, SamplerRows, SamplingMethod, mark_penalized, sample
+from meshwen.engine.sampling import (
+    NO_TOKEN,
+    SamplerRows,
+    SamplingMethod,
+    gumbel,
+    mark_penalized,
+    sample,
+)
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -623,3 +630,12 @@ def test_a_new_token_is_marked_as_seen(mesh):
     seen = np.random.default_rng(0).random((size, size)) < 0.2
     found = jax.jit(mark)(seen, jnp.arange(size))
     np.testing.assert_array_equal(found, seen | np.eye(size, dtype=bool))
+
+
+def test_noise_is_that_of_float64():
+    bits = np.concatenate([np.arange(1 << 12), 2.0 ** np.arange(12, 31.5, 0.01), [2**32 - 256]])
+    uniform = np.float32((bits + 0.5) * 2.0**-32)
+    exact = uniform.astype(np.float64)
+    np.testing.assert_allclose(
+        jax.jit(gumbel)(uniform), -np.log(-np.log1p(-exact)), rtol=3e-7, atol=3e-7
+    )

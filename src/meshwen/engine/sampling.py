@@ -268,7 +268,20 @@ def _noise(
 
     ids = jnp.broadcast_to(ids, (seed.shape[0], ids.shape[1]))
     uniform = jax.vmap(row)(seed, positions, ids)
-    return ops.numerics.pointwise(lambda u: -jnp.log(-jnp.log1p(-u)), uniform)
+    return ops.numerics.pointwise(gumbel, uniform)
+
+
+def gumbel(uniform: Array) -> Array:
+    """-log(-log(1 - uniform)), elementwise, of float32 numbers above 0 and up to 1.
+
+    log(1 - u) is Kahan's: log of the rounded difference, corrected for what rounding lost of u.
+    XLA's log1p has other bits on ARM than on x86; the functions here have the same.
+    """
+    rest = 1 - uniform
+    kept = 1 - rest  # of u, exactly
+    small = kept == 0
+    exponential = -jnp.log(rest) * (uniform / jnp.where(small, 1, kept))
+    return -jnp.log(jnp.where(small, uniform, exponential))
 
 
 def _logprobs(
