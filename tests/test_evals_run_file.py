@@ -280,6 +280,13 @@ def test_a_run_does_not_go_on_with_other_rules_to_grade_by(tmp_path):
         RunFile.begin(path, SETTINGS | {"grading": 2}, resume=True)
 
 
+def test_an_exact_run_does_not_go_on_where_exact_numerics_have_other_bits(tmp_path):
+    path = written(tmp_path / "r.jsonl", answer(0)).path  # As from before there were versions.
+    RunFile.begin(path, SETTINGS | {"exact_version": 1}, resume=True).close()
+    with pytest.raises(MeshwenError, match=r"exact_version 1, this run has 2: its answers have"):
+        RunFile.begin(path, SETTINGS | {"exact_version": 2}, resume=True)
+
+
 @pytest.mark.parametrize(("before", "now"), [("8", "1x8"), ("1", "1x1"), ("2x4", "2x1x4")])
 def test_meshes_of_the_same_axes_are_the_same(tmp_path, before, now):
     path = tmp_path / "r.jsonl"

@@ -107,6 +107,7 @@ def _settings(
     import jax
 
     from meshwen.evals.gsm8k import data_sha256
+    from meshwen.ops.numerics.exact import Exact
     from meshwen.parallel.mesh import mesh_label
 
     style, sampling = asked.style, asked.sampling
@@ -123,6 +124,7 @@ def _settings(
         "quantization": engine.quantization,
         "products": model.matmuls_by,
         "numerics": engine.numerics,
+        **({"exact_version": Exact.version} if engine.numerics == "exact" else {}),
         "prompt_style": style.name,
         "prompt_style_why": asked.style_why,
         "grading": style.grading,

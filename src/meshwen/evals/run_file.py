@@ -38,9 +38,10 @@ FORMAT = "meshwen-eval-3"
 _BEGINNING = b'{"format": "meshwen-eval-'  # of run files of all versions
 
 # Settings of runs from before there was a choice.
-_EARLIER = {"products": "xla", "grading": 1}
+_EARLIER = {"products": "xla", "grading": 1, "exact_version": 1}
 _TO_DO = {
     "products": "set MESHWEN_INSTRUCTION_SET to the same (none for xla), or",
+    "exact_version": "its answers have the bits of another version's exact numerics;",
     "grading": "its answers were found and graded by earlier rules;",
 }
 _HINT = "it was edited or damaged"

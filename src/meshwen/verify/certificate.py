@@ -17,6 +17,7 @@ import meshwen
 from meshwen.checkpoints import Checkpoint
 from meshwen.models.registry import architecture
 from meshwen.ops.cpu import kernels
+from meshwen.ops.numerics.exact import Exact
 from meshwen.verify.certificate_file import FORMAT, Certificate, with_hash
 from meshwen.verify.faults import Fault
 from meshwen.verify.parity import Outcome, Row
@@ -98,6 +99,7 @@ def environment() -> dict[str, str]:
         "device_kind": device.device_kind,
         "machine": f"{platform.system()} {platform.machine()}",
         "kernels": kernels.label(),
+        "exact_version": str(Exact.version),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

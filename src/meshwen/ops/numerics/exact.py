@@ -53,6 +53,7 @@ class Exact(Numerics):
     vocabulary_leaves: int = 32
 
     ordered: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # Raised by every change that moves a bit.
 
     def matmul_leaves(
         self, x: Float[Array, "M in"], weight: Weight, backend: Backend
