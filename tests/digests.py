@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests of what exact numerics ask of XLA, to compare between processors.
 
-    python tests/digests.py > FILE                  JSON, digests by name
+    python tests/digests.py functions > FILE        JSON, digests by name
+    python tests/digests.py float32 > FILE          of the demo model's logits; or bfloat16, int8
+    python tests/digests.py tokens > FILE           of what it generates
     python tests/digests.py compare FILE FILE...    a table; exit status 1 where any differ
 
 `tests/kernels/digests.c` has those of the kernels.
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshwen import AutoModelForCausalLM
 from meshwen.engine import sampling
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
@@ -148,6 +151,28 @@ def _sample(
     return sampling.sample(logits, rows, positions, None, _VOCABULARY, method, ops)
 
 
+def demo(dtype: str, quantization: str | None = None) -> AutoModelForCausalLM:
+    """The demo model in exact numerics."""
+    return AutoModelForCausalLM.from_pretrained(
+        "demo", dtype=dtype, quantization=quantization, numerics="exact"
+    )
+
+
+def logits_digests(weights: str) -> Digests:
+    """Of the demo model's logits: weights in float32, bfloat16, or int8 with bfloat16."""
+    model = demo("bfloat16", "int8") if weights == "int8" else demo(weights)
+    return {f"demo logits, {weights}": digest(model([range(100, 148)]))}
+
+
+def token_digests() -> Digests:
+    """Of tokens that the demo model draws one after the other, and their log-probabilities."""
+    [drawn] = demo("bfloat16").generate("What is 3+4?", max_new_tokens=16, seed=5, logprobs=True)
+    return {
+        "demo tokens": digest(np.array(drawn.tokens)),
+        "demo log-probabilities": digest(np.array(drawn.logprobs)),
+    }
+
+
 def compare(columns: dict[str, Digests]) -> tuple[list[str], bool]:
     """A table of digests by column, a line a name, and whether every name has one alone."""
     names = dict.fromkeys(name for digests in columns.values() for name in digests)
@@ -165,8 +190,12 @@ def main(arguments: list[str]) -> int:
     """See the top."""
     machine = platform.machine()
     match arguments:
-        case []:
+        case ["functions"]:
             found = {machine: function_digests()}
+        case [("float32" | "bfloat16" | "int8") as weights]:
+            found = {machine: logits_digests(weights)}
+        case ["tokens"]:
+            found = {machine: token_digests()}
         case ["compare", *files]:
             columns = {n: d for f in files for n, d in json.loads(Path(f).read_text()).items()}
             lines, same = compare(columns)

@@ -24,6 +24,7 @@ from meshwen.engine.request import Completion, Request
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
+from meshwen.ops.cpu.backend import CpuKernels
 from needs_kernels import needs_kernels
 from speller import ANSWER, answer_ids, write_speller
 from tiny_model import STEPS, TINY, greedy, weights
@@ -293,6 +294,7 @@ def test_a_prompt_prefilled_in_chunks_gives_what_one_pass_gives(mesh):
 
 
 def test_a_prompt_whose_scores_are_many_is_prefilled_in_shorter_chunks(monkeypatch):
+    monkeypatch.setattr(CpuKernels, "stores_scores", True)
     monkeypatch.setattr("meshwen.runtime.shape_buckets._SCORE_BYTES", 1)
     found = completions(engine().run([request(prompt, logprobs=True) for prompt in PROMPTS]))
     for completion, prompt in zip(found, PROMPTS, strict=True):

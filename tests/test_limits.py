@@ -12,7 +12,7 @@ from sequences import sequence
 
 
 def limits(positions=1000, max_model_len=500) -> SequenceLimits:
-    return SequenceLimits(CacheBudget(4, max_model_len, 1, 1, positions), query_heads=1)
+    return SequenceLimits(CacheBudget(4, max_model_len, 1, 1, positions), score_heads=1)
 
 
 def request(**sampling) -> Request:
@@ -35,6 +35,20 @@ def test_an_answer_ends_by_what_was_asked_the_context_or_else_memory(positions, 
     assert found.answer_tokens(request(**asked)) == expected
     allowed = found.allowed_tokens(request(**asked))
     assert allowed == min(asked["max_new_tokens"], asked.get("max_length", 500) - 20)
+
+
+@pytest.mark.parametrize(
+    ("length", "score_heads", "expected"),
+    [
+        (1200, 14, [512, 512, 192]),
+        (9000, 14, [256] * 35 + [48]),  # 14 heads x 12,288 positions x 256 tokens: 176 MB.
+        (9000, 0, [512] * 17 + [384]),  # No scores are written to memory.
+        (100_000, 2000, [16] * 6250),
+    ],
+)
+def test_chunks_of_a_prompt_are_as_long_as_memory_for_scores_allows(length, score_heads, expected):
+    found = SequenceLimits(CacheBudget(4, 200_000, 1, 1, 200_000), score_heads).chunks(length)
+    assert found == expected
 
 
 def test_a_request_without_memory_for_all_that_was_asked_is_refused():

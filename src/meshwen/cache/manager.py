@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV cache of an engine: its arrays, which sequence has which row, and when it grows.
 
-Every sequence has a row of its own, and all rows have one length. Callers need to know neither:
-they ask for sequences, positions and rows of the batch, and pass the arrays to the steps unread. So
-a paged cache, whose arrays are blocks and each row's table of them, can take this one's place.
+Every sequence has a row of its own, and all rows have one length. Scheduler and step loop need to
+know neither: they ask for sequences, positions and rows of the batch, and pass the arrays to the
+compiled steps unread.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class EngineCore:
 
     def __init__(self, runner: ModelRunner, budget: CacheBudget, speculation: Speculation):
         self.runner, self.speculation = runner, speculation
-        self.limits = SequenceLimits(budget, runner.plan.heads.local_query_heads)
+        self.limits = SequenceLimits(budget, runner.score_heads)
         self.cache = CacheManager(runner, budget)
         self.scheduler = Scheduler(self.cache, self.limits, budget.parts)
         self.delivery = Delivery()

@@ -20,11 +20,12 @@ class SequenceLimits:
 
     Attributes:
         budget: of the cache.
-        query_heads: of a device, padding included; they decide how long a chunk of a prompt is.
+        score_heads: query heads of a device whose scores attention writes to memory, padding
+            included; they bound the chunks of a prompt.
     """
 
     budget: CacheBudget
-    query_heads: int
+    score_heads: int
 
     def answer_tokens(self, request: Request) -> int:
         """Tokens that the answer may have."""
@@ -51,7 +52,7 @@ class SequenceLimits:
 
     def chunks(self, length: int) -> list[int]:
         """Chunks that a prompt of `length` tokens is prefilled in."""
-        return chunks(length, self.query_heads)
+        return chunks(length, self.score_heads)
 
     def positions_to_begin(self, sequence: SequenceState) -> int:
         """Positions of the cache that a sequence needs before its prefill can begin."""

@@ -106,6 +106,11 @@ class ModelRunner:
         return self.model.config
 
     @property
+    def score_heads(self) -> int:
+        """Query heads of a device whose scores attention writes to memory, padding included."""
+        return self.plan.heads.local_query_heads if self.model.backend.stores_scores else 0
+
+    @property
     def ops(self) -> Ops:
         """What each device computes with."""
         return self.model.ops

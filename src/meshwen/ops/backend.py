@@ -34,6 +34,8 @@ class Backend:
     """XLA on any device; static, as programs are compiled for it."""
 
     cache_layout: ClassVar[CacheLayout] = CacheLayout()
+    # Whether attention writes its scores, float32 [heads, tokens, positions], to memory.
+    stores_scores: ClassVar[bool] = True
     # Compiled programs that are kept.
     programs: ClassVar[int] = 512
 

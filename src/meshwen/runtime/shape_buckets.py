@@ -28,17 +28,19 @@ def largest_shape_bucket(length: int) -> int:
     return half * 3 // 2 if half * 3 // 2 <= length else half
 
 
-def chunks(length: int, heads: int) -> list[int]:
+def chunks(length: int, score_heads: int) -> list[int]:
     """Chunks to prefill a prompt in: whole ones, then the smallest shape bucket for the rest.
 
     They depend on the model, the mesh and the length alone, not on what else there is to do.
 
     Args:
         length: tokens of the prompt.
-        heads: query heads of a device, padding included.
+        score_heads: query heads of a device whose scores attention writes to memory, padding
+            included.
     """
     chunk = _LONGEST_CHUNK
-    while chunk > max(_SCORE_BYTES // (4 * heads * shape_bucket(length)), SMALLEST_BUCKET):
+    a_token = 4 * score_heads * shape_bucket(length)  # bytes of scores
+    while chunk > SMALLEST_BUCKET and chunk * a_token > _SCORE_BYTES:
         chunk //= 2
     whole, rest = divmod(length, chunk)
     return [chunk] * whole + ([shape_bucket(rest)] if rest else [])

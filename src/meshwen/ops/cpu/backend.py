@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -34,6 +35,8 @@ class CpuKernels(XlaOnCpu):
     """
 
     alone: bool = False
+
+    stores_scores: ClassVar[bool] = False
 
     def matmul_name(
         self, dtype: jnp.dtype, quantization: Quantization | None, *, ordered: bool = False
