@@ -2,6 +2,7 @@
 """One model, many callers: threads, event loops, callbacks and interleaved generators."""
 
 import asyncio
+import re
 import threading
 from itertools import cycle, islice
 
@@ -183,6 +184,44 @@ def test_what_a_callback_raises_reaches_step_and_no_reader():
         shared.step()
     assert error.value.__notes__ == ["another request failed too: OSError('gone')"]
     assert not shared.busy
+
+
+def from_generate(shared, asked):
+    return shared.generate(list(PROMPTS[:2]), **asked)
+
+
+def from_a_stream(shared, asked):
+    return list(shared.stream(PROMPTS[1], **asked))
+
+
+def from_an_event_loop(shared, asked):
+    async def run():
+        return [event async for event in shared.events(PROMPTS[1], **asked)]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("ask", [from_generate, from_a_stream, from_an_event_loop])
+def test_a_text_that_cannot_be_made_is_an_error_of_the_call_that_asked_for_it(ask, monkeypatch):
+    shared, submitted = tiny(), []
+    broken = ValueError("no such\ncharacter")
+
+    def push(text, token):
+        if token == greedy(PROMPTS[1])[0][2]:
+            raise broken
+        return ""
+
+    number = shared.engine.submit(request(PROMPTS[3]), submitted.append)
+    monkeypatch.setattr("meshwen.engine.answer_text.AnswerText.push", push)
+    error = start(ask, shared, {"max_new_tokens": STEPS, "temperature": 0}).exception(PATIENCE)
+    assert isinstance(error, MeshwenError)
+    assert re.fullmatch(
+        r"prompt \d: a token of its answer could not be delivered: ValueError\(.*\)", str(error)
+    )
+    assert error.__cause__ is broken
+    while shared.engine.busy:  # What others asked for goes on.
+        shared.engine.step()
+    assert [event.request for event in submitted] == [number] * STEPS
 
 
 def test_a_step_that_breaks_off_is_reported_to_all_whose_requests_it_took(monkeypatch):

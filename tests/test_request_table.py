@@ -20,7 +20,9 @@ def table(*requests: tuple[object, int]) -> RequestTable:
 
 
 def run() -> SimpleNamespace:
-    return SimpleNamespace(failure=None)
+    made = SimpleNamespace(failure=None, failed=[])
+    made.fail = lambda number, error: made.failed.append((number, error))
+    return made
 
 
 def test_requests_are_numbered_and_left_for_the_next_step_once():
@@ -60,6 +62,13 @@ def test_an_error_is_raised_once_and_keeps_the_engine_busy_until_then():
     assert (made.live, made.busy) == ({}, True)
     assert made.take_errors() == [error]
     assert (made.take_errors(), made.busy) == ([], False)
+
+
+def test_an_error_of_a_runs_request_goes_to_the_run():
+    mine, error = run(), ValueError("no text")
+    made = table((mine, 1), (mine, 1))
+    made.fail(1, error)
+    assert (mine.failed, list(made.live), made.take_errors()) == ([(1, error)], [0], [])
 
 
 def test_an_error_ends_what_a_step_had_taken_and_says_so_to_all_but_its_own_thread():

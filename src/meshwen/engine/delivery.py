@@ -11,7 +11,9 @@ from meshwen.engine.sequence import SequenceState
 
 
 class Delivery:
-    """Delivers tokens, so that what one request's `on_event` raises reaches no other request.
+    """Delivers tokens, so that an error of one request's delivery reaches no other request.
+
+    It may come of the text or the constraints that a token goes into, or of `on_event`.
 
     Attributes:
         delivering: the request whose token is being delivered, so whose `on_event` may be running;
@@ -39,7 +41,7 @@ class Delivery:
         self.delivering = None
 
     def take_errors(self) -> list[tuple[int, Exception]]:
-        """What `on_event` raised since this was last called, each with its request's number."""
+        """What deliveries raised since this was last called, each with its request's number."""
         errors, self._errors = self._errors, []
         return errors
 

@@ -150,10 +150,11 @@ class Engine:
         """Waits for the lock, then takes a step: a chunk of a prompt, and a token of each answer.
 
         Raises:
-            Exception: an `on_event` raised it, in this step or in one that a reader of `run` took;
-                its request is cancelled, others go on. Any other error ends all requests without an
-                event; the engine is then as new. Where that happened in another thread's step, and
-                submitted requests were lost, a MeshwenError says so.
+            Exception: an `on_event` raised it, or a token's text could not be made, in this step or
+                in one that a reader of `run` took; its request is cancelled, others go on. Any
+                other error ends all requests without an event; the engine is then as new. Where
+                that happened in another thread's step, and submitted requests were lost, a
+                MeshwenError says so.
             KeyboardInterrupt: the requests stay, but for one whose event was being delivered.
         """
         with self._hold():
@@ -172,8 +173,9 @@ class Engine:
         wait. Closing the stream cancels what is unfinished. What is not fetched is kept.
 
         Raises:
-            MeshwenError: `check` refuses one of them; none is run. From the stream: the requests
-                were lost when a step broke off; the thread that took it gets the error itself.
+            MeshwenError: `check` refuses one of them; none is run. From the stream: the text of one
+                could not be made, which cancels the others; or the requests were lost when a step
+                broke off; the thread that took it gets the error itself.
         """
         if not isinstance(requests, Iterable):
             raise MeshwenError(f"requests must be a list, not {brief(requests)}")
@@ -244,7 +246,7 @@ class Engine:
         self._take_errors()
 
     def _take_errors(self) -> None:
-        """Ends the requests whose `on_event` raised; `step` raises that."""
+        """Ends the requests whose tokens could not be delivered: see `RequestTable.fail`."""
         with self._lock.changed:
             for number, error in self._core.delivery.take_errors():
                 self._requests.fail(number, error)
@@ -264,7 +266,7 @@ class _Run:
         """Waits for the next event, taking steps while it has the lock; None: there are no more.
 
         Raises:
-            MeshwenError: the requests were lost.
+            MeshwenError: the requests were lost, or a token of one could not be delivered.
             BaseException: this thread's step broke off.
         """
         changed = self._engine._lock.changed
@@ -300,6 +302,15 @@ class _Run:
             self._requests, self.failure = None, None
             self._numbers.clear()
             self._engine._lock.changed.notify_all()
+
+    def fail(self, number: int, error: Exception) -> None:
+        """Ends the run when its events so far are fetched; its first failure is the one raised."""
+        mine = self._numbers.get(number)  # None: an interrupt ended the run as it began.
+        if mine is not None and self.failure is None:
+            self.failure = MeshwenError(
+                f"prompt {mine + 1}: a token of its answer could not be delivered: {brief(error)}"
+            )
+            self.failure.__cause__ = error
 
     def _ready(self) -> bool:
         return bool(self._events or self.failure or not self._numbers)

@@ -19,6 +19,9 @@ class Run(Protocol):
 
     failure: MeshwenError | None
 
+    def fail(self, number: int, error: Exception) -> None:
+        """Notes a failure: `error` came when a token of a request was to be delivered."""
+
 
 @dataclass(frozen=True)
 class LiveRequest:
@@ -86,9 +89,15 @@ class RequestTable:
         self.live.pop(number, None)
 
     def fail(self, number: int, error: Exception) -> None:
-        """Ends a request whose `on_event` raised; `Engine.step` is to raise that."""
-        self.live.pop(number, None)
-        self._errors.append(error)
+        """Ends a request whose token could not be delivered.
+
+        Whoever waits for its run is to raise the error; for one that was submitted, `Engine.step`.
+        """
+        live = self.live.pop(number, None)
+        if live is not None and live.run is not None:
+            live.run.fail(number, error)
+        else:
+            self._errors.append(error)
 
     def take_new(self) -> tuple[list[SequenceState], bool]:
         """Requests since the last step, and whether some were cancelled since."""
