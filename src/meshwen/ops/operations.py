@@ -52,15 +52,14 @@ class Ops:
 
     def column(self, x: Float[Array, "*rows in"], layer: Linear) -> Float32[Array, "*rows out"]:
         """A linear layer, output split: times [in, out/n]."""
-        y = self._matmul(x, layer["weight"])
-        return y + layer["bias"].array.astype(jnp.float32) if "bias" in layer else y
+        return _with_bias(self._matmul(x, layer["weight"]), layer)
 
     def row(self, x: Float[Array, "*rows in"], layer: Linear) -> Float32[Array, "*rows out"]:
-        """A linear layer, input split: times [in/n, out]."""
+        """A linear layer, input split: times [in/n, out]. Every device has all of its bias."""
         weight = layer["weight"]
         partial = self.numerics.matmul_leaves(x.reshape(-1, x.shape[-1]), weight, self.backend)
         total = self.numerics.all_reduce(partial, self.collectives)
-        return total.reshape(*x.shape[:-1], weight.outputs)
+        return _with_bias(total.reshape(*x.shape[:-1], weight.outputs), layer)
 
     def embed(self, token_ids: Int[Array, "*tokens"], layer: Linear) -> Float32[Array, "*tokens D"]:
         """Rows of a table [V/n, D] that is split by rows."""
@@ -76,10 +75,10 @@ class Ops:
         """Logits of a head, or of a tied table [V/n, D], split over the vocabulary."""
         weight = layer["weight"]
         if weight.inputs_first:
-            return self._matmul(x, weight)
+            return _with_bias(self._matmul(x, weight), layer)
         assert not self.numerics.ordered, "exact numerics have a head beside a tied table"
         y = self.backend.matmul_transposed(x.reshape(-1, x.shape[-1]), weight.array)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _with_bias(y.reshape(*x.shape[:-1], y.shape[-1]), layer)
 
     def attend(
         self, q: Float32[Array, "B N T H"], held: HeldKeysValues, mask: CausalMask
@@ -105,3 +104,8 @@ class Ops:
         rows, ordered = x.reshape(-1, x.shape[-1]), self.numerics.ordered
         y = self.backend.matmul(rows, weight.leaf, ordered=ordered)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _with_bias(y: Float32[Array, "*rows out"], layer: Linear) -> Float32[Array, "*rows out"]:
+    """A layer's whole sums with its bias, if it has one: each is rounded once."""
+    return y + layer["bias"].array.astype(jnp.float32) if "bias" in layer else y
