@@ -108,6 +108,11 @@ def test_lists_jax_arrays_and_boolean_masks_are_taken():
         ([[0, -1]], None, "from 0 to 262"),
         ([[1] * 1101], None, "1101 tokens, but the model's context is 1100"),
         ([[1, 2]], [[1]], r"attention_mask \(1, 1\) must have the shape \(1, 2\)"),
+        ([[1, 2]], [[0.0, -1e9]], "attention_mask must be int or bool, .*, not float64"),
+        ([[1, 2], [3, 4]], [[1, 1], [1, 2]], "at position 1 of row 1 it is 2"),
+        ([[1, 2]], [[-1, 1]], "at position 0 of row 0 it is -1"),
+        ([[1] * 4] * 2, [[0, 1, 1, 0], [1, 0, 0, 1]], "is 0 at position 1 of row 1, which is bet"),
+        ([[1] * 3], [[True, False, True]], "is 0 at position 1 of row 0, which is between tokens"),
     ],
 )
 def test_what_is_not_a_batch_of_ids_is_refused(ids, mask, words):
@@ -388,7 +393,11 @@ def test_logits_of_what_is_no_batch_are_refused():
     for ids, mask, words in (
         ([[5], [5, 6]], None, "input_ids must have rows of one length"),
         ([5, 6], None, r"input_ids must be int \[batch, sequence\]"),
-        ([[5]], [["a"]], "attention_mask must be int or bool, not <U1"),
+        (
+            [[5]],
+            [["a"]],
+            "attention_mask must be int or bool, 1 at tokens and 0 at padding, not <U1",
+        ),
     ):
         with pytest.raises(MeshwenError, match=words):
             tiny()(ids, mask)

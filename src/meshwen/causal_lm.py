@@ -195,14 +195,15 @@ class CausalLM:
 
         Args:
             input_ids: int [batch, sequence].
-            attention_mask: int or bool [batch, sequence], 0 at padding, on either side; logits at
-                padding mean nothing. None: no padding.
+            attention_mask: int or bool [batch, sequence], 1 at tokens and 0 at padding, on either
+                side of a sequence; logits at padding mean nothing. None: no padding.
 
         Returns:
             float32 [batch, sequence, vocab_size].
 
         Raises:
-            MeshwenError: the ids are not a batch, or one is outside the vocabulary.
+            MeshwenError: the ids are not a batch, one is outside the vocabulary, or the mask is
+                anything else: floats to be added, other numbers, padding between tokens.
         """
         batch = TokenBatch.of(input_ids, attention_mask, self.config)
         with self.engine.exclusive():

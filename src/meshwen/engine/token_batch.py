@@ -36,12 +36,13 @@ class TokenBatch:
 
         Args:
             input_ids: int [batch, sequence].
-            attention_mask: int or bool [batch, sequence], 0 at padding; None: no padding.
+            attention_mask: int or bool [batch, sequence], 0 at padding, which is before or behind
+                a sequence, and 1 at its tokens; None: no padding.
             config: the model's.
 
         Raises:
-            MeshwenError: they are not a batch, an id is outside the vocabulary, or a sequence is
-                longer than the model's context.
+            MeshwenError: they are not a batch, an id is outside the vocabulary, a sequence is
+                longer than the model's context, or the mask is no such mask.
         """
         ids = _array("input_ids", input_ids)
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
@@ -53,15 +54,7 @@ class TokenBatch:
             raise MeshwenError(
                 f"input_ids must be from 0 to {config.vocab_size - 1}, but one is {wrong}"
             )
-        mask = _array(
-            "attention_mask", np.ones_like(ids) if attention_mask is None else attention_mask
-        )
-        if mask.dtype.kind not in "biuf":
-            raise MeshwenError(f"attention_mask must be int or bool, not {mask.dtype}")
-        if mask.shape != ids.shape:
-            raise MeshwenError(
-                f"attention_mask {mask.shape} must have the shape {ids.shape} of input_ids"
-            )
+        mask = np.ones_like(ids) if attention_mask is None else _mask(attention_mask, ids.shape)
         longest = (mask != 0).sum(axis=1).max()
         if longest > config.context_length:
             raise MeshwenError(
@@ -88,6 +81,35 @@ class TokenBatch:
         if (np.diff(self.order, axis=1) == 1).all():
             return logits
         return jnp.take_along_axis(logits, self.order.argsort(axis=1)[..., None], axis=1)
+
+
+def _mask(attention_mask: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask as an array. Refuses what says anything but where the padding is."""
+    mask = _array("attention_mask", attention_mask)
+    if mask.dtype.kind not in "biu":
+        raise MeshwenError(
+            f"attention_mask must be int or bool, 1 at tokens and 0 at padding, not {mask.dtype}"
+        )
+    if mask.shape != shape:
+        raise MeshwenError(f"attention_mask {mask.shape} must have the shape {shape} of input_ids")
+    other = np.argwhere((mask != 0) & (mask != 1))
+    if len(other):
+        row, position = other[0]
+        raise MeshwenError(
+            "attention_mask must be 1 at tokens and 0 at padding, but at position "
+            f"{position} of row {row} it is {mask[row, position]}"
+        )
+    tokens = mask != 0
+    before = np.logical_or.accumulate(tokens, axis=1)
+    behind = np.logical_or.accumulate(tokens[:, ::-1], axis=1)[:, ::-1]
+    holes = np.argwhere(before & behind & ~tokens)
+    if len(holes):
+        row, position = holes[0]
+        raise MeshwenError(
+            f"attention_mask is 0 at position {position} of row {row}, which is between tokens: "
+            "padding can only be before or behind a sequence; leave the token out of input_ids"
+        )
+    return mask
 
 
 def _array(name: str, value: Any) -> np.ndarray:
