@@ -432,6 +432,19 @@ def test_a_preset_runs_on_dummy_weights(monkeypatch):
     assert told[-1][0] == told[-1][1] > 0
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_limit_beyond_the_context_is_refused_before_weights_are_loaded(folder, load_format):
+    told = []
+    with pytest.raises(MeshwenError, match=f"max_model_len must be .* context of {CONTEXT}, not"):
+        Qwen2ForCausalLM.from_pretrained(
+            folder,
+            load_format=load_format,
+            max_model_len=CONTEXT + 1,
+            progress=lambda *step: told.append(step),
+        )
+    assert told == []
+
+
 def test_a_checkpoint_gets_dummy_weights_only_when_asked_for(folder):
     model = Qwen2ForCausalLM.from_pretrained(folder, load_format="dummy", dtype="float32")
     assert model.generate("A\n", max_new_tokens=20)[0].text != ANSWER

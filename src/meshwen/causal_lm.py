@@ -162,6 +162,7 @@ class CausalLM:
             "weights": "dummy" if checkpoint.format is None else "files",
         }
         check_model(checkpoint, tokenizer, compared, exact=model.numerics == "exact")
+        options.longest_sequence(checkpoint.config)  # Refuses a wrong one before weights are read.
         progress = progress or (lambda done, total: None)
         if checkpoint.format is None:
             params = dummy_params(model.weights, progress)

@@ -149,6 +149,20 @@ class EngineOptions:
         dtype = jnp.dtype(self.dtype)
         return ParallelModel(config, mesh, dtype, self.numerics, self.quantization)
 
+    def longest_sequence(self, config: ModelConfig) -> int:
+        """The most tokens of a prompt and its answer, which the config alone decides.
+
+        Raises:
+            MeshwenError: `max_model_len` is more than the model's context.
+        """
+        context = config.context_length
+        length = context if self.max_model_len is None else self.max_model_len
+        if length > context:
+            raise MeshwenError(
+                f"max_model_len must be from 2 to the model's context of {context}, not {length}"
+            )
+        return length
+
     def cache_budget(self, model: ParallelModel) -> CacheBudget:
         """What the KV cache may hold in the memory that the devices have free now.
 
@@ -160,12 +174,7 @@ class EngineOptions:
         """
         from meshwen.cache.budget import CacheBudget
 
-        context = model.config.context_length
-        length = context if self.max_model_len is None else self.max_model_len
-        if length > context:
-            raise MeshwenError(
-                f"max_model_len must be from 2 to the model's context of {context}, not {length}"
-            )
+        length = self.longest_sequence(model.config)
         return CacheBudget.of_free_memory(model.plan, model.token_bytes, self.max_num_seqs, length)
 
     def compared(self) -> dict[str, Any]:
