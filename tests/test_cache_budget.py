@@ -2,6 +2,7 @@
 """What a cache may hold: rows and lengths for the memory that there is."""
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from mesh_model import shared_model
 from meshwen.cache.budget import CacheBudget
@@ -39,6 +40,12 @@ def test_more_tokens_than_the_context_of_the_model_are_refused():
     options = EngineOptions(max_model_len=ONE_LAYER.max_position_embeddings + 1)
     with pytest.raises(MeshwenError, match=r"max_model_len must be from 2 to .* context of 1100"):
         options.cache_budget(shared_model(ONE_LAYER).runner.model)
+
+
+def test_a_mesh_without_devices_has_no_memory():
+    model = EngineOptions().parallel_model(ONE_LAYER, AbstractMesh((2,), ("model",)))
+    with pytest.raises(MeshwenError, match=r"no device is behind AbstractMesh\(.*give the model"):
+        EngineOptions().cache_budget(model)
 
 
 def test_a_budget_is_a_share_of_the_free_memory_in_rows_of_a_device(monkeypatch):

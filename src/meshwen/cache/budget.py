@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Self
 
+from jax.sharding import Mesh
+
 from meshwen.errors import MeshwenError
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.memory import free_bytes_of_mesh
@@ -39,7 +41,16 @@ class CacheBudget:
     def of_free_memory(
         cls, plan: ParallelPlan, token_bytes: int, max_num_seqs: int, max_model_len: int
     ) -> Self:
-        """The budget of what the devices have free now: call it when the weights are on them."""
+        """The budget of what the devices have free now: call it when the weights are on them.
+
+        Raises:
+            MeshwenError: the plan's mesh is abstract.
+        """
+        if not isinstance(plan.mesh, Mesh):
+            raise MeshwenError(
+                f"no device is behind {plan.mesh}, so there is no memory for a KV cache: give "
+                "the model a mesh of devices (meshwen.parallel.mesh.make_mesh)"
+            )
         cache_bytes = int(_CACHE_SHARE * free_bytes_of_mesh(plan.mesh))
         return cls(max_num_seqs, max_model_len, plan.data_devices, token_bytes, cache_bytes)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from meshwen.runtime.jax_settings import own_settings
 
@@ -29,7 +29,7 @@ def free_bytes(devices: Sequence[jax.Device]) -> int:
     return min(free) if free else _free_host_bytes() // len(devices)
 
 
-def free_bytes_of_mesh(mesh: Mesh | AbstractMesh) -> int:
+def free_bytes_of_mesh(mesh: Mesh) -> int:
     """Bytes that are free on the fullest device of a mesh, whichever process it belongs to.
 
     What several processes decide from it has to be the same: all of them call this.
