@@ -782,10 +782,10 @@ FAULTS = (
     ),
     _fault(
         "verify: int8 has the bounds of its dtype",
-        "verify/parity.py",
-        "precision = model.numerics, model.quantization or run.runner.dtype.name",
-        "precision = model.numerics, run.runner.dtype.name",
-        "cli_verify",
+        "verify/promises.py",
+        "if format is not None and format.bounds is not None:",
+        "if False:",
+        "verify_metrics",
     ),
     _fault(
         "verify: a fault is injected in another matmul",

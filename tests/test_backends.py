@@ -11,6 +11,7 @@ import pytest
 
 from mesh_model import MeshModel, random_tokens, relative_error
 from meshwen.common.choices import QUANTIZATIONS
+from meshwen.errors import MeshwenError
 from meshwen.ops.backend import Backend
 from meshwen.ops.backends import backend_of
 from meshwen.ops.cache_layout import CacheLayout
@@ -122,4 +123,7 @@ def test_the_largest_is_the_first_of_equals(backend):
 def test_every_quantization_has_a_format_of_its_own(backend):
     for word in QUANTIZATIONS:
         assert backend.format(word).name.startswith(word)
+        assert backend.format(word).bounds == Backend().format(word).bounds
         assert backend.format(word).rounds
+    with pytest.raises(MeshwenError, match="quantization must be int8, not 'int4'"):
+        backend.format("int4")

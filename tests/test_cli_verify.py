@@ -13,8 +13,9 @@ from meshwen.cli.options import parse_meshes
 from meshwen.common.extras import how_to_install
 from meshwen.engine.sampling import sample
 from meshwen.errors import MeshwenError
+from meshwen.ops.formats import Bounds
 from meshwen.ops.numerics.exact import Exact
-from meshwen.verify import parity
+from meshwen.verify import parity, promises
 from meshwen.verify.certificate_file import with_hash
 from meshwen.verify.faults import negated, with_changed_weight
 from meshwen.verify.operations import Operation
@@ -70,7 +71,8 @@ def test_int8_keeps_its_promises_its_faults_are_found_and_a_certificate_has_it(
 
 
 def test_a_broken_promise_is_exit_status_1(model, capsys, monkeypatch):
-    monkeypatch.setattr("meshwen.verify.promises.FLOAT32_RELATIVE", 0.0)
+    strict = Bounds(sampler_shortfall=0.0, max_relative=0.0)
+    monkeypatch.setitem(promises.OF_DTYPE, "float32", strict)
     assert main(["verify", "--model", model, *SHORT]) == 1
     assert "at most 0e+00 is promised" in capsys.readouterr().out
 

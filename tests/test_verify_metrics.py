@@ -6,15 +6,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from meshwen.ops.cpu.panels import INT8_PANELS, PANELS
+from meshwen.ops.formats import Bounds, Format
 from meshwen.verify.hlo import Collective
 from meshwen.verify.metrics import compare, sampler_shortfall
 from meshwen.verify.promises import (
+    bounds,
     broken_by_collectives,
     broken_by_logits,
     broken_by_probe,
     broken_by_sampler,
+    logit_bounds,
 )
 
+BOUNDS = {
+    "float32": logit_bounds("float32", None),
+    "bfloat16": logit_bounds("bfloat16", PANELS),
+    "int8": logit_bounds("float32", INT8_PANELS),
+}
 LOGITS = np.array([[[4, 1, 0], [0, 2, 1]], [[1, 1.5, 9], [3, 0, 0]]], np.float32)
 SAME = compare(LOGITS, LOGITS)
 
@@ -64,18 +73,18 @@ def test_a_token_is_proven_where_differences_are_below_half_the_gap(logit, prove
 def test_a_logit_that_is_no_number_breaks_every_numerics(dtype, numerics):
     found = compare(LOGITS, changed(0, 0, 0, np.nan))
     assert found.proven == 3
-    assert len(broken_by_logits(numerics, dtype, {"cached": found})) == 1
+    assert len(broken_by_logits(numerics, BOUNDS[dtype], {"cached": found})) == 1
     nowhere_a_number = np.full_like(LOGITS, np.nan)
     found = compare(nowhere_a_number, nowhere_a_number)
     assert found.bits_equal
-    assert broken_by_logits(numerics, dtype, {"cached": found}) == ["cached: not finite"]
+    assert broken_by_logits(numerics, BOUNDS[dtype], {"cached": found}) == ["cached: not finite"]
 
 
 def test_exact_numerics_promise_bits():
     other = replace(SAME, bits_equal=False)
-    assert broken_by_logits("exact", "float32", {"cached": SAME}) == []
-    assert len(broken_by_logits("exact", "float32", {"cached": other})) == 1
-    assert len(broken_by_logits("exact", "bfloat16", {"cached": SAME, "whole": other})) == 1
+    assert broken_by_logits("exact", BOUNDS["float32"], {"cached": SAME}) == []
+    assert len(broken_by_logits("exact", BOUNDS["float32"], {"cached": other})) == 1
+    assert len(broken_by_logits("exact", BOUNDS["bfloat16"], {"cached": SAME, "whole": other})) == 1
 
 
 @pytest.mark.parametrize(
@@ -91,19 +100,40 @@ def test_exact_numerics_promise_bits():
 def test_fast_numerics_promise_a_bound(precision, field, kept, broken):
     for value, count in ((kept, 0), (broken, 1)):
         difference = replace(SAME, bits_equal=False, **{field: value})
-        assert len(broken_by_logits("fast", precision, {"cached": difference})) == count
+        assert len(broken_by_logits("fast", BOUNDS[precision], {"cached": difference})) == count
+
+
+def test_a_format_that_rounds_has_bounds_of_its_own_and_states_them():
+    class Stated(type(PANELS)):
+        bounds = Bounds(sampler_shortfall=0.2, mean_kl=0.1, max_kl=2.0)
+
+    own = logit_bounds("float32", Stated())
+    assert (own, Stated().rounds) == (Stated.bounds, True)
+    difference = replace(SAME, bits_equal=False, mean_kl=0.09, max_relative=0.5)
+    assert broken_by_logits("fast", own, {"cached": difference}) == []
+    assert broken_by_sampler("fast", own, 0.19, True) == []
+    assert len(broken_by_sampler("fast", own, 0.21, True)) == 1
+    assert "bounds" in Format.__abstractmethods__
+
+
+def test_the_bounds_of_every_precision_are_told():
+    told = bounds(2)
+    for word in ("bfloat16", "int8"):
+        assert told[f"{word} mean KL divergence"] == BOUNDS[word].mean_kl
+        assert told[f"{word} largest KL divergence of a position"] == BOUNDS[word].max_kl
+    assert told["float32 largest relative logit difference"] == 1e-4
 
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
 def test_the_sampler_has_to_take_the_likeliest_token(numerics):
     likeliest = LOGITS.argmax(axis=-1)
     assert sampler_shortfall(LOGITS, likeliest) == 0
-    assert broken_by_sampler(numerics, "float32", 0.0, True) == []
+    assert broken_by_sampler(numerics, BOUNDS["float32"], 0.0, True) == []
     for token in (0, 3, -1):  # One that is in the vocabulary, and two that are not.
         shortfall = sampler_shortfall(LOGITS, np.full_like(likeliest, token))
-        assert len(broken_by_sampler(numerics, "float32", shortfall, True)) == 1
-    assert len(broken_by_sampler(numerics, "float32", float("nan"), True)) == 1
-    assert len(broken_by_sampler("exact", "float32", 0.0, False)) == 1
+        assert len(broken_by_sampler(numerics, BOUNDS["float32"], shortfall, True)) == 1
+    assert len(broken_by_sampler(numerics, BOUNDS["float32"], float("nan"), True)) == 1
+    assert len(broken_by_sampler("exact", BOUNDS["float32"], 0.0, False)) == 1
 
 
 REDUCE = Collective("all-reduce", "f32", 8, 64, "add", in_layer=True)

@@ -7,7 +7,7 @@ numerics policy or the engine asks the back end, never the platform.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Integer, Num, Shaped
 
-from meshwen.common.choices import Quantization
+from meshwen.common.choices import Quantization, check_choice
 from meshwen.ops import ordered as in_order
 from meshwen.ops.attention import CausalMask, causal_mask, softmax_attention
 from meshwen.ops.cache_layout import CacheLayout, HeldKeysValues
@@ -26,7 +26,6 @@ from meshwen.ops.quant.int8 import INT8
 
 CompilerOptions = dict[str, str | bool]
 XLA = "xla"
-_FORMATS: dict[Quantization | None, Format | None] = {None: None, "int8": INT8}
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Backend:
     cache_layout: ClassVar[CacheLayout] = CacheLayout()
     # Whether attention writes its scores, float32 [heads, tokens, positions], to memory.
     stores_scores: ClassVar[bool] = True
+    # How matrices are stored, by the word of `--quantization`; None: as arrays [in, out].
+    formats: ClassVar[Mapping[Quantization | None, Format | None]] = {None: None, "int8": INT8}
     # Compiled programs that are kept.
     programs: ClassVar[int] = 512
 
@@ -49,8 +50,14 @@ class Backend:
         return XLA
 
     def format(self, quantization: Quantization | None) -> Format | None:
-        """How matrices are stored that are multiplied with; None: as arrays [in, out]."""
-        return _FORMATS[quantization]
+        """How matrices are stored that are multiplied with; None: as arrays [in, out].
+
+        Raises:
+            MeshwenError: there is no such quantization here.
+        """
+        if quantization is not None:
+            check_choice("quantization", quantization, [word for word in self.formats if word])
+        return self.formats[quantization]
 
     def compiler_options(self, ordered: bool) -> CompilerOptions | None:
         """Options of XLA's compiler; `ordered` where sums must keep their order."""

@@ -9,12 +9,31 @@ of one back end, or of a quantisation, are in files of their own: `meshwen.ops.c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import prod
+from dataclasses import dataclass
+from math import inf, prod
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far results on two meshes may be apart in fast numerics, as sums have other orders there.
+
+    Attributes:
+        sampler_shortfall: of the sampler's token behind the likeliest, in units of the largest
+            logit: the sampler's own program may round otherwise than the one that gives logits.
+        max_relative: of single logits, in units of the largest; infinite where no bound would be
+            of use.
+        mean_kl, max_kl: Kullback-Leibler divergence, the mean over positions and of each.
+    """
+
+    sampler_shortfall: float
+    max_relative: float = inf
+    mean_kl: float = inf
+    max_kl: float = inf
 
 
 class Packed(ABC):
@@ -76,9 +95,17 @@ class Format(ABC):
         """Bytes of a device's part [out, in]."""
 
     @property
+    @abstractmethod
+    def bounds(self) -> Bounds | None:
+        """What `verify` holds results to where numbers are rounded to less than the dtype.
+
+        None: they are not, and the bounds are those of the dtype.
+        """
+
+    @property
     def rounds(self) -> bool:
         """Whether numbers are rounded to less than the dtype."""
-        return False
+        return self.bounds is not None
 
 
 def multiplied(x: Array, leaf: Leaf) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ from meshwen.verify.localise import Prober, RowHook, Trace, first_divergence
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import compare
 from meshwen.verify.operations import Operation, row_parallel
-from meshwen.verify.promises import broken_by_logits
+from meshwen.verify.promises import broken_by_logits, logit_bounds
 from meshwen.weights.declaration import Params, updated
 from meshwen.weights.layout import WeightTable
 
@@ -88,8 +88,8 @@ def self_test(
 
     def broken(found: Trace) -> tuple[str, ...]:
         difference = compare(first_mesh, found.logits)
-        precision = model.quantization or run.runner.dtype.name
-        return tuple(broken_by_logits(model.numerics, precision, {"logits": difference}))
+        bounds = logit_bounds(model.dtype.name, model.weights.format)
+        return tuple(broken_by_logits(model.numerics, bounds, {"logits": difference}))
 
     return [
         Fault(name, operation, first_divergence(expected, found), broken(found))

@@ -30,6 +30,7 @@ from meshwen.verify.promises import (
     broken_by_logits,
     broken_by_probe,
     broken_by_sampler,
+    logit_bounds,
 )
 from meshwen.verify.workload import Workload
 from meshwen.weights.declaration import Params
@@ -210,7 +211,7 @@ def _row(
     seconds: tuple[float, float],
 ) -> Row:
     model, plan, hlo = run.runner.model, run.plan, run.decode_hlo
-    numerics, precision = model.numerics, model.quantization or run.runner.dtype.name
+    numerics, bounds = model.numerics, logit_bounds(model.dtype.name, model.weights.format)
     whole = compare(reference.observed.whole, observed.whole)
     cached = compare(reference.observed.cached, observed.cached)
     found = collectives(hlo)
@@ -224,8 +225,8 @@ def _row(
         "logits through the cache, against whole-sequence ones": own,
     }
     broken = [
-        *broken_by_logits(numerics, precision, kinds),
-        *broken_by_sampler(numerics, precision, shortfall, agree == observed.greedy.size),
+        *broken_by_logits(numerics, bounds, kinds),
+        *broken_by_sampler(numerics, bounds, shortfall, agree == observed.greedy.size),
         *broken_by_collectives(numerics, len(row_parallel(model.weights)), found),
         *broken_by_probe(trace.neutral, trace.devices_agree),
     ]

@@ -7,24 +7,24 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from meshwen.common.choices import QUANTIZATIONS
+from meshwen.ops.backend import Backend
+from meshwen.ops.formats import Bounds, Format
 from meshwen.verify.hlo import Collective
 from meshwen.verify.metrics import Difference
 
+# Of weights that are rounded to no less than their dtype. Formats that round more have bounds of
+# their own (`Format.bounds`).
 # float32: a sum in another order moves logits by 1e-6 of the largest one (measured: 1.3e-6 at most
 # for the demo and the 0.5B, on up to 32 devices). The bound leaves room for other back ends and
 # deeper models. What stays below it is no fault that a token would show; see the self-test.
-FLOAT32_RELATIVE = 1e-4
 # bfloat16: activations are rounded to 8 bits before each product, so another order of a sum can tip
 # a rounding, and the tipped value is what all later layers see. Single logits have no useful bound
 # then, but the distribution has.
-# int8, in either dtype: kernels round what is multiplied with weights to int8 too, so tipped values
-# are further off; and where a device's part of a weight is no whole number of groups of 32, groups
-# are others, and so are rounded weights (measured on up to 32 devices: mean 1.4e-3 and at most 0.1
-# for the demo, mean 8e-4 for the 0.5B).
-MOST_KL = {"bfloat16": (2e-4, 1e-2), "int8": (5e-3, 0.5)}  # mean, of a position
-# The sampler's own program may round otherwise than the one that gives logits: so far may its token
-# stay behind the likeliest, in units of the largest logit. In exact numerics it may not.
-SAMPLER_SHORTFALL = {"float32": FLOAT32_RELATIVE, "bfloat16": 2e-2, "int8": 5e-2}
+OF_DTYPE = {
+    "float32": Bounds(sampler_shortfall=1e-4, max_relative=1e-4),
+    "bfloat16": Bounds(sampler_shortfall=2e-2, mean_kl=2e-4, max_kl=1e-2),
+}
 # float32 implementations that add in other orders may take either of two tokens whose logits are
 # this close; the demo's and the 0.5B's logits are between 10 and 40.
 REFERENCE_MARGIN = 1e-3
@@ -38,10 +38,16 @@ BESIDE_LAYERS = {"all-reduce": 1, "all-gather": 2}
 
 def bounds(sums_a_layer: int) -> dict[str, float]:
     """What is promised in numbers, where each layer has so many sums over devices."""
+    rounded: dict[str, Bounds] = {"bfloat16": OF_DTYPE["bfloat16"]}
+    for word in QUANTIZATIONS:
+        rounded[word] = logit_bounds("bfloat16", Backend().format(word))
     return {
-        "float32 largest relative logit difference": FLOAT32_RELATIVE,
-        **{f"{name} mean KL divergence": mean for name, (mean, _) in MOST_KL.items()},
-        **{f"{name} largest KL divergence of a position": kl for name, (_, kl) in MOST_KL.items()},
+        "float32 largest relative logit difference": OF_DTYPE["float32"].max_relative,
+        **{f"{name} mean KL divergence": one.mean_kl for name, one in rounded.items()},
+        **{
+            f"{name} largest KL divergence of a position": one.max_kl
+            for name, one in rounded.items()
+        },
         "float32 margin of reference outputs that binds": REFERENCE_MARGIN,
         "fast all-reduces a layer": sums_a_layer,
         "exact all-to-alls and all-gathers a layer": sums_a_layer,
@@ -49,50 +55,55 @@ def bounds(sums_a_layer: int) -> dict[str, float]:
     }
 
 
-def broken_by_logits(numerics: str, precision: str, kinds: Mapping[str, Difference]) -> list[str]:
+def logit_bounds(dtype: str, format: Format | None) -> Bounds:
+    """The bounds of fast numerics for weights of a dtype, in a format: see `Backend.format`."""
+    if format is not None and format.bounds is not None:
+        return format.bounds
+    return OF_DTYPE[dtype]
+
+
+def broken_by_logits(numerics: str, bounds: Bounds, kinds: Mapping[str, Difference]) -> list[str]:
     """What logits break, in words.
 
     Args:
         numerics: "fast" or "exact".
-        precision: of the weights: "float32", "bfloat16" or "int8".
+        bounds: of fast numerics: see `logit_bounds`.
         kinds: differences, by what was held against what.
     """
     broken = []
-    mean_kl, max_kl = MOST_KL.get(precision, (0.0, 0.0))
     for kind, difference in kinds.items():
         if not math.isfinite(difference.max_abs):
             broken.append(f"{kind}: not finite")
         elif numerics == "exact":
             if not difference.bits_equal:
                 broken.append(f"{kind}: not the same bits")
-        elif precision == "float32":
-            if difference.max_relative > FLOAT32_RELATIVE:
-                broken.append(
-                    f"{kind}: differences of {difference.max_relative:.1e} of the largest; "
-                    f"at most {FLOAT32_RELATIVE:.0e} is promised"
-                )
-        elif difference.mean_kl > mean_kl or difference.max_kl > max_kl:
+        elif difference.max_relative > bounds.max_relative:
+            broken.append(
+                f"{kind}: differences of {difference.max_relative:.1e} of the largest; "
+                f"at most {bounds.max_relative:.0e} is promised"
+            )
+        elif difference.mean_kl > bounds.mean_kl or difference.max_kl > bounds.max_kl:
             broken.append(
                 f"{kind}: a mean KL divergence of {difference.mean_kl:.1e}, "
-                f"{difference.max_kl:.1e} at a position; at most {mean_kl:.0e} and {max_kl:.0e} "
-                "are promised"
+                f"{difference.max_kl:.1e} at a position; at most {bounds.mean_kl:.0e} and "
+                f"{bounds.max_kl:.0e} are promised"
             )
     return broken
 
 
 def broken_by_sampler(
-    numerics: str, precision: str, shortfall: float, all_agree: bool
+    numerics: str, bounds: Bounds, shortfall: float, all_agree: bool
 ) -> list[str]:
     """What greedy tokens of the decode step's sampler break, in words.
 
     Args:
         numerics: "fast" or "exact".
-        precision: of the weights: "float32", "bfloat16" or "int8".
+        bounds: of fast numerics: see `logit_bounds`. In exact numerics nothing may be behind.
         shortfall: see `metrics.sampler_shortfall`.
         all_agree: they are the first mesh's.
     """
     broken = []
-    most = 0.0 if numerics == "exact" else SAMPLER_SHORTFALL[precision]
+    most = 0.0 if numerics == "exact" else bounds.sampler_shortfall
     if not shortfall <= most:  # NaN breaks it too.
         broken.append(f"the sampler takes tokens {shortfall:.1e} less likely than the likeliest")
     if numerics == "exact" and not all_agree:

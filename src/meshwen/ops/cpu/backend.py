@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,6 @@ from meshwen.ops.formats import Format, Leaf
 from meshwen.ops.ordered import positive_zeros
 
 _BLOCK_ROWS = 8
-_FORMATS: dict[Quantization | None, Format] = {None: PANELS, "int8": INT8_PANELS}
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,10 @@ class CpuKernels(XlaOnCpu):
         alone: each device does so by one thread, as there are no more threads than devices.
     """
 
+    formats: ClassVar[Mapping[Quantization | None, Format | None]] = {
+        None: PANELS,
+        "int8": INT8_PANELS,
+    }
     alone: bool = False
 
     stores_scores: ClassVar[bool] = False
@@ -46,10 +49,6 @@ class CpuKernels(XlaOnCpu):
         if name is None:
             return super().matmul_name(dtype, quantization, ordered=ordered)
         return kernels.ORDERED if ordered else name
-
-    def format(self, quantization: Quantization | None) -> Format | None:
-        """Panels."""
-        return _FORMATS[quantization]
 
     def matmul(
         self, x: Float[Array, "M in"], leaf: Leaf, *, ordered: bool = False

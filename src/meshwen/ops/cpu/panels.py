@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from meshwen.ops.formats import Format, Packed
-from meshwen.ops.quant.int8 import GROUP, dequantized, quantized
+from meshwen.ops.formats import Bounds, Format, Packed
+from meshwen.ops.quant.int8 import GROUP, INT8_BOUNDS, dequantized, quantized
 
 COLUMNS = 32  # of a panel
 STEP = 4  # bytes of a column
@@ -72,6 +73,7 @@ class PanelsFormat(Format):
 
     name = "panels"
     outputs = COLUMNS
+    bounds: ClassVar[Bounds | None] = None
 
     def pack(self, part: Array, dtype: jnp.dtype) -> Panels:
         """Packs one device's part [out, in], rounded to `dtype`."""
@@ -94,6 +96,7 @@ class Int8PanelsFormat(PanelsFormat):
     """Panels of int8, and of their scales: see `meshwen.ops.quant.int8`."""
 
     name = "int8 panels"
+    bounds = INT8_BOUNDS
 
     def pack(self, part: Array, dtype: jnp.dtype) -> Panels:
         """Packs one device's part [out, in], quantised."""
@@ -106,11 +109,6 @@ class Int8PanelsFormat(PanelsFormat):
         """Bytes of values and scales of a device's part [out, in]."""
         outputs, inputs = shape
         return -(-outputs // COLUMNS) * COLUMNS * -(-inputs // GROUP) * (GROUP + 2)
-
-    @property
-    def rounds(self) -> bool:
-        """They are quantised."""
-        return True
 
 
 PANELS, INT8_PANELS = PanelsFormat(), Int8PanelsFormat()
