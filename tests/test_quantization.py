@@ -27,8 +27,9 @@ from meshwen.cli.app import app
 from meshwen.errors import MeshwenError
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.panels import INT8_PANELS
+from meshwen.ops.cpu.panels import INT8_PANELS, PANELS
 from meshwen.ops.formats import Packed
+from meshwen.ops.quant.int8 import INT8
 from meshwen.ops.weight import Weight
 from meshwen.parallel.mesh import make_mesh
 from meshwen.weights.loading import dummy_params
@@ -107,6 +108,19 @@ def test_a_weight_is_off_by_half_a_step_at_most(dtype):
         error = np.abs(np.asarray(stands_for, np.float64) - weight.astype(np.float64))
         assert (error <= 0.5001 * steps[:, : weight.shape[1]]).all()
         assert np.asarray(found.values).min() >= -127
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16])
+@pytest.mark.parametrize("format", [INT8, INT8_PANELS, PANELS], ids=lambda one: one.name)
+def test_numbers_times_signs_are_rounded_no_further(format, dtype):
+    rng = np.random.default_rng(0)
+    for outputs, inputs in ((33, 45), (64, 32), (1, 1)):
+        packed = format.pack(jnp.asarray(drawn(1, inputs, outputs)[1]), jnp.dtype(dtype))
+        factors = rng.integers(-1, 2, packed.shape, np.int8)
+        found = packed.times(jnp.asarray(factors))
+        expected = np.asarray(packed.unpacked(), np.float32) * factors
+        np.testing.assert_array_equal(np.asarray(found.unpacked(), np.float32), expected)
+        assert jax.tree.structure(found) == jax.tree.structure(packed)
 
 
 def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden():

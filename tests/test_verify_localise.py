@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fault is found, in the layer and the operation where it is."""
 
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,8 @@ import pytest
 
 from mesh_model import whole
 from meshwen.errors import MeshwenError
+from meshwen.ops.formats import Packed
+from meshwen.ops.weight import Weight
 from meshwen.verify.faults import (
     negated,
     reversed_sum,
@@ -168,6 +173,46 @@ def test_a_changed_weight_leaves_the_original_as_it_was():
     assert (whole(changed) != before).sum() == 1
     np.testing.assert_array_equal(whole(weight), before)
     assert params["model"]["layers"][1]["mlp"]["down_proj"]["weight"] is weight
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pairs"], meta_fields=["shape", "dtype"])
+@dataclass(frozen=True)
+class Nibbles(Packed):
+    """Whole numbers from -8 to 7, two to a byte, each plus 8: no number is a byte's sign."""
+
+    pairs: jax.Array
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+    format = None
+
+    @classmethod
+    def of(cls, numbers):
+        low, high = (numbers.T.astype(np.uint8) + 8).reshape(-1, 2).T
+        pairs = jnp.asarray(low + 16 * high).reshape(numbers.shape[1], -1)
+        return cls(pairs, numbers.shape, np.dtype(np.float32))
+
+    def unpacked(self):
+        numbers = jnp.stack([self.pairs % 16, self.pairs // 16], axis=-1)
+        return (numbers.astype(self.dtype) - 8).reshape(len(self.pairs), -1).T
+
+    def times(self, factors):
+        return Nibbles.of(np.asarray(self.unpacked() * factors))
+
+
+def changed_nibbles(numbers):
+    """What injecting a fault makes of a weight that is stored so."""
+    runner, path = mesh_run("1").runner, "model.layers.1.mlp.down_proj.weight"
+    params = updated(runner.params, path, lambda _: Weight((Nibbles.of(numbers),), True))
+    changed = with_changed_weight(params, runner.model.weights, Operation(1, MLP), negated)
+    return changed["model"]["layers"][1]["mlp"]["down_proj"]["weight"].leaf.unpacked()
+
+
+def test_a_format_changes_its_numbers_however_it_packs_them():
+    numbers = np.random.default_rng(0).integers(-7, 8, (6, 4))
+    np.testing.assert_array_equal(changed_nibbles(numbers), numbers * negated(numbers))
+    with pytest.raises(MeshwenError, match="it holds zeros alone"):
+        changed_nibbles(0 * numbers)
 
 
 def test_a_weight_that_holds_zeros_alone_gets_no_fault_but_an_error():

@@ -61,6 +61,14 @@ class Packed(ABC):
     def unpacked(self) -> Array:
         """One device's part: [in, out] in its dtype."""
 
+    @abstractmethod
+    def times(self, factors: Array) -> Packed:
+        """One device's part with each number times a factor, where nothing is rounded again.
+
+        Args:
+            factors: [in, out] of -1, 0 and 1.
+        """
+
     def columns(self, index: Array) -> Array:
         """Columns of one device's part: int [...] -> [..., in]."""
         raise TypeError(f"columns of {self.format.name} cannot be looked up")

@@ -148,28 +148,35 @@ def _reversed_leaf(leaf: Leaf) -> Leaf:
 
 
 def _changed(leaf: Leaf, factors: Factors, name: str) -> Leaf:
-    """The leaf with another first part that does not hold zeros alone.
+    """The leaf with another first part that does not hold zeros alone."""
+    parts = _parts(leaf)
+    for i, part in enumerate(parts):
+        numbers = np.asarray(part.unpacked() if isinstance(part, Packed) else part)
+        if np.any(numbers != 0):
+            parts[i] = _times(part, factors(numbers))
+            return jax.tree.map(_on_the_same_devices, leaf, *parts)
+    raise MeshwenError(
+        f"the self-test cannot change {name}: on the devices of this process it holds zeros "
+        "alone; verify on fewer devices, or without --self-test"
+    )
 
-    Of a packed one the first array holds the numbers, in a format that rounds as multiples of
-    scales: their signs are changed where they are stored, so that nothing is rounded again.
-    """
-    numbers, *rest = jax.tree.leaves(leaf)
-    shards = numbers.addressable_shards
-    parts = [shard.data for shard in shards]
-    filled = (i for i, part in enumerate(parts) if np.any(np.asarray(part) != 0))
-    if (index := next(filled, None)) is None:
-        raise MeshwenError(
-            f"the self-test cannot change {name}: on the devices of this process it holds zeros "
-            "alone; verify on fewer devices, or without --self-test"
-        )
-    if isinstance(leaf, Packed):
-        stored = [array.addressable_shards[index].data for array in (numbers, *rest)]
-        whole = np.asarray(leaf.format.wrap(stored, leaf.shape, leaf.dtype).unpacked())
-        signs = leaf.format.pack(jnp.asarray(factors(whole).T, jnp.float32), leaf.dtype)
-        changed = parts[index] * jnp.sign(jax.tree.leaves(signs)[0]).astype(numbers.dtype)
-    else:
-        whole = np.asarray(parts[index])
-        changed = parts[index] * jnp.asarray(factors(whole), numbers.dtype)
-    parts[index] = jax.device_put(changed, shards[index].device)
-    array = jax.make_array_from_single_device_arrays(numbers.shape, numbers.sharding, parts)
-    return jax.tree.unflatten(jax.tree.structure(leaf), [array, *rest])
+
+def _parts(leaf: Leaf) -> list[Leaf]:
+    """What each device of this process holds of a leaf."""
+    arrays, tree = jax.tree.flatten(leaf)
+    held = [[shard.data for shard in array.addressable_shards] for array in arrays]
+    return [jax.tree.unflatten(tree, part) for part in zip(*held, strict=True)]
+
+
+def _times(part: Leaf, factors: np.ndarray) -> Leaf:
+    """One device's part, times -1, 0 or 1."""
+    if isinstance(part, Packed):
+        return part.times(jnp.asarray(factors))
+    return part * jnp.asarray(factors, part.dtype)
+
+
+def _on_the_same_devices(array: Array, *parts: Array) -> Array:
+    """An array of other parts, those of this process, in the order of its own."""
+    shards = zip(array.addressable_shards, parts, strict=True)
+    placed = [jax.device_put(part, shard.device) for shard, part in shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, placed)

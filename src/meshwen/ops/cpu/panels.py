@@ -9,7 +9,7 @@ fast: one row times [4864, 896] bfloat16 took 0.89 ms by rows and 0.36 by panels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from meshwen.ops.formats import Bounds, Format, Packed
-from meshwen.ops.quant.int8 import GROUP, INT8_BOUNDS, dequantized, quantized
+from meshwen.ops.quant.int8 import GROUP, INT8_BOUNDS, dequantized, quantized, whole_groups
 
 COLUMNS = 32  # of a panel
 STEP = 4  # bytes of a column
@@ -58,6 +58,12 @@ class Panels(Packed):
             scales = self.scales.swapaxes(1, 2).reshape(len(values), -1)
             values = dequantized(values, scales)
         return values.astype(self.dtype)[: self.shape[1], : self.shape[0]].T
+
+    def times(self, factors: Array) -> Panels:
+        """The values times -1, 0 or 1, with the scales that they have: see `Packed.times`."""
+        rows = _whole(factors.T).astype(self.values.dtype)
+        rows = rows if self.scales is None else whole_groups(rows)
+        return replace(self, values=self.values * _panels(rows))
 
     def columns(self, index: Array) -> Array:
         """Columns of one device's part, without scales: int [...] -> [..., in]."""

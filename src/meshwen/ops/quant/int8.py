@@ -12,7 +12,7 @@ change, and they do not cross devices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -57,6 +57,10 @@ class Int8(Packed):
         """The numbers that it stands for: [in, out] in its dtype."""
         return dequantized(self.values, self.scales).astype(self.dtype)[:, : self.shape[0]].T
 
+    def times(self, factors: Array) -> Int8:
+        """The values times -1, 0 or 1, with the scales that they have: see `Packed.times`."""
+        return replace(self, values=self.values * whole_groups(factors.T).astype(jnp.int8))
+
 
 @dataclass(frozen=True)
 class Int8Format(Format):
@@ -95,12 +99,17 @@ def quantized(weight: Array) -> tuple[Array, Array]:
     Returns:
         int8 [out, in padded to groups], bfloat16 [out, groups].
     """
-    out, inputs = weight.shape
-    padded = jnp.pad(weight, ((0, 0), (0, -inputs % GROUP))).astype(jnp.float32)
+    out = len(weight)
+    padded = whole_groups(weight).astype(jnp.float32)
     grouped = padded.reshape(out, padded.shape[1] // GROUP, GROUP)
     scales = _rounded_up(jnp.abs(grouped).max(axis=2) / 127)
     divisors = jnp.where(scales == 0, 1, scales).astype(jnp.float32)[..., None]
     return jnp.rint(grouped / divisors).astype(jnp.int8).reshape(padded.shape), scales
+
+
+def whole_groups(weight: Array) -> Array:
+    """[out, in] with zeros behind each row, to whole groups."""
+    return jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % GROUP)))
 
 
 def dequantized(values: Array, scales: Array) -> Array:
