@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class EngineCore:
     """Steps a model's sequences, for one thread at a time: `meshwen.engine.engine` is for several.
 
-    Shapes are those of the cache, whatever there is to do: a decode step compiles once for each,
-    and prompts are prefilled in chunks whose lengths are shape buckets.
+    Shapes are those of the cache, whatever there is to do, and prompts are prefilled in chunks
+    whose lengths are shape buckets: `meshwen.engine.runner` says what is compiled for each.
 
     Args:
         runner: the model.

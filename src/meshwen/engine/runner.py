@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled steps: one program, run by every device of the mesh on its own part.
 
-Shapes are static. A decode step compiles once for each shape of the cache and sampling method,
-prefill once for each length of a chunk and of what it sees; lengths are shape buckets. Of all these
-programs those used last are kept. The cache is donated, so each step updates it in place.
+Shapes are static. A decode step compiles once for each shape of the cache, number of tokens a row
+and sampling method; prefill once for each shape of the cache, length of a chunk and number of
+positions attended to. Lengths are shape buckets. Of all these programs those used last are kept.
+The cache is donated, so each step updates it in place.
 """
 
 from __future__ import annotations
