@@ -35,6 +35,8 @@ def alone(one: SequenceState) -> list[int]:
 class Runner:
     """A runner without a model, whose cache has tokens in the place of keys and values."""
 
+    score_heads = 0
+
     def __init__(self, mesh: str):
         self.plan = ParallelPlan(ONE_LAYER.sizes, make_mesh(mesh))
         self.widths, self.resizes = set(), 0
