@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the CPU kernels (scripts/build_kernels.py) into wheels and editable installations.
 
-Hatchling calls it: pyproject.toml, [tool.hatch.build.targets.wheel.hooks.custom]. Where there is no
-C compiler, the package is without kernels, which it says when it runs.
+Hatchling calls it: pyproject.toml, [tool.hatch.build.targets.wheel.hooks.custom]. Where the machine
+lacks what compiles them, the package is without kernels, which it says when it runs; a source that
+does not compile is an error.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ class KernelsHook(BuildHookInterface[Any]):
 
         An editable installation gets the library into the source tree, a wheel into itself alone.
         """
+        try:
+            self._compile(version == "editable", build_data)
+        except build_kernels.NoKernelsError as reason:
+            self.app.display_warning(f"meshwen is built without its kernels: {reason}")
+            if version == "editable":  # None of other sources stays.
+                for target in build_kernels.TARGETS.values():
+                    (build_kernels.LIBRARIES / target.library).unlink(missing_ok=True)
+
+    def _compile(self, editable: bool, build_data: dict[str, Any]) -> None:
         name = build_kernels.chosen()
-        compiler = build_kernels.compiler(name) if name else None
-        editable = version == "editable"
-        if editable:  # None that is older than the sources stays.
-            for target in build_kernels.TARGETS.values():
-                (build_kernels.LIBRARIES / target.library).unlink(missing_ok=True)
-        if name is None or compiler is None:
-            self.app.display_warning(
-                "no C compiler was found: meshwen is built without its kernels"
-            )
-            return
+        compiler = build_kernels.compiler(name)
         if editable:
             build_kernels.build(name, compiler, build_kernels.LIBRARIES)
             return

@@ -12,6 +12,7 @@ compiler. The interface to XLA is declared by a header of the package `jaxlib`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import platform
 import shutil
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +104,19 @@ FLAGS = (
 )
 
 
+# What every source needs of a system, and that a library can be linked.
+PROBE = """#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+double probe(double x) { return fma(x, x, x); }
+"""
+PROBE_SECONDS, SECONDS = 120, 1200  # What a compiler may take, for the probe and for a source.
+
+
+class NoKernelsError(Exception):
+    """What this machine lacks to compile kernels: the package can do without."""
+
+
 class Compiler(NamedTuple):
     """A C compiler: `pinned`, the one of the package `ziglang`; else the system's own."""
 
@@ -116,27 +132,63 @@ def this_machine() -> str | None:
     return name if name in TARGETS else None
 
 
-def chosen() -> str | None:
-    """The target that `MESHWEN_TARGET` names, else this machine; None: without kernels.
+def chosen() -> str:
+    """The target that `MESHWEN_TARGET` names, else this machine.
 
     Raises:
+        NoKernelsError: it is none of the targets, or none is asked for.
         SystemExit: there is no such target.
     """
     name = os.environ.get(VARIABLE) or this_machine()
-    if name is None or name in TARGETS:
-        return name
+    if name is None:
+        raise NoKernelsError(f"there are none for {platform.system()} on {platform.machine()}")
     if name == NONE:
-        return None
-    raise SystemExit(f"{VARIABLE}={name}: it has to be one of {', '.join(TARGETS)}, {NONE}")
+        raise NoKernelsError(f"{VARIABLE}={NONE}")
+    if name not in TARGETS:
+        raise SystemExit(f"{VARIABLE}={name}: it has to be one of {', '.join(TARGETS)}, {NONE}")
+    return name
 
 
-def compiler(name: str) -> Compiler | None:
-    """What compiles for a target here; None: nothing does."""
+def compiler(name: str) -> Compiler:
+    """What compiles for a target here: the pinned compiler, else the system's.
+
+    Raises:
+        NoKernelsError: nothing does.
+    """
+    unfit = []
+    for one in _candidates(name):
+        try:
+            _probe(one, name)
+        except NoKernelsError as reason:
+            unfit.append(str(reason))
+        else:
+            return one
+    raise NoKernelsError(
+        "; ".join(unfit) or f"no C compiler for {name} was found: pip install ziglang"
+    )
+
+
+def _candidates(name: str) -> Iterator[Compiler]:
     if find_spec("ziglang"):
-        command = (sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[name].triple)
-        return Compiler(command, pinned=True)
-    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    return Compiler((found,), pinned=False) if found and name == this_machine() else None
+        zig = (sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[name].triple)
+        yield Compiler(zig, pinned=True)
+    if name == this_machine():
+        found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+        if found:
+            yield Compiler((found,), pinned=False)
+
+
+def _probe(by: Compiler, name: str) -> None:
+    """Refuses a compiler that makes no library of the simplest source."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text(PROBE, encoding="utf-8")
+        out = ("-o", f"{folder}/{TARGETS[name].library}")
+        command = ("-fPIC", "-shared", str(source), *TARGETS[name].link, *out)
+        failed = _failure(by, command, PROBE_SECONDS)
+    if failed:
+        reason = next((line for line in failed.splitlines() if "error" in line), failed.strip())
+        raise NoKernelsError(f"the C compiler {' '.join(by.command)} cannot be used: {reason}")
 
 
 def wheel_tag(name: str, by: Compiler) -> str:
@@ -152,7 +204,8 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
         The library, in `folder`.
 
     Raises:
-        SystemExit: a source does not compile, or jaxlib's header is missing.
+        NoKernelsError: jaxlib's header is missing.
+        SystemExit: a source does not compile.
     """
     target = TARGETS[name]
     units = (*UNITS[target.triple.split("-")[0]], *COMMON)
@@ -178,21 +231,48 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
 def _jaxlib_headers() -> str:
     spec = find_spec("jaxlib")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the kernels need a header of jaxlib to compile: pip install jaxlib")
+        raise NoKernelsError(
+            "a header of jaxlib, to compile with, was not found: pip install jaxlib"
+        )
     return f"{spec.submodule_search_locations[0]}/include"
 
 
 def _run(by: Compiler, *arguments: str) -> None:
+    if failed := _failure(by, arguments, SECONDS):
+        command = " ".join((*by.command, *arguments))
+        raise SystemExit(f"the kernels do not compile: {command}\n{failed}")
+
+
+def _failure(by: Compiler, arguments: Iterable[str], seconds: float) -> str:
+    """Compiles; what the compiler says where it fails, else "". Warnings are printed."""
+    command = [*by.command, *arguments]
+    environment = dict(os.environ)
     if by.pinned:
         # Unless told not to, Zig checks for undefined behaviour, and first compiles a run-time
         # library that nothing here needs.
-        arguments = (*(one.replace(_ARM, _ZIG_ARM) for one in arguments), "-fno-sanitize=undefined")
-        arguments += ("-nostdlib",) if "-shared" in arguments else ()
-    done = subprocess.run([*by.command, *arguments], capture_output=True, text=True, check=False)
+        command = [one.replace(_ARM, _ZIG_ARM) for one in command] + ["-fno-sanitize=undefined"]
+        command += ["-nostdlib"] if "-shared" in command else []
+        environment["ZIG_GLOBAL_CACHE_DIR"] = _zig_cache()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds, env=environment
+        )
+    except OSError as error:
+        return str(error)
+    except subprocess.TimeoutExpired:
+        return f"error: not done within {seconds:g} seconds"
     if done.returncode:
-        command = " ".join((*by.command, *arguments))
-        raise SystemExit(f"the kernels do not compile: {command}\n{done.stderr}")
-    sys.stderr.write(done.stderr)  # Warnings.
+        return done.stderr or f"error: exit status {done.returncode}"
+    sys.stderr.write(done.stderr)
+    return ""
+
+
+@cache
+def _zig_cache() -> str:
+    """A folder of this process's own: the user's may be missing, or not be Zig's to write."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def main() -> None:
@@ -201,12 +281,12 @@ def main() -> None:
     parser.add_argument("target", nargs="?", choices=TARGETS, help="default: this machine")
     parser.add_argument("--out", type=Path, help="the library's folder")
     options = parser.parse_args()
-    name = options.target or chosen()
-    by = compiler(name) if name else None
-    if name is None or by is None:
-        raise SystemExit("no C compiler for this target was found: pip install ziglang")
-    folder = LIBRARIES if name == this_machine() else ROOT / "build" / name
-    print(build(name, by, options.out or folder))
+    try:
+        name = options.target or chosen()
+        folder = LIBRARIES if name == this_machine() else ROOT / "build" / name
+        print(build(name, compiler(name), options.out or folder))
+    except NoKernelsError as reason:
+        raise SystemExit(f"no kernels: {reason}") from None
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 COMPILER = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 arguments = sys.argv[1:]
 with open({log!r}, "a", encoding="utf-8") as log:
     log.write(json.dumps(arguments) + "\\n")
-if "-c" in arguments and arguments[arguments.index("-c") + 1].endswith({broken!r}):
+if any(one.endswith({broken!r}) for one in arguments):
     sys.exit("int8.c:7:1: error: unknown type name 'flaot'")
+if any(one.endswith({hangs!r}) for one in arguments):
+    time.sleep(60)
 pathlib.Path(arguments[arguments.index("-o") + 1]).write_text("a library")
 """
 
@@ -39,9 +41,10 @@ def fake(script, tmp_path):
     class Fake:
         log = tmp_path / "log"
 
-        def compiler(self, broken="nothing", pinned=True):
-            path = tmp_path / "compiler.py"
-            path.write_text(COMPILER.format(log=str(self.log), broken=broken), encoding="utf-8")
+        def compiler(self, broken="nothing", hangs="nothing", pinned=True):
+            path = tmp_path / f"{broken}-{hangs}.py"
+            text = COMPILER.format(log=str(self.log), broken=broken, hangs=hangs)
+            path.write_text(text, encoding="utf-8")
             return script.Compiler((sys.executable, str(path)), pinned)
 
         def asked(self):
@@ -69,7 +72,13 @@ def on(monkeypatch, system, machine):
 )
 def test_each_machine_has_its_target_or_none(script, monkeypatch, system, machine, name):
     on(monkeypatch, system, machine)
-    assert script.chosen() == name
+    if name:
+        assert script.chosen() == name
+    else:
+        with pytest.raises(
+            script.NoKernelsError, match=f"there are none for {system} on {machine}"
+        ):
+            script.chosen()
 
 
 def test_a_target_can_be_named(script, monkeypatch):
@@ -77,7 +86,8 @@ def test_a_target_can_be_named(script, monkeypatch):
         monkeypatch.setenv("MESHWEN_TARGET", name)
         assert script.chosen() == name
     monkeypatch.setenv("MESHWEN_TARGET", "none")
-    assert script.chosen() is None
+    with pytest.raises(script.NoKernelsError, match="MESHWEN_TARGET=none"):
+        script.chosen()
 
 
 def test_an_unknown_target_is_refused_in_a_line(script, monkeypatch):
@@ -92,14 +102,48 @@ def test_an_unknown_target_is_refused_in_a_line(script, monkeypatch):
 
 def test_the_systems_compiler_is_for_this_machine_where_there_is_no_pinned_one(script, monkeypatch):
     on(monkeypatch, "Linux", "x86_64")
+    monkeypatch.setattr(script, "_probe", lambda *_: None)
     monkeypatch.setattr(script, "find_spec", lambda name: name == "ziglang")
     assert script.compiler("macos-arm64").pinned
     monkeypatch.setattr(script, "find_spec", lambda _: None)
     monkeypatch.setattr(script.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
     assert script.compiler("linux-x86_64") == (("/usr/bin/gcc",), False)
-    assert script.compiler("linux-aarch64") is None
+    with pytest.raises(script.NoKernelsError, match="no C compiler for linux-aarch64 was found"):
+        script.compiler("linux-aarch64")
     monkeypatch.setattr(script.shutil, "which", lambda _: None)
-    assert script.compiler("linux-x86_64") is None
+    with pytest.raises(script.NoKernelsError, match="pip install ziglang"):
+        script.compiler("linux-x86_64")
+
+
+def test_a_compiler_that_compiles_nothing_gives_way_to_the_next(script, fake, monkeypatch):
+    broken, missing = fake.compiler(broken="probe.c"), script.Compiler(("/nowhere/cc",), False)
+    works = fake.compiler()
+    monkeypatch.setattr(script, "_candidates", lambda _: [broken, missing, works])
+    assert script.compiler("linux-x86_64") is works
+    monkeypatch.setattr(script, "_candidates", lambda _: [broken, missing])
+    with pytest.raises(script.NoKernelsError) as lacking:
+        script.compiler("linux-x86_64")
+    first, second = str(lacking.value).split("; ")
+    assert first.endswith("cannot be used: int8.c:7:1: error: unknown type name 'flaot'")
+    assert "No such file" in second
+
+
+def test_a_compiler_that_hangs_is_given_up(script, fake, monkeypatch):
+    monkeypatch.setattr(script, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(script, "_candidates", lambda _: [fake.compiler(hangs="probe.c")])
+    with pytest.raises(script.NoKernelsError, match=r"error: not done within 0\.5 seconds"):
+        script.compiler("linux-x86_64")
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nonexistent"])
+def test_the_pinned_compiler_needs_nothing_of_the_users(script, monkeypatch, home):
+    pytest.importorskip("ziglang")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:
+        monkeypatch.delenv("HOME")
+    assert script.compiler("linux-x86_64").pinned
 
 
 @pytest.mark.parametrize("target", ["linux-x86_64", "linux-aarch64", "macos-arm64"])
@@ -151,7 +195,7 @@ def test_a_source_that_does_not_compile_is_told_in_the_compilers_words(script, f
 
 def test_without_jaxlibs_header_the_build_says_what_to_install(script, fake, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "find_spec", lambda _: None)
-    with pytest.raises(SystemExit, match="pip install jaxlib"):
+    with pytest.raises(script.NoKernelsError, match="pip install jaxlib"):
         script.build("linux-x86_64", fake.compiler(), tmp_path)
 
 
@@ -191,9 +235,15 @@ def test_a_wheel_has_its_targets_library_and_tag(
 def test_without_a_compiler_the_wheel_has_no_kernels_and_a_line_says_so(
     script, monkeypatch, tmp_path, capfd
 ):
-    monkeypatch.setattr(script, "compiler", lambda _: None)
+    monkeypatch.setattr(script, "_candidates", lambda _: [])
     wheel = built_wheel(monkeypatch, tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(re.search(r"\.(so|dylib|dll)$", n) for n in zipfile.ZipFile(wheel).namelist())
     (line,) = [one for one in capfd.readouterr().err.splitlines() if "compiler" in one]
-    assert "meshwen is built without its kernels" in line
+    assert "meshwen is built without its kernels: no C compiler" in line
+
+
+def test_a_source_that_does_not_compile_fails_the_installation(script, fake, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "compiler", lambda _: fake.compiler(broken="int8.c"))
+    with pytest.raises(SystemExit, match="the kernels do not compile"):
+        built_wheel(monkeypatch, tmp_path)
