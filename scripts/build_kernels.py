@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +98,9 @@ UNITS = {
         Unit("int8.c", "neon"),
     ),
 }
-COMMON = tuple(map(Unit, ("ffi.c", "parallel.c", "instruction_sets.c", "entries.c", "windows.c")))
+COMMON = (
+    *map(Unit, ("ffi.c", "parallel.c", "instruction_sets.c", "entries.c", "windows.c", "build.c")),
+)
 # The compiler must not decide bits: a multiplication and an addition become one operation only
 # where the sources say so.
 FLAGS = (
@@ -118,10 +123,15 @@ class NoKernelsError(Exception):
 
 
 class Compiler(NamedTuple):
-    """A C compiler: `pinned`, the one of the package `ziglang`; else the system's own."""
+    """A C compiler: `pinned`, the one of the package `ziglang`; else the system's own.
+
+    Attributes:
+        name: with its version, which the library tells; once it is known.
+    """
 
     command: tuple[str, ...]
     pinned: bool
+    name: str = ""
 
 
 def this_machine() -> str | None:
@@ -162,7 +172,9 @@ def compiler(name: str) -> Compiler:
         except NoKernelsError as reason:
             unfit.append(str(reason))
         else:
-            return one
+            for reason in unfit:
+                print(f"{reason}; {one.command[0]} compiles", file=sys.stderr)
+            return one._replace(name=_name_and_version(one))
     raise NoKernelsError(
         "; ".join(unfit) or f"no C compiler for {name} was found: pip install ziglang"
     )
@@ -191,17 +203,44 @@ def _probe(by: Compiler, name: str) -> None:
         raise NoKernelsError(f"the C compiler {' '.join(by.command)} cannot be used: {reason}")
 
 
+_VERSION = {
+    "clang": ("__clang_major__", "__clang_minor__", "__clang_patchlevel__"),
+    "gcc": ("__GNUC__", "__GNUC_MINOR__", "__GNUC_PATCHLEVEL__"),
+}
+
+
+def _name_and_version(by: Compiler) -> str:
+    """Of a compiler, by the macros that it defines."""
+    with tempfile.TemporaryDirectory() as folder:
+        empty, out = Path(folder, "empty.c"), Path(folder, "macros")
+        empty.touch()
+        _run(by, "-dM", "-E", str(empty), "-o", str(out))
+        macros = dict(re.findall(r"^#define (\w+) (.*)", out.read_text(encoding="utf-8"), re.M))
+    for name, numbers in _VERSION.items():  # clang says that it is gcc too.
+        if numbers[0] in macros:
+            found = f"{name} {'.'.join(macros[one] for one in numbers)}"
+            return f"{found} (ziglang {version('ziglang')})" if by.pinned else found
+    return Path(by.command[0]).name
+
+
 def wheel_tag(name: str, by: Compiler) -> str:
     """What a wheel with the library of a target runs on."""
     system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     return f"py3-none-{TARGETS[name].tag if by.pinned else system}"
 
 
+def digest() -> str:
+    """Of what decides the library, beside the compiler: the sources, and this script's flags."""
+    files = (*sorted(SOURCES.glob("*.[ch]")), Path(__file__))
+    named = (path.name.encode() + b"\0" + path.read_bytes() for path in files)
+    return hashlib.sha256(b"\0".join(named)).hexdigest()
+
+
 def build(name: str, by: Compiler, folder: Path) -> Path:
     """Compiles a target's kernels, as many sources at once as there are cores.
 
     Returns:
-        The library, in `folder`.
+        The library, in `folder`. One that was there stays until the new one is whole.
 
     Raises:
         NoKernelsError: jaxlib's header is missing.
@@ -209,7 +248,8 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
     """
     target = TARGETS[name]
     units = (*UNITS[target.triple.split("-")[0]], *COMMON)
-    flags = (*FLAGS, f"-I{_jaxlib_headers()}")
+    told = (f'-DMESHWEN_COMPILER="{by.name}"', f'-DMESHWEN_SOURCES="{digest()}"')  # See build.c.
+    flags = (*FLAGS, f"-I{_jaxlib_headers()}", *told)
     with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compiled(unit: Unit) -> str:
@@ -223,9 +263,11 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
         _run(by, "-shared", *pool.map(compiled, units), *target.link, "-o", linked)
         library = folder / target.library
         folder.mkdir(parents=True, exist_ok=True)
-        library.unlink(missing_ok=True)  # Not overwritten: a process may have it loaded.
-        shutil.move(linked, library)
-        return library
+        # Replaced, not overwritten: a process may have it loaded.
+        part = shutil.copy(linked, folder / f".{target.library}.{os.getpid()}")
+        os.replace(part, library)
+    print(f"{library}: compiled by {by.name}", file=sys.stderr)
+    return library
 
 
 def _jaxlib_headers() -> str:
@@ -276,7 +318,7 @@ def _zig_cache() -> str:
 
 
 def main() -> None:
-    """Prints where the library is."""
+    """Prints where the library is, and beside it what compiled it."""
     parser = argparse.ArgumentParser(description="Compile the CPU kernels.")
     parser.add_argument("target", nargs="?", choices=TARGETS, help="default: this machine")
     parser.add_argument("--out", type=Path, help="the library's folder")

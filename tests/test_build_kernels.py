@@ -103,11 +103,12 @@ def test_an_unknown_target_is_refused_in_a_line(script, monkeypatch):
 def test_the_systems_compiler_is_for_this_machine_where_there_is_no_pinned_one(script, monkeypatch):
     on(monkeypatch, "Linux", "x86_64")
     monkeypatch.setattr(script, "_probe", lambda *_: None)
+    monkeypatch.setattr(script, "_name_and_version", lambda _: "gcc 12")
     monkeypatch.setattr(script, "find_spec", lambda name: name == "ziglang")
     assert script.compiler("macos-arm64").pinned
     monkeypatch.setattr(script, "find_spec", lambda _: None)
     monkeypatch.setattr(script.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
-    assert script.compiler("linux-x86_64") == (("/usr/bin/gcc",), False)
+    assert script.compiler("linux-x86_64") == (("/usr/bin/gcc",), False, "gcc 12")
     with pytest.raises(script.NoKernelsError, match="no C compiler for linux-aarch64 was found"):
         script.compiler("linux-aarch64")
     monkeypatch.setattr(script.shutil, "which", lambda _: None)
@@ -115,11 +116,12 @@ def test_the_systems_compiler_is_for_this_machine_where_there_is_no_pinned_one(s
         script.compiler("linux-x86_64")
 
 
-def test_a_compiler_that_compiles_nothing_gives_way_to_the_next(script, fake, monkeypatch):
+def test_a_compiler_that_compiles_nothing_gives_way_to_the_next(script, fake, monkeypatch, capsys):
     broken, missing = fake.compiler(broken="probe.c"), script.Compiler(("/nowhere/cc",), False)
     works = fake.compiler()
     monkeypatch.setattr(script, "_candidates", lambda _: [broken, missing, works])
-    assert script.compiler("linux-x86_64") is works
+    assert script.compiler("linux-x86_64").command == works.command
+    assert "unknown type name 'flaot'" in capsys.readouterr().err
     monkeypatch.setattr(script, "_candidates", lambda _: [broken, missing])
     with pytest.raises(script.NoKernelsError) as lacking:
         script.compiler("linux-x86_64")
@@ -168,6 +170,31 @@ def test_every_instruction_set_of_a_target_is_compiled_once(script, fake, target
     assert "-shared" in asked[-1]
 
 
+def test_a_compiler_is_named_by_its_macros(script, monkeypatch):
+    macros = "#define __GNUC__ {}\n#define __GNUC_MINOR__ 2\n#define __GNUC_PATCHLEVEL__ 1\n"
+    clang = (
+        "#define __clang_major__ 22\n#define __clang_minor__ 1\n#define __clang_patchlevel__ 8\n"
+    )
+
+    def named(defined, pinned=False):
+        monkeypatch.setattr(script, "_run", lambda *asked: Path(asked[-1]).write_text(defined))
+        return script._name_and_version(script.Compiler(("/usr/bin/cc",), pinned))
+
+    assert named(macros.format(12)) == "gcc 12.2.1"
+    assert named(macros.format(4) + clang) == "clang 22.1.8"
+    monkeypatch.setattr(script, "version", {"ziglang": "0.17.1"}.get)
+    assert named(macros.format(4) + clang, pinned=True) == "clang 22.1.8 (ziglang 0.17.1)"
+    assert named("") == "cc"
+
+
+def test_the_library_is_told_what_compiles_it_and_from_what(script, fake, tmp_path, capsys):
+    script.build("linux-x86_64", fake.compiler()._replace(name="gcc 12.2.0"), tmp_path)
+    for arguments in fake.asked()[:-1]:
+        assert '-DMESHWEN_COMPILER="gcc 12.2.0"' in arguments
+        assert f'-DMESHWEN_SOURCES="{script.digest()}"' in arguments
+    assert "libkernels.so: compiled by gcc 12.2.0" in capsys.readouterr().err
+
+
 def test_zig_is_told_of_arm_in_its_own_words(script, fake, tmp_path):
     script.build("linux-aarch64", fake.compiler(), tmp_path)
     flags = {flag for arguments in fake.asked() for flag in arguments}
@@ -184,6 +211,7 @@ def test_a_library_takes_the_place_of_one_that_is_loaded(script, fake, tmp_path)
     with (tmp_path / "libkernels.so").open() as loaded:
         assert script.build("linux-x86_64", fake.compiler(), tmp_path).read_text() == "a library"
         assert loaded.read() == "the old library"
+    assert sum(1 for _ in tmp_path.glob("*libkernels*")) == 1
 
 
 def test_a_source_that_does_not_compile_is_told_in_the_compilers_words(script, fake, tmp_path):
@@ -191,6 +219,13 @@ def test_a_source_that_does_not_compile_is_told_in_the_compilers_words(script, f
         script.build("linux-x86_64", fake.compiler(broken="int8.c"), tmp_path / "out")
     assert "int8.c:7:1: error: unknown type name 'flaot'" in str(failed.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_library_before_stays_where_a_source_does_not_compile(script, fake, tmp_path):
+    (tmp_path / "libkernels.so").write_text("the old library")
+    with pytest.raises(SystemExit):
+        script.build("linux-x86_64", fake.compiler(broken="int8.c"), tmp_path)
+    assert (tmp_path / "libkernels.so").read_text() == "the old library"
 
 
 def test_without_jaxlibs_header_the_build_says_what_to_install(script, fake, monkeypatch, tmp_path):

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels: right, and with the same bits whatever is computed beside."""
 
+import re
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -335,17 +338,48 @@ def test_a_variable_chooses_a_lesser_instruction_set(name, monkeypatch):
 
 
 def test_a_package_without_kernels_says_so_once_and_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr(library, "_NAMES", ())
-    caches = library._loaded, library.supported, library._chosen
-    for one in caches:
-        one.cache_clear()
-    try:
-        assert kernels.instruction_set() is kernels.instruction_set() is None
+    with _loaded_anew(monkeypatch, "_NAME", "missing.so"):
+        assert kernels.instruction_set() is kernels.instruction_set() is kernels.compiler() is None
         (said,) = caplog.messages
         assert "has no kernels for this processor, so XLA multiplies" in said
-    finally:
+        assert "`make kernels`" in said
+
+
+@contextmanager
+def _loaded_anew(monkeypatch, name, value):
+    """The library's module, with one of its names changed, before it has loaded anything."""
+    caches = library._loaded, library.supported, library._chosen
+    with monkeypatch.context() as patched:
+        patched.setattr(library, name, value)
         for one in caches:
             one.cache_clear()
+        try:
+            yield
+        finally:
+            for one in caches:
+                one.cache_clear()
+
+
+def test_the_library_says_what_compiled_it():
+    assert re.fullmatch(r"(clang|gcc) \d+\.\d+\.\d+( \(ziglang .+\))?", kernels.compiler())
+
+
+def test_a_library_of_other_sources_is_refused_in_a_clone_alone(monkeypatch, tmp_path):
+    changed = tmp_path / "csrc"
+    shutil.copytree(library._SOURCES, changed)
+    (changed / "tile.h").write_text("// faster\n")
+    with _loaded_anew(monkeypatch, "_SOURCES", changed):
+        with pytest.raises(MeshwenError, match=r"compiled from other sources .* `make kernels` in"):
+            kernels.instruction_set()
+        monkeypatch.setattr(library, "_in_clone", lambda: False)
+        assert kernels.instruction_set()
+
+
+def test_a_library_that_cannot_be_loaded_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "libkernels.so"
+    path.write_bytes(b"a library for another platform")
+    with pytest.raises(MeshwenError, match=r"libkernels\.so cannot be loaded .*`make kernels`"):
+        library._registered(path)
 
 
 def test_attention_of_large_scores_neither_overflows_nor_loses_the_largest(attention):

@@ -5,16 +5,11 @@
 
 #include <stddef.h>
 
+#include "exported.h"
 #include "ffi.h"
 #include "instruction_sets.h"
 #include "panels.h"
 #include "parallel.h"
-
-#if defined(_WIN32)
-#define EXPORTED __declspec(dllexport)
-#else
-#define EXPORTED __attribute__((visibility("default")))
-#endif
 
 #define F32 XLA_FFI_DataType_F32
 #define BF16 XLA_FFI_DataType_BF16

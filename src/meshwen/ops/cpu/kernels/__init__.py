@@ -17,13 +17,20 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from meshwen.ops.cpu.kernels.library import InstructionSet, instruction_set, supported, target
+from meshwen.ops.cpu.kernels.library import (
+    InstructionSet,
+    compiler,
+    instruction_set,
+    supported,
+    target,
+)
 from meshwen.ops.cpu.panels import COLUMNS, Panels
 
 __all__ = [
     "ORDERED",
     "InstructionSet",
     "attention",
+    "compiler",
     "instruction_set",
     "label",
     "matmul",

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
@@ -20,8 +22,13 @@ from meshwen.errors import MeshwenError
 VARIABLE = "MESHWEN_INSTRUCTION_SET"
 NONE = "none"
 
-_NAMES = ("libkernels.so", "libkernels.dylib", "kernels.dll")
+_NAME = {"darwin": "libkernels.dylib", "win32": "kernels.dll"}.get(sys.platform, "libkernels.so")
 _FUNCTIONS = ("matmul", "matmul_int8", "attention")
+
+# A clone has what its library was compiled from beside the package; a wheel has not.
+_ROOT = (Path(__file__).parent / "../../../../..").resolve()
+_SOURCES = _ROOT / "src/meshwen/ops/cpu/csrc"
+_SCRIPT = _ROOT / "scripts/build_kernels.py"
 
 logger = logging.getLogger(__name__)
 _lock = Lock()
@@ -81,29 +88,72 @@ def supported() -> tuple[InstructionSet, ...]:
     return tuple(found)
 
 
+def compiler() -> str | None:
+    """What compiled the kernels, such as "clang 22.1.8 (ziglang 0.17.1)"; None: there are none."""
+    library = _loaded() if instruction_set() else None
+    return _told(library, "compiler") if library else None
+
+
 @cache
 def _loaded() -> ctypes.CDLL | None:
     """The library, XLA told of its functions; None where the package was built without."""
-    folder = files(__package__)
-    for name in _NAMES:
-        if not (resource := folder / name).is_file():
-            continue
+    resource = files(__package__) / _NAME
+    if resource.is_file():
         with as_file(resource) as path:
             return _registered(path)
     logger.warning(
         "this installation of meshwen has no kernels for this processor, so XLA multiplies, which "
-        "is several times slower for some models; a wheel has them, and so has an installation "
-        "from the sources where a C compiler is found"
+        f"is several times slower for some models; {_remedy()}"
     )
     return None
 
 
+def _remedy() -> str:
+    """What gives this installation kernels that are whole."""
+    if _in_clone():
+        return f"to compile them, run `make kernels` in {_ROOT}, or {sys.executable} {_SCRIPT}"
+    return (
+        "a wheel of meshwen for this platform has them, and so has an installation from the "
+        "sources where a C compiler works (docs/kernels.md)"
+    )
+
+
+def _in_clone() -> bool:
+    return _SOURCES.is_dir() and _SCRIPT.is_file()
+
+
 def _registered(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise MeshwenError(
+            f"{path} cannot be loaded ({error}): it is damaged or for another platform; {_remedy()}"
+        ) from error
+    if _in_clone() and _told(library, "sources") != _digest():
+        raise MeshwenError(
+            f"{path} was compiled from other sources than those of {_SOURCES} and {_SCRIPT.name}, "
+            f"or with other flags; {_remedy()}"
+        )
     for function in _FUNCTIONS:
         handler = jax.ffi.pycapsule(getattr(library, f"meshwen_{function}"))
         jax.ffi.register_ffi_target(target(function), handler, platform="cpu")
     return library
+
+
+def _told(library: ctypes.CDLL, what: str) -> str | None:
+    """What a library says of its build; None: it is of a version that said nothing."""
+    function = getattr(library, f"meshwen_{what}", None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def _digest() -> str:
+    """Of what decides the library: see `digest` of scripts/build_kernels.py."""
+    paths = (*sorted(_SOURCES.glob("*.[ch]")), _SCRIPT)
+    named = (path.name.encode() + b"\0" + path.read_bytes() for path in paths)
+    return hashlib.sha256(b"\0".join(named)).hexdigest()
 
 
 def target(function: str) -> str:
