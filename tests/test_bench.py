@@ -149,7 +149,7 @@ def test_a_page_escapes_what_it_shows():
     page = html_report(
         {
             **{"model": "<b>", "dtype": "float32", "mesh": "1", "numerics": "fast", "jax": "1"},
-            "quantization": None,
+            **{"quantization": None, "products": "avx2", "compiler": "gcc 12.2.0"},
             **{
                 "meshwen": "1",
                 "device": "cpu",

@@ -217,7 +217,8 @@ def test_bench_shows_every_number_on_a_narrow_terminal(monkeypatch):
     row = Row("decode", 8, 512, 8, Seconds(0.12345, 0.1, 9.9999), Cost(10**9, 10**12), 0.5)
     found = {
         **{"model": "m[x]", "quantization": None, "dtype": "float32", "numerics": "fast"},
-        **{"mesh": "1", "jax": "1", "device": "cpu[0]", "peak_bytes": 1, "products": "xla"},
+        **{"mesh": "1", "jax": "1", "device": "cpu[0]", "peak_bytes": 1, "products": "avx2"},
+        "compiler": "clang 22.1.8 (ziglang 0.17.1)",
     }
     for width in WIDTHS:
         to = console(width)
@@ -227,6 +228,9 @@ def test_bench_shows_every_number_on_a_narrow_terminal(monkeypatch):
         assert {"512", "123.5", "100.0", "9999.9", "64.8", "8,100.4", "50%"} <= set(said.split())
         assert "m[x]" in said
         assert "cpu[0]" in said
+        assert "matmuls by avx2, compiled by clang 22.1.8 (ziglang 0.17.1)" in " ".join(
+            said.split()
+        )
 
 
 def test_a_path_in_brackets_is_named_in_errors(tmp_path, capsys):

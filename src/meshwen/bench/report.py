@@ -18,6 +18,8 @@ from meshwen.causal_lm import CausalLM
 from meshwen.common.choices import Quantization
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
+from meshwen.ops.backend import XLA
+from meshwen.ops.cpu import kernels
 from meshwen.parallel.mesh import AnyMesh, mesh_label
 from meshwen.runtime.shape_buckets import shape_bucket
 
@@ -144,6 +146,7 @@ def as_dict(
         "device": devices[0].device_kind,
         "mesh": mesh_label(model.mesh),
         "products": model.runner.model.matmuls_by,
+        "compiler": kernels.compiler() if model.runner.model.matmuls_by != XLA else None,
         **settings,
         "machine": asdict(machine),
         "peak_bytes": peak_bytes(devices),

@@ -121,10 +121,12 @@ def _print(found: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None
     from meshwen.ops.backend import XLA
 
     console = output_console()
+    by = f", compiled by {found['compiler']}" if found["compiler"] else ""
     say(
         console,
         f"{found['model']}, {_weights(found)}, {found['numerics']}, mesh {found['mesh']}, "
         f"jax {found['jax']} on {found['device']}; peak memory {bytes_text(found['peak_bytes'])}\n"
+        f"matmuls by {found['products']}{by}\n"
         f"the machine: reads {bytes_text(machine.bandwidth)}/s, multiplies "
         f"{machine.rate / 1e9:.0f} GFLOP/s in "
         f"{found['dtype'] if found['products'] == XLA else _weights(found)}",
