@@ -382,6 +382,19 @@ def test_a_library_that_cannot_be_loaded_is_an_error_that_names_it(tmp_path):
         library._registered(path)
 
 
+def test_where_portable_c_alone_would_run_a_line_says_what_is_missing(monkeypatch, caplog):
+    one = library.InstructionSet("portable", False)
+    with _loaded_anew(monkeypatch, "supported", lambda: (one,)):
+        assert kernels.instruction_set() is kernels.instruction_set() is None
+        (said,) = caplog.messages
+        assert "lacks AVX2 and FMA" in said
+        assert "so XLA multiplies" in said
+        assert "MESHWEN_INSTRUCTION_SET=portable" in said
+        monkeypatch.setenv("MESHWEN_INSTRUCTION_SET", "portable")
+        assert kernels.instruction_set() == one
+        assert len(caplog.messages) == 1
+
+
 def test_attention_of_large_scores_neither_overflows_nor_loses_the_largest(attention):
     q = jnp.full((1, 1, 1, 32), 100.0)
     for ramp, likeliest in ((np.linspace(-10, 10, 1024), 1023), (np.linspace(10, -10, 1024), 0)):

@@ -63,13 +63,23 @@ def _chosen(name: str) -> InstructionSet | None:
         return None
     found = supported()
     if not name:
-        # Portable C multiplies more slowly than XLA.
-        return next((one for one in found if one.name != "portable"), None)
+        return _faster_than_xla(found)
     for one in found:
         if one.name == name:
             return one
     names = ", ".join([*(one.name for one in found), NONE])
     raise MeshwenError(f"{VARIABLE}={name}: this processor has kernels for {names}")
+
+
+def _faster_than_xla(found: tuple[InstructionSet, ...]) -> InstructionSet | None:
+    if found and found[0].name == "portable":
+        logger.warning(
+            "this processor lacks AVX2 and FMA, which meshwen's kernels need, so XLA multiplies; "
+            f"{VARIABLE}=portable has the kernels do it in plain C: more slowly, but with the bits "
+            "that they have on other processors, as certificates of exact numerics need"
+        )
+        return None
+    return found[0] if found else None
 
 
 @cache
