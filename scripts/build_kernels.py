@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
@@ -247,13 +247,15 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
         SystemExit: a source does not compile.
     """
     target = TARGETS[name]
-    units = (*UNITS[target.triple.split("-")[0]], *COMMON)
+    units = [*UNITS[target.triple.split("-")[0]], *COMMON]
     told = (f'-DMESHWEN_COMPILER="{by.name}"', f'-DMESHWEN_SOURCES="{digest()}"')  # See build.c.
-    flags = (*FLAGS, f"-I{_jaxlib_headers()}", *told)
+    flags = (*FLAGS, f"-I{_jaxlib_headers()}", f"-I{SOURCES}", *told)
     with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
+        if not by.pinned:
+            units = _understood(by, units, Path(objects))
 
         def compiled(unit: Unit) -> str:
-            path = f"{objects}/{unit.source}-{unit.instruction_set}.o"
+            path = f"{objects}/{Path(unit.source).name}-{unit.instruction_set}.o"
             suffix = (f"-DSUFFIX={unit.instruction_set}",) if unit.instruction_set else ()
             source = str(SOURCES / unit.source)
             _run(by, *flags, *unit.flags, *suffix, "-c", source, "-o", path)
@@ -264,10 +266,29 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
         library = folder / target.library
         folder.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a process may have it loaded.
-        part = shutil.copy(linked, folder / f".{target.library}.{os.getpid()}")
+        part = shutil.copy(linked, folder / f".{os.getpid()}.{target.library}")
         os.replace(part, library)
     print(f"{library}: compiled by {by.name}", file=sys.stderr)
     return library
+
+
+def _understood(by: Compiler, units: Sequence[Unit], folder: Path) -> list[Unit]:
+    """Those with flags that a compiler knows, and a source in `folder` that stands for others.
+
+    Its kernels have no functions, so they are never chosen: see instruction_sets.c.
+    """
+    probe, absent = folder / "probe.c", folder / "absent.c"
+    probe.write_text(PROBE, encoding="utf-8")
+    output = ("-c", str(probe), "-o", f"{folder}/probe.o")
+    unknown = [one for one in units if _failure(by, (*one.flags, *output), PROBE_SECONDS)]
+    lines = ['#include "kernels.h"']
+    for one in unknown:
+        print(f"without {one.instruction_set} of {one.source}: {by.name} is old", file=sys.stderr)
+        kind = f"{one.source.removesuffix('.c')}_kernels"
+        lines.append(f"const struct {kind} {kind}_{one.instruction_set} = {{0}};")
+    absent.write_text("\n".join(lines), encoding="utf-8")
+    known = [one for one in units if one not in unknown]
+    return [*known, Unit(str(absent))] if unknown else known
 
 
 def _jaxlib_headers() -> str:

@@ -206,6 +206,16 @@ def test_zig_is_told_of_arm_in_its_own_words(script, fake, tmp_path):
     assert {"-march=armv8.2-a+bf16", "-march=armv8.2-a+dotprod"} <= flags
 
 
+def test_what_an_old_compiler_does_not_know_is_left_out(script, fake, tmp_path, capsys):
+    old = fake.compiler(broken="-mavxvnni", pinned=False)
+    script.build("linux-x86_64", old._replace(name="gcc 10.2.0"), tmp_path)
+    compiled = [arguments for arguments in fake.asked() if "-DSUFFIX=" in " ".join(arguments)]
+    assert len(compiled) == len(script.UNITS["x86_64"]) - 1
+    assert not any("-mavxvnni" in arguments for arguments in compiled)
+    assert any(one.endswith("/absent.c") for arguments in fake.asked() for one in arguments)
+    assert "without avx_vnni of int8.c: gcc 10.2.0 is old" in capsys.readouterr().err
+
+
 def test_a_library_takes_the_place_of_one_that_is_loaded(script, fake, tmp_path):
     (tmp_path / "libkernels.so").write_text("the old library")
     with (tmp_path / "libkernels.so").open() as loaded:

@@ -85,10 +85,16 @@ const struct instruction_set instruction_sets[] = {
 };
 const int instruction_set_count = sizeof instruction_sets / sizeof *instruction_sets;
 
+// Whether the compiler knew its instructions: see `build` of scripts/build_kernels.py.
+static int compiled(const struct instruction_set *set) {
+    return set->floats->matmul_float32 && set->int8->matmul;
+}
+
 int supported(int number) {
     // Asked once: on a virtual machine the question takes longer than a small matmul.
     static _Atomic signed char known[sizeof instruction_sets / sizeof *instruction_sets];
-    if (!known[number]) known[number] = instruction_sets[number].asked() ? 1 : -1;
+    const struct instruction_set *set = instruction_sets + number;
+    if (!known[number]) known[number] = set->asked() && compiled(set) ? 1 : -1;
     return known[number] > 0;
 }
 
