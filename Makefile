@@ -28,7 +28,7 @@ pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-co
 install = $(1)/bin/python scripts/requirements.py $(2) > $(1)/requirements.txt && \
   $(pip) -r $(1)/requirements.txt $(3) && $(pip) --no-build-isolation --no-deps -e .
 
-.PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format wheels clean
+.PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format kernels wheels clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
@@ -74,8 +74,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A wheel for each target, and the source distribution, into dist/. Compiled against the oldest jaxlib,
-# whose interface newer ones keep.
+# The kernels alone, into the source tree, by the pinned compiler: after a change of their sources.
+kernels: | $(VENV)/bin/python
+	$(BIN)/python scripts/requirements.py --build > $(VENV)/requirements-build.txt
+	$(call pip,$(VENV)) -r $(VENV)/requirements-build.txt
+	$(BIN)/python scripts/build_kernels.py
+
+# A wheel for each target, and the source distribution, into dist/.
 wheels: $(VENV)-build/.installed
 	rm -rf dist
 	for target in $(TARGETS); do \
@@ -93,7 +98,7 @@ $(VENV)/.installed-dev: pyproject.toml $(KERNELS) | $(VENV)/bin/python
 	$(call install,$(VENV),$(EXTRAS),"$(JAX)")
 	@touch $@ $(VENV)/.installed
 
-$(VENV)-build/.installed: pyproject.toml
+$(VENV)-build/.installed: pyproject.toml scripts/build_kernels.py
 	$(PYTHON) -m venv $(VENV)-build
 	$(VENV)-build/bin/python scripts/requirements.py --build > $(VENV)-build/requirements.txt
 	$(call pip,$(VENV)-build) -r $(VENV)-build/requirements.txt

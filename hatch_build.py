@@ -22,6 +22,10 @@ import build_kernels
 class KernelsHook(BuildHookInterface[Any]):
     """Compiles before a wheel is put together; see hatchling."""
 
+    def dependencies(self) -> list[str]:
+        """What pip installs to build with, beside hatchling."""
+        return build_kernels.requirements()
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles for `MESHWEN_TARGET`, else for this machine.
 

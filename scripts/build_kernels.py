@@ -5,8 +5,8 @@
     python scripts/build_kernels.py linux-aarch64    for another, into build/linux-aarch64
 
 An installation does the same (hatch_build.py). The compiler is clang of the package `ziglang`,
-which compiles for every target on every machine; where that is not installed, the system's C
-compiler. The interface to XLA is declared by a header of the package `jaxlib`.
+which compiles for every target on every machine; where that is not installed, or MESHWEN_CC names
+another, the system's C compiler. The interface to XLA is declared by a header of `jaxlib`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,9 @@ SOURCES = ROOT / "src/meshwen/ops/cpu/csrc"
 LIBRARIES = ROOT / "src/meshwen/ops/cpu/kernels"
 VARIABLE = "MESHWEN_TARGET"  # The target of an installation: one of TARGETS, or NONE: no kernels.
 NONE = "none"
+CC = "MESHWEN_CC"  # A command, such as `cc`, that compiles for this machine instead.
+# What is installed to compile: the compiler; a header, of any version that the package runs with.
+ZIGLANG, JAXLIB = "ziglang>=0.17,<0.18", "jaxlib>=0.10,<0.13"
 
 
 class Target(NamedTuple):
@@ -159,8 +163,19 @@ def chosen() -> str:
     return name
 
 
+def requirements() -> list[str]:
+    """What has to be installed to compile for the chosen target; [] where there are no kernels."""
+    try:
+        name = chosen()
+    except NoKernelsError:
+        return []
+    return [JAXLIB] if os.environ.get(CC) and name == this_machine() else [ZIGLANG, JAXLIB]
+
+
 def compiler(name: str) -> Compiler:
     """What compiles for a target here: the pinned compiler, else the system's.
+
+    Of this machine's target alone what `MESHWEN_CC` names, if it does.
 
     Raises:
         NoKernelsError: nothing does.
@@ -176,18 +191,20 @@ def compiler(name: str) -> Compiler:
                 print(f"{reason}; {one.command[0]} compiles", file=sys.stderr)
             return one._replace(name=_name_and_version(one))
     raise NoKernelsError(
-        "; ".join(unfit) or f"no C compiler for {name} was found: pip install ziglang"
+        "; ".join(unfit) or f"no C compiler for {name} was found: pip install '{ZIGLANG}'"
     )
 
 
 def _candidates(name: str) -> Iterator[Compiler]:
+    here = name == this_machine()
+    if here and (named := os.environ.get(CC)):
+        yield Compiler(tuple(shlex.split(named)), pinned=False)
+        return
     if find_spec("ziglang"):
         zig = (sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[name].triple)
         yield Compiler(zig, pinned=True)
-    if name == this_machine():
-        found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-        if found:
-            yield Compiler((found,), pinned=False)
+    if here and (found := next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)):
+        yield Compiler((found,), pinned=False)
 
 
 def _probe(by: Compiler, name: str) -> None:
@@ -225,8 +242,12 @@ def _name_and_version(by: Compiler) -> str:
 
 def wheel_tag(name: str, by: Compiler) -> str:
     """What a wheel with the library of a target runs on."""
+    if by.pinned:
+        return f"py3-none-{TARGETS[name].tag}"
     system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    return f"py3-none-{TARGETS[name].tag if by.pinned else system}"
+    if system.startswith("macosx"):  # Python may be universal, and for older systems.
+        system = f"macosx_{platform.mac_ver()[0].split('.')[0]}_0_arm64"
+    return f"py3-none-{system}"
 
 
 def digest() -> str:

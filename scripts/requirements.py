@@ -2,7 +2,7 @@
 """Prints requirements of pyproject.toml, one a line, for pip's `-r`.
 
     python scripts/requirements.py dev gguf    what builds and what runs the package, and extras
-    python scripts/requirements.py --build     what builds wheels: with the oldest jaxlib
+    python scripts/requirements.py --build     what builds the package and its kernels
 
 The Makefile installs them before the package, which it then builds without pip's isolation: that
 would unpack the compiler, 400 MB, for every build. Requirements are built with it, as they expect.
@@ -15,13 +15,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import build_kernels
+
 PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
+def of_build(declared: dict[str, Any]) -> Iterator[str]:
+    """Those of the package's build, and of its kernels'."""
+    yield from declared["build-system"]["requires"]
+    yield from build_kernels.requirements()
+
+
 def requirements(declared: dict[str, Any], extras: Sequence[str]) -> Iterator[str]:
-    """Those of the build, of running it and of extras; jaxlib is the one that belongs to jax."""
-    build: list[str] = declared["build-system"]["requires"]
-    yield from (one for one in build if not one.startswith("jaxlib"))
+    """Those of the build, of running it and of extras."""
+    yield from of_build(declared)
     yield from declared["project"]["dependencies"]
     for extra in extras:
         yield from of_extra(declared, extra)
@@ -40,6 +47,6 @@ def of_extra(declared: dict[str, Any], extra: str) -> Iterator[str]:
 if __name__ == "__main__":
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
     if sys.argv[1:] == ["--build"]:
-        print(*project["build-system"]["requires"], sep="\n")
+        print(*of_build(project), sep="\n")
     else:
         print(*requirements(project, sys.argv[1:]), sep="\n")

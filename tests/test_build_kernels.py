@@ -6,6 +6,8 @@ import json
 import platform
 import re
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -30,7 +32,8 @@ pathlib.Path(arguments[arguments.index("-o") + 1]).write_text("a library")
 def script(monkeypatch):
     """scripts/build_kernels.py, on a machine that names no target."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.delenv("MESHWEN_TARGET", raising=False)
+    for name in ("MESHWEN_TARGET", "MESHWEN_CC"):
+        monkeypatch.delenv(name, raising=False)
     return importlib.import_module("build_kernels")
 
 
@@ -112,8 +115,46 @@ def test_the_systems_compiler_is_for_this_machine_where_there_is_no_pinned_one(s
     with pytest.raises(script.NoKernelsError, match="no C compiler for linux-aarch64 was found"):
         script.compiler("linux-aarch64")
     monkeypatch.setattr(script.shutil, "which", lambda _: None)
-    with pytest.raises(script.NoKernelsError, match="pip install ziglang"):
+    with pytest.raises(script.NoKernelsError, match="pip install .ziglang>="):
         script.compiler("linux-x86_64")
+
+
+def test_a_command_that_is_named_takes_the_place_of_the_pinned_compiler(script, monkeypatch):
+    on(monkeypatch, "Linux", "x86_64")
+    monkeypatch.setattr(script, "find_spec", lambda _: True)
+    assert script.requirements() == [script.ZIGLANG, script.JAXLIB]
+    monkeypatch.setenv("MESHWEN_CC", "ccache gcc-12")
+    assert script.requirements() == [script.JAXLIB]
+    (one,) = script._candidates("linux-x86_64")
+    assert (one.command, one.pinned) == (("ccache", "gcc-12"), False)
+    (other,) = script._candidates("linux-aarch64")
+    assert other.pinned
+    monkeypatch.setenv("MESHWEN_TARGET", "linux-aarch64")
+    assert script.requirements() == [script.ZIGLANG, script.JAXLIB]
+    monkeypatch.setenv("MESHWEN_TARGET", "none")
+    assert script.requirements() == []
+
+
+def test_the_kernels_header_may_be_of_every_jax_that_the_package_runs_with(script):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (jax,) = [one for one in project["dependencies"] if one.startswith("jax>=")]
+    assert jax.replace("!=0.10.2,", "") == script.JAXLIB.replace("jaxlib", "jax")
+
+
+def test_pip_is_asked_for_the_compiler_by_the_build(script, monkeypatch):
+    from hatchling.build import get_requires_for_build_wheel
+
+    monkeypatch.chdir(ROOT)
+    assert get_requires_for_build_wheel() == [script.ZIGLANG, script.JAXLIB]
+    monkeypatch.setenv("MESHWEN_TARGET", "none")
+    assert get_requires_for_build_wheel() == []
+
+
+def test_the_system_compilers_wheel_on_macos_is_for_arm_alone(script, monkeypatch):
+    monkeypatch.setattr(script.sysconfig, "get_platform", lambda: "macosx-10.9-universal2")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
+    by = script.Compiler(("cc",), pinned=False)
+    assert script.wheel_tag("macos-arm64", by) == "py3-none-macosx_14_0_arm64"
 
 
 def test_a_compiler_that_compiles_nothing_gives_way_to_the_next(script, fake, monkeypatch, capsys):
@@ -275,6 +316,38 @@ def test_a_wheel_has_its_targets_library_and_tag(
     assert not any("csrc" in name for name in files.namelist())
     after = {path.name: path.stat().st_mtime for path in script.LIBRARIES.iterdir()}
     assert after == before  # An editable installation beside it keeps its library.
+
+
+def test_the_source_distribution_has_what_its_pages_tell_to_run(monkeypatch, tmp_path):
+    from hatchling.build import build_sdist
+
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / build_sdist(str(tmp_path))) as packed:
+        files = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"Makefile", "pyproject.toml", "hatch_build.py", "scripts/find_python.sh"} <= files
+    assert "src/meshwen/ops/cpu/csrc/build.c" in files
+    assert not any(re.search(r"\.(so|dylib|dll)$", name) for name in files)
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_an_editable_installation_keeps_no_library_of_other_sources(
+    script, fake, monkeypatch, tmp_path, lacking
+):
+    pytest.importorskip("hatchling")
+    monkeypatch.syspath_prepend(str(ROOT))
+    hook = importlib.import_module("hatch_build").KernelsHook(str(ROOT), {}, *[None] * 4)
+    library = tmp_path / script.TARGETS[script.chosen()].library
+    library.write_text("the old library")
+    monkeypatch.setattr(script, "LIBRARIES", tmp_path)
+    if lacking:
+        monkeypatch.setattr(script, "_candidates", lambda _: [])
+        hook.initialize("editable", {})
+        assert not library.exists()
+    else:  # It stays, and is refused where it is loaded.
+        monkeypatch.setattr(script, "compiler", lambda _: fake.compiler(broken="int8.c"))
+        with pytest.raises(SystemExit):
+            hook.initialize("editable", {})
+        assert library.exists()
 
 
 def test_without_a_compiler_the_wheel_has_no_kernels_and_a_line_says_so(
