@@ -268,12 +268,16 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
         SystemExit: a source does not compile.
     """
     target = TARGETS[name]
-    units = [*UNITS[target.triple.split("-")[0]], *COMMON]
+    units = UNITS[target.triple.split("-")[0]]
+    unknown = () if by.pinned else _unknown(by, units)
+    known = [*(one for one in units if one not in unknown), *COMMON]
     told = (f'-DMESHWEN_COMPILER="{by.name}"', f'-DMESHWEN_SOURCES="{digest()}"')  # See build.c.
     flags = (*FLAGS, f"-I{_jaxlib_headers()}", f"-I{SOURCES}", *told)
     with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
-        if not by.pinned:
-            units = _understood(by, units, Path(objects))
+        if unknown:
+            absent = Path(objects, "absent.c")
+            absent.write_text(_absent(unknown), encoding="utf-8")
+            known.append(Unit(str(absent)))
 
         def compiled(unit: Unit) -> str:
             path = f"{objects}/{Path(unit.source).name}-{unit.instruction_set}.o"
@@ -283,7 +287,7 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
             return path
 
         linked = f"{objects}/{target.library}"
-        _run(by, "-shared", *pool.map(compiled, units), *target.link, "-o", linked)
+        _run(by, "-shared", *pool.map(compiled, known), *target.link, "-o", linked)
         library = folder / target.library
         folder.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a process may have it loaded.
@@ -293,23 +297,25 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
     return library
 
 
-def _understood(by: Compiler, units: Sequence[Unit], folder: Path) -> list[Unit]:
-    """Those with flags that a compiler knows, and a source in `folder` that stands for others.
-
-    Its kernels have no functions, so they are never chosen: see instruction_sets.c.
-    """
-    probe, absent = folder / "probe.c", folder / "absent.c"
-    probe.write_text(PROBE, encoding="utf-8")
-    output = ("-c", str(probe), "-o", f"{folder}/probe.o")
-    unknown = [one for one in units if _failure(by, (*one.flags, *output), PROBE_SECONDS)]
-    lines = ['#include "kernels.h"']
-    for one in unknown:
+def _unknown(by: Compiler, units: Sequence[Unit]) -> list[Unit]:
+    """Those for instructions that a compiler does not know, as it is old."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.c")
+        probe.write_text(PROBE, encoding="utf-8")
+        output = ("-c", str(probe), "-o", f"{folder}/probe.o")
+        found = [one for one in units if _failure(by, (*one.flags, *output), PROBE_SECONDS)]
+    for one in found:
         print(f"without {one.instruction_set} of {one.source}: {by.name} is old", file=sys.stderr)
+    return found
+
+
+def _absent(units: Iterable[Unit]) -> str:
+    """A source that stands for units: kernels without functions, which are never chosen."""
+    lines = ['#include "kernels.h"']
+    for one in units:
         kind = f"{one.source.removesuffix('.c')}_kernels"
         lines.append(f"const struct {kind} {kind}_{one.instruction_set} = {{0}};")
-    absent.write_text("\n".join(lines), encoding="utf-8")
-    known = [one for one in units if one not in unknown]
-    return [*known, Unit(str(absent))] if unknown else known
+    return "\n".join(lines)
 
 
 def _jaxlib_headers() -> str:

@@ -8,7 +8,6 @@ vectors: so their tiles run on any processor. Its own instructions do not.
 import ctypes
 import hashlib
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import jax
 import jaxlib
 import pytest
 
+from c_compiler import COMMAND
 from meshwen.ops.cpu import kernels
 from needs_kernels import needs_kernels
 
@@ -87,9 +87,10 @@ def _registered(one: Kernels) -> str:
 
 def compiled(one: Kernels) -> Path:
     sources = sorted(SOURCES.glob("*.c"))
-    compiler = shutil.which("cc") or pytest.skip("no C compiler to emulate instruction sets with")
+    if not COMMAND:
+        pytest.skip("no C compiler to emulate instruction sets with")
     command = [
-        *(compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-fvisibility=hidden"),
+        *(*COMMAND, "-O2", "-std=c11", "-shared", "-fPIC", "-fvisibility=hidden"),
         "-ffp-contract=off",
         *("-fno-math-errno", "-DMESHWEN_PORTABLE", "-DSUFFIX=portable", *one.flags),
         f"-I{Path(jaxlib.__file__).parent / 'include'}",

@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from c_compiler import COMMAND, needs_compiler, needs_sanitizers
 from emulated import EMULATED
 from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.kernels.library import target
@@ -31,10 +30,6 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "tests/kernels"
 CSRC = ROOT / "src/meshwen/ops/cpu/csrc"
 LIBRARY = ROOT / "src/meshwen/ops/cpu/kernels/libkernels.so"
-CC = shutil.which("cc")
-needs_compiler = pytest.mark.skipif(
-    CC is None or sys.platform != "linux", reason="no C compiler for Linux"
-)
 
 # A source, the name of what it makes, and flags.
 Unit = tuple[Path, str, Sequence[str]]
@@ -59,7 +54,7 @@ def compiled(
     folder: Path, units: Iterable[Unit], flags: Sequence[str], link: Sequence[str]
 ) -> Path:
     """The program, of some units, in a folder."""
-    command = [CC, *FLAGS, *flags, f"-I{jax.ffi.include_dir()}", f"-I{CSRC}"]
+    command = [*COMMAND, *FLAGS, *flags, f"-I{jax.ffi.include_dir()}", f"-I{CSRC}"]
 
     def compile_one(unit: Unit) -> str:
         source, name, more = unit
@@ -105,7 +100,7 @@ def test_the_kernels_as_they_are_shipped(tmp_path):
     assert run([str(compiled(tmp_path, TESTS, (), [str(LIBRARY)]))])
 
 
-@needs_compiler
+@needs_sanitizers
 def test_the_kernels_of_this_processor_under_address_and_undefined_behaviour_sanitizers(
     tmp_path, build_kernels
 ):
@@ -114,7 +109,7 @@ def test_the_kernels_of_this_processor_under_address_and_undefined_behaviour_san
 
 
 @pytest.mark.slow
-@needs_compiler
+@needs_sanitizers
 @pytest.mark.parametrize("emulated", EMULATED, ids=lambda one: one.name)
 def test_the_vectors_of_other_processors_under_the_same_sanitizers(emulated, tmp_path):
     assert run(
@@ -122,7 +117,7 @@ def test_the_vectors_of_other_processors_under_the_same_sanitizers(emulated, tmp
     )
 
 
-@needs_compiler
+@needs_sanitizers
 def test_threads_do_not_race(tmp_path):
     program = compiled(tmp_path, [*TESTS, *in_portable_c()], RACES, ())
     assert run([str(program), "callers", "pools", "no_memory"])

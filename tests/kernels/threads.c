@@ -42,7 +42,7 @@ static void check_call(const struct frame *frame, int call) {
 }
 
 // Calls; an error has to have this code. Returns whether there was one.
-static int call_once(const char *set, int call, XLA_FFI_Error_Code expected) {
+static int one_call(const char *set, int call, XLA_FFI_Error_Code expected) {
     struct frame frame;
     XLA_FFI_Handler *entry = begin_call(&frame, set, call);
     const XLA_FFI_Error *error = frame_call(&frame, entry);
@@ -59,7 +59,7 @@ static void no_memory(const char *set, int pairs) {
     for (int call = 0; call < CALLS; call++)
         for (long failing = 1;; failing++) {
             failing_allocation = failing;
-            const int failed = call_once(set, call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED);
+            const int failed = one_call(set, call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED);
             const int reached = !failing_allocation;
             failing_allocation = 0;
             pool_wait();
@@ -75,29 +75,29 @@ static void pools(const char *set, int pairs) {
     (void)pairs;
     for (int call = 0; call < CALLS; call++) {
         pool_become(POOL_INLINE);
-        CHECK(!call_once(set, call, 0), "refused");
+        CHECK(!one_call(set, call, 0), "refused");
         pool_become(POOL_LATE); // All threads are busy, until the buffers are gone.
-        CHECK(!call_once(set, call, 0), "refused");
+        CHECK(!one_call(set, call, 0), "refused");
         pool_run_late();
         CHECK(!allocated, "who came late did not free the job");
         pool_become(POOL_FIRST); // Another thread does all of it.
         pool.threads = 2;
-        CHECK(!call_once(set, call, 0), "refused");
+        CHECK(!one_call(set, call, 0), "refused");
         pool_become(POOL_THREADS);
         for (pool.threads = -1; pool.threads < 70; pool.threads += 23)
-            CHECK(!call_once(set, call, 0), "refused");
+            CHECK(!one_call(set, call, 0), "refused");
         pool.threads = 3;
         for (int64_t failing = 1; failing < 4; failing++) {
             pool_wait();
             pool.failing_schedule = failing;
-            const int failed = call_once(set, call, XLA_FFI_Error_Code_UNAVAILABLE);
+            const int failed = one_call(set, call, XLA_FFI_Error_Code_UNAVAILABLE);
             // Two are scheduled, and one of the second task of int8.
             const int schedules = call == INT8_CALL ? 3 : 2;
             CHECK(failed == (failing <= schedules), "the %dth fails: %d", (int)failing, failed);
             pool.failing_schedule = 0;
         }
         pool.refuses_count = 1;
-        CHECK(call_once(set, call, XLA_FFI_Error_Code_UNAVAILABLE), "not refused");
+        CHECK(one_call(set, call, XLA_FFI_Error_Code_UNAVAILABLE), "not refused");
         pool.refuses_count = 0;
     }
 }
@@ -105,7 +105,7 @@ static void pools(const char *set, int pairs) {
 void test_pools(void) { with_each_set(pools); }
 
 static void *call_many(void *set) {
-    for (int i = 0; i < 2 * CALLS; i++) CHECK(!call_once(set, i % CALLS, 0), "refused");
+    for (int i = 0; i < 2 * CALLS; i++) CHECK(!one_call(set, i % CALLS, 0), "refused");
     return 0;
 }
 

@@ -121,7 +121,7 @@ def _loaded() -> ctypes.CDLL | None:
 def _remedy() -> str:
     """What gives this installation kernels that are whole."""
     if _in_clone():
-        return f"to compile them, run `make kernels` in {_ROOT}, or {sys.executable} {_SCRIPT}"
+        return f"to compile it, run `make kernels` in {_ROOT}, or {sys.executable} {_SCRIPT}"
     return (
         "a wheel of meshwen for this platform has them, and so has an installation from the "
         "sources where a C compiler works (docs/kernels.md)"
