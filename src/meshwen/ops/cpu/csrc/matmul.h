@@ -47,7 +47,8 @@ INLINE void multiply_panel(enum operands kind, tile_function *const *tiles, int 
     tile_function *const *used = unpacks ? tiles_FLOAT32 : tiles;
     // Rows that are one block go through memory so fast that what they need themselves is prefetched;
     // more have the next chunk prefetched, each of the first blocks its share.
-    const int64_t blocks = quotient_up(m->rows, ROWS), prefetching = smaller(blocks, 4);
+    const int64_t blocks = quotient_up(m->rows, unpacks ? ROWS : most_rows(kind));
+    const int64_t prefetching = smaller(blocks, 4);
     const int64_t ahead_stride = STEP_BYTES / (prefetching * unpacked);
     for (int64_t k = 0; k < m->steps; k += run) {
         const int64_t steps = smaller(run, m->steps - k);

@@ -82,7 +82,7 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
     const int vectors = panels * VECTORS;
     const char *a[MOST_ROWS];
     floats sums[MOST_ROWS][2 * VECTORS];
-    floats held[MOST_ROWS > 2 * VECTORS ? MOST_ROWS : 2 * VECTORS];
+    floats held[2 * MOST_ROWS];
     UNROLL for (int i = 0; i < rows; i++) {
         a[i] = t->a + i * t->a_stride;
         UNROLL for (int n = 0; n < vectors; n++) sums[i][n] = all(0.0f);
@@ -97,20 +97,23 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
             PREFETCH(ahead + p * panel, 3);
             PREFETCH(ahead + p * panel + 64, 3);
         }
-        UNROLL for (int half = 0; half < halves; half++) {
-#define ROW(i) all(number(a[i] + k * a_bytes + 4 * half))
-#define COLUMNS_OF(n) of_columns(kind, half, b + (n) / VECTORS * panel + (n) % VECTORS * vector_bytes)
-            if (rows < vectors) { // Registers hold the fewer operands: of a,
-                UNROLL for (int i = 0; i < rows; i++) held[i] = ROW(i);
-                UNROLL for (int n = 0; n < vectors; n++) {
-                    floats columns = COLUMNS_OF(n);
+#define ROW(i, half) all(number(a[i] + k * a_bytes + 4 * (half)))
+#define COLUMNS_OF(n, half) \
+    of_columns(kind, half, b + (n) / VECTORS * panel + (n) % VECTORS * vector_bytes)
+        if (rows < vectors) { // Registers hold the fewer operands: of a,
+            UNROLL for (int i = 0; i < rows * halves; i++) held[i] = ROW(i / halves, i % halves);
+            UNROLL for (int n = 0; n < vectors; n++) {
+                UNROLL for (int half = 0; half < halves; half++) {
+                    floats columns = COLUMNS_OF(n, half);
                     UNROLL for (int i = 0; i < rows; i++)
-                        sums[i][n] = added(kind, sums[i][n], held[i], columns);
+                        sums[i][n] = added(kind, sums[i][n], held[i * halves + half], columns);
                 }
-            } else { // or of b.
-                UNROLL for (int n = 0; n < vectors; n++) held[n] = COLUMNS_OF(n);
+            }
+        } else { // or of b.
+            UNROLL for (int half = 0; half < halves; half++) {
+                UNROLL for (int n = 0; n < vectors; n++) held[n] = COLUMNS_OF(n, half);
                 UNROLL for (int i = 0; i < rows; i++) {
-                    floats row = ROW(i);
+                    floats row = ROW(i, half);
                     UNROLL for (int n = 0; n < vectors; n++)
                         sums[i][n] = added(kind, sums[i][n], row, held[n]);
                 }
@@ -127,9 +130,12 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
     }
 }
 
-// More rows than registers have room for; the first part prefetches.
-INLINE void multiply_parts(tile_function *const *single, int rows, const struct tile *t) {
-    const int parts = (rows + ROWS - 1) / ROWS;
+// How many rows registers have room for.
+INLINE int most_rows(enum operands kind) { return kind == PAIRS ? WIDENED_ROWS : ROWS; }
+
+// More rows than that; the first part prefetches.
+INLINE void multiply_parts(tile_function *const *single, int most, int rows, const struct tile *t) {
+    const int parts = (rows + most - 1) / most;
     for (int p = 0; p < parts; p++) {
         const int begin = p * rows / parts, end = (p + 1) * rows / parts;
         struct tile part = *t;
@@ -144,10 +150,10 @@ INLINE void multiply_parts(tile_function *const *single, int rows, const struct 
 // A function for every number of rows of one panel, and of few rows of two.
 #define SINGLE(kind, rows)                                                                           \
     static void tile_##kind##_##rows(const struct tile *t) {                                         \
-        if (rows <= ROWS)                                                                            \
-            multiply(kind, rows <= ROWS ? rows : 1, 1, t);                                           \
+        if (rows <= most_rows(kind))                                                                 \
+            multiply(kind, rows <= most_rows(kind) ? rows : 1, 1, t);                                \
         else                                                                                         \
-            multiply_parts(tiles_##kind, rows, t);                                                   \
+            multiply_parts(tiles_##kind, most_rows(kind), rows, t);                                  \
     }
 #define PAIRED(kind, rows)                                                                           \
     static void paired_##kind##_##rows(const struct tile *t) {                                       \

@@ -20,8 +20,9 @@
 #endif
 
 // Sums that fit into the registers: rows of a block times vectors of 32 columns. ROWS are the rows of
-// one panel, PAIRED_ROWS up to how many rows take two panels at once (memory is read faster in two
-// places than in one), INT8_ROWS the rows of int8 blocks.
+// one panel; WIDENED_ROWS where bfloat16 is widened on the way, which takes a register more and twice as
+// many numbers of a; PAIRED_ROWS up to how many rows take two panels at once (memory is read faster in
+// two places than in one); INT8_ROWS the rows of int8 blocks.
 #if defined(MESHWEN_LANES) // What another instruction set's vectors do, for tests on any processor.
 #define LANES MESHWEN_LANES
 #elif defined(__AVX512F__)
@@ -34,16 +35,19 @@
 
 #if LANES == 16
 #define ROWS 12
+#define WIDENED_ROWS 12
 #define PAIRED_ROWS 6
 #define INT8_ROWS 6
 #define INT8_COLUMNS 32
 #elif LANES == 8
 #define ROWS 3
+#define WIDENED_ROWS 2
 #define PAIRED_ROWS 1
 #define INT8_ROWS 3
 #define INT8_COLUMNS 32
 #else // NEON has 32 registers; eight of them are 32 columns.
 #define ROWS 3
+#define WIDENED_ROWS 3
 #define PAIRED_ROWS 1
 #define INT8_ROWS 3
 #define INT8_COLUMNS 16
