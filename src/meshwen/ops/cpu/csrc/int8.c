@@ -119,13 +119,17 @@ INLINE void multiply_rows(int rows, int prefetches, const struct int8_matmul *m,
         UNROLL for (int i = 0; i < rows; i++)
             UNROLL for (int n = 0; n < VECTORS; n++)
                 sums[i][n] = (ints)all_bits((uint32_t)corrections[i * groups + g]);
-        UNROLL for (int s = 0; s < GROUP_STEPS; s++) {
-            UNROLL for (int n = 0; n < VECTORS; n++) {
-                bytes column = operand(load_bytes(b + s * STEP_BYTES + 4 * LANES * n));
-                UNROLL for (int i = 0; i < rows; i++) {
-                    uint32_t some;
-                    memcpy(&some, a + (i * groups + g) * GROUP + s * STEP, sizeof some);
-                    sums[i][n] = dot(sums[i][n], column, (bytes)all_bits(some));
+        // Of 16 registers a compiler that may move more steps about drives sums out.
+        const int together = rows > 1 && LANES == 8 ? 2 : GROUP_STEPS;
+        ROLLED for (int first = 0; first < GROUP_STEPS; first += together) {
+            UNROLL for (int s = first; s < first + together; s++) {
+                UNROLL for (int n = 0; n < VECTORS; n++) {
+                    bytes column = operand(load_bytes(b + s * STEP_BYTES + 4 * LANES * n));
+                    UNROLL for (int i = 0; i < rows; i++) {
+                        uint32_t some;
+                        memcpy(&some, a + (i * groups + g) * GROUP + s * STEP, sizeof some);
+                        sums[i][n] = dot(sums[i][n], column, (bytes)all_bits(some));
+                    }
                 }
             }
         }

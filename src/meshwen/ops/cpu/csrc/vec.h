@@ -62,8 +62,10 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
+#define ROLLED _Pragma("GCC unroll 1")
 #endif
 
 INLINE floats load(const void *at) {
