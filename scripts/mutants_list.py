@@ -285,8 +285,8 @@ FAULTS = (
     _fault(
         "kernels: runs of sums by the number of rows",
         "ops/cpu/csrc/matmul.h",
-        "run = kind == PAIRS ? ADDITIONS / 2 : ADDITIONS;",
-        "run = (kind == PAIRS ? ADDITIONS / 2 : ADDITIONS) >> (m->rows > MOST_ROWS);",
+        "run = kind == WIDENED ? KC / 2 : KC;",
+        "run = (kind == WIDENED ? KC / 2 : KC) >> (m->rows > MOST_ROWS);",
         "kernels",
     ),
     _fault(

@@ -32,16 +32,16 @@ class Kernels:
     Attributes:
         name: of the instruction set, or of what is emulated.
         flags: of the compiler, of an emulated one.
-        pairs: whether pairs of bfloat16 are multiplied by one instruction.
+        has_bf16_dot: whether pairs of bfloat16 are multiplied by one instruction.
     """
 
     name: str
     flags: tuple[str, ...] = ()
-    pairs: bool = False
+    has_bf16_dot: bool = False
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Makes these the process's kernels."""
-        found = kernels.InstructionSet("portable" if self.flags else self.name, self.pairs)
+        found = kernels.InstructionSet("portable" if self.flags else self.name, self.has_bf16_dot)
         monkeypatch.setattr(kernels, "instruction_set", lambda: found)
         if self.flags:
             prefix = _registered(self)
@@ -64,9 +64,9 @@ def every_instruction_set(*, int8: bool) -> Iterator[object]:
         return
     here = kernels.supported()
     for one in here:
-        yield pytest.param(Kernels(one.name, (), one.pairs), id=one.name)
+        yield pytest.param(Kernels(one.name, (), one.has_bf16_dot), id=one.name)
     for one in EMULATED:
-        if (int8 or one.pairs) and one.name not in {other.name for other in here}:
+        if (int8 or one.has_bf16_dot) and one.name not in {other.name for other in here}:
             yield pytest.param(one, id=f"emulated-{one.name}")
 
 

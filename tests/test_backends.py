@@ -50,7 +50,7 @@ def test_ordered_products_have_one_name_whatever_the_instructions(quantization, 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_only_products_in_any_order_are_of_pairs(ordered, monkeypatch):
     """Where the processor has an instruction for pairs of bfloat16, which adds in its own order."""
-    of = InstructionSet("of pairs", pairs=True)
+    of = InstructionSet("of pairs", has_bf16_dot=True)
     monkeypatch.setattr(kernels, "instruction_set", lambda: of)
     leaf = CpuKernels().format(None).pack(jnp.ones((32, 8), jnp.bfloat16), jnp.bfloat16)
     product = partial(CpuKernels().matmul, ordered=ordered)

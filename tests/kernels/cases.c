@@ -71,7 +71,7 @@ void product_frame(struct frame *frame, struct product of, enum side side) {
     const int64_t numbers = numbers_of(of), steps = steps_of(of), inner = steps * numbers;
     const XLA_FFI_DataType dtype = of.kind == FLOAT32 ? F32 : of.kind == INT8 ? S8 : BF16;
     state = (uint32_t)(of.rows * 7 + of.steps * 31 + of.columns);
-    frame_buffer(frame, of.kind == PAIRS ? BF16 : F32, side, 2, (int64_t[]){of.rows, inner});
+    frame_buffer(frame, of.kind == DOT ? BF16 : F32, side, 2, (int64_t[]){of.rows, inner});
     for (int64_t i = 0; i < of.rows * inner; i++)
         put(frame, 0, i, random_number() * (of.tiny ? 0x1p-126f : 1.0f));
     int8_t *b = buffer4(frame, dtype, side, panels_of(of), steps, COLUMNS, numbers);
@@ -248,8 +248,8 @@ void run_attention(const char *set, int64_t threads, struct attention of, enum s
     frame_end(&frame);
 }
 
-void with_each_set(void (*function)(const char *set, int pairs)) {
+void with_each_set(void (*function)(const char *set, int has_bf16_dot)) {
     for (int i = 0; meshwen_instruction_set(i); i++)
         if (meshwen_supported(i))
-            function(meshwen_instruction_set(i), meshwen_multiplies_pairs(i));
+            function(meshwen_instruction_set(i), meshwen_has_bf16_dot(i));
 }

@@ -11,7 +11,7 @@
 enum kind {
     FLOAT32,
     WIDENED, // float32 with bfloat16
-    PAIRS,   // bfloat16 with bfloat16, by an instruction for pairs
+    DOT,     // bfloat16 with bfloat16, by the instruction for it
     INT8,
     KINDS
 };
@@ -42,6 +42,6 @@ void run_product(const char *set, int64_t threads, struct product of, enum side 
 void run_attention(const char *set, int64_t threads, struct attention of, enum side side);
 
 // Does something with every instruction set that this processor has.
-void with_each_set(void (*function)(const char *set, int pairs));
+void with_each_set(void (*function)(const char *set, int has_bf16_dot));
 
 #endif

@@ -175,7 +175,7 @@ void test_wrong_buffers(void) {
         begin(&frame, entry);
         for (int n = 0; n < frame.count; n++) {
             const XLA_FFI_Buffer *buffer = &frame.buffers[n];
-            for (int dtype = -1; dtype < 40; dtype++) // Two bfloat16 may be multiplied in pairs.
+            for (int dtype = -1; dtype < 40; dtype++) // Two bfloat16 may be multiplied.
                 if (dtype != (int)buffer->dtype && !(entry == MATMUL_BFLOAT16 && !n && dtype == BF16))
                     one_buffer(entry, n, wrong_dtype, dtype);
             for (int rank = -1; rank < 6; rank++)
@@ -262,16 +262,16 @@ void test_wrong_attributes(void) {
     }
     CHECK(!meshwen_instruction_set(-1) && !meshwen_supported(-1), "set -1 is there");
     CHECK(!meshwen_instruction_set(99) && !meshwen_supported(99), "set 99 is there");
-    CHECK(!meshwen_multiplies_pairs(-1) && !meshwen_multiplies_pairs(99), "and multiplies");
+    CHECK(!meshwen_has_bf16_dot(-1) && !meshwen_has_bf16_dot(99), "and multiplies bfloat16");
 }
 
 // Pairs where there is no instruction for them.
-static void pairs(const char *set, int pairs) {
-    if (pairs) return;
+static void no_dot(const char *set, int has_bf16_dot) {
+    if (has_bf16_dot) return;
     struct frame frame;
-    at("%s multiplies pairs", set);
+    at("%s has a dot product of bfloat16", set);
     frame_begin(&frame, set, 8);
-    product_frame(&frame, (struct product){PAIRS, 5, 6, 33, 0}, AT_END);
+    product_frame(&frame, (struct product){DOT, 5, 6, 33, 0}, AT_END);
     refused(&frame, meshwen_matmul);
 }
 
@@ -293,7 +293,7 @@ void test_wrong_places(void) {
         ((int32_t *)frame.buffers[cases[i].buffer].data)[cases[i].place] = cases[i].value;
         refused(&frame, handler);
     }
-    with_each_set(pairs);
+    with_each_set(no_dot);
 }
 
 // XLA asks for the version before it calls, with a frame that has nothing else.

@@ -14,9 +14,9 @@ static const int64_t WIDTHS[] = {1, 2, 15, 31, 32, 33, 47, 63, 64, 65, 95, 96, 9
 // Chunks are of 64 pairs or of 128 numbers.
 static const int64_t STEPS[] = {1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 193, 257};
 
-static void products(const char *set, int pairs) {
+static void products(const char *set, int has_bf16_dot) {
     for (int kind = 0; kind < KINDS; kind++) {
-        if (kind == PAIRS && !pairs) continue;
+        if (kind == DOT && !has_bf16_dot) continue;
         for (int i = 0; i < 3 * COUNT(ROWS); i++) {
             struct product of = {kind, ROWS[i % COUNT(ROWS)], STEPS[i % COUNT(STEPS)],
                                  WIDTHS[i * 5 % COUNT(WIDTHS)], 0};
@@ -62,8 +62,8 @@ static const struct attention EMPTY[] = {
     {F32, 0, 0, 0, 0, 0, 0, 0, 1, 0},   {F32, 1, 1, 1, 0, 32, 1, 0, 1, 0},
 };
 
-static void attentions(const char *set, int pairs) {
-    (void)pairs;
+static void attentions(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
     for (int i = 0; i < 4 * COUNT(ATTENDED); i++) {
         struct attention of = ATTENDED[i / 4];
         of.dtype = i & 1 ? BF16 : F32;

@@ -54,8 +54,8 @@ static int one_call(const char *set, int call, XLA_FFI_Error_Code expected) {
     return error != 0;
 }
 
-static void no_memory(const char *set, int pairs) {
-    (void)pairs;
+static void no_memory(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
     for (int call = 0; call < CALLS; call++)
         for (long failing = 1;; failing++) {
             failing_allocation = failing;
@@ -71,8 +71,8 @@ static void no_memory(const char *set, int pairs) {
 
 void test_no_memory(void) { with_each_set(no_memory); }
 
-static void pools(const char *set, int pairs) {
-    (void)pairs;
+static void pools(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
     for (int call = 0; call < CALLS; call++) {
         pool_become(POOL_INLINE);
         CHECK(!one_call(set, call, 0), "refused");
@@ -109,8 +109,8 @@ static void *call_many(void *set) {
     return 0;
 }
 
-static void callers(const char *set, int pairs) {
-    (void)pairs;
+static void callers(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
     pthread_t others[3];
     for (int i = 0; i < 3; i++) CHECK(!pthread_create(others + i, 0, call_many, (void *)set), "no");
     for (int i = 0; i < 3; i++) pthread_join(others[i], 0);
@@ -119,8 +119,8 @@ static void callers(const char *set, int pairs) {
 void test_callers(void) { with_each_set(callers); }
 
 // In the child there is no thread of the pool, but XLA's queue takes tasks all the same.
-static void forked(const char *set, int pairs) {
-    (void)pairs;
+static void forked(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
     call_many((void *)set);
     pool_wait();
     const pid_t child = fork();
@@ -165,8 +165,8 @@ static void call_rounding(const char *set, int call, unsigned mode) {
 }
 
 // Whatever a thread makes of subnormal numbers and of ties; it has its mode back.
-static void rounding(const char *set, int pairs) {
-    (void)pairs;
+static void rounding(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
     static const unsigned modes[] = {0x1F80, 0x9FC0, 0x3F80, 0x5F80, 0x7F80, 0xFFC0};
     for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
         for (int call = 0; call < CALLS; call++) call_rounding(set, call, modes[i]);

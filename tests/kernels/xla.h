@@ -19,7 +19,7 @@ XLA_FFI_Error *meshwen_matmul_int8(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_attention(XLA_FFI_CallFrame *);
 const char *meshwen_instruction_set(int number);
 int meshwen_supported(int number);
-int meshwen_multiplies_pairs(int number);
+int meshwen_has_bf16_dot(int number);
 
 struct XLA_FFI_Error {
     XLA_FFI_Error_Code code;

@@ -55,7 +55,7 @@ static int64_t first_seen(int64_t position, int64_t window) {
 // means nothing.
 INLINE floats exponential(floats x) {
     const floats shift = all(0x1.8p23f);
-    x = select(x < all(-87.0f), all(-87.0f), x);
+    x = blend(x < all(-87.0f), all(-87.0f), x);
     floats shifted = x * all(0x1.715476p0f) + shift;
     floats n = shifted - shift;
     floats r = fused(n, all(-0x1.63p-1f), x);
@@ -67,7 +67,7 @@ INLINE floats exponential(floats x) {
     p = fused(p, r, all(0x1p-1f));
     floats e = fused(p, r * r, r) + all(1.0f);
     words bits = (words)e + ((words)shifted << 23);
-    return select(x != x, x, (floats)bits);
+    return blend(x != x, x, (floats)bits);
 }
 
 INLINE float sum_of(const floats parts[PARTS]) {
@@ -98,8 +98,8 @@ static float weigh(float *scores, int64_t begin, int64_t from, int64_t to, int64
                    struct row_state *row) {
     floats top = all(-FLT_MAX);
     for (int64_t s = from; s < to; s += LANES) {
-        floats score = select(seen(s, first, last), load(scores + s - begin), all(-FLT_MAX));
-        top = select(score > top, score, top); // A NaN may be lost: its weight is NaN all the same.
+        floats score = blend(seen(s, first, last), load(scores + s - begin), all(-FLT_MAX));
+        top = blend(score > top, score, top); // A NaN may be lost: its weight is NaN all the same.
     }
     const float before = row->largest, largest = largest_of(top, before);
     floats sums[PARTS];
@@ -108,7 +108,7 @@ static float weigh(float *scores, int64_t begin, int64_t from, int64_t to, int64
         UNROLL for (int i = 0; i < PARTS; i++) {
             float *at = scores + s - begin + i * LANES;
             floats weight = exponential(load(at) - all(largest));
-            weight = select(seen(s + i * LANES, first, last), weight, all(0.0f));
+            weight = blend(seen(s + i * LANES, first, last), weight, all(0.0f));
             store(at, weight);
             sums[i] = sums[i] + weight;
         }

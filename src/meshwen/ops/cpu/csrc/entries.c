@@ -32,8 +32,8 @@ EXPORTED int meshwen_supported(int number) {
     return number >= 0 && number < instruction_set_count && supported(number);
 }
 
-// Whether it has an instruction that multiplies pairs of bfloat16.
-EXPORTED int meshwen_multiplies_pairs(int number) {
+// Whether it has an instruction for dot products of bfloat16.
+EXPORTED int meshwen_has_bf16_dot(int number) {
     return number >= 0 && number < instruction_set_count &&
            instruction_sets[number].floats->matmul_dot;
 }
@@ -50,8 +50,8 @@ static error *asked(const call *call, const struct instruction_set **set, int64_
 }
 
 // y [rows, columns] = a [rows, in] b, of b in panels [columns/32, steps, 32, numbers of a step].
-//   float32 a and b; bfloat16 a and b, multiplied in pairs by an instruction for it; or float32 a and
-//   bfloat16 b.
+//   float32 a and b; bfloat16 a and b, by an instruction for dot products of pairs; or float32 a
+//   and bfloat16 b, widened to float32.
 EXPORTED error *meshwen_matmul(call *call) {
     if (described(call)) return 0;
     const struct instruction_set *set;
@@ -61,18 +61,18 @@ EXPORTED error *meshwen_matmul(call *call) {
     const buffer *a = argument(call, 0), *b = argument(call, 1), *y = result(call);
     const int numbers = b->dtype == F32 ? 1 : 2;
     TRY(checked(call, b, (struct expected){"b", numbers == 1 ? F32 : BF16, 4, {ANY, ANY, COLUMNS, numbers}}));
-    const int pairs = a->dtype == BF16;
-    if (pairs && numbers == 1) return refused(call, "meshwen: a is bfloat16, but b is float32");
+    const int dot = a->dtype == BF16;
+    if (dot && numbers == 1) return refused(call, "meshwen: a is bfloat16, but b is float32");
     const int64_t panels = b->dims[0], steps = b->dims[1];
-    TRY(checked(call, a, (struct expected){"a", pairs ? BF16 : F32, 2, {ANY, steps * numbers}}));
+    TRY(checked(call, a, (struct expected){"a", dot ? BF16 : F32, 2, {ANY, steps * numbers}}));
     TRY(checked(call, y, (struct expected){"the result", F32, 2, {a->dims[0], ANY}}));
     if (quotient_up(y->dims[1], COLUMNS) != panels)
         return refused(call, "meshwen: %lld columns are not in %lld panels", (long long)y->dims[1],
                        (long long)panels);
     unit_function *function = numbers == 1 ? set->floats->matmul_float32
-                              : pairs      ? set->floats->matmul_dot
-                                           : set->floats->matmul_pairs;
-    if (!function) return refused(call, "meshwen: %s multiplies no pairs of bfloat16", set->name);
+                              : dot        ? set->floats->matmul_dot
+                                           : set->floats->matmul_widened;
+    if (!function) return refused(call, "meshwen: %s has no dot product of bfloat16", set->name);
     if (!a->dims[0] || !panels) return 0;
     if (!steps) return refused(call, "meshwen: sums of nothing");
     const struct matmul task = {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Matmuls and attention of float32 and bfloat16. Compiled once for each instruction set; SUFFIX is its
-// name. With MESHWEN_DOT it has an instruction for pairs of bfloat16.
+// name. With MESHWEN_DOT it has an instruction for dot products of bfloat16.
 
 #include "attention.h"
 #include "kernels.h"
@@ -21,7 +21,7 @@
     }
 
 MATMUL(FLOAT32)
-MATMUL(PAIRS)
+MATMUL(WIDENED)
 ATTENTION(FLOAT32)
 ATTENTION(CACHED)
 #if defined(MESHWEN_DOT)
@@ -30,7 +30,7 @@ MATMUL(DOT)
 
 const struct float_kernels NAMED(float_kernels, SUFFIX) = {
     .matmul_float32 = matmul_FLOAT32,
-    .matmul_pairs = matmul_PAIRS,
+    .matmul_widened = matmul_WIDENED,
 #if defined(MESHWEN_DOT)
     .matmul_dot = matmul_DOT,
 #endif

@@ -17,7 +17,7 @@
 
 typedef int8_t bytes __attribute__((vector_size(4 * LANES)));
 
-#define VECTORS (INT8_COLUMNS / LANES)
+#define VECTORS (INT8_NR / LANES)
 
 // Some instructions multiply unsigned with signed bytes: b gets 128 added then, and sums begin with what
 // that is too much.
@@ -107,11 +107,11 @@ INLINE void multiply_rows(int rows, int prefetches, const struct int8_matmul *m,
     const int8_t *a = m->quantised + row * groups * GROUP;
     const float *a_scales = m->a_scales + row * groups;
     const int32_t *corrections = m->corrections + row * groups;
-    floats totals[INT8_ROWS][VECTORS];
+    floats totals[INT8_MR][VECTORS];
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int n = 0; n < VECTORS; n++) totals[i][n] = all(0.0f);
     for (int64_t g = 0; g < groups; g++) {
-        ints sums[INT8_ROWS][VECTORS];
+        ints sums[INT8_MR][VECTORS];
         // One row waits for memory alone, where processors do not look ahead themselves: a page on.
         if (prefetches)
             UNROLL for (int line = 0; line < GROUP * COLUMNS / 64; line++)
@@ -149,12 +149,12 @@ INLINE void multiply_rows(int rows, int prefetches, const struct int8_matmul *m,
 
 static void multiply_block(int64_t rows, const struct int8_matmul *m, int64_t row, const int8_t *b,
                            const uint16_t *b_scales, float *y, int64_t y_stride) {
-    for (int c = 0; c < COLUMNS; c += INT8_COLUMNS, b += STEP * INT8_COLUMNS,
-             b_scales += INT8_COLUMNS, y += INT8_COLUMNS) {
+    for (int c = 0; c < COLUMNS; c += INT8_NR, b += STEP * INT8_NR,
+             b_scales += INT8_NR, y += INT8_NR) {
         switch (rows) {
 #define OF_ROWS(count)                                                                               \
     case count:                                                                                      \
-        multiply_rows(count <= INT8_ROWS ? count : 1, count == 1, m, row, b, b_scales, y, y_stride); \
+        multiply_rows(count <= INT8_MR ? count : 1, count == 1, m, row, b, b_scales, y, y_stride); \
         break;
             OF_ROWS(1)
             OF_ROWS(2)
@@ -171,8 +171,8 @@ static int multiply_panels(const void *task, int64_t unit) {
     const struct int8_matmul *m = task;
     const int64_t first = unit * m->unit_panels, panels = quotient_up(m->columns, COLUMNS);
     const int64_t last = smaller(first + m->unit_panels, panels);
-    const int64_t blocks = quotient_up(m->rows, INT8_ROWS);
-    float part[INT8_ROWS * COLUMNS];
+    const int64_t blocks = quotient_up(m->rows, INT8_MR);
+    float part[INT8_MR * COLUMNS];
     for (int64_t p = first; p < last; p++) {
         const int8_t *b = m->b + p * m->groups * GROUP * COLUMNS;
         const uint16_t *b_scales = m->b_scales + p * m->groups * COLUMNS;

@@ -30,7 +30,7 @@ struct int8_matmul {
     int64_t unit_rows, unit_panels; // of a unit of either task
 };
 
-// Attention: see `attention.c`.
+// Attention: see `attention.h`.
 struct attention {
     const float *q;
     const char *keys, *values;
@@ -45,8 +45,8 @@ typedef int unit_function(const void *task, int64_t unit);
 
 struct float_kernels {
     unit_function *matmul_float32;
-    unit_function *matmul_pairs;
-    unit_function *matmul_dot; // or 0
+    unit_function *matmul_widened; // float32 with bfloat16 that is widened to float32
+    unit_function *matmul_dot;     // bfloat16 with bfloat16 by an instruction for it; or 0
     unit_function *attention_float32;
     unit_function *attention_bfloat16;
 };
@@ -56,7 +56,6 @@ struct int8_kernels {
     unit_function *matmul;
 };
 
-// Numbers of a unit are a multiple of two, as two panels may be read at once.
 static inline int64_t quotient_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

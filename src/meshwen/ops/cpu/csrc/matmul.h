@@ -14,8 +14,8 @@
 #include "kernels.h"
 #include "tile.h"
 
-#define ADDITIONS 128                         // of a chunk
-#define CHUNK_BYTES (ADDITIONS * STEP_BYTES)  // room for a chunk, unpacked
+#define KC 128                        // additions of a chunk
+#define CHUNK_BYTES (KC * STEP_BYTES) // room for a chunk, unpacked
 
 static const char nothing[8 * COLUMNS] __attribute__((aligned(64)));
 
@@ -34,7 +34,7 @@ static void unpack(char *to, const char *from, int64_t steps) {
 // of all rows.
 INLINE void multiply_panel(enum operands kind, tile_function *const *tiles, int panels,
                            const struct matmul *m, int64_t p, char *space) {
-    const int64_t a_bytes = kind == PAIRS ? 8 : 4, run = kind == PAIRS ? ADDITIONS / 2 : ADDITIONS;
+    const int64_t a_bytes = kind == WIDENED ? 8 : 4, run = kind == WIDENED ? KC / 2 : KC;
     const int64_t panel_bytes = m->steps * STEP_BYTES, a_stride = m->steps * a_bytes;
     const int64_t y_stride = 4 * m->columns, sums_stride = panels * 4 * COLUMNS;
     const int64_t columns = smaller(m->columns - p * COLUMNS, COLUMNS);
@@ -42,12 +42,12 @@ INLINE void multiply_panel(enum operands kind, tile_function *const *tiles, int 
     const char *b = m->b + p * panel_bytes;
     char *y = (char *)(m->y + p * COLUMNS), *sums = space + CHUNK_BYTES;
     // For many rows pairs are unpacked once, not in registers for each block of rows.
-    const int unpacks = kind == PAIRS && m->rows > MOST_ROWS;
+    const int unpacks = kind == WIDENED && m->rows > MOST_ROWS;
     const int64_t unpacked = unpacks ? 2 : 1;
     tile_function *const *used = unpacks ? tiles_FLOAT32 : tiles;
     // Rows that are one block go through memory so fast that what they need themselves is prefetched;
     // more have the next chunk prefetched, each of the first blocks its share.
-    const int64_t blocks = quotient_up(m->rows, unpacks ? ROWS : most_rows(kind));
+    const int64_t blocks = quotient_up(m->rows, unpacks ? MR : most_rows(kind));
     const int64_t prefetching = smaller(blocks, 4);
     const int64_t ahead_stride = STEP_BYTES / (prefetching * unpacked);
     for (int64_t k = 0; k < m->steps; k += run) {
@@ -91,7 +91,7 @@ INLINE int multiply_panels(enum operands kind, tile_function *const *single,
     char *space = allocate(CHUNK_BYTES + m->rows * 2 * 4 * COLUMNS);
     if (!space) return 0;
     for (int64_t p = first; p < last;) {
-        if (m->rows <= PAIRED_ROWS && p + 2 <= whole) {
+        if (m->rows <= PAIRED_MR && p + 2 <= whole) {
             multiply_panel(kind, paired, 2, m, p, space);
             p += 2;
         } else {

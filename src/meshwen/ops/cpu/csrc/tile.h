@@ -12,13 +12,13 @@
 #include "vec.h"
 
 #define VECTORS (COLUMNS / LANES) // of a row of 32 columns
-#define MOST_ROWS 12              // of a tile; more than ROWS are taken in parts
+#define MOST_ROWS 12              // of a tile; more than MR are taken in parts
 #define PREFETCH(at, level) __builtin_prefetch((at), 0, (level))
 
 // What is multiplied in a step.
 enum operands {
     FLOAT32, // a number of a with one of b
-    PAIRS,   // two float32 of a with a pair of bfloat16 of b, by two fused multiply-adds
+    WIDENED, // two float32 of a with a pair of bfloat16 of b, by two fused multiply-adds
     DOT,     // a pair of bfloat16 of a with one of b, by the instruction for it
     CACHED,  // a float32 of a with a bfloat16 of b, of which 64 bytes are a row: the KV cache
 };
@@ -60,10 +60,10 @@ INLINE float number(const char *at) {
     return x;
 }
 
-// A vector of columns of b; of PAIRS, one number of each pair.
+// A vector of columns of b; where it is WIDENED, one number of each pair.
 INLINE floats of_columns(enum operands kind, int half, const char *b) {
     if (kind == CACHED) return load_bfloat16(b);
-    if (kind == PAIRS) return half ? upper(load_bits(b)) : lower(load_bits(b));
+    if (kind == WIDENED) return half ? upper(load_bits(b)) : lower(load_bits(b));
     return load(b);
 }
 
@@ -77,7 +77,7 @@ INLINE floats added(enum operands kind, floats sum, floats row, floats columns) 
 }
 
 INLINE void multiply(enum operands kind, int rows, int panels, const struct tile *t) {
-    const int a_bytes = kind == PAIRS ? 8 : 4;
+    const int a_bytes = kind == WIDENED ? 8 : 4;
     const int vector_bytes = kind == CACHED ? 2 * LANES : 4 * LANES;
     const int vectors = panels * VECTORS;
     const char *a[MOST_ROWS];
@@ -91,7 +91,7 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
     char *y = t->y;
     const int64_t steps = t->steps, b_stride = t->b_stride, ahead_stride = t->ahead_stride;
     const int64_t panel = t->panel, x_stride = t->x_stride, y_stride = t->y_stride;
-    const int halves = kind == PAIRS ? 2 : 1;
+    const int halves = kind == WIDENED ? 2 : 1;
     for (int64_t k = 0; k < steps; k++) {
         UNROLL for (int p = 0; p < panels; p++) {
             PREFETCH(ahead + p * panel, 3);
@@ -131,7 +131,7 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
 }
 
 // How many rows registers have room for.
-INLINE int most_rows(enum operands kind) { return kind == PAIRS ? WIDENED_ROWS : ROWS; }
+INLINE int most_rows(enum operands kind) { return kind == WIDENED ? WIDENED_MR : MR; }
 
 // More rows than that; the first part prefetches.
 INLINE void multiply_parts(tile_function *const *single, int most, int rows, const struct tile *t) {
@@ -157,7 +157,7 @@ INLINE void multiply_parts(tile_function *const *single, int most, int rows, con
     }
 #define PAIRED(kind, rows)                                                                           \
     static void paired_##kind##_##rows(const struct tile *t) {                                       \
-        multiply(kind, rows <= PAIRED_ROWS ? rows : 1, 2, t);                                        \
+        multiply(kind, rows <= PAIRED_MR ? rows : 1, 2, t);                                          \
     }
 #define SINGLES(kind)                                                                                \
     static tile_function *const tiles_##kind[MOST_ROWS];                                             \
@@ -177,8 +177,8 @@ INLINE void multiply_parts(tile_function *const *single, int most, int rows, con
 
 SINGLES(FLOAT32)
 PAIREDS(FLOAT32)
-SINGLES(PAIRS)
-PAIREDS(PAIRS)
+SINGLES(WIDENED)
+PAIREDS(WIDENED)
 SINGLES(CACHED) // Only weights lie in panels.
 #if defined(MESHWEN_DOT)
 SINGLES(DOT)

@@ -19,10 +19,10 @@
 #include <arm_neon.h>
 #endif
 
-// Sums that fit into the registers: rows of a block times vectors of 32 columns. ROWS are the rows of
-// one panel; WIDENED_ROWS where bfloat16 is widened on the way, which takes a register more and twice as
-// many numbers of a; PAIRED_ROWS up to how many rows take two panels at once (memory is read faster in
-// two places than in one); INT8_ROWS the rows of int8 blocks.
+// Sums that fit into the registers: rows of a block, BLIS's MR, times vectors of 32 columns. MR are
+// those of one panel; WIDENED_MR where bfloat16 is widened on the way, which takes a register more and twice as
+// many numbers of a; PAIRED_MR up to how many rows take two panels at once (memory is read faster in
+// two places than in one); INT8_MR the rows of int8 blocks.
 #if defined(MESHWEN_LANES) // What another instruction set's vectors do, for tests on any processor.
 #define LANES MESHWEN_LANES
 #elif defined(__AVX512F__)
@@ -34,23 +34,23 @@
 #endif
 
 #if LANES == 16
-#define ROWS 12
-#define WIDENED_ROWS 12
-#define PAIRED_ROWS 6
-#define INT8_ROWS 6
-#define INT8_COLUMNS 32
+#define MR 12
+#define WIDENED_MR 12
+#define PAIRED_MR 6
+#define INT8_MR 6
+#define INT8_NR 32
 #elif LANES == 8
-#define ROWS 3
-#define WIDENED_ROWS 2
-#define PAIRED_ROWS 1
-#define INT8_ROWS 3
-#define INT8_COLUMNS 32
+#define MR 3
+#define WIDENED_MR 2
+#define PAIRED_MR 1
+#define INT8_MR 3
+#define INT8_NR 32
 #else // NEON has 32 registers; eight of them are 32 columns.
-#define ROWS 3
-#define WIDENED_ROWS 3
-#define PAIRED_ROWS 1
-#define INT8_ROWS 3
-#define INT8_COLUMNS 16
+#define MR 3
+#define WIDENED_MR 3
+#define PAIRED_MR 1
+#define INT8_MR 3
+#define INT8_NR 16
 #endif
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -99,7 +99,9 @@ INLINE floats lower(words pairs) { return (floats)(pairs << 16); }
 INLINE floats upper(words pairs) { return (floats)(pairs & 0xFFFF0000u); }
 
 // Where `mask` is -1 a, where it is 0 b.
-INLINE floats select(ints mask, floats a, floats b) { return (floats)(((ints)a & mask) | ((ints)b & ~mask)); }
+INLINE floats blend(ints mask, floats a, floats b) {
+    return (floats)(((ints)a & mask) | ((ints)b & ~mask));
+}
 
 // a b + c, rounded once.
 INLINE floats fused(floats a, floats b, floats c) {

@@ -94,7 +94,7 @@ def matmul(a: Array, b: Panels, alone: bool = False, *, ordered: bool = False) -
         return _call(found, "matmul_int8", shape, alone, a, b.values, b.scales)
     if str(b.values.dtype) not in _DTYPES:
         raise TypeError(f"weights of float32, bfloat16 or int8 are multiplied here, not {b.dtype}")
-    if a.dtype == jnp.bfloat16 and (ordered or not found.pairs):
+    if a.dtype == jnp.bfloat16 and (ordered or not found.has_bf16_dot):
         a = _widened(a)
     return _call(found, "matmul", shape, alone, a, b.values)
 

@@ -40,11 +40,11 @@ class InstructionSet:
 
     Attributes:
         name: in `MESHWEN_INSTRUCTION_SET`, and in what XLA is asked for.
-        pairs: whether an instruction multiplies pairs of bfloat16, in an order of its own.
+        has_bf16_dot: whether an instruction multiplies pairs of bfloat16, in an order of its own.
     """
 
     name: str
-    pairs: bool
+    has_bf16_dot: bool
 
 
 def instruction_set() -> InstructionSet | None:
@@ -92,8 +92,8 @@ def supported() -> tuple[InstructionSet, ...]:
     found, number = [], 0
     while name := library.meshwen_instruction_set(number):
         if library.meshwen_supported(number):
-            pairs = bool(library.meshwen_multiplies_pairs(number))
-            found.append(InstructionSet(name.decode(), pairs))
+            has_bf16_dot = bool(library.meshwen_has_bf16_dot(number))
+            found.append(InstructionSet(name.decode(), has_bf16_dot))
         number += 1
     return tuple(found)
 
