@@ -34,8 +34,10 @@ class KernelsHook(BuildHookInterface[Any]):
         try:
             self._compile(version == "editable", build_data)
         except build_kernels.NoKernelsError as reason:
+            if build_kernels.asked_for():
+                self.app.abort(f"the kernels that were asked for cannot be built: {reason}")
             self.app.display_warning(f"meshwen is built without its kernels: {reason}")
-            if version == "editable":  # None of other sources stays.
+            if version == "editable":  # One of older sources would be refused when it is loaded.
                 for target in build_kernels.TARGETS.values():
                     (build_kernels.LIBRARIES / target.library).unlink(missing_ok=True)
 

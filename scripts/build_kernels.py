@@ -195,10 +195,15 @@ def compiler(name: str) -> Compiler:
     )
 
 
+def asked_for() -> bool:
+    """Whether somebody named a compiler or a target, and so wants no package without kernels."""
+    return bool(os.environ.get(CC)) or os.environ.get(VARIABLE, "") not in ("", NONE)
+
+
 def _candidates(name: str) -> Iterator[Compiler]:
     here = name == this_machine()
     if here and (named := os.environ.get(CC)):
-        yield Compiler(tuple(shlex.split(named)), pinned=False)
+        yield Compiler(tuple(shlex.split(named, posix=os.name != "nt")), pinned=False)
         return
     if find_spec("ziglang"):
         zig = (sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[name].triple)

@@ -361,6 +361,15 @@ def test_without_a_compiler_the_wheel_has_no_kernels_and_a_line_says_so(
     assert "meshwen is built without its kernels: no C compiler" in line
 
 
+@pytest.mark.parametrize("named", [("MESHWEN_CC", "gcc-99"), ("MESHWEN_TARGET", "linux-aarch64")])
+def test_kernels_that_were_asked_for_are_not_left_out(script, monkeypatch, tmp_path, capfd, named):
+    monkeypatch.setenv(*named)
+    monkeypatch.setattr(script, "_candidates", lambda _: [])
+    with pytest.raises(SystemExit):
+        built_wheel(monkeypatch, tmp_path)
+    assert "the kernels that were asked for cannot be built: no C comp" in capfd.readouterr().err
+
+
 def test_a_source_that_does_not_compile_fails_the_installation(script, fake, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "compiler", lambda _: fake.compiler(broken="int8.c"))
     with pytest.raises(SystemExit, match="the kernels do not compile"):

@@ -160,6 +160,23 @@ def test_a_signal_that_a_library_swallows_comes_again(name, status):
         assert ended(process) == (status, "", "")
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_the_command_line_takes_a_signal_once_and_leaves_other_processes_in_peace(name, status):
+    body = (
+        "from meshwen.cli import app",
+        "@app.app.command()",
+        "def boom():",
+        f"    signal.raise_signal(signal.{name})",
+        "def leave(status):",
+        "    time.sleep(0.5)",
+        "    print('left with', status, flush=True)",
+        "app._leave = leave",
+        "return app.main(['boom'])",
+    )
+    with program(*body) as process:
+        assert ended(process)[:2] == (status, f"left with {status}\n")
+
+
 def test_a_signal_that_a_library_makes_another_error_of_gives_its_own_status():
     become = (
         "try:",

@@ -23,7 +23,7 @@ from meshwen.cli.console import note
 from meshwen.cli.eval import app as evals
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
-from meshwen.cli.interrupt import INTERRUPTED, take
+from meshwen.cli.interrupt import INTERRUPTED, take, take_last
 from meshwen.cli.processes import over_processes
 from meshwen.cli.streams import check_stdout, drop_output, open_streams, output_failure
 from meshwen.cli.verify import verify
@@ -98,6 +98,8 @@ def _run(arguments: list[str]) -> int:
     try:
         check_stdout()
         status = app(arguments, prog_name="meshwen", standalone_mode=False)
+        if status == INTERRUPTED:  # All that typer leaves of Ctrl-C.
+            take_last()
     except (KeyboardInterrupt, typer.Abort) as stop:
         take(stop)
         return INTERRUPTED

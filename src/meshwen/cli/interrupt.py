@@ -38,7 +38,7 @@ _SHOW_CURSOR = "\x1b[?25h"  # A progress bar hides it.
 
 @dataclass
 class _Fate:
-    """Whether somebody has `taken` a signal's exception, which it outlives."""
+    """Of a signal's exception, which may be gone: whether somebody has `taken` it."""
 
     taken: bool = False
 
@@ -66,7 +66,7 @@ class Terminated(SystemExit):
 
 
 def take(error: BaseException) -> None:
-    """Says that whoever caught an exception does what it asks for: a signal's is not raised again.
+    """Says that a caught exception is dealt with: if it is a signal's, it is not raised again.
 
     Args:
         error: a signal's exception, one that was raised from it, or any other.
@@ -74,6 +74,13 @@ def take(error: BaseException) -> None:
     for one in (error, error.__cause__):
         if isinstance(one, Interrupted | Terminated):
             one.fate.taken = True
+
+
+def take_last() -> None:
+    """Takes the last signal's exception, of which a library has left a status alone."""
+    ending = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if isinstance(ending, _Ending):
+        ending.take_last()
 
 
 def run_to_the_end(command: Callable[[], int]) -> NoReturn:
@@ -141,6 +148,10 @@ class _Ending:
         lost = self._number and not self._fate.taken
         return 128 + self._number if lost and status == _DEFECT else status
 
+    def take_last(self) -> None:
+        """The last signal's exception is not raised again."""
+        self._fate.taken = True
+
     def _came(self, number: int) -> None:
         with self._lock:
             early, self._early = self._early, None
@@ -182,14 +193,18 @@ class _Ending:
             del error  # This frame, which the exception refers to, would keep it alive.
 
     def _gone(self, number: int, fate: _Fate, _: object) -> None:
-        """Raises an exception once more, soon, that is gone and was not taken."""
-        if not fate.taken and not self._closed:
-            again = threading.Timer(_RETRY, _signal_main_thread, (number,))
-            again.daemon = True
-            again.start()
+        """Raises an exception once more, soon, that is gone and is not taken by then."""
+
+        def raise_again() -> None:
+            if not fate.taken and not self._closed:
+                _signal_main_thread(number)
+
+        again = threading.Timer(_RETRY, raise_again)
+        again.daemon = True
+        again.start()
 
     def _unraisable(self, found: sys.UnraisableHookArgs) -> None:
-        """Is told what came in a callback that no exception can leave: of a signal's, nothing."""
+        """Reports what came in a callback that no exception can leave, unless it is a signal's."""
         if not isinstance(found.exc_value, Interrupted | Terminated):
             self._others_unraisable(found)
 

@@ -119,7 +119,7 @@ INLINE void multiply_rows(int rows, int prefetches, const struct int8_matmul *m,
         UNROLL for (int i = 0; i < rows; i++)
             UNROLL for (int n = 0; n < VECTORS; n++)
                 sums[i][n] = (ints)all_bits((uint32_t)corrections[i * groups + g]);
-        // Of 16 registers a compiler that may move more steps about drives sums out.
+        // With 16 registers two steps at a time: of more, a compiler interleaves loads, and spills sums.
         const int together = rows > 1 && LANES == 8 ? 2 : GROUP_STEPS;
         ROLLED for (int first = 0; first < GROUP_STEPS; first += together) {
             UNROLL for (int s = first; s < first + together; s++) {

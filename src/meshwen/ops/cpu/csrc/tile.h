@@ -91,7 +91,7 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
     char *y = t->y;
     const int64_t steps = t->steps, b_stride = t->b_stride, ahead_stride = t->ahead_stride;
     const int64_t panel = t->panel, x_stride = t->x_stride, y_stride = t->y_stride;
-    const int halves = kind == WIDENED ? 2 : 1;
+    const int parts = kind == WIDENED ? 2 : 1;
     for (int64_t k = 0; k < steps; k++) {
         UNROLL for (int p = 0; p < panels; p++) {
             PREFETCH(ahead + p * panel, 3);
@@ -101,16 +101,16 @@ INLINE void multiply(enum operands kind, int rows, int panels, const struct tile
 #define COLUMNS_OF(n, half) \
     of_columns(kind, half, b + (n) / VECTORS * panel + (n) % VECTORS * vector_bytes)
         if (rows < vectors) { // Registers hold the fewer operands: of a,
-            UNROLL for (int i = 0; i < rows * halves; i++) held[i] = ROW(i / halves, i % halves);
+            UNROLL for (int i = 0; i < rows * parts; i++) held[i] = ROW(i / parts, i % parts);
             UNROLL for (int n = 0; n < vectors; n++) {
-                UNROLL for (int half = 0; half < halves; half++) {
+                UNROLL for (int half = 0; half < parts; half++) {
                     floats columns = COLUMNS_OF(n, half);
                     UNROLL for (int i = 0; i < rows; i++)
-                        sums[i][n] = added(kind, sums[i][n], held[i * halves + half], columns);
+                        sums[i][n] = added(kind, sums[i][n], held[i * parts + half], columns);
                 }
             }
         } else { // or of b.
-            UNROLL for (int half = 0; half < halves; half++) {
+            UNROLL for (int half = 0; half < parts; half++) {
                 UNROLL for (int n = 0; n < vectors; n++) held[n] = COLUMNS_OF(n, half);
                 UNROLL for (int i = 0; i < rows; i++) {
                     floats row = ROW(i, half);

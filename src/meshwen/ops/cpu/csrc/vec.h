@@ -19,10 +19,10 @@
 #include <arm_neon.h>
 #endif
 
-// Sums that fit into the registers: rows of a block, BLIS's MR, times vectors of 32 columns. MR are
-// those of one panel; WIDENED_MR where bfloat16 is widened on the way, which takes a register more and twice as
-// many numbers of a; PAIRED_MR up to how many rows take two panels at once (memory is read faster in
-// two places than in one); INT8_MR the rows of int8 blocks.
+// LANES: float32 numbers of a vector. MR, as in BLIS: rows of a block, whose sums (rows times vectors
+// of 32 columns) fit into the registers. WIDENED_MR: where bfloat16 is widened on the way, which takes
+// a register more and twice as many numbers of a. PAIRED_MR: up to how many rows take two panels at
+// once, as memory is read faster in two places than in one. INT8_MR: rows of int8 blocks.
 #if defined(MESHWEN_LANES) // What another instruction set's vectors do, for tests on any processor.
 #define LANES MESHWEN_LANES
 #elif defined(__AVX512F__)
