@@ -410,7 +410,7 @@ def test_a_path_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "Qwen2.5-72B"])
 def test_a_preset_runs_on_no_weights_but_those_that_were_asked_for(name):
-    with pytest.raises(MeshwenError, match=r"without weights: pass .* or load format dummy"):
+    with pytest.raises(MeshwenError, match=r"without weights: pass .* or --load-format dummy"):
         Qwen2ForCausalLM.from_pretrained(name)
 
 

@@ -59,7 +59,7 @@ def test_a_new_process_streams_whole_characters_on_a_simulated_mesh(speller, tmp
     assert started.returncode == 0, notes
     assert stdout.decode() == f"{ANSWER}\n"
     assert "mesh: 1x8, 8 simulated cpu devices" in notes
-    assert "kv heads: 1, query heads: 1 (2 of all 8 are padding)" in notes
+    assert "kv heads: 1, query heads: 1 (2 of the mesh's 8 are padding)" in notes
     assert "rounded from float32 to bfloat16" in notes
     assert "first token after" in notes
 

@@ -88,7 +88,7 @@ def _open_preset(name: str, load_format: str) -> Checkpoint:
     if load_format != "dummy":
         raise MeshwenError(
             f"{name} is a published size, without weights: pass a model folder or a hub id such as "
-            "Qwen/Qwen2.5-0.5B-Instruct, or load format dummy for random weights"
+            "Qwen/Qwen2.5-0.5B-Instruct, or --load-format dummy for random weights"
         )
     config = preset(name)
     return Checkpoint(

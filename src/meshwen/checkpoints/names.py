@@ -46,7 +46,8 @@ def _near(name: str) -> str:
     if not sizes:
         return ""
     return (
-        f" (did you mean a published size, {one_of(sizes)}, for inspect or with load format dummy?)"
+        f" (did you mean a published size, {one_of(sizes)}? "
+        "It has no weights: for inspect, or with --load-format dummy)"
     )
 
 

@@ -115,6 +115,7 @@ def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
 
 
 def _note_layout(model: CausalLM, seconds: float) -> None:
+    from meshwen.ops.cpu import kernels
     from meshwen.parallel.mesh import mesh_label
 
     parallel, devices = model.runner.model, model.mesh.devices.flatten()
@@ -125,11 +126,16 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
     padded = heads.padding_query_heads
     queries = f"query heads: {heads.local_query_heads}"
     if padded:
-        queries += f" ({padded} of all {heads.devices * heads.local_query_heads} are padding)"
+        queries += (
+            f" ({padded} of the mesh's {heads.devices * heads.local_query_heads} are padding)"
+        )
+    by = parallel.matmuls_by
+    if by == kernels.ORDERED:  # It says which rule their sums follow; not whose instructions.
+        by += f" ({kernels.label()})"
     note(
         f"model: {model.config.name}, {count_text(parallel.weights.parameters)} parameters "
         f"in {parallel.quantization or model.dtype}, loaded in {seconds:.1f} s; "
-        f"matmuls by {parallel.matmuls_by}"
+        f"matmuls by {by}"
     )
     note(
         f"mesh: {mesh_label(model.mesh)}, {devices.size} {kind} device{'s' * (devices.size > 1)}; "

@@ -67,8 +67,10 @@ def _chosen(name: str) -> InstructionSet | None:
     for one in found:
         if one.name == name:
             return one
-    names = ", ".join([*(one.name for one in found), NONE])
-    raise MeshwenError(f"{VARIABLE}={name}: this processor has kernels for {names}")
+    names = ", ".join(one.name for one in found)
+    raise MeshwenError(
+        f"{VARIABLE}={name}: this processor has kernels for {names or 'nothing'}, or give {NONE}"
+    )
 
 
 def _faster_than_xla(found: tuple[InstructionSet, ...]) -> InstructionSet | None:
