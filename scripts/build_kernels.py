@@ -203,7 +203,11 @@ def asked_for() -> bool:
 def _candidates(name: str) -> Iterator[Compiler]:
     here = name == this_machine()
     if here and (named := os.environ.get(CC)):
-        yield Compiler(tuple(shlex.split(named, posix=os.name != "nt")), pinned=False)
+        try:
+            command = tuple(shlex.split(named, posix=os.name != "nt"))
+        except ValueError as error:
+            raise NoKernelsError(f"{CC}={named} is no command: {error}") from None
+        yield Compiler(command, pinned=False)
         return
     if find_spec("ziglang"):
         zig = (sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[name].triple)
@@ -220,6 +224,8 @@ def _probe(by: Compiler, name: str) -> None:
         out = ("-o", f"{folder}/{TARGETS[name].library}")
         command = ("-fPIC", "-shared", str(source), *TARGETS[name].link, *out)
         failed = _failure(by, command, PROBE_SECONDS)
+        if not failed and not Path(out[1]).exists():
+            failed = "error: it makes no file"
     if failed:
         reason = next((line for line in failed.splitlines() if "error" in line), failed.strip())
         raise NoKernelsError(f"the C compiler {' '.join(by.command)} cannot be used: {reason}")
@@ -382,6 +388,8 @@ def main() -> None:
         print(build(name, compiler(name), options.out or folder))
     except NoKernelsError as reason:
         raise SystemExit(f"no kernels: {reason}") from None
+    except OSError as error:
+        raise SystemExit(f"no kernels: cannot write {error.filename}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -171,6 +171,26 @@ def test_a_compiler_that_compiles_nothing_gives_way_to_the_next(script, fake, mo
     assert "No such file" in second
 
 
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [("true", "cannot be used: error: it makes no file"), ("'", "is no command: No closing quot")],
+)
+def test_a_command_that_is_no_compiler_is_named(script, monkeypatch, command, reason):
+    monkeypatch.setenv("MESHWEN_CC", command)
+    with pytest.raises(script.NoKernelsError, match=reason):
+        script.compiler(script.this_machine())
+
+
+def test_a_folder_that_cannot_be_written_is_named(script, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(script, "build", lambda name, by, folder: folder.mkdir())
+    monkeypatch.setattr(script, "compiler", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["build_kernels.py", "--out", str(file)])
+    with pytest.raises(SystemExit, match=f"cannot write {re.escape(str(file))}: File exists"):
+        script.main()
+
+
 def test_a_compiler_that_hangs_is_given_up(script, fake, monkeypatch):
     monkeypatch.setattr(script, "PROBE_SECONDS", 0.5)
     monkeypatch.setattr(script, "_candidates", lambda _: [fake.compiler(hangs="probe.c")])

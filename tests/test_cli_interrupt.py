@@ -177,6 +177,29 @@ def test_the_command_line_takes_a_signal_once_and_leaves_other_processes_in_peac
         assert ended(process)[:2] == (status, f"left with {status}\n")
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_a_module_is_imported_waits_for_its_end(name, status, tmp_path):
+    tmp_path.joinpath("slow.py").write_text(
+        f"import signal, time\nsignal.raise_signal(signal.{name})\n"
+        "time.sleep(0.3)\nprint('imported', flush=True)\n"
+    )
+    with program(f"sys.path.insert(0, {str(tmp_path)!r})", "import slow", "time.sleep(9)") as one:
+        assert ended(one) == (status, "imported\n", "")
+
+
+def test_a_second_signal_ends_an_import_at_once(tmp_path):
+    tmp_path.joinpath("slow.py").write_text(
+        f"import hashlib\n{READY}\nimport time\ntime.sleep(9)\n"
+    )
+    with program(f"sys.path.insert(0, {str(tmp_path)!r})", "import slow") as one:
+        ready(one).send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        one.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert ended(one)[0] == 143
+        assert time.monotonic() - began < 2
+
+
 def test_a_signal_that_a_library_makes_another_error_of_gives_its_own_status():
     become = (
         "try:",

@@ -5,6 +5,8 @@ Ctrl-C and SIGTERM raise an exception in the main thread, so that what is open i
 one ends the program at once, as does a first that has not ended it within 5 s. An exception that a
 library swallows is raised again. While a chat answers, Ctrl-C only stops the answer.
 
+Nothing is raised while a module is imported: the C++ of an extension may not survive it.
+
 Python runs its signal handlers between two of its own instructions, so none runs while XLA compiles
 or computes. What the system calls writes to a socket at once, though, and a thread reads that.
 """
@@ -19,6 +21,7 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -126,6 +129,10 @@ class _Ending:
         self._error: Callable[[], BaseException | None] | None = None  # None: not raised yet.
         self._fate = _Fate()
         self._early: float | None = None  # When the handler ran before the thread that watches.
+        self._sent: deque[float] = (
+            deque()
+        )  # When this sent signals that the thread has yet to hear.
+        self._own = False  # The next signal that the handler sees is such a one.
         self._closed = False
 
     def take_signals(self) -> None:
@@ -154,6 +161,9 @@ class _Ending:
 
     def _came(self, number: int) -> None:
         with self._lock:
+            while self._sent:
+                if time.monotonic() - self._sent.popleft() < _ECHO:
+                    return
             early, self._early = self._early, None
             # While a prompt is typed, asyncio hears in place of that thread.
             if early is not None and time.monotonic() - early < _ECHO:
@@ -179,11 +189,15 @@ class _Ending:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal, in the main thread."""
         with self._lock:
+            own, self._own = self._own, False
             if self._closed:
                 return
             if self._left() is None:
                 self._begin(number)
-                self._early = time.monotonic()
+                self._early = None if own else time.monotonic()
+            if _imports(frame):
+                self._send_later(number, lambda: True)
+                return
             error = Interrupted() if number == signal.SIGINT else Terminated(128 + number)
             self._fate = error.fate
             self._error = weakref.ref(error, partial(self._gone, number, error.fate))
@@ -194,14 +208,20 @@ class _Ending:
 
     def _gone(self, number: int, fate: _Fate, _: object) -> None:
         """Raises an exception once more, soon, that is gone and is not taken by then."""
+        self._send_later(number, lambda: not fate.taken)
 
-        def raise_again() -> None:
-            if not fate.taken and not self._closed:
+    def _send_later(self, number: int, needed: Callable[[], bool]) -> None:
+        """Sends the main thread a signal, soon, if it is needed then."""
+
+        def send() -> None:
+            if not self._closed and needed():
+                self._sent.append(time.monotonic())
+                self._own = True
                 _signal_main_thread(number)
 
-        again = threading.Timer(_RETRY, raise_again)
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(_RETRY, send)
+        timer.daemon = True
+        timer.start()
 
     def _unraisable(self, found: sys.UnraisableHookArgs) -> None:
         """Reports what came in a callback that no exception can leave, unless it is a signal's."""
@@ -246,6 +266,15 @@ def ctrl_c(stop: Callable[[], None] = lambda: None) -> Iterator[threading.Event]
         writer.close()
         watcher.join()
         reader.close()
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported, in a frame or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _signal_main_thread(number: int) -> None:

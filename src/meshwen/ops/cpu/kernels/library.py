@@ -137,7 +137,8 @@ def _in_clone() -> bool:
 def _registered(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        functions = {name: getattr(library, f"meshwen_{name}") for name in _FUNCTIONS}
+    except (OSError, AttributeError) as error:
         raise MeshwenError(
             f"{path} cannot be loaded ({error}): it is damaged or for another platform; {_remedy()}"
         ) from error
@@ -146,9 +147,8 @@ def _registered(path: Path) -> ctypes.CDLL:
             f"{path} was compiled from other sources than those of {_SOURCES} and {_SCRIPT.name}, "
             f"or with other flags; {_remedy()}"
         )
-    for function in _FUNCTIONS:
-        handler = jax.ffi.pycapsule(getattr(library, f"meshwen_{function}"))
-        jax.ffi.register_ffi_target(target(function), handler, platform="cpu")
+    for name, function in functions.items():
+        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(function), platform="cpu")
     return library
 
 
