@@ -39,7 +39,7 @@ class KernelsHook(BuildHookInterface[Any]):
             self.app.display_warning(f"meshwen is built without its kernels: {reason}")
             if version == "editable":  # One of older sources would be refused when it is loaded.
                 for target in build_kernels.TARGETS.values():
-                    (build_kernels.LIBRARIES / target.library).unlink(missing_ok=True)
+                    (build_kernels.LIBRARIES / target.filename).unlink(missing_ok=True)
 
     def _compile(self, editable: bool, build_data: dict[str, Any]) -> None:
         name = build_kernels.chosen()

@@ -47,13 +47,13 @@ class Target(NamedTuple):
     Attributes:
         triple: what clang calls it; with the oldest glibc or macOS.
         tag: of its wheels.
-        library: the file's name.
+        filename: of the library.
         link: the linker's flags.
     """
 
     triple: str
     tag: str
-    library: str
+    filename: str
     link: tuple[str, ...]
 
 
@@ -221,7 +221,7 @@ def _probe(by: Compiler, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text(PROBE, encoding="utf-8")
-        out = ("-o", f"{folder}/{TARGETS[name].library}")
+        out = ("-o", f"{folder}/{TARGETS[name].filename}")
         command = ("-fPIC", "-shared", str(source), *TARGETS[name].link, *out)
         failed = _failure(by, command, PROBE_SECONDS)
         if not failed and not Path(out[1]).exists():
@@ -297,12 +297,12 @@ def build(name: str, by: Compiler, folder: Path) -> Path:
             _run(by, *flags, *unit.flags, *suffix, "-c", source, "-o", path)
             return path
 
-        linked = f"{objects}/{target.library}"
+        linked = f"{objects}/{target.filename}"
         _run(by, "-shared", *pool.map(compiled, known), *target.link, "-o", linked)
-        library = folder / target.library
+        library = folder / target.filename
         folder.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a process may have it loaded.
-        part = shutil.copy(linked, folder / f".{os.getpid()}.{target.library}")
+        part = shutil.copy(linked, folder / f".{os.getpid()}.{target.filename}")
         os.replace(part, library)
     print(f"{library}: compiled by {by.name}", file=sys.stderr)
     return library

@@ -17,7 +17,7 @@ from meshwen.ops.backends import backend_of
 from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.cpu import kernels
 from meshwen.ops.cpu.backend import CpuKernels
-from meshwen.ops.cpu.kernels.library import NONE, VARIABLE, InstructionSet
+from meshwen.ops.cpu.kernels.shared_library import NONE, VARIABLE, InstructionSet
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh
 from needs_kernels import needs_kernels

@@ -356,7 +356,7 @@ def test_an_editable_installation_keeps_no_library_of_other_sources(
     pytest.importorskip("hatchling")
     monkeypatch.syspath_prepend(str(ROOT))
     hook = importlib.import_module("hatch_build").KernelsHook(str(ROOT), {}, *[None] * 4)
-    library = tmp_path / script.TARGETS[script.chosen()].library
+    library = tmp_path / script.TARGETS[script.chosen()].filename
     library.write_text("the old library")
     monkeypatch.setattr(script, "LIBRARIES", tmp_path)
     if lacking:

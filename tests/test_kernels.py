@@ -24,7 +24,7 @@ from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.kernels import library
+from meshwen.ops.cpu.kernels import shared_library
 from meshwen.ops.cpu.panels import PANELS
 from needs_kernels import needs_kernels
 
@@ -317,7 +317,7 @@ def test_threads_may_begin_at_the_same_time():
 import concurrent.futures as f, jax.numpy as jnp
 from meshwen.errors import MeshwenError
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.kernels import library
+from meshwen.ops.cpu.kernels import shared_library
 from meshwen.ops.cpu.panels import PANELS
 one = jnp.ones((4, 4), jnp.bfloat16)
 weight = PANELS.pack(one, one.dtype)
@@ -349,9 +349,9 @@ def test_a_package_without_kernels_says_so_once_and_goes_on(monkeypatch, caplog)
 @contextmanager
 def _loaded_anew(monkeypatch, name, value):
     """The library's module, with one of its names changed, before it has loaded anything."""
-    caches = library._loaded, library.supported, library._chosen
+    caches = shared_library._loaded, shared_library.supported, shared_library._chosen
     with monkeypatch.context() as patched:
-        patched.setattr(library, name, value)
+        patched.setattr(shared_library, name, value)
         for one in caches:
             one.cache_clear()
         try:
@@ -367,12 +367,12 @@ def test_the_library_says_what_compiled_it():
 
 def test_a_library_of_other_sources_is_refused_in_a_clone_alone(monkeypatch, tmp_path):
     changed = tmp_path / "csrc"
-    shutil.copytree(library._SOURCES, changed)
+    shutil.copytree(shared_library._SOURCES, changed)
     (changed / "tile.h").write_text("// faster\n")
     with _loaded_anew(monkeypatch, "_SOURCES", changed):
         with pytest.raises(MeshwenError, match=r"compiled from other sources .* `make kernels` in"):
             kernels.instruction_set()
-        monkeypatch.setattr(library, "_in_clone", lambda: False)
+        monkeypatch.setattr(shared_library, "_in_clone", lambda: False)
         assert kernels.instruction_set()
 
 
@@ -381,11 +381,11 @@ def test_a_library_that_cannot_be_loaded_is_an_error_that_names_it(tmp_path):
     path.write_bytes(b"a library for another platform")
     for one in (path, next(Path(np.__file__).parent.glob("random/*.so"))):
         with pytest.raises(MeshwenError, match=r"\.so cannot be loaded .*`make kernels`"):
-            library._registered(one)
+            shared_library._registered(one)
 
 
 def test_where_portable_c_alone_would_run_a_line_says_what_is_missing(monkeypatch, caplog):
-    one = library.InstructionSet("portable", False)
+    one = shared_library.InstructionSet("portable", False)
     with _loaded_anew(monkeypatch, "supported", lambda: (one,)):
         assert kernels.instruction_set() is kernels.instruction_set() is None
         (said,) = caplog.messages

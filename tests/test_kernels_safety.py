@@ -23,7 +23,7 @@ import pytest
 from c_compiler import COMMAND, needs_compiler, needs_sanitizers
 from emulated import EMULATED
 from meshwen.ops.cpu import kernels
-from meshwen.ops.cpu.kernels.library import target
+from meshwen.ops.cpu.kernels.shared_library import target
 from needs_kernels import needs_kernels
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from meshwen.ops.cpu.kernels.library import (
+from meshwen.ops.cpu.kernels.shared_library import (
     InstructionSet,
     compiler,
     instruction_set,
