@@ -997,10 +997,17 @@ FAULTS = (
         "distributed",
     ),
     _fault(
-        "interrupt: a signal within a callback is lost",
+        "interrupt: a signal that a callback or a library swallows is lost",
         "cli/interrupt.py",
-        "        again.start()\n",
+        "        timer.start()\n",
         "",
+        "cli_interrupt",
+    ),
+    _fault(
+        "interrupt: a signal breaks off an import",
+        "cli/interrupt.py",
+        "            if _imports(frame):",
+        "            if False:",
         "cli_interrupt",
     ),
     _fault(
