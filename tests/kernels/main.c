@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tests.h"
 
@@ -36,6 +37,7 @@ static int threads_of_process(void) {
 
 int main(int count, char **names) {
     int ran = 0;
+    alarm(SECONDS);
     for (size_t i = 0; i < sizeof TESTS / sizeof *TESTS; i++) {
         int wanted = count == 1;
         for (int n = 1; n < count; n++) wanted |= !strcmp(names[n], TESTS[i].name);

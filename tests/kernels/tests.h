@@ -5,6 +5,8 @@
 
 #include "cases.h"
 
+#define SECONDS 300 // until a process that hangs is ended
+
 void test_products(void);
 void test_attention(void);
 void test_wrong_sizes(void);

@@ -125,6 +125,7 @@ static void forked(const char *set, int has_bf16_dot) {
     pool_wait();
     const pid_t child = fork();
     if (!child) {
+        alarm(SECONDS);
         pool.threads = 1;
         call_many((void *)set);
         pool.threads = 3;

@@ -114,9 +114,15 @@ static void *work(void *unused) {
     return 0;
 }
 
+// A condition that threads of the parent wait for would wait for them, who are not in the child.
+static void unlock_in_child(void) {
+    pthread_cond_init(&changed, 0);
+    unlock();
+}
+
 void pool_start(int count) {
     static int forks;
-    if (!forks++) pthread_atfork(lock, unlock, unlock);
+    if (!forks++) pthread_atfork(lock, unlock, unlock_in_child);
     stopping = 0, schedules = 0;
     pool = (struct pool){.kind = POOL_THREADS, .threads = count};
     for (running_threads = 0; running_threads < count; running_threads++)
