@@ -81,7 +81,8 @@ def benched():
     """Points that lie on each other, at the plot's edges too."""
     rows = [measured("decode", batch, n, 1e9) for batch in (1, 8, 128) for n in (128, 512, 32768)]
     rows += [measured("prefill", 1, n, 1e12) for n in (128, 32768)]
-    names = dict.fromkeys(("model", "dtype", "mesh", "numerics", "jax", "meshwen"), HOSTILE)
+    told = ("model", "dtype", "mesh", "numerics", "jax", "meshwen", "products", "compiler")
+    names = dict.fromkeys(told, HOSTILE)
     machine = {"bandwidth": 1e9, "rate": 1e12}
     about = {"quantization": None, "device": HOSTILE, "peak_bytes": 1}
     return names | about | {"machine": machine, "rows": rows}
