@@ -118,6 +118,9 @@ PROBE = """#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 double probe(double x) { return fma(x, x, x); }
+#if defined(_WIN32) // See windows.c.
+int __stdcall DllMainCRTStartup(void *library, unsigned long reason, void *reserved) { return 1; }
+#endif
 """
 PROBE_SECONDS, SECONDS = 120, 1200  # What a compiler may take, for the probe and for a source.
 
@@ -221,10 +224,12 @@ def _probe(by: Compiler, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text(PROBE, encoding="utf-8")
-        out = ("-o", f"{folder}/{TARGETS[name].filename}")
-        command = ("-fPIC", "-shared", str(source), *TARGETS[name].link, *out)
-        failed = _failure(by, command, PROBE_SECONDS)
-        if not failed and not Path(out[1]).exists():
+        part, whole = f"{folder}/probe.o", f"{folder}/{TARGETS[name].filename}"
+        # Two steps, as in `build`: in one, Zig knows no headers of Windows.
+        failed = _failure(by, ("-fPIC", "-c", str(source), "-o", part), PROBE_SECONDS)
+        link = ("-shared", part, *TARGETS[name].link, "-o", whole)
+        failed = failed or _failure(by, link, PROBE_SECONDS)
+        if not failed and not Path(whole).exists():
             failed = "error: it makes no file"
     if failed:
         reason = next((line for line in failed.splitlines() if "error" in line), failed.strip())
