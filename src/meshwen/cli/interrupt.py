@@ -131,7 +131,7 @@ class _Ending:
         self._early: float | None = None  # When the handler ran before the thread that watches.
         self._sent: deque[float] = (
             deque()
-        )  # When this sent signals that the thread has yet to hear.
+        )  # When own signals were sent, which the thread will hear.
         self._own = False  # The next signal that the handler sees is such a one.
         self._closed = False
 
