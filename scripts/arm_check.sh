@@ -12,7 +12,9 @@ cd "$(dirname "$0")/.."
 
 setup=../shared/arm/setup
 [ -x "$setup" ] || { echo "SKIPPED: no $setup, which makes an emulated aarch64 Python"; exit 77; }
-python=$(realpath -s "${PYTHON:-.venv/bin/python}")
+given=${PYTHON:-.venv/bin/python}
+python=$(command -v "$given") || { echo "no Python: $given"; exit 1; }
+python=$(realpath -s "$python")
 folder=${1:?where to keep the emulated Python}
 shift
 [ $# -gt 0 ] || set -- functions float32 bfloat16 int8
