@@ -30,6 +30,7 @@ TIED = replace(ONE_LAYER, tie_word_embeddings=True)
 @pytest.mark.parametrize("mesh", ["1", "2x4"])
 def test_cpus_have_a_back_end_of_their_own(mesh, monkeypatch):
     assert isinstance(backend_of(make_mesh(mesh)), XlaOnCpu)
+    assert not isinstance(backend_of(make_mesh(mesh), with_kernels=False), CpuKernels)
     monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     assert not isinstance(backend_of(make_mesh(mesh)), CpuKernels)
 
@@ -87,7 +88,7 @@ def test_a_model_computes_the_same_without_what_cpus_need(
     found = {}
     for backend in (Backend(), XlaOnCpu()):
         monkeypatch.setattr(
-            "meshwen.models.parallel_model.backend_of", lambda mesh, one=backend: one
+            "meshwen.models.parallel_model.backend_of", lambda *_, one=backend, **__: one
         )
         model = MeshModel(config, mesh, dtype, numerics=numerics, quantization=quantization)
         assert model.runner.cache_axes.split().index("heads") == (1 if backend != Backend() else 2)

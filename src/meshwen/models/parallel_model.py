@@ -41,6 +41,8 @@ class ParallelModel:
         dtype: of weights, cached values, and the inputs of matmuls with weights.
         numerics: "fast", or "exact": see `meshwen.ops.numerics`.
         quantization: "int8", or None: see `meshwen.ops.quant`.
+        kernels: whether the back end's kernels compute where it has any. Without, XLA computes
+            everything: such programs can be differentiated, and exported.
 
     Raises:
         MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
@@ -52,6 +54,7 @@ class ParallelModel:
     dtype: jnp.dtype
     numerics: NumericsName = "fast"
     quantization: Quantization | None = None
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if self.quantization is not None:
@@ -74,7 +77,7 @@ class ParallelModel:
     @cached_property
     def backend(self) -> Backend:
         """What multiplies and attends."""
-        return backend_of(self.mesh)
+        return backend_of(self.mesh, with_kernels=self.kernels)
 
     @cached_property
     def ops(self) -> Ops:

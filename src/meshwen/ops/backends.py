@@ -14,14 +14,18 @@ from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import AnyMesh, on_cpu
 
 
-def backend_of(mesh: AnyMesh) -> Backend:
+def backend_of(mesh: AnyMesh, *, with_kernels: bool = True) -> Backend:
     """The back end of a mesh's devices; of an abstract mesh, which has none, XLA as it is.
 
-    On CPUs this compiles the kernels, once, where there are any.
+    On CPUs this loads the kernels, once, where there are any.
+
+    Args:
+        mesh: the devices.
+        with_kernels: whether to use kernels where there are any; without, XLA computes everything.
     """
     if not on_cpu(mesh):
         return Backend()
-    if kernels.instruction_set() is None:
+    if not with_kernels or kernels.instruction_set() is None:
         return XlaOnCpu()
     return CpuKernels(alone=_fills_cores(mesh))
 
