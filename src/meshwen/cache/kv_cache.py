@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,29 @@ def cache_spec(plan: ParallelPlan, layout: CacheLayout) -> PartitionSpec:
     return plan.spec(*cache_axes(layout).split())
 
 
+def cache_shapes(
+    plan: ParallelPlan,
+    layout: CacheLayout,
+    layers: int,
+    batch: int,
+    length: int,
+    dtype: jnp.dtype,
+) -> KVCache:
+    """Shapes, dtypes and shardings of a cache of `length` positions for `batch` sequences."""
+    sizes = {
+        "B": batch,
+        "K": plan.model_devices * plan.heads.local_key_value_heads,
+        "S": length,
+        "H": plan.sizes.head_dim,
+    }
+    sharding = NamedSharding(plan.mesh, cache_spec(plan, layout))
+
+    def shape(axes: str) -> Any:
+        return jax.ShapeDtypeStruct([sizes[axis] for axis in axes], dtype, sharding=sharding)
+
+    return tuple(LayerCache(shape(layout.keys), shape(layout.values)) for _ in range(layers))
+
+
 def empty_cache(
     plan: ParallelPlan,
     layout: CacheLayout,
@@ -132,20 +155,12 @@ def empty_cache(
     dtype: jnp.dtype,
 ) -> KVCache:
     """A cache of `length` positions for `batch` sequences, in `dtype`, made in place."""
-    sizes = {
-        "B": batch,
-        "K": plan.model_devices * plan.heads.local_key_value_heads,
-        "S": length,
-        "H": plan.sizes.head_dim,
-    }
-
-    def empty(axes: str) -> Array:
-        return jnp.zeros([sizes[axis] for axis in axes], dtype)
+    shapes = cache_shapes(plan, layout, layers, batch, length, dtype)
 
     def cache() -> KVCache:
-        return tuple(LayerCache(empty(layout.keys), empty(layout.values)) for _ in range(layers))
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-    return Program(cache, out_shardings=NamedSharding(plan.mesh, cache_spec(plan, layout)))()
+    return Program(cache, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
 
 
 def resized(

@@ -10,13 +10,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
-from meshwen.cache.kv_cache import AnyCache, KVCache, cache_bytes_per_token, empty_cache
+from meshwen.cache.kv_cache import (
+    AnyCache,
+    KVCache,
+    cache_bytes_per_token,
+    cache_shapes,
+    empty_cache,
+)
 from meshwen.common.choices import NUMERICS, QUANTIZATIONS, Quantization, check_choice
 from meshwen.common.choices import Numerics as NumericsName
 from meshwen.models.config import ModelConfig
 from meshwen.models.registry import Architecture, architecture
 from meshwen.ops.backend import Backend
 from meshwen.ops.backends import backend_of
+from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.numerics.base import Numerics
 from meshwen.ops.numerics.exact import Exact
 from meshwen.ops.numerics.fast import Fast
@@ -43,6 +50,7 @@ class ParallelModel:
         quantization: "int8", or None: see `meshwen.ops.quant`.
         kernels: whether the back end's kernels compute where it has any. Without, XLA computes
             everything: such programs can be differentiated, and exported.
+        data_names: the mesh's axes that split the batch: see `meshwen.parallel.plan.ParallelPlan`.
 
     Raises:
         MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
@@ -55,6 +63,7 @@ class ParallelModel:
     numerics: NumericsName = "fast"
     quantization: Quantization | None = None
     kernels: bool = True
+    data_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.quantization is not None:
@@ -72,7 +81,7 @@ class ParallelModel:
     def plan(self) -> ParallelPlan:
         """How it lies on the mesh."""
         leaves = _EXACT_LEAVES if self.numerics == "exact" else None
-        return ParallelPlan(self.config.sizes, self.mesh, leaves)
+        return ParallelPlan(self.config.sizes, self.mesh, leaves, self.data_names)
 
     @cached_property
     def backend(self) -> Backend:
@@ -116,6 +125,17 @@ class ParallelModel:
     def logits(self, params: Params, x: Array) -> Array:
         """Logits of hidden states: float32 [..., D] -> float32 [..., V/n]."""
         return self.architecture.logits(params, x, self.ops)
+
+    def cache_shapes(self, batch: int, length: int, layout: CacheLayout | None = None) -> KVCache:
+        """Shapes, dtypes and shardings of a cache: see `empty_cache`.
+
+        Args:
+            batch: sequences.
+            length: positions.
+            layout: in the place of the back end's.
+        """
+        layers, layout = self.config.num_hidden_layers, layout or self.backend.cache_layout
+        return cache_shapes(self.plan, layout, layers, batch, length, self.dtype)
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache of `length` positions for `batch` sequences (a multiple of the data devices)."""

@@ -214,9 +214,15 @@ def data_axes(mesh: AnyMesh) -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if str(name).startswith(DATA_AXIS))
 
 
-def model_axes(mesh: AnyMesh) -> tuple[str, ...]:
-    """The mesh axes that split the model, in row-major order."""
-    return tuple(name for name in mesh.axis_names if not str(name).startswith(DATA_AXIS))
+def model_axes(mesh: AnyMesh, data: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The mesh axes that split the model, in row-major order: all but those that split the batch.
+
+    Args:
+        mesh: the mesh.
+        data: the axes that split the batch; None: `data_axes`.
+    """
+    data = data_axes(mesh) if data is None else data
+    return tuple(name for name in mesh.axis_names if name not in data)
 
 
 def on_cpu(mesh: AnyMesh) -> bool:

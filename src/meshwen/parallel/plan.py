@@ -48,6 +48,8 @@ class ParallelPlan:
         leaves: into how many leaves the MLP's inner dimension and the vocabulary are cut, the same
             on every mesh; heads are then cut into powers of two. Exact numerics needs it: see
             `meshwen.ops.numerics.exact`. None: every axis is cut for this mesh alone.
+        data_names: the mesh's axes that split the batch; all others split the model. None: those
+            whose names begin with "data".
 
     Raises:
         MeshwenError: there is no such layout of this model on this mesh.
@@ -56,6 +58,7 @@ class ParallelPlan:
     sizes: ModelSizes
     mesh: Mesh | AbstractMesh
     leaves: int | None = None
+    data_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.leaves is None:
@@ -71,12 +74,14 @@ class ParallelPlan:
     @cached_property
     def model_axes(self) -> tuple[str, ...]:
         """Mesh axes, of more than one device, that split the model."""
-        return tuple(a for a in model_axes(self.mesh) if self.mesh.shape[a] > 1)
+        names = model_axes(self.mesh, self.data_names)
+        return tuple(a for a in names if self.mesh.shape[a] > 1)
 
     @cached_property
     def data_axes(self) -> tuple[str, ...]:
         """Mesh axes, of more than one device, that split the batch."""
-        return tuple(a for a in data_axes(self.mesh) if self.mesh.shape[a] > 1)
+        names = data_axes(self.mesh) if self.data_names is None else self.data_names
+        return tuple(a for a in names if self.mesh.shape[a] > 1)
 
     @property
     def model_devices(self) -> int:

@@ -54,6 +54,14 @@ def own_settings() -> Iterator[None]:
         # Outside of a trace only: there, JAX refuses it.
         if not jax.sharding.get_abstract_mesh().empty:
             settings.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+        settings.enter_context(own_settings_in_trace())
+        yield
+
+
+@contextmanager
+def own_settings_in_trace() -> Iterator[None]:
+    """The same where a function is being traced, on the caller's mesh, which stays as it is."""
+    with ExitStack() as settings:
         # Only what differs: to enter all takes as long as the rest of the host's work for a step.
         for enter, needed, names in _OWN:
             if any(getattr(jax.config, name) not in (needed, None) for name in names):

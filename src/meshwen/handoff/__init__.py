@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as programs for other stacks: to lower, shard, export and plug in.
+
+from meshwen.handoff import parallel_model, program
+
+model = parallel_model("qwen2.5-7b", AbstractMesh((8,), ("X",)), dtype="bfloat16")
+decode = program("decode", model, profile="portable", batch=1, length=1024)
+print(decode.lower().as_text())
+"""
+
+from meshwen.handoff.plain import plain_params, typed_params
+from meshwen.handoff.program import Program, parallel_model, program
+
+__all__ = ["Program", "parallel_model", "plain_params", "program", "typed_params"]
