@@ -21,6 +21,7 @@ from meshwen.cli.bench import bench
 from meshwen.cli.chat import chat
 from meshwen.cli.console import note
 from meshwen.cli.eval import app as evals
+from meshwen.cli.export import export
 from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
 from meshwen.cli.interrupt import INTERRUPTED, take, take_last
@@ -74,6 +75,7 @@ app.command("chat")(over_processes(chat, refusal=_ONE_PERSON))
 app.command("inspect")(inspect)
 app.command("verify")(over_processes(verify))
 app.command("bench")(over_processes(bench))
+app.command("export")(export)
 app.add_typer(evals, name="eval")
 
 

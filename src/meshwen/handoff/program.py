@@ -97,6 +97,11 @@ class Program:
         """Options of XLA's compiler that results depend on."""
         return dict(self.model.backend.compiler_options(self.model.numerics == "exact") or {})
 
+    @property
+    def lacks_kernels(self) -> bool:
+        """Whether the engine would compute with kernels here, which the program does not."""
+        return replace(self.model, kernels=True).backend != self.model.backend
+
     @cached_property
     def mapped(self) -> Callable[..., Any]:
         """The function of whole arrays: under `jax.shard_map`."""
@@ -139,8 +144,12 @@ class Program:
         Args:
             platform: as of `lower`.
         """
+        # XLA's own, and in every version of it: exact numerics lays operands out with it.
+        layouts = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
         with own_settings():
-            export = jax.export.export(self.jitted(), platforms=(platform or self.platform,))
+            export = jax.export.export(
+                self.jitted(), platforms=(platform or self.platform,), disabled_checks=(layouts,)
+            )
             return export(*self.arguments.values())
 
     @property

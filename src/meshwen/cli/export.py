@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`meshwen export`: a program of a model, for other compilers and for plain JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meshwen.cli import options
+from meshwen.cli.console import note, progress_bar
+from meshwen.cli.load import opened
+from meshwen.cli.option_groups import with_groups
+from meshwen.common.option_fields import Option
+from meshwen.common.units import bytes_text
+from meshwen.engine.options import EngineOptions
+from meshwen.handoff.choices import OUTPUTS, PROFILES, PROGRAMS
+
+if TYPE_CHECKING:
+    from meshwen.handoff.program import Program
+
+
+@with_groups(engine=options.engine_options(*options.LOADING))
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=options.MODEL_HELP, show_default=False)
+    ],
+    *,
+    engine: EngineOptions,
+    program: Annotated[
+        str,
+        options.declared(
+            Option(
+                "logits: of whole sequences. prefill: prompts into an empty cache. decode: one "
+                "token of each sequence.",
+                str,
+                choices=PROGRAMS,
+            ),
+            "--program",
+        ),
+    ] = "decode",
+    profile: Annotated[
+        str,
+        options.declared(
+            Option(
+                "native: what runs here, without CPU kernels. portable: few operations, for "
+                "compilers that know few; fast numerics alone.",
+                str,
+                choices=PROFILES,
+            ),
+            "--profile",
+        ),
+    ] = "native",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Where to write; it must not exist."),
+    ] = ...,  # type: ignore[assignment]
+    batch: Annotated[int, options.declared(Option("Sequences.", int, least=1), "--batch")] = 1,
+    tokens: Annotated[
+        int,
+        options.declared(
+            Option("Tokens of a sequence in prefill and logits.", int, least=1), "--tokens"
+        ),
+    ] = 16,
+    length: Annotated[
+        int, options.declared(Option("Positions of the cache.", int, least=1), "--length")
+    ] = 128,
+    output: Annotated[
+        str,
+        options.declared(
+            Option(
+                "What prefill and decode give: logits, or the likeliest tokens.",
+                str,
+                choices=OUTPUTS,
+            ),
+            "--output",
+        ),
+    ] = "logits",
+    composites: Annotated[
+        bool,
+        typer.Option(
+            "--composites",
+            help="Norms and attention as the StableHLO composites tenstorrent.rms_norm and "
+            "tenstorrent.scaled_dot_product_attention; portable profile.",
+        ),
+    ] = False,
+    weights: Annotated[
+        bool,
+        typer.Option("--weights", help="Write the weights too, as they lie on the devices."),
+    ] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a program of a model to a folder that runs with plain JAX.
+
+    The folder has the program for jax.export and as StableHLO text, the arguments and results of
+    one step, a manifest with everything that a caller has to know, and run.py, which runs the step
+    (with --weights) and compares.
+    """
+    from meshwen.handoff.export import check_folder, export
+    from meshwen.handoff.plain import plain_params
+    from meshwen.handoff.program import parallel_model
+    from meshwen.handoff.program import program as make_program
+    from meshwen.weights.loading import dummy_params, load_params
+
+    check_folder(out)
+    with opened(model, engine) as checkpoint:
+        parallel = parallel_model(
+            checkpoint.config,
+            engine.make_mesh(),
+            dtype=engine.dtype,
+            numerics=engine.numerics,
+            quantization=engine.quantization,
+        )
+        chosen = make_program(
+            program,
+            parallel,
+            profile=profile,
+            batch=batch,
+            tokens=tokens,
+            length=length,
+            output=output,
+            composites=composites,
+        )
+        with progress_bar("loading weights") as progress:
+            if checkpoint.format is None:
+                params = dummy_params(parallel.weights, progress)
+            else:
+                params = load_params(checkpoint, parallel.weights, progress)
+    plain = plain_params(params, parallel.weights)
+    folder = export(chosen, out, plain, weights=weights, progress=note)
+    _note_written(chosen, folder, random=checkpoint.format is None)
+
+
+def _note_written(chosen: Program, folder: Path, random: bool) -> None:
+    nbytes = sum(file.stat().st_size for file in folder.iterdir())
+    note(f"{folder}: the {chosen.name} program, {chosen.profile} profile, {bytes_text(nbytes)}")
+    if chosen.lacks_kernels:
+        note("CPU kernels cannot be exported: XLA multiplies and attends in this program")
+    if random:
+        note("weights: random, as --load-format dummy asks")
