@@ -40,6 +40,7 @@ def run(step: Program, params: Plain, inputs: dict[str, Plain]) -> dict[str, Pla
         params: plain weights.
         inputs: the other arguments, by name, on the host.
     """
+
     def placed(array: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
         # A copy: what is donated may share its memory with the host's array.
         return jax.device_put(np.array(array), shape.sharding)
