@@ -111,3 +111,10 @@ def test_no_sum_is_a_negative_zero(dtype):
     x, weight = -jnp.ones((2, 1), dtype), jnp.zeros((1, 4), dtype)
     assert not np.signbit(BACKEND.ordered_matmul(x, weight)).any()
     assert not np.signbit(BACKEND.row_sums(-jnp.zeros((2, 4), dtype))).any()
+
+
+def test_zeros_have_a_derivative():
+    # Where weights begin as zeros, so do sums; they have to be able to leave it.
+    x, weight = np.ones((2, 3), np.float32), np.zeros((3, 2), np.float32)
+    found = jax.grad(lambda weight: ordered.matmul(x, weight).sum())(weight)
+    np.testing.assert_array_equal(found, np.full((3, 2), 2.0))

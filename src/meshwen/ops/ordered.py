@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32
@@ -162,9 +163,13 @@ def added_in_trees(
     return total
 
 
+@jax.custom_jvp
 def positive_zeros(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
-    """`x` with +0.0 in the place of -0.0."""
+    """`x` with +0.0 in the place of -0.0; its derivative is that of `x`, at zeros too."""
     return jnp.where(x == 0, 0.0, x)
+
+
+positive_zeros.defjvps(lambda tangent, _, x: tangent)
 
 
 def pad(x: Array, axis: int, count: int) -> Array:

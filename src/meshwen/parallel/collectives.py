@@ -45,4 +45,8 @@ class Collectives:
 
     def all_to_all(self, x: Array) -> Array:
         """Every device's share of all: [M, n, ...], share i for device i -> [n, M, ...]."""
-        return lax.all_to_all(x, self.axes, split_axis=1, concat_axis=0) if self.axes else x
+        if not self.axes:
+            return x
+        # Tiled, which has a derivative; then whose share it is becomes an axis.
+        shares = lax.all_to_all(x, self.axes, split_axis=1, concat_axis=0, tiled=True)
+        return shares.reshape(x.shape[1], x.shape[0], *x.shape[2:])

@@ -26,8 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32
@@ -86,10 +88,7 @@ class Exact(Numerics):
         self, x: Float32[Array, "*shape"], collectives: Collectives
     ) -> Float32[Array, "*shape"]:
         """An all-reduce of the bits."""
-        if not collectives.axes:
-            return x
-        bits = collectives.all_reduce(lax.bitcast_convert_type(x, jnp.int32))
-        return lax.bitcast_convert_type(bits, jnp.float32)
+        return _bits_added(x, collectives) if collectives.axes else x
 
     def largest(self, x: Float32[Array, " B"], collectives: Collectives) -> Float32[Array, " B"]:
         """The largest of what is gathered."""
@@ -129,3 +128,18 @@ class Exact(Numerics):
         The barrier keeps XLA from making `rsqrt` of the two, which every processor approximates.
         """
         return self.pointwise(lambda x: 1 / lax.optimization_barrier(jnp.sqrt(x)), x)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _bits_added(x: Float32[Array, "*shape"], collectives: Collectives) -> Float32[Array, "*shape"]:
+    """The sum over the devices, all but one of which have zeros. Bits have no derivative."""
+    bits = collectives.all_reduce(lax.bitcast_convert_type(x, jnp.int32))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@_bits_added.defjvp
+def _bits_added_jvp(
+    collectives: Collectives, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """The derivative of a sum."""
+    return _bits_added(*primals, collectives), collectives.all_reduce(*tangents)
