@@ -260,9 +260,11 @@ class ModelRunner:
                 return mapped(params, *arguments)
 
             program.__name__ = getattr(step, "func", step).__name__.strip("_")
-            options = model.backend.compiler_options(model.ops.numerics.ordered)
             return Program(
-                program, static_argnames=static, donate_argnums=donate, compiler_options=options
+                program,
+                static_argnames=static,
+                donate_argnums=donate,
+                compiler_options=model.compiler_options,
             )
 
         return ShapedProgram(self._programs, make)

@@ -10,5 +10,15 @@ print(decode.lower().as_text())
 
 from meshwen.handoff.plain import plain_params, typed_params
 from meshwen.handoff.program import Program, parallel_model, program
+from meshwen.handoff.training import folded, forward, global_norm
 
-__all__ = ["Program", "parallel_model", "plain_params", "program", "typed_params"]
+__all__ = [
+    "Program",
+    "folded",
+    "forward",
+    "global_norm",
+    "parallel_model",
+    "plain_params",
+    "program",
+    "typed_params",
+]

@@ -33,7 +33,7 @@ def plain_params(params: Params, table: WeightTable) -> Plain:
         params: as the table lays them out.
         table: of the model.
     """
-    return _tree(table, lambda layout: plain_weight(_at(params, layout.path)))
+    return _tree(table, lambda layout: plain_weight(at(params, layout.path)))
 
 
 def plain_weight(weight: Weight) -> Plain:
@@ -46,7 +46,7 @@ def typed_params(plain: Plain, table: WeightTable) -> Params:
     """The weights that `plain_params` made plain."""
 
     def typed(layout: WeightLayout) -> Weight:
-        found = _at(plain, layout.path)
+        found = at(plain, layout.path)
         leaves = tuple(_typed_leaf(one, layout, table) for one in _leaves(found, layout))
         return Weight(leaves, layout.inputs_first, layout.tree)
 
@@ -93,7 +93,8 @@ def _tree(table: WeightTable, make: Callable[[WeightLayout], Any]) -> Plain:
     return unflatten((layout.path, make(layout)) for layout in table.stored)
 
 
-def _at(tree: Plain, path: str) -> Any:
+def at(tree: Plain, path: str) -> Any:
+    """What stands at a dotted name."""
     for key in path.split("."):
         tree = tree[int(key) if isinstance(tree, list) else key]
     return tree

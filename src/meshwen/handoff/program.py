@@ -95,7 +95,7 @@ class Program:
     @property
     def compiler_options(self) -> dict[str, str | bool]:
         """Options of XLA's compiler that results depend on."""
-        return dict(self.model.backend.compiler_options(self.model.numerics == "exact") or {})
+        return dict(self.model.compiler_options or {})
 
     @property
     def lacks_kernels(self) -> bool:

@@ -21,7 +21,7 @@ from meshwen.common.choices import NUMERICS, QUANTIZATIONS, Quantization, check_
 from meshwen.common.choices import Numerics as NumericsName
 from meshwen.models.config import ModelConfig
 from meshwen.models.registry import Architecture, architecture
-from meshwen.ops.backend import Backend
+from meshwen.ops.backend import Backend, CompilerOptions
 from meshwen.ops.backends import backend_of
 from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.numerics.base import Numerics
@@ -95,6 +95,11 @@ class ParallelModel:
         if self.numerics == "exact":
             policy = Exact(vocabulary_leaves=self.plan.local_leaves)
         return Ops(Collectives(self.plan.model_axes), policy, self.backend)
+
+    @property
+    def compiler_options(self) -> CompilerOptions | None:
+        """Options of XLA's compiler for programs of it: an argument of `jax.jit`."""
+        return self.backend.compiler_options(self.ops.numerics.ordered)
 
     @cached_property
     def weights(self) -> WeightTable:
