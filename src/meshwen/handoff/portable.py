@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32, Int32
 
@@ -97,7 +98,7 @@ class CompositeOps(Ops):
         layout = self.backend.cache_layout
         keys, values = held.first(mask.length, layout)
         assert mask.array is not None
-        added = jnp.where(mask.array, 0.0, jnp.finfo(jnp.float32).min)[:, None]
+        added = jnp.where(mask.array, np.float32(0), jnp.finfo(jnp.float32).min)[:, None]
 
         def decomposition(  # type: ignore[no-untyped-def]
             q: Array, keys: Array, values: Array, added: Array, *, is_causal: bool, scale: float

@@ -21,6 +21,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Int
 
@@ -67,8 +68,9 @@ class Ops:
         count = table.outputs
         row = token_ids - self.collectives.index() * count
         here = (row >= 0) & (row < count)
-        row = jnp.where(here, row, 0)
-        rows = jnp.where(here[..., None], table.lookup(row).astype(jnp.float32), 0)
+        # Typed: jax 0.7 lowers Python's numbers by the setting of whoever lowers, x64 or not.
+        row = jnp.where(here, row, np.int32(0))
+        rows = jnp.where(here[..., None], table.lookup(row).astype(jnp.float32), np.float32(0))
         return self.numerics.select(rows, self.collectives)
 
     def logits(self, x: Float32[Array, "*tokens D"], layer: Linear) -> Float32[Array, "*tokens V"]:

@@ -329,13 +329,31 @@ def _fill(
     dtype: jnp.dtype,
     sharding: NamedSharding,
 ) -> Array:
-    """Numbers hashed from `name_seed` and the positions in the checkpoint, zeros at `PADDING`."""
+    value = dummy_values(positions, name_seed, mean, inputs_first, dtype)
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def dummy_values(
+    positions: list[Array],
+    name_seed: Array,
+    mean: float,
+    inputs_first: bool,
+    dtype: jnp.dtype,
+) -> Array:
+    """Numbers hashed from `name_seed` and the positions in the checkpoint, zeros at `PADDING`.
+
+    Args:
+        positions: int32, of each axis, as `WeightLayout.positions` has them.
+        name_seed: uint32 [].
+        mean: of the numbers; their standard deviation is 0.02.
+        inputs_first: as of `WeightLayout`.
+        dtype: of the result.
+    """
     grid = jnp.meshgrid(*(positions[::-1] if inputs_first else positions), indexing="ij")
     bits = name_seed
     for position in grid:
         bits = mixed(bits ^ position.astype(jnp.uint32))
     uniform = (bits >> 8).astype(jnp.float32) / (1 << 24) - 0.5
     padding = jnp.stack([position == PADDING for position in grid]).any(axis=0)
-    value = jnp.where(padding, 0.0, mean + uniform * (0.02 * 12**0.5))
-    value = (value.T if inputs_first else value).astype(dtype)
-    return lax.with_sharding_constraint(value, sharding)
+    value = jnp.where(padding, np.float32(0), mean + uniform * (0.02 * 12**0.5))
+    return (value.T if inputs_first else value).astype(dtype)
