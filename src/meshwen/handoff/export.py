@@ -120,7 +120,7 @@ def _write(
     source = Path(run_exported.__file__)
     (folder / "run.py").write_bytes(source.read_bytes())
     files = sorted(path for path in folder.iterdir())
-    manifest = _manifest(exported, artefact) | {"files": {f.name: _file(f) for f in files}}
+    manifest = _manifest(exported, artefact) | {"files": {f.name: described_file(f) for f in files}}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -169,7 +169,8 @@ def _save(arrays: Mapping[str, Plain], path: Path) -> None:
     save_file({name: np.ascontiguousarray(array) for name, array in found}, path)
 
 
-def _file(path: Path) -> dict[str, Any]:
+def described_file(path: Path) -> dict[str, Any]:
+    """What the manifest has of a file."""
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,

@@ -88,7 +88,8 @@ class CompositeOps(Ops):
             return super(CompositeOps, self).rms_norm(x, layer, epsilon)
 
         norm = lax.composite(decomposition, "tenstorrent.rms_norm")
-        y: Array = norm(x, weight.array, normalized_shape=(x.shape[-1],), epsilon=eps)
+        shape = np.array([x.shape[-1]], np.int64)
+        y: Array = norm(x, weight.array, normalized_shape=shape, epsilon=eps)
         return y
 
     def attend(
