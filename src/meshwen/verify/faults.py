@@ -16,11 +16,12 @@ from meshwen.errors import MeshwenError
 from meshwen.ops.formats import Leaf, Packed
 from meshwen.ops.weight import Weight
 from meshwen.runtime.jax_settings import own_settings
-from meshwen.verify.localise import Prober, RowHook, Trace, first_divergence
+from meshwen.verify.localise import Prober, Trace, first_divergence
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import compare
 from meshwen.verify.operations import Operation, row_parallel
 from meshwen.verify.promises import broken_by_logits, logit_bounds
+from meshwen.verify.recording import RowHook
 from meshwen.weights.declaration import Params, updated
 from meshwen.weights.layout import WeightTable
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first divergence of two runs, by checksums of the bits that every operation gives.
 
-The model is run as it is, with contractions that record their results. A checksum is a sum modulo
+The model is run as it is, with operations that record their results. A checksum is a sum modulo
 2^32 of hashes, each of a value's bits and its place: the order of the addition does not matter, so
 the same bits have the same checksum on every mesh. Recording stops fusions that there would be
 otherwise; whether that changed the logits is checked, not assumed.
@@ -9,26 +9,20 @@ otherwise; whether that changed the logits is checked, not assumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.hashing import mixed
-from meshwen.ops.operations import Linear, Ops
-from meshwen.ops.weight import Weight
 from meshwen.parallel.distributed import to_host
 from meshwen.verify.mesh_run import MeshRun
 from meshwen.verify.metrics import bits_equal
-from meshwen.verify.operations import Operation, operations, row_parallel
+from meshwen.verify.operations import Operation, operations
+from meshwen.verify.recording import RowHook, recorded
 from meshwen.weights.declaration import Params
-
-# Changes the input and the weight of a row-parallel matmul.
-RowHook = Callable[[Operation, Array, Weight], tuple[Array, Weight]]
 
 
 @dataclass(frozen=True)
@@ -136,33 +130,6 @@ def _total(sums: np.ndarray, data: int, model: int) -> tuple[np.ndarray, bool]:
     return whole.sum(axis=(0, 1), dtype=np.uint32), agree
 
 
-@dataclass(frozen=True)
-class _RecordingOps(Ops):
-    """Operations that record results: of the embedding, then of each row-parallel matmul.
-
-    Attributes:
-        matmuls: the row-parallel ones, in order.
-        row_hook: changes them.
-        recorded: the results so far.
-    """
-
-    matmuls: tuple[Operation, ...] = ()
-    row_hook: RowHook | None = None
-    recorded: list[Array] = field(default_factory=list, compare=False)
-
-    def embed(self, token_ids: Array, layer: Linear) -> Array:
-        self.recorded.append(super().embed(token_ids, layer))
-        return self.recorded[-1]
-
-    def row(self, x: Array, layer: Linear) -> Array:
-        if self.row_hook is not None:
-            matmul = self.matmuls[len(self.recorded) - 1]
-            x, weight = self.row_hook(matmul, x, layer["weight"])
-            layer = {**layer, "weight": weight}
-        self.recorded.append(super().row(x, layer))
-        return self.recorded[-1]
-
-
 def _probe(
     params: Params,
     token_ids: Array,
@@ -172,22 +139,14 @@ def _probe(
     row_hook: RowHook | None,
 ) -> tuple[Array, Array, Array]:
     """Checksums uint32 [1, operations], samples float32 [B, operations - 1, D], logits."""
-    own, matmuls = model.ops, tuple(row_parallel(model.weights))
-    ops = _RecordingOps(own.collectives, own.numerics, own.backend, matmuls, row_hook)
-    # Without jit all layers are traced one by one, so that each records its own results.
-    with jax.disable_jit():
-        start, T = jnp.zeros_like(lengths), token_ids.shape[1]
-        x, _ = model.hidden_states(params, token_ids, start, None, T, ops=ops)
-    scores = model.logits(params, x)
-    recorded = [*ops.recorded, x]
-    expected = len(operations(model.weights)) - 1
-    assert len(recorded) == expected, f"{len(recorded)} operations recorded, not {expected}"
-    valid = jnp.arange(T) < lengths[:, None]
-    sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in recorded]
-    first = own.collectives.index() * scores.shape[-1]
+    found = recorded(params, token_ids, model, row_hook=row_hook)
+    *values, scores = (found[operation] for operation in operations(model.weights))
+    valid = jnp.arange(token_ids.shape[1]) < lengths[:, None]
+    sums = [_checksum(value, valid, rows, 0, value.shape[-1]) for value in values]
+    first = model.ops.collectives.index() * scores.shape[-1]
     sums.append(_checksum(scores, valid, rows, first, model.config.vocab_size))
     last = lengths[:, None, None] - 1
-    samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in recorded]
+    samples = [jnp.take_along_axis(value, last, axis=1)[:, 0] for value in values]
     return jnp.stack(sums)[None], jnp.stack(samples, axis=1), scores
 
 

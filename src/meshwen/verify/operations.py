@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshwen.weights.declaration import Part
 from meshwen.weights.layout import WeightLayout, WeightTable
 
 
@@ -41,6 +42,46 @@ def row_parallel(weights: WeightTable) -> dict[Operation, WeightLayout]:
     return found
 
 
+def norms(weights: WeightTable) -> dict[Operation, WeightLayout]:
+    """The norms of the residual stream, in the order of the forward pass, by weight."""
+    found: dict[Operation, WeightLayout] = {}
+    for weight in weights.declared:
+        declared = weight.declaration
+        if declared.part is Part.NORM and declared.axes == ("embed",):
+            name = declared.name.split(".")[-2]
+            inside = declared.layer is not None
+            found[Operation(declared.layer, name) if inside else FINAL_NORM] = weight
+    return found
+
+
+def layer_outputs(weights: WeightTable) -> dict[Operation, Operation]:
+    """The residual stream after each layer, by the row-parallel matmul that ends the layer."""
+    last = {operation.layer: operation for operation in row_parallel(weights)}
+    return {operation: Operation(layer, "layer output") for layer, operation in last.items()}
+
+
 def operations(weights: WeightTable) -> tuple[Operation, ...]:
-    """All that is compared, in the order of the forward pass."""
+    """All that meshes are compared by, in the order of the forward pass."""
     return EMBEDDING, *row_parallel(weights), FINAL_NORM, LOGITS
+
+
+def modules(weights: WeightTable) -> dict[str, Operation]:
+    """All that can be recorded, in the order of the forward pass, by Hugging Face's module.
+
+    The module is the one whose output it is: `model.layers.0.self_attn` gives the attention output.
+    """
+    matmuls = {weight.path: operation for operation, weight in row_parallel(weights).items()}
+    normed = {weight.path: operation for operation, weight in norms(weights).items()}
+    outputs = layer_outputs(weights)
+    found = {}
+    for declared in weights.declarations:
+        *module, _, _ = declared.name.split(".")
+        if declared.part is Part.EMBEDDING:
+            found[declared.name.removesuffix(".weight")] = EMBEDDING
+        if declared.name in normed:
+            found[declared.name.removesuffix(".weight")] = normed[declared.name]
+        if (operation := matmuls.get(declared.name)) is not None:
+            found[".".join(module)] = operation
+            if operation in outputs:
+                found[".".join(module[:-1])] = outputs[operation]
+    return {**found, "lm_head": LOGITS}
