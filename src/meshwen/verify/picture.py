@@ -23,10 +23,11 @@ def height(relative: float) -> float:
 def strip(row: dict[str, Any]) -> str:
     """One character an operation but the logits: · the same bits, ▁ to █ 1e-8 to 1 apart."""
     pairs = zip(row["operations_equal"], row["divergence"], strict=False)
-    return "".join("·" if equal else _level(relative) for equal, relative in pairs)
+    return "".join("·" if equal else level(relative) for equal, relative in pairs)
 
 
-def _level(relative: float) -> str:
+def level(relative: float) -> str:
+    """A relative difference as one character, ▁ to █ for 1e-8 to 1."""
     return _LEVELS[min(len(_LEVELS) - 1, int(height(relative) * len(_LEVELS)))]
 
 

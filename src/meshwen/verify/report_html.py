@@ -7,17 +7,9 @@ from typing import Any
 
 from meshwen.common.units import bytes_text
 from meshwen.pages import render
-from meshwen.verify.picture import (
-    LARGEST,
-    SMALLEST,
-    bytes_range,
-    collectives_by_mesh,
-    greedy_text,
-    height,
-    worst,
-)
+from meshwen.verify.picture import bytes_range, collectives_by_mesh, greedy_text, worst
+from meshwen.verify.plot import divergence_plot
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 900, 260, 52, 40
 _MOST_DEVICES = 64
 
 
@@ -33,7 +25,9 @@ def html_report(certificate: dict[str, Any]) -> str:
                 "products": rows[0]["products"],
                 "rows": shown,
                 "collectives": collectives_by_mesh(rows, certificate["layers"]),
-                "plot": _plot(rows),
+                "plot": divergence_plot(
+                    rows[0]["operations"][:-1], {row["mesh"]: row["divergence"] for row in rows}
+                ),
             }
         )
     steps = len(certificate["tokens"][0])
@@ -59,42 +53,3 @@ def _devices_heads(heads: dict[str, Any]) -> list[list[tuple[int | None, list[in
     """Of each device, each key/value head with its query heads; None is a padded head."""
     pairs = zip(heads["key_value"], heads["query"], strict=True)
     return [list(zip(kv, query, strict=True)) for kv, query in pairs][:_MOST_DEVICES]
-
-
-def _plot(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Coordinates of the plot: a line a mesh, relative difference over the operations."""
-    operations = rows[0]["operations"][:-1]
-    step = (_WIDTH - _LEFT - 20) / max(1, len(operations) - 1)
-    top, drawn = 12, _HEIGHT - _BOTTOM - 12
-    every = -(-len(operations) // 16)
-    return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "left": _LEFT,
-        "floor": top + drawn,
-        "lines": [
-            {
-                "mesh": row["mesh"],
-                "points": [
-                    (round(_LEFT + i * step, 1), round(top + drawn * (1 - height(value)), 1))
-                    for i, value in enumerate(row["divergence"])
-                ],
-            }
-            for row in rows
-        ],
-        "ticks": [
-            (round(top + drawn * (1 - height(10.0**power)), 1), power)
-            for power in range(SMALLEST, LARGEST + 1, 2)
-        ],
-        "labels": [
-            (round(_LEFT + i * step, 1), _short(name))
-            for i, name in enumerate(operations)
-            if i % every == 0
-        ],
-    }
-
-
-def _short(operation: str) -> str:
-    """A name that fits under the plot: `3:MLP output` becomes `3 mlp`."""
-    layer, _, name = operation.rpartition(":")
-    return f"{layer} {name[:3].lower()}" if layer else name.split()[-1]
