@@ -795,6 +795,27 @@ FAULTS = (
         "verify_localise",
     ),
     _fault(
+        "activations: no operation is computed from the file's inputs",
+        "verify/activations.py",
+        "np.bool_(go_on_with_given)",
+        "np.bool_(False)",
+        "verify_activations",
+    ),
+    _fault(
+        "activations: a layer's output does not take the place of the residual stream",
+        "verify/recording.py",
+        "if output not in self.given:",
+        "if True:",
+        "verify_activations",
+    ),
+    _fault(
+        "activations: an archive is unpacked beyond what its header asks for",
+        "verify/activation_file.py",
+        "if self.info.file_size != self.offset + nbytes:",
+        "if False:",
+        "verify_activation_file",
+    ),
+    _fault(
         "certificate: other weights are not told",
         "verify/certificate.py",
         'if before["weights_sha256"] != after["weights_sha256"]:',

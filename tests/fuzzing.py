@@ -6,8 +6,10 @@ some files in each run of the tests, `scripts/fuzz.py` (`make fuzz`) as many as 
 """
 
 import importlib.util
+import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -15,7 +17,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
 import speller
 from checkpoint_writers import CONFIG, float_gguf_tensors, random_weights, write_folder, write_gguf
@@ -26,6 +30,7 @@ from meshwen.common.arguments import token_ids
 from meshwen.common.contained import Contained
 from meshwen.common.json_files import parse_json
 from meshwen.common.paths import user_path
+from meshwen.engine.options import EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.evals.problems import read_problems
@@ -34,8 +39,10 @@ from meshwen.evals.styles import STYLES
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.parallel.mesh import MeshSpec
 from meshwen.tokenizer.tokenizer import Tokenizer
+from meshwen.verify.activation_file import read_activations
 from meshwen.verify.certificate_file import FORMAT as CERTIFICATE
 from meshwen.verify.certificate_file import as_json, read_certificate, with_hash
+from meshwen.verify.operations import modules
 from meshwen.verify.reference import read_golden
 
 FINDINGS = Path(__file__).parent / "data" / "fuzz"
@@ -251,6 +258,31 @@ def _written(write: Callable[[Path], object]) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def _read_activations(path: Path) -> None:
+    model = EngineOptions().parallel_model(Qwen2Config.from_dict(CONFIG), AbstractMesh((), ()))
+    read_activations(path, model.config, modules(model.weights))
+
+
+def _activations() -> bytes:
+    ids, values = np.array([[1, 2, 3]]), np.ones((1, 3, CONFIG["hidden_size"]), np.float32)
+    arrays = {"input_ids": ids, "model.embed_tokens": values, "model.layers.0.mlp": values}
+    return _written(lambda folder: np.savez(folder / "a.npz", **arrays))["a.npz"]
+
+
+@st.composite
+def _altered_arrays(draw: Any) -> bytes:
+    """An archive that is whole, with one of its arrays altered."""
+    with zipfile.ZipFile(io.BytesIO(_activations())) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    changed = draw(st.sampled_from(sorted(members)))
+    members[changed] = draw(altered_bytes(members[changed][:200])) + members[changed][200:]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
 def _safetensors() -> bytes:
     return _written(lambda folder: write_folder(folder, random_weights()))["model.safetensors"]
 
@@ -430,6 +462,11 @@ def targets() -> dict[str, Target]:
         "reference-outputs": _json(
             partial(_read_file, read_golden),
             {"cases": [{"input_ids": [1], "greedy": [2], "margins": [0.5]}]},
+        ),
+        "activations": Target(
+            partial(_read_file, _read_activations),
+            _activations,
+            altered_bytes(_activations()) | _altered_arrays(),
         ),
         "run-file": _lines(
             partial(_read_file, RunFile.read),

@@ -62,21 +62,34 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 def logits(weights: dict[str, np.ndarray], config: ModelConfig, token_ids: list[int]) -> np.ndarray:
     """Logits of one sequence: float64 [T, V]."""
+    return activations(weights, config, token_ids)["lm_head"]
+
+
+def activations(
+    weights: dict[str, np.ndarray], config: ModelConfig, token_ids: list[int]
+) -> dict[str, np.ndarray]:
+    """What each module of Hugging Face's model gives for one sequence: float64 [T, D] or [T, V]."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     x = np.stack([w["model.embed_tokens.weight"][token] for token in token_ids])
+    found = {"model.embed_tokens": x}
     for i in range(config.num_hidden_layers):
         layer = {k.split(".", 3)[3]: v for k, v in w.items() if k.startswith(f"model.layers.{i}.")}
         sliding = config.layer_types[i] == "sliding_attention"
         window = config.sliding_window if sliding else None
         h = _norm(x, layer["input_layernorm.weight"], config.rms_norm_eps)
-        x = x + _attention(layer, h, config, window)
-        h = _norm(x, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
-        gate = h @ layer["mlp.gate_proj.weight"].T
-        up = h @ layer["mlp.up_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+        attention = _attention(layer, h, config, window)
+        x = x + attention
+        normed = _norm(x, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
+        gate = normed @ layer["mlp.gate_proj.weight"].T
+        up = normed @ layer["mlp.up_proj.weight"].T
+        mlp = (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+        x = x + mlp
+        name = f"model.layers.{i}"
+        found |= {f"{name}.input_layernorm": h, f"{name}.self_attn": attention}
+        found |= {f"{name}.post_attention_layernorm": normed, f"{name}.mlp": mlp, name: x}
     x = _norm(x, w["model.norm.weight"], config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return x @ w[head].T
+    return {**found, "model.norm": x, "lm_head": x @ w[head].T}
 
 
 def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

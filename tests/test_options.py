@@ -46,7 +46,7 @@ COMMANDS = {
     "verify": (LOADING - {"mesh"})
     | PROCESSES
     | {"model", "meshes", "prompts", "max_new_tokens", "golden", "reference", "json", "html"}
-    | {"against", "self_test"},
+    | {"against", "self_test", "activations", "tolerance", "pcc"},
     "eval gsm8k": ASKING | PROCESSES | {"mesh"},
     "eval meshes": ASKING | PROCESSES | {"meshes", "require"},
     "eval compare": {"require", "html", "json"},

@@ -17,6 +17,7 @@ from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.load import opened
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import read_prompts
+from meshwen.cli.verify_activations import compare_file, one_run
 from meshwen.common.choices import NUMERICS
 from meshwen.common.option_fields import Option
 from meshwen.engine.options import EngineOptions
@@ -98,7 +99,43 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    json_file: Annotated[Path | None, _file("--json", "Write a certificate.")] = None,
+    activations: Annotated[
+        Path | None,
+        _file(
+            "--activations",
+            "Compare with activations that another stack wrote with numpy.savez, and name the "
+            "operation that is wrong; on one mesh, by default one device. See docs/verify.md.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        options.declared(
+            Option(
+                "With --activations: the largest difference allowed at a position, of the largest "
+                "value there. Default: by dtype; 0.001 in float32.",
+                type=float,
+                least=0,
+            ),
+            "--tolerance",
+            show_default=False,
+        ),
+    ] = None,
+    pcc: Annotated[
+        float | None,
+        options.declared(
+            Option(
+                "With --activations: the least Pearson correlation allowed. Default: 0.99.",
+                type=float,
+                least=-1,
+                most=1,
+            ),
+            "--pcc",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, _file("--json", "Write a certificate; with --activations a report.")
+    ] = None,
     html_file: Annotated[Path | None, _file("--html", "Write a report, one HTML file.")] = None,
     against: Annotated[
         Path | None,
@@ -112,8 +149,8 @@ def verify(
     """Check that every mesh gives what one device gives.
 
     All meshes compute the logits of the same tokens, which are compared with the first mesh's. The
-    collectives of the compiled step are counted. Exit status 1: a promise was broken, or the
-    outcome is not the certificate's.
+    collectives of the compiled step are counted. Exit status 1: a promise was broken, the outcome
+    is not the certificate's, or an activation is outside of the tolerance.
     """
     from meshwen.checkpoints.digest import weights_sha256
     from meshwen.engine.agreement import check_model, same_weights
@@ -123,6 +160,21 @@ def verify(
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.reference import transformers_cases
 
+    for file in (json_file, html_file):
+        check_writable(file)
+    if activations is not None:
+        given = {
+            "--prompts": prompts,
+            "--golden": golden,
+            "--reference": reference,
+            "--against": against,
+            "--self-test": self_test or None,
+            "--max-new-tokens": max_new_tokens,
+        }
+        engine = one_run(given, loading, meshes, numerics, dtype)
+        return compare_file(model, activations, engine, tolerance, pcc, json_file, html_file)
+    if tolerance is not None or pcc is not None:
+        raise MeshwenError("--tolerance and --pcc are for --activations: leave them out")
     _check_together(prompts, golden, reference, against, self_test, max_new_tokens)
     before, cases = _read_together(against, golden)
     if meshes is None:
@@ -135,8 +187,6 @@ def verify(
         loading = replace(loading, quantization=before.get("quantization"))
     quantization = loading.quantization
     chosen = _numerics(numerics, before)
-    for file in (json_file, html_file):
-        check_writable(file)
     enable_compilation_cache()
     with opened(model, loading) as checkpoint:
         digest = None

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far logits are from a reference, and whether that can change a greedy token."""
+"""How far logits and activations are from a reference; whether that can change a greedy token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Integer
+from jaxtyping import Float, Float32, Integer
 
 Logits = Float32[np.ndarray, "prompts positions vocab"]
 
@@ -105,3 +105,62 @@ def sampler_shortfall(logits: Logits, tokens: Integer[np.ndarray, "prompts posit
         return float("inf")
     taken = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return float((logits.max(axis=-1) - taken).max() / np.abs(logits).max())
+
+
+@dataclass(frozen=True)
+class Distance:
+    """An activation of all prompts and positions, against the reference's.
+
+    Attributes:
+        pcc: Pearson correlation of all values.
+        max_abs: the largest difference.
+        relative: the largest difference at a position in units of the reference's largest value
+            there; of the position where it is largest. So a position with large values, as the
+            first ones often have, hides no error at another.
+        at: (prompt, position, element) of the difference that `relative` states.
+    """
+
+    pcc: float
+    max_abs: float
+    relative: float
+    at: tuple[int, int, int]
+
+
+def distance(
+    reference: Float[np.ndarray, "prompts positions size"],
+    found: Float[np.ndarray, "prompts positions size"],
+) -> Distance:
+    """Compares an activation, in float64, a prompt at a time so that little memory is needed."""
+    assert reference.shape == found.shape
+    with np.errstate(all="ignore"):
+        return _distance(reference, found)
+
+
+def _distance(reference: np.ndarray, found: np.ndarray) -> Distance:
+    largest, scale, where = [], [], []
+    means = [array.mean(dtype=np.float64) for array in (reference, found)]
+    sums = np.zeros(3)  # Of squares and products of what is beyond the means.
+    for r, f in zip(reference, found, strict=True):
+        wide, other = r.astype(np.float64), f.astype(np.float64)
+        difference = np.abs(wide - other)
+        largest.append(difference.max(axis=-1))
+        where.append(difference.argmax(axis=-1))
+        scale.append(np.abs(wide).max(axis=-1))
+        x, y = wide - means[0], other - means[1]
+        sums += [np.vdot(x, x), np.vdot(y, y), np.vdot(x, y)]
+    most, of = np.stack(largest), np.stack(scale)
+    relative = np.nan_to_num(most / np.where(of == 0, 1, of), nan=np.inf, posinf=np.inf)
+    prompt, position = np.unravel_index(relative.argmax(), relative.shape)
+    return Distance(
+        pcc=_correlation(*sums),
+        max_abs=float(most.max()),
+        relative=float(relative[prompt, position]),
+        at=(int(prompt), int(position), int(where[prompt][position])),
+    )
+
+
+def _correlation(xx: float, yy: float, xy: float) -> float:
+    """Pearson's, of sums of squares and products; of a constant: 1 with another one, else 0."""
+    if xx == 0 or yy == 0:
+        return float(xx == yy)
+    return float(min(1.0, max(-1.0, xy / (xx * yy) ** 0.5)))
