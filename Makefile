@@ -28,7 +28,7 @@ pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-co
 install = $(1)/bin/python scripts/requirements.py $(2) > $(1)/requirements.txt && \
   $(pip) -r $(1)/requirements.txt $(3) && $(pip) --no-build-isolation --no-deps -e .
 
-.PHONY: demo test test-hermetic test-real test-torch test-harness check fuzz lint format kernels wheels clean
+.PHONY: demo test test-hermetic test-real test-torch test-harness test-tt check fuzz lint format kernels wheels clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/meshwen generate --mesh 1x8 --temperature 0 \
@@ -55,6 +55,11 @@ test-torch: $(VENV)-torch/.installed
 test-harness: $(VENV)-harness/.installed
 	$(VENV)-harness/bin/python -c 'import lm_eval'
 	$(VENV)-harness/bin/python -m pytest tests/test_evals_harness.py $(PYTEST_FLAGS)
+
+# The loader for Tenstorrent's tt-forge-models, called as their runner calls it, with their versions.
+TT_LOADER := integrations/tt_forge_models/qwen_2_5/causal_lm/jax
+test-tt: $(VENV)-tt/.installed
+	PYTHONPATH=src $(VENV)-tt/bin/python tests/tt_harness/run.py
 
 # Format, lint, types, and the tests near what has changed since the last commit, in under a minute.
 check: $(VENV)/.installed-dev
@@ -113,6 +118,11 @@ $(VENV)-torch/.installed: pyproject.toml $(KERNELS)
 $(VENV)-harness/.installed: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)-harness
 	$(call install,$(VENV)-harness,dev lm-eval)
+	@touch $@
+
+$(VENV)-tt/.installed: $(TT_LOADER)/requirements.txt
+	$(PYTHON) -m venv $(VENV)-tt
+	$(call pip,$(VENV)-tt) jax==0.7.1 jaxlib==0.7.1 flax==0.10.4 -r $<
 	@touch $@
 
 clean:

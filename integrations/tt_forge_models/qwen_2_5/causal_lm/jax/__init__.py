@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2.5 for causal language modelling."""
