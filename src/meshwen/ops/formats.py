@@ -69,6 +69,13 @@ class Packed(ABC):
             factors: [in, out] of -1, 0 and 1.
         """
 
+    def repackable(self) -> Array:
+        """One device's part [out, in], as a checkpoint has it: `Format.pack` gives the same bits.
+
+        In its dtype; of a format that rounds, float32.
+        """
+        return self.unpacked().T
+
     def columns(self, index: Array) -> Array:
         """Columns of one device's part: int [...] -> [..., in]."""
         raise TypeError(f"columns of {self.format.name} cannot be looked up")

@@ -88,6 +88,13 @@ def unflatten(leaves: Iterable[tuple[str, Any]] | Mapping[str, Any]) -> dict[str
     return _lists(tree)
 
 
+def at(tree: Any, path: str) -> Any:
+    """The leaf of a nested dict at a dotted name."""
+    for key in path.split("."):
+        tree = tree[int(key) if isinstance(tree, list) else key]
+    return tree
+
+
 def updated(tree: Any, path: str, change: Callable[[Any], Any]) -> Any:
     """A nested dict with another leaf at a dotted name; what is beside it is shared."""
     if not path:

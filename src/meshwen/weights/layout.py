@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -14,8 +16,10 @@ from jax.sharding import NamedSharding
 
 from meshwen.ops.formats import Format, array_bytes
 from meshwen.ops.weight import Weight
+from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.declaration import WeightDeclaration, unflatten
+from meshwen.weights.source import Index
 
 
 @dataclass(frozen=True)
@@ -183,3 +187,23 @@ class WeightTable:
             tree = self.plan.leaf_tree(declared.axes[-1])
         format = self.format if multiplied else None
         return WeightLayout(declared, path, self.plan, multiplied, format, tree)
+
+
+def matching_slices(positions: Sequence[np.ndarray]) -> Iterator[tuple[Index, Index]]:
+    """Which slices of a part of a tensor are which slices of the tensor; padding is in none.
+
+    Args:
+        positions: of each axis of the part, which position of the tensor's stands where.
+    """
+    for corner in product(*(list(_runs(of_axis)) for of_axis in positions)):
+        yield tuple(here for here, _ in corner), tuple(there for _, there in corner)
+
+
+def _runs(positions: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Runs of consecutive positions, padding left out: (slice of the part, of the original)."""
+    breaks = (np.diff(positions) != 1) | (positions[:-1] == PADDING)
+    edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(positions)]
+    for start, stop in pairwise(edges):
+        first = int(positions[start])
+        if first != PADDING:
+            yield slice(start, stop), slice(first, first + stop - start)

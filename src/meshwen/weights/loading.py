@@ -6,7 +6,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from meshwen.runtime.jax_settings import Program, own_settings
 from meshwen.runtime.memory import free_bytes
 from meshwen.weights.declaration import Params, unflatten
 from meshwen.weights.finite import check_finite
-from meshwen.weights.layout import WeightLayout, WeightTable
+from meshwen.weights.layout import WeightLayout, WeightTable, matching_slices
 from meshwen.weights.source import TensorSource, WeightFile
 
 # Told the number of weights placed so far, and of all.
@@ -200,7 +199,7 @@ def _place_leaf(
     arrays = []
     for device, index in places:
         own = part(index).T if weight.inputs_first else part(index)
-        arrays.append(jax.block_until_ready(jax.device_put(_copy(own, dtype), device)))
+        arrays.append(jax.block_until_ready(jax.device_put(row_major(own, dtype), device)))
     return jax.make_array_from_single_device_arrays(shape, weight.sharding, arrays)
 
 
@@ -247,11 +246,7 @@ def _packed(
 
 def _read(source: TensorSource, positions: list[np.ndarray]) -> np.ndarray:
     """The tensor at positions of each axis, zeros where they are `PADDING`."""
-    runs = [list(_runs(of_axis)) for of_axis in positions]
-    pieces = [
-        (tuple(target for target, _ in corner), tuple(original for _, original in corner))
-        for corner in product(*runs)
-    ]
+    pieces = list(matching_slices(positions))
     shape = tuple(len(of_axis) for of_axis in positions)
     if len(pieces) == 1 and pieces[0][0] == tuple(slice(0, size) for size in shape):
         return source.read(pieces[0][1])
@@ -261,17 +256,7 @@ def _read(source: TensorSource, positions: list[np.ndarray]) -> np.ndarray:
     return part
 
 
-def _runs(positions: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Runs of consecutive positions, padding left out: (slice of the part, of the original)."""
-    breaks = (np.diff(positions) != 1) | (positions[:-1] == PADDING)
-    edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(positions)]
-    for start, stop in pairwise(edges):
-        first = int(positions[start])
-        if first != PADDING:
-            yield slice(start, stop), slice(first, first + stop - start)
-
-
-def _copy(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
+def row_major(part: np.ndarray, dtype: jnp.dtype) -> np.ndarray:
     """A row-major copy in `dtype`."""
     result = _aligned(part.shape, dtype)
     if part.flags.c_contiguous or part.ndim < 2:

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from meshwen.ops.formats import Bounds, Format, Packed
-from meshwen.ops.quant.int8 import GROUP, INT8_BOUNDS, dequantized, quantized, whole_groups
+from meshwen.ops.quant.int8 import (
+    GROUP,
+    INT8_BOUNDS,
+    dequantized,
+    quantized,
+    requantizable,
+    whole_groups,
+)
 
 COLUMNS = 32  # of a panel
 STEP = 4  # bytes of a column
@@ -53,11 +60,24 @@ class Panels(Packed):
 
     def unpacked(self) -> Array:
         """The weight, or what int8 stands for: [in, out] in its dtype."""
-        values = _rows(self.values)
-        if self.scales is not None:
-            scales = self.scales.swapaxes(1, 2).reshape(len(values), -1)
+        values, scales = self._rows()
+        if scales is not None:
             values = dequantized(values, scales)
         return values.astype(self.dtype)[: self.shape[1], : self.shape[0]].T
+
+    def repackable(self) -> Array:
+        """[out, in] that `pack` makes the same panels of."""
+        values, scales = self._rows()
+        if scales is not None:
+            values = requantizable(values, scales)
+        return values[: self.shape[1], : self.shape[0]]
+
+    def _rows(self) -> tuple[Array, Array | None]:
+        """Values [out, in] and scales [out, groups], with their padding."""
+        values = _rows(self.values)
+        if self.scales is None:
+            return values, None
+        return values, self.scales.swapaxes(1, 2).reshape(len(values), -1)
 
     def times(self, factors: Array) -> Panels:
         """The values times -1, 0 or 1, with the scales that they have: see `Packed.times`."""

@@ -57,6 +57,10 @@ class Int8(Packed):
         """The numbers that it stands for: [in, out] in its dtype."""
         return dequantized(self.values, self.scales).astype(self.dtype)[:, : self.shape[0]].T
 
+    def repackable(self) -> Array:
+        """float32 [out, in] that `quantized` makes the same values and scales of."""
+        return requantizable(self.values, self.scales)[:, : self.shape[0]]
+
     def times(self, factors: Array) -> Int8:
         """The values times -1, 0 or 1, with the scales that they have: see `Packed.times`."""
         return replace(self, values=self.values * whole_groups(factors.T).astype(jnp.int8))
@@ -116,6 +120,23 @@ def dequantized(values: Array, scales: Array) -> Array:
     """The numbers that `quantized` stands for: float32 [out, in]."""
     grouped = values.reshape(*scales.shape, GROUP).astype(jnp.float32)
     return (grouped * scales.astype(jnp.float32)[..., None]).reshape(values.shape)
+
+
+def requantizable(values: Array, scales: Array) -> Array:
+    """Numbers that `quantized` makes these values and scales of: float32 [out, in].
+
+    What they stand for. But where a group's largest size is 126, not 127, 126 times the scale would
+    be given a smaller scale: there it is half way between the least that keeps the scale, which is
+    127 times the next smaller one, and 126.5, which is the most that is rounded to 126.
+    """
+    grouped, factors = values.reshape(*scales.shape, GROUP), scales[..., None]
+    sizes = jnp.abs(grouped)
+    smaller = jax.lax.bitcast_convert_type(factors, jnp.uint16) - 1
+    smaller = jax.lax.bitcast_convert_type(smaller, jnp.bfloat16).astype(jnp.float32)
+    factors = factors.astype(jnp.float32)
+    kept = jnp.sign(grouped) * (127 * smaller + 126.5 * factors) / 2
+    short = (sizes == 126) & (sizes.max(axis=2, keepdims=True) == 126)
+    return jnp.where(short, kept, grouped * factors).reshape(values.shape)
 
 
 def _rounded_up(x: Array) -> Array:
