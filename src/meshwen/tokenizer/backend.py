@@ -101,6 +101,9 @@ class Encoder(Protocol):
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return a text's token ids. Raises MeshwenError where the tokenizer fails."""
 
+    def to_json(self) -> str:
+        """Return the text of a tokenizer.json that makes it again. Raises as `encode`."""
+
 
 def encoder(content: Content, where: str) -> Encoder:
     """Make what encodes text as a tokenizer.json says.
@@ -128,6 +131,11 @@ class InProcess:
         with _library_errors(self._where):
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def to_json(self) -> str:
+        """See `Encoder`."""
+        with _library_errors(self._where):
+            return self._backend.to_str(pretty=True)
+
 
 class InOwnProcess:
     """Encodes in a process of its own, in bounded time and memory."""
@@ -141,6 +149,10 @@ class InOwnProcess:
         """See `Encoder`."""
         request = {"text": text, "add_special_tokens": add_special_tokens}
         return list(self._process.ask(request)["ids"])
+
+    def to_json(self) -> str:
+        """See `Encoder`."""
+        return str(self._process.ask({})["tokenizer"])
 
 
 def build(content: Content) -> tokenizers.Tokenizer:

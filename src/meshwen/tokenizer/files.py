@@ -70,6 +70,7 @@ class TokenizerParts:
         special_tokens: the text of `eos_token`, `pad_token`, `bos_token`, ..., where there is one.
         templates: chat templates by name.
         more_eos_token_ids: ids that end a text besides `eos_token`.
+        splits_special_tokens: whether special tokens in a text are text.
     """
 
     encoder: Encoder
@@ -78,6 +79,7 @@ class TokenizerParts:
     special_tokens: Mapping[str, str]
     templates: Mapping[str, str]
     more_eos_token_ids: tuple[int, ...] = ()
+    splits_special_tokens: bool = False
 
 
 def read_folder(folder: Path) -> TokenizerParts:
@@ -291,6 +293,7 @@ def _parts(
         special_tokens,
         templates,
         more_eos_token_ids,
+        content.get("split_special_tokens", False),
     )
 
 

@@ -12,6 +12,7 @@ from meshwen.common.paths import user_path
 from meshwen.errors import MeshwenError
 from meshwen.tokenizer.chat_template import ChatTemplate, Message
 from meshwen.tokenizer.files import TokenizerParts, read_folder, read_gguf
+from meshwen.tokenizer.saving import tokenizer_files
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -50,7 +51,7 @@ class Tokenizer:
 
     def __init__(self, parts: TokenizerParts):
         """Take what a checkpoint says about its tokenizer."""
-        self._encoder = parts.encoder
+        self._parts, self._encoder = parts, parts.encoder
         self._ids = parts.vocab
         self._tokens = {index: token for token, index in parts.vocab.items()}
         self._special_tokens = parts.special_tokens
@@ -121,6 +122,16 @@ class Tokenizer:
             "merges and splits": self.encode(_PROBE),
             "chat template": templates,
         }
+
+    def files(self) -> dict[str, str]:
+        """Return the text of the files that `from_folder` and transformers read, by name.
+
+        They give the same ids, texts and chat prompts; of `eos_token_ids`, the first alone.
+
+        Raises:
+            MeshwenError: an unusual tokenizer exceeds the limits on time and memory.
+        """
+        return tokenizer_files(self._parts)
 
     @property
     def vocab_size(self) -> int:
