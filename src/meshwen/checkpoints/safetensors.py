@@ -2,9 +2,13 @@
 """Safetensors files, single or sharded: views of the mapped file, bit for bit.
 
 The safetensors library validates a file (sizes, gaps, overlaps, known dtypes); the tensors are then
-viewed in a mapping of our own, because the library copies every slice that it hands out.
+viewed in a mapping of our own, because the library copies every slice that it hands out. To write a
+file, it wants all of its tensors in memory at once: `write_safetensors` has one at a time there.
 """
 
+import json
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,6 +33,7 @@ INDEX = "model.safetensors.index.json"
 
 _LARGEST_HEADER = 1 << 24  # bytes: a thousand times that of Qwen2.5-72B, whose 963 tensors it names
 _LONGEST_REASON = 200  # characters: the library repeats what it has read
+_ALIGNMENT = 8  # bytes of a header, so that what follows it may be mapped
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -107,6 +112,33 @@ def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
             offset=8 + header_bytes + start,
         )
     return tensors
+
+
+def write_safetensors(path: Path, tensors: Sequence[TensorSource]) -> None:
+    """Writes a new file of tensors, one after the other, and has it on the disk.
+
+    Raises:
+        OSError: it is there, or cannot be written.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    # transformers wants to be told that the layout is PyTorch's.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(np.ascontiguousarray(tensor.read()).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _one_line(error: Exception) -> str:

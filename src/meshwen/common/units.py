@@ -3,6 +3,13 @@
 
 from __future__ import annotations
 
+import re
+
+from meshwen.common.arguments import brief
+from meshwen.errors import MeshwenError
+
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
 
 def bytes_text(count: float) -> str:
     """A number of bytes in decimal units with three digits: 15.2 GB."""
@@ -13,6 +20,22 @@ def bytes_text(count: float) -> str:
     if unit == "B":
         return f"{count:.0f} B"
     return f"{count:.{max(0, 2 - len(str(int(count))) + 1)}f} {unit}"
+
+
+def bytes_number(name: str, value: int | str) -> int:
+    """A number of bytes, which may be text such as "5GB" or "200MiB", as transformers takes it.
+
+    Raises:
+        MeshwenError: it is neither, or below 1; `name` says whose it is.
+    """
+    found = value
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,18}) *([KMG]I?B)", value.upper())):
+        found = int(match[1]) * _BYTES[match[2]]
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise MeshwenError(
+            f'{name} must be a number of bytes, or text such as "5GB", not {brief(value)}'
+        )
+    return found
 
 
 def count_text(count: int) -> str:
