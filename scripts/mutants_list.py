@@ -605,6 +605,27 @@ FAULTS = (
         "loading",
     ),
     _fault(
+        "saving: every leaf has the places of the first",
+        "weights/saving.py",
+        "self.layout.positions(number)",
+        "self.layout.positions(0)",
+        "saving",
+    ),
+    _fault(
+        "saving: a group's largest number is half a step of int8 smaller",
+        "ops/quant/int8.py",
+        "return jnp.where(short, kept, grouped * factors)",
+        "return jnp.where(False, kept, grouped * factors)",
+        "saving",
+    ),
+    _fault(
+        "saving: config.json is moved with the others",
+        "checkpoints/writing.py",
+        "        if file.name != CONFIG:\n            file.replace",
+        "        if file.name:\n            file.replace",
+        "checkpoints_writing",
+    ),
+    _fault(
         "loading: NaN weights are taken",
         "weights/finite.py",
         "    if _all_below(values, _first_infinite(dtype)):",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fsdecode
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +18,11 @@ from jax.typing import ArrayLike
 
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.checkpoints.generation_config import check_generation_config
+from meshwen.checkpoints.writing import write_checkpoint
 from meshwen.common.arguments import brief, one_prompt, several_prompts
+from meshwen.common.json_files import to_json
 from meshwen.common.option_fields import check_names, documented
+from meshwen.common.units import bytes_number
 from meshwen.engine.agreement import check_model
 from meshwen.engine.engine import Engine
 from meshwen.engine.generation_config import unsupported
@@ -37,6 +41,7 @@ from meshwen.runtime.jax_settings import own_settings
 from meshwen.tokenizer.chat_template import check_template_kwargs
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.loading import Progress, dummy_params, load_params
+from meshwen.weights.saving import held_tensors
 
 # Text, token ids, or the messages of a conversation.
 AnyPrompt = str | Iterable[int] | Sequence[Mapping[str, Any]]
@@ -183,6 +188,53 @@ class CausalLM:
                 f"with {config.architecture} or AutoModelForCausalLM, not {cls.__name__}"
             )
         return cls
+
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the model as a checkpoint folder that this package and transformers load.
+
+        `config.json`, `generation_config.json`, the tokenizer's files and safetensors, under
+        Hugging Face's names: whatever the mesh, without its padding and copies. Loaded with the
+        same options it gives the same bits. Beside the model, one weight at a time is in memory.
+        Hugging Face's layout has no int8 as it is here: such a model is written as float32 numbers
+        that are quantised to the same int8, which a warning says.
+
+        Args:
+            folder: made if it is missing.
+            max_shard_size: of a file of weights: bytes, or text such as "5GB" or "500MiB".
+            overwrite: replace the files of a checkpoint in the folder; other files stay.
+
+        Raises:
+            MeshwenError: the folder has files of a checkpoint, or cannot be written (then nothing
+                is left of it); or the mesh spans several processes.
+        """
+        most = bytes_number("max_shard_size", max_shard_size)
+        if self.mesh.is_multi_process:
+            raise MeshwenError(
+                "each process holds a part of the weights: load the model in one process to save it"
+            )
+        tensors = held_tensors(self.params, self.runner.model.weights)
+        [dtype] = {tensor.dtype.name for tensor in tensors.values()}
+        if quantization := self.runner.model.quantization:
+            warnings.warn(
+                f"{quantization} weights are saved as {dtype} numbers: load the folder with "
+                f"quantization={quantization!r} to have the same",
+                stacklevel=2,
+            )
+        config = replace(self.config, torch_dtype=dtype).to_dict()
+        files = {"config.json": to_json(config, indent=2)}
+        if self.generation_config:
+            files["generation_config.json"] = to_json(dict(self.generation_config), indent=2)
+        if self.tokenizer is None:
+            warnings.warn("the model has no tokenizer, so the folder has none", stacklevel=2)
+        else:
+            files |= self.tokenizer.files()
+        write_checkpoint(folder, files, tensors, max_shard_bytes=most, overwrite=overwrite)
 
     @own_settings()
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
