@@ -38,7 +38,7 @@ VARIABLE = "MESHWEN_TARGET"  # The target of an installation: one of TARGETS, or
 NONE = "none"
 CC = "MESHWEN_CC"  # A command, such as `cc`, that compiles for this machine instead.
 # What is installed to compile: the compiler; a header, of any version that the package runs with.
-ZIGLANG, JAXLIB = "ziglang>=0.17,<0.18", "jaxlib>=0.10,<0.13"
+ZIGLANG, JAXLIB = "ziglang>=0.17,<0.18", "jaxlib>=0.7.1,<0.13"
 
 
 class Target(NamedTuple):

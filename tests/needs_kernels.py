@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why this machine can have no kernels, if so; found without asking them."""
+"""What tests need of this machine and its jax: kernels, found without asking them; YNNPACK."""
 
 import os
 import platform
 from pathlib import Path
 
 import pytest
+
+from meshwen.runtime.jax_versions import jaxlib_version, multiplies_by_ynnpack
 
 
 def _reason() -> str:
@@ -23,3 +25,8 @@ def _reason() -> str:
 
 # Where nothing is missing, tests run, and fail if there are no kernels.
 needs_kernels = pytest.mark.skipif(bool(_reason()), reason=_reason())
+
+needs_ynnpack = pytest.mark.skipif(
+    not multiplies_by_ynnpack(),
+    reason=f"jaxlib {jaxlib_version()}: XLA's bfloat16 matmuls have one order from 0.8.1 on",
+)

@@ -20,6 +20,7 @@ from mesh_model import (
     shared_model,
 )
 from meshwen.errors import MeshwenError
+from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.attention import weighted_values
 from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -29,6 +30,8 @@ from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING, subtree_head_layout
 from meshwen.parallel.mesh import make_mesh
 from meshwen.parallel.plan import ParallelPlan
+from meshwen.runtime import jax_versions
+from needs_kernels import needs_ynnpack
 
 BATCH, LENGTH, SLOTS = 4, 16, 32
 # One layer: whole models are `test_exact_models.py`'s and the engine's.
@@ -37,6 +40,13 @@ HEADS_14 = replace(SMALL_HALF_B, num_hidden_layers=1, layer_types=())
 DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+every_dtype_of_xla = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(np.float32, id="float32"),
+        pytest.param(jnp.bfloat16, id="bfloat16", marks=needs_ynnpack),
+    ],
+)
 # Each mesh once, with one dtype and one head count.
 every_layout = pytest.mark.parametrize(
     ("config", "dtype", "mesh"),
@@ -115,7 +125,7 @@ def test_a_prompt_read_in_chunks_or_token_by_token_gives_the_same_bits(config, d
         assert_same_bits(np.concatenate(found, axis=1), forward(config, "1", dtype))
 
 
-@every_dtype
+@every_dtype_of_xla
 def test_bits_are_the_same_on_every_mesh_without_the_kernels_too(dtype, monkeypatch):
     monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     token_ids, V = random_tokens(HEADS_28, BATCH, LENGTH), HEADS_28.vocab_size
@@ -160,7 +170,7 @@ def column(x: jax.Array, weight: jax.Array) -> jax.Array:
     return ops.column(x, {"weight": Weight((weight,), inputs_first=True)})
 
 
-@every_dtype
+@every_dtype_of_xla
 @pytest.mark.parametrize(("inner", "columns"), [(128, 512), (128, 4096), (448, 18944), (896, 4864)])
 def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner, columns):
     # Among them shapes where Eigen shares longer sums among threads: few rows and many columns.
@@ -183,7 +193,9 @@ def test_a_product_has_one_order_for_any_number_of_rows_and_columns(dtype, inner
         assert_same_bits(part, expected[:40, :n])
 
 
-@pytest.mark.parametrize("function", [jnp.exp, jax.nn.silu, jnp.log1p], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [jnp.exp, jax.nn.silu, jnp.log, jnp.cos], ids=lambda f: f.__name__
+)
 def test_a_function_has_one_approximation_for_any_width_and_surroundings(function):
     pointwise = Exact().pointwise
     x = np.random.default_rng(0).uniform(0, 20, (2048, 15)).astype(np.float32)
@@ -299,6 +311,16 @@ def test_pieces_of_heads_are_subtrees_of_one_tree(query, key_value, devices):
     piece = max(1, whole * key_value // max(devices, key_value))
     for first in slots[slots[:, 0] != PADDING, 0]:
         assert first % group % piece == 0
+
+
+@pytest.mark.parametrize("version", ["0.7.1", "0.8.0"])
+def test_bfloat16_without_the_kernels_is_refused_where_xla_has_no_one_order(version, monkeypatch):
+    monkeypatch.setattr(jax_versions.metadata, "version", lambda package: version)
+    model = partial(ParallelModel, HEADS_28, make_mesh("1"), kernels=False)
+    model(jnp.bfloat16)
+    model(jnp.float32, numerics="exact")
+    with pytest.raises(MeshwenError, match=rf"need the kernels or jax 0\.8\.1, not {version}"):
+        model(jnp.bfloat16, numerics="exact")
 
 
 def test_what_exact_numerics_cannot_do_is_refused():

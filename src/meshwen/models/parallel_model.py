@@ -53,8 +53,8 @@ class ParallelModel:
         data_names: the mesh's axes that split the batch: see `meshwen.parallel.plan.ParallelPlan`.
 
     Raises:
-        MeshwenError: there are no such numerics, or none for this model on this mesh; or there is
-            no such quantization.
+        MeshwenError: there are no such numerics, or none for this model on this mesh or for this
+            dtype; or there is no such quantization.
     """
 
     config: ModelConfig
@@ -71,6 +71,8 @@ class ParallelModel:
         check_choice("numerics", self.numerics, NUMERICS)
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         _ = self.plan  # Refuses what has no layout.
+        if self.numerics == "exact":
+            self.backend.check_ordered(self.dtype)
 
     @cached_property
     def architecture(self) -> Architecture:

@@ -63,6 +63,13 @@ class Backend:
         """Options of XLA's compiler; `ordered` where sums must keep their order."""
         return None
 
+    def check_ordered(self, dtype: jnp.dtype) -> None:
+        """Refuses a dtype of weights and cache whose sums are known to have no one order here.
+
+        Raises:
+            MeshwenError: the dtype is such.
+        """
+
     def matmul(
         self, x: Float[Array, "M in"], leaf: Leaf, *, ordered: bool = False
     ) -> Float32[Array, "M out"]:

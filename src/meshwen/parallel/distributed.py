@@ -26,6 +26,7 @@ from jax import Array
 from meshwen.errors import MeshwenError
 from meshwen.parallel import rendezvous
 from meshwen.runtime.jax_settings import own_settings
+from meshwen.runtime.jax_versions import no_preemption_service
 
 AUTO = "auto"
 START_TIMEOUT = 60.0  # seconds, for all processes to come
@@ -253,8 +254,6 @@ def _no_proxy(host: str) -> Iterator[None]:
 def _initialize(options: dict[str, Any], too_late: str, timeout: float) -> None:
     """`jax.distributed.initialize`, in a thread: at its own timeout it ends the process."""
     failures: list[Exception] = []
-    # That service takes SIGTERM, and only says that it came to who asks: the process would go on.
-    jax.config.update("jax_enable_preemption_service", False)
 
     def connect() -> None:
         try:
@@ -267,8 +266,9 @@ def _initialize(options: dict[str, Any], too_late: str, timeout: float) -> None:
             failures.append(error)
 
     connecting = threading.Thread(target=connect, daemon=True)
-    connecting.start()
-    connecting.join(max(1.0, timeout))
+    with no_preemption_service():
+        connecting.start()
+        connecting.join(max(1.0, timeout))
     if connecting.is_alive():
         raise MeshwenError(too_late)
     if failures and not options and isinstance(failures[0], ValueError):

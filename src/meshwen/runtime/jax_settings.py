@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -18,12 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshwen.errors import MeshwenError
+from meshwen.runtime.jax_versions import enable_x64, jaxlib_version
 
 _TRANSFERS = ("host_to_device", "device_to_host", "device_to_device")
 # What the programs need, by how it is entered; and where `jax.config` shows what the caller has.
 # None there is JAX's default, which is what they need.
 _OWN: tuple[tuple[Callable[[Any], Any], Any, tuple[str, ...]], ...] = (
-    (jax.enable_x64, False, ("jax_enable_x64",)),
+    (enable_x64, False, ("jax_enable_x64",)),
     (jax.numpy_rank_promotion, "allow", ("jax_numpy_rank_promotion",)),
     (jax.numpy_dtype_promotion, "standard", ("jax_numpy_dtype_promotion",)),
     (jax.default_matmul_precision, None, ("jax_default_matmul_precision",)),
@@ -121,7 +121,7 @@ def check(device: jax.Device) -> None:
                 f"JAX's setting {name} is {value}, under which a model cannot run; set it back to "
                 f"{required} (environment: {name.upper()})"
             )
-    version = metadata.version("jaxlib")
+    version = jaxlib_version()
     if device.platform == "cpu" and version == _MISCOMPILES_ON_CPUS:
         raise MeshwenError(
             f"jaxlib {version} gives wrong results on CPUs (jax issue 39103): install another "

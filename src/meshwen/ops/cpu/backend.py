@@ -50,6 +50,9 @@ class CpuKernels(XlaOnCpu):
             return super().matmul_name(dtype, quantization, ordered=ordered)
         return kernels.ORDERED if ordered else name
 
+    def check_ordered(self, dtype: jnp.dtype) -> None:
+        """The kernels have one order: see `Backend.check_ordered`."""
+
     def matmul(
         self, x: Float[Array, "M in"], leaf: Leaf, *, ordered: bool = False
     ) -> Float32[Array, "M out"]:

@@ -11,18 +11,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Integer, Num
 
+from meshwen.errors import MeshwenError
 from meshwen.ops.attention import causal_mask
 from meshwen.ops.backend import Backend, CompilerOptions
 from meshwen.ops.cache_layout import CacheLayout
 from meshwen.ops.cpu import ordered as in_order
+from meshwen.runtime.jax_versions import jaxlib_version, multiplies_by_ynnpack
 
-# jax 0.10 takes optimization barriers out before it fuses; later versions afterwards.
+# Up to jax 0.10 XLA takes optimization barriers out before it fuses; later versions afterwards.
 _OPTIONS: CompilerOptions = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+_ORDERED_OPTIONS: CompilerOptions = _OPTIONS | {
+    "xla_cpu_enable_fast_math": False,  # Whatever the user's XLA_FLAGS say.
+}
 # Only single matmuls go to YNNPACK, no reductions and nothing fused with them: it would
 # take those by their size.
-_ORDERED_OPTIONS: CompilerOptions = _OPTIONS | {
+_YNNPACK_OPTIONS: CompilerOptions = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    "xla_cpu_enable_fast_math": False,  # Whatever the user's XLA_FLAGS say.
 }
 
 # XLA's CPU back end takes 8 times as long for a bfloat16 matmul of one row as for one of eight
@@ -51,7 +55,17 @@ class XlaOnCpu(Backend):
 
     def compiler_options(self, ordered: bool) -> CompilerOptions | None:
         """Options of XLA's compiler; `ordered` where sums must keep their order."""
-        return _ORDERED_OPTIONS if ordered else _OPTIONS
+        if not ordered:
+            return _OPTIONS
+        return _ORDERED_OPTIONS | (_YNNPACK_OPTIONS if multiplies_by_ynnpack() else {})
+
+    def check_ordered(self, dtype: jnp.dtype) -> None:
+        """See `Backend.check_ordered`: bfloat16 matmuls have one order in YNNPACK alone."""
+        if dtype == jnp.bfloat16 and not multiplies_by_ynnpack():
+            raise MeshwenError(
+                f"exact numerics in bfloat16 need the kernels or jax 0.8.1, not {jaxlib_version()} "
+                "without them: give dtype float32 or numerics fast, or install a newer jax"
+            )
 
     def ordered_matmul(
         self,

@@ -44,8 +44,7 @@ int described(const call *call) {
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
     // An early one: later ones have all that is used here, whichever header this was compiled with.
     metadata->api_version.minor_version = 1;
-    metadata->traits = 0;
-    metadata->state_type_id = (XLA_FFI_TypeId){0};
+    metadata->traits = 0; // The rest stays as XLA has set it: in early versions it ends here.
     return 1;
 }
 
