@@ -300,19 +300,26 @@ void test_wrong_places(void) {
 void test_version(void) {
     XLA_FFI_Handler *const handlers[] = {meshwen_matmul, meshwen_matmul_int8, meshwen_attention};
     for (int i = 0; i < COUNT(handlers); i++) {
-        XLA_FFI_Metadata metadata = {.struct_size = XLA_FFI_Metadata_STRUCT_SIZE};
-        metadata.traits = 77;
+        // What is behind the traits, early versions of XLA have not.
+        union {
+            XLA_FFI_Metadata asked;
+            unsigned char bytes[XLA_FFI_Metadata_STRUCT_SIZE + 8];
+        } metadata;
+        memset(&metadata, 77, sizeof metadata);
+        metadata.asked.struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
         XLA_FFI_Metadata_Extension extension = {
             .extension_base = {.struct_size = XLA_FFI_Metadata_Extension_STRUCT_SIZE,
                                .type = XLA_FFI_Extension_Metadata},
-            .metadata = &metadata,
+            .metadata = &metadata.asked,
         };
         XLA_FFI_CallFrame call = {.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE,
                                   .extension_start = &extension.extension_base};
         at("the version of entry %d", i);
         CHECK(!handlers[i](&call), "refused");
-        CHECK(metadata.api_version.major_version == XLA_FFI_API_MAJOR, "another version");
-        CHECK(metadata.api_version.minor_version == 1, "another version"); // an early one
-        CHECK(!metadata.traits, "traits");
+        CHECK(metadata.asked.api_version.major_version == XLA_FFI_API_MAJOR, "another version");
+        CHECK(metadata.asked.api_version.minor_version == 1, "another version"); // an early one
+        CHECK(!metadata.asked.traits, "traits");
+        for (size_t i = XLA_FFI_Metadata_STRUCT_SIZE; i < sizeof metadata.bytes; i++)
+            CHECK(metadata.bytes[i] == 77, "byte %zu is changed", i);
     }
 }
