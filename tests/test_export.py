@@ -197,6 +197,8 @@ def test_a_folder_that_exists_is_refused_before_anything_is_loaded(tmp_path, cap
         (("--mesh", "64x64x64"), "axis sizes must be"),
         (("--mesh", "3", "--numerics", "exact"), "exact numerics splits a model over 1, 2, 4"),
         (("--profile", "portable", "--numerics", "exact"), "has fast numerics alone"),
+        (("--no-golden", "--weights"), "leave out --no-golden"),
+        (("--platform", "tpu"), "add --no-golden"),
         (("--batch", "0"), "--batch must be at least 1, not 0"),
     ],
 )
@@ -208,6 +210,20 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     assert error.count("\n") == 1
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_is_not_run_needs_neither_weights_nor_devices(tmp_path, capsys):
+    arguments = ("--no-golden", "--mesh", "8x8", "--platform", "tpu", "--program", "logits")
+    assert exported("qwen2.5-0.5b", tmp_path / "new", *arguments) == 0
+    assert "kernels" not in capsys.readouterr().err
+    found = manifest_of(tmp_path / "new")
+    assert found["platforms"] == ["tpu"]
+    assert found["compiler_options"] == {}
+    names = {"program.jax_export", "program.stablehlo.mlir", "run.py"}
+    assert found["files"].keys() == names
+    status, _, error = run_plain(tmp_path / "new")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "export again, with --weights" in error
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

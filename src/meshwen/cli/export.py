@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +16,13 @@ from meshwen.cli.option_groups import with_groups
 from meshwen.common.option_fields import Option
 from meshwen.common.units import bytes_text
 from meshwen.engine.options import EngineOptions
+from meshwen.errors import MeshwenError
 from meshwen.handoff.choices import OUTPUTS, PROFILES, PROGRAMS
 
 if TYPE_CHECKING:
-    from meshwen.handoff.program import Program
+    from meshwen.checkpoints import Checkpoint
+    from meshwen.handoff.plain import Plain
+    from meshwen.models.parallel_model import ParallelModel
 
 
 @with_groups(engine=options.engine_options(*options.LOADING))
@@ -89,6 +93,23 @@ def export(
         bool,
         typer.Option("--weights", help="Write the weights too, as they lie on the devices."),
     ] = False,
+    golden: Annotated[
+        bool,
+        typer.Option(
+            "--golden/--no-golden",
+            help="Run one step, and write its arguments and results. Without, no weight is read "
+            "and no device is needed, so any mesh and any size will do.",
+        ),
+    ] = True,
+    platform: Annotated[
+        str | None,
+        typer.Option(
+            "--platform",
+            metavar="NAME",
+            help="What to lower for, such as tpu or cuda; needs --no-golden. Default: cpu.",
+            show_default=False,
+        ),
+    ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Write a program of a model to a folder that runs with plain JAX.
@@ -98,16 +119,20 @@ def export(
     (with --weights) and compares.
     """
     from meshwen.handoff.export import check_folder, export
-    from meshwen.handoff.plain import plain_params
     from meshwen.handoff.program import parallel_model
     from meshwen.handoff.program import program as make_program
-    from meshwen.weights.loading import dummy_params, load_params
+    from meshwen.parallel.mesh import MeshSpec
 
     check_folder(out)
-    with opened(model, engine) as checkpoint:
+    if not golden and weights:
+        raise MeshwenError("--weights are read to run a step: leave out --no-golden")
+    if golden and platform is not None:
+        raise MeshwenError("--platform is for a program that is not run here: add --no-golden")
+    # Of what is not run, the config is enough.
+    with opened(model, engine if golden else replace(engine, load_format="dummy")) as checkpoint:
         parallel = parallel_model(
             checkpoint.config,
-            engine.make_mesh(),
+            engine.make_mesh() if golden else MeshSpec.parse(str(engine.mesh)).abstract(),
             dtype=engine.dtype,
             numerics=engine.numerics,
             quantization=engine.quantization,
@@ -122,20 +147,23 @@ def export(
             output=output,
             composites=composites,
         )
-        with progress_bar("loading weights") as progress:
-            if checkpoint.format is None:
-                params = dummy_params(parallel.weights, progress)
-            else:
-                params = load_params(checkpoint, parallel.weights, progress)
-    plain = plain_params(params, parallel.weights)
-    folder = export(chosen, out, plain, weights=weights, progress=note)
-    _note_written(chosen, folder, random=checkpoint.format is None)
-
-
-def _note_written(chosen: Program, folder: Path, random: bool) -> None:
+        params = _plain_params(checkpoint, parallel) if golden else None
+    folder = export(chosen, out, params, weights=weights, platform=platform, progress=note)
     nbytes = sum(file.stat().st_size for file in folder.iterdir())
     note(f"{folder}: the {chosen.name} program, {chosen.profile} profile, {bytes_text(nbytes)}")
     if chosen.lacks_kernels:
         note("CPU kernels cannot be exported: XLA multiplies and attends in this program")
-    if random:
+    if golden and checkpoint.format is None:
         note("weights: random, as --load-format dummy asks")
+
+
+def _plain_params(checkpoint: Checkpoint, parallel: ParallelModel) -> Plain:
+    from meshwen.handoff.plain import plain_params
+    from meshwen.weights.loading import dummy_params, load_params
+
+    with progress_bar("loading weights") as progress:
+        if checkpoint.format is None:
+            params = dummy_params(parallel.weights, progress)
+        else:
+            params = load_params(checkpoint, parallel.weights, progress)
+    return plain_params(params, parallel.weights)

@@ -18,8 +18,6 @@ from meshwen.errors import MeshwenError
 from meshwen.models.presets import PRESETS
 
 if TYPE_CHECKING:
-    from jax.sharding import AbstractMesh
-
     from meshwen.checkpoints import Checkpoint
     from meshwen.cli.inspect_report import TensorRow
 
@@ -65,9 +63,10 @@ def inspect(
     from meshwen.checkpoints import name_kind, open_checkpoint
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.cli.inspect_tables import print_inspection
+    from meshwen.parallel.mesh import MeshSpec
     from meshwen.weights.loading import check_tensors
 
-    abstract_mesh = _abstract_mesh(str(engine.mesh))
+    abstract_mesh = MeshSpec.parse(str(engine.mesh)).abstract()  # No back end starts.
     opened_as = _load_format(model, engine.load_format, stats)
     with open_checkpoint(model, load_format=opened_as, revision=engine.revision) as checkpoint:
         if opened_as != engine.load_format and name_kind(model) == "hub":
@@ -93,16 +92,6 @@ def inspect(
             print_inspection(report, rows, output_console(), fold=fold)
         if checkpoint.format is not None:
             check_tensors(checkpoint, parallel.weights)
-
-
-def _abstract_mesh(text: str) -> AbstractMesh:
-    """A mesh without devices: all that a layout needs to know, and no back end starts."""
-    from jax.sharding import AbstractMesh
-
-    from meshwen.parallel.mesh import MeshSpec
-
-    names, sizes = zip(*MeshSpec.parse(text).axes, strict=True)
-    return AbstractMesh(sizes, names)
 
 
 def _load_format(model: str, load_format: LoadFormat, stats: bool) -> LoadFormat:

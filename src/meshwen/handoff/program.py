@@ -145,10 +145,12 @@ class Program:
             platform: as of `lower`.
         """
         # XLA's own, and in every version of it: exact numerics lays operands out with it.
-        layouts = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+        unchecked = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+        if self.profile == "portable":  # Nothing in it depends on the platform.
+            unchecked.append(jax.export.DisabledSafetyCheck.platform())
         with own_settings():
             export = jax.export.export(
-                self.jitted(), platforms=(platform or self.platform,), disabled_checks=(layouts,)
+                self.jitted(), platforms=(platform or self.platform,), disabled_checks=unchecked
             )
             return export(*self.arguments.values())
 

@@ -87,6 +87,11 @@ class MeshSpec:
         """Number of devices."""
         return prod(size for _, size in self.axes)
 
+    def abstract(self) -> AbstractMesh:
+        """The mesh without devices: enough to tell a layout, and to lower a program."""
+        names, sizes = zip(*self.axes, strict=True)
+        return AbstractMesh(sizes, names)
+
     def __str__(self) -> str:
         if any(name.startswith(DATA_AXIS) for name, _ in self.axes):
             return ",".join(f"{name}={size}" for name, size in self.axes)
