@@ -18,22 +18,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
+from meshwen.checkpoints.safetensors import write_safetensors
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
 from meshwen.handoff import run_exported
 from meshwen.handoff.golden import golden_step
 from meshwen.handoff.plain import Plain, names
 from meshwen.handoff.program import Program
+from meshwen.weights.source import Index, TensorSource
 
 # How far outputs may be from the golden ones, in units of their largest value, where another
 # compiler or another device computes them.
@@ -166,7 +168,24 @@ def _described(arrays: Mapping[str, Plain]) -> list[dict[str, Any]]:
 def _save(arrays: Mapping[str, Plain], path: Path) -> None:
     """Arrays as a safetensors file, under the names that the manifest has for them."""
     found = [pair for argument, plain in arrays.items() for pair in names(plain, argument)]
-    save_file({name: np.ascontiguousarray(array) for name, array in found}, path)
+    write_safetensors(path, [_Placed.of(name, array) for name, array in found])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Placed(TensorSource):
+    """An array as it lies on the devices, copies and padding included."""
+
+    array: jax.Array | np.ndarray
+
+    @classmethod
+    def of(cls, name: str, array: jax.Array | np.ndarray) -> Self:
+        """The array under a name."""
+        dtype = np.dtype(array.dtype)
+        return cls(name=name, shape=array.shape, dtype=dtype, nbytes=array.nbytes, array=array)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """The array, on the host."""
+        return np.asarray(self.array)[index]
 
 
 def described_file(path: Path) -> dict[str, Any]:
