@@ -13,6 +13,7 @@ import reference
 from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, random_tokens, relative_error
 from meshwen.errors import MeshwenError
+from meshwen.runtime.jax_versions import enable_x64
 
 pytest.importorskip("flax")
 
@@ -78,7 +79,7 @@ def test_logits_are_the_references_on_a_mesh_and_outside_of_it(devices, checkpoi
 def test_a_caller_with_64_bits_gets_the_same_logits(checkpoint, expected):
     model = module(8)
     variables = model.load_parameters(checkpoint, mesh(8))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = on_each_device(model)(variables, TOKENS.astype(np.int64))
     assert found.dtype == jnp.float32
     assert close(found, expected)

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import linen
-from jax.experimental.shard_map import shard_map
 from jax.sharding import NamedSharding, PartitionSpec
 
 HERE = Path(__file__).parent
@@ -112,6 +111,8 @@ class MultiChip:
         self.args, self.in_specs = [parameters, inputs], (specs, *input_specs)
 
     def compiled(self):
+        from jax.experimental.shard_map import shard_map  # Not in every jax that tests run with.
+
         mapped = shard_map(
             self.model.apply,
             mesh=self.mesh,
