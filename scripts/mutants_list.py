@@ -1087,4 +1087,25 @@ FAULTS = (
         "key = (self._make, *static.values())",
         "programs",
     ),
+    _fault(
+        "training: copies keep what each contributes",
+        "handoff/training.py",
+        "total = jnp.broadcast_to(by_head.sum(axis + 1, keepdims=True), by_head.shape)",
+        "total = by_head",
+        "training",
+    ),
+    _fault(
+        "training: padding has a gradient",
+        "handoff/training.py",
+        "if (positions == PADDING).any():",
+        "if False:",
+        "training",
+    ),
+    _fault(
+        "training: a tied table has the gradient of its lookup alone",
+        "handoff/training.py",
+        "total = found[table].array + found[head].array.T",
+        "total = found[table].array",
+        "training",
+    ),
 )

@@ -229,14 +229,23 @@ def test_bfloat16_weights_have_about_the_same_gradient():
 
 
 def test_what_has_no_gradient_is_refused():
-    ids = np.zeros((3, LENGTH), np.int32)
-    split = parallel_model(HEADS_28, make_mesh("data=2,model=4"), dtype="float32")
-    with pytest.raises(MeshwenError, match=r"the batch a multiple of 2, not int32 \[3, 6\]"):
-        forward(split, {}, ids)
-    with pytest.raises(MeshwenError, match=r"must be integers .* not float32"):
-        forward(split, {}, np.zeros((2, LENGTH), np.float32))
+    int8 = parallel_model(HEADS_28, "1", dtype="float32", quantization="int8")
     with pytest.raises(MeshwenError, match="int8 weights are rounded, so they have no gradient"):
-        forward(replace(split, quantization="int8"), {}, ids)
+        forward(int8, {}, np.zeros((1, LENGTH), np.int32))
+
+
+def test_what_is_no_batch_or_are_not_the_weights_is_refused():
+    model = parallel_model(HEADS_28, "data=2,model=4", dtype="float32")
+    params, ids = weights_on(model), np.zeros((2, LENGTH), np.int32)
+    with pytest.raises(MeshwenError, match=r"the batch a multiple of 2, not int32 \[3, 6\]"):
+        forward(model, params, np.zeros((3, LENGTH), np.int32))
+    with pytest.raises(MeshwenError, match=r"must be integers .* not float32"):
+        forward(model, params, ids.astype(np.float32))
+    with pytest.raises(MeshwenError, match=r"not the weights of this model as .*plain_params"):
+        forward(model, typed_params(params, model.weights), ids)
+    other = parallel_model(HEADS_28, "1x8", dtype="float32")
+    with pytest.raises(MeshwenError, match=r"lm_head.weight is \[24, 68\], not \[24, 72\]"):
+        forward(other, params, ids)
 
 
 @needs_kernels
