@@ -242,7 +242,7 @@ FAULTS = (
     _fault(
         "JAX's settings: the caller's 64-bit types are kept",
         "runtime/jax_settings.py",
-        '    (jax.enable_x64, False, ("jax_enable_x64",)),\n',
+        '    (enable_x64, False, ("jax_enable_x64",)),\n',
         "",
         "jax_settings",
     ),
