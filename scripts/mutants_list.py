@@ -1034,8 +1034,8 @@ FAULTS = (
     _fault(
         "processes: JAX's preemption service takes SIGTERM",
         "parallel/distributed.py",
-        'jax.config.update("jax_enable_preemption_service", False)',
-        'jax.config.update("jax_enable_preemption_service", True)',
+        "with no_preemption_service():",
+        "if True:",
         "distributed",
     ),
     _fault(
