@@ -14,12 +14,13 @@ import reference
 from mesh_model import SMALL_7B, memory_checkpoint, random_tokens, relative_error
 from meshwen.errors import MeshwenError
 from meshwen.handoff import forward, global_norm, parallel_model, plain_params
-from meshwen.handoff.plain import at, typed_params
+from meshwen.handoff.plain import typed_params
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.qwen3 import Qwen3Config
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
+from meshwen.weights.declaration import at
 from meshwen.weights.loading import load_params
 from needs_kernels import needs_kernels
 from test_model import transformers_config

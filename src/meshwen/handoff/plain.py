@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from meshwen.cache.kv_cache import KVCache, LayerCache
 from meshwen.ops.formats import Leaf, Packed
 from meshwen.ops.weight import Weight
-from meshwen.weights.declaration import Params, unflatten
+from meshwen.weights.declaration import Params, at, unflatten
 from meshwen.weights.layout import WeightLayout, WeightTable
 
 Plain = Any  # Dicts with text for keys, lists, and arrays or what stands for them.
@@ -91,13 +91,6 @@ def _key(key: Any) -> str:
 
 def _tree(table: WeightTable, make: Callable[[WeightLayout], Any]) -> Plain:
     return unflatten((layout.path, make(layout)) for layout in table.stored)
-
-
-def at(tree: Plain, path: str) -> Any:
-    """What stands at a dotted name."""
-    for key in path.split("."):
-        tree = tree[int(key) if isinstance(tree, list) else key]
-    return tree
 
 
 def _leaves(plain: Plain, layout: WeightLayout) -> list[Plain]:

@@ -30,13 +30,13 @@ from jax.typing import ArrayLike
 
 from meshwen.engine.steps import logits_step
 from meshwen.errors import MeshwenError
-from meshwen.handoff.plain import Plain, at, names, params_shapes, plain_params, typed_params
+from meshwen.handoff.plain import Plain, names, params_shapes, plain_params, typed_params
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.runtime.jax_settings import own_settings_in_trace
-from meshwen.weights.declaration import Params, unflatten
+from meshwen.weights.declaration import Params, at, unflatten
 from meshwen.weights.layout import WeightLayout, WeightTable
 
 
