@@ -115,13 +115,15 @@ def test_embedding_attention_and_mlp_alone_place_an_error():
 
 
 def test_layer_outputs_alone_place_an_error_in_its_layer():
-    found = compared(wrong_run(**{"1__mlp__down_proj__weight": without_a_part}), keep=set(OUTPUT))
+    arrays = wrong_run(**{"0__mlp__down_proj__weight": without_a_part})
+    found = compared(arrays, keep={EMBEDDING, *OUTPUT})
     (one,) = made_errors(found)
-    assert one.operation == OUTPUT[1]
-    assert one.missing == (ATTENTION[1], MLP[1])
+    assert one.operation == OUTPUT[0]
+    assert one.missing == (ATTENTION[0], MLP[0])
+    assert [one.outside for one in found] == [False, True, True]
     assert verdict(found)[1] == (
-        "made by layer 1, layer output, or by what the file lacks: layer 1, attention output or "
-        "layer 1, MLP output"
+        "made by layer 0, layer output, or by what the file lacks: layer 0, attention output or "
+        "layer 0, MLP output"
     )
 
 
