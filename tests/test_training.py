@@ -20,6 +20,7 @@ from meshwen.models.qwen2 import Qwen2Config
 from meshwen.models.qwen3 import Qwen3Config
 from meshwen.parallel.heads import PADDING
 from meshwen.parallel.mesh import make_mesh
+from meshwen.verify import hlo as verify_hlo
 from meshwen.weights.declaration import at
 from meshwen.weights.loading import load_params
 from needs_kernels import needs_kernels
@@ -71,6 +72,7 @@ class Trained(NamedTuple):
     gradients: dict
     norm: float
     params: dict
+    hlo: str
 
 
 def weights_on(model: ParallelModel) -> dict:
@@ -101,11 +103,12 @@ def trained(config: Qwen2Config, mesh: str, numerics: str) -> Trained:
         return optax.apply_updates(params, updates), state, (loss, gradients, norm)
 
     state, losses, first = optimiser.init(params), [], None
+    step = step.lower(params, state).compile()
     for _ in range(STEPS):
         params, state, found = step(params, state)
         losses.append(float(found[0]))
         first = first or found
-    return Trained(model, losses, first[1], float(first[2]), params)
+    return Trained(model, losses, first[1], float(first[2]), params, step.as_text())
 
 
 def in_checkpoint(model: ParallelModel, tree: dict) -> dict[str, np.ndarray]:
@@ -198,6 +201,15 @@ def test_the_norm_counts_each_number_of_the_model_once(config, mesh, numerics):
     gradients = in_checkpoint(run.model, run.gradients)
     expected = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradients.values()))
     assert run.norm == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_communicates_as_megatron_does():
+    found = verify_hlo.collectives(trained(HEADS_28, "1x8", "fast").hlo)
+    in_layers = [one for one in found if one.in_layer]
+    # Two sums forward, two backward; of the vocabulary, which stays split, one maximum.
+    assert [one.kind for one in in_layers] == ["all-reduce"] * 4 * HEADS_28.num_hidden_layers
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert max(one.nbytes for one in found if one.reducer == "maximum") < 4 * BATCH * LENGTH + 1
 
 
 @pytest.mark.torch
