@@ -10,8 +10,7 @@ import optax
 
 from meshwen import Tokenizer
 from meshwen.checkpoints import open_checkpoint
-from meshwen.handoff import forward, parallel_model, plain_params
-from meshwen.weights.loading import load_params
+from meshwen.handoff import forward, load_weights, parallel_model
 
 MESHES = ("1x8", "1")  # The largest first: it sets how many devices there are.
 TEXT = "Maya buys 4 books at $7 each. 4*7=28 dollars. She pays with $50 and gets 22 dollars back."
@@ -22,7 +21,7 @@ def losses(mesh: str) -> list[float]:
     model = parallel_model("demo", mesh, dtype="float32")
     with open_checkpoint("demo") as checkpoint:
         token_ids = jnp.array([Tokenizer.from_checkpoint(checkpoint).encode(TEXT)])
-        params = plain_params(load_params(checkpoint, model.weights), model.weights)
+        params = load_weights(model, checkpoint)
     optimiser = optax.adamw(1e-4)
 
     def loss(params):

@@ -29,14 +29,15 @@ from meshwen.checkpoints import open_checkpoint
 from meshwen.common.arguments import brief
 from meshwen.engine.options import dtype_name
 from meshwen.errors import MeshwenError
-from meshwen.handoff.plain import Plain, params_specs, plain_params
+from meshwen.handoff.plain import Plain, params_specs
 from meshwen.handoff.program import parallel_model, program
+from meshwen.handoff.weights import load_weights
 from meshwen.models.config import ModelConfig
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.runtime.jax_settings import own_settings_in_trace
 from meshwen.weights.declaration import unflatten
 from meshwen.weights.layout import WeightLayout
-from meshwen.weights.loading import dummy_params, dummy_values, load_params
+from meshwen.weights.loading import dummy_values
 
 
 class FlaxCausalLM(linen.Module):
@@ -149,15 +150,10 @@ class FlaxCausalLM(linen.Module):
                 f"axes are {', '.join(f'{name} of {size}' for name, size in mesh.shape.items())}"
             )
         others = tuple(name for name in mesh.axis_names if name != self.axis_name)
-        table = parallel_model(
+        model = parallel_model(
             self.config, mesh, data_axes=others, dtype=dtype_name(self.param_dtype)
-        ).weights
-        if checkpoint is None:
-            params = dummy_params(table)
-        else:
-            with open_checkpoint(checkpoint) as file:
-                params = load_params(file, table)
-        variables: Plain = {"params": plain_params(params, table)}
+        )
+        variables: Plain = {"params": load_weights(model, checkpoint)}
         if self.num_devices > 1:
             split = NamedSharding(mesh, PartitionSpec(self.axis_name))
             numbers = jax.device_put(np.arange(self.num_devices, dtype=np.int32), split)

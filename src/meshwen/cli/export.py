@@ -147,7 +147,7 @@ def export(
             output=output,
             composites=composites,
         )
-        params = _plain_params(checkpoint, parallel) if golden else None
+        params = _weights(checkpoint, parallel) if golden else None
     folder = export(chosen, out, params, weights=weights, platform=platform, progress=note)
     nbytes = sum(file.stat().st_size for file in folder.iterdir())
     note(f"{folder}: the {chosen.name} program, {chosen.profile} profile, {bytes_text(nbytes)}")
@@ -157,13 +157,8 @@ def export(
         note("weights: random, as --load-format dummy asks")
 
 
-def _plain_params(checkpoint: Checkpoint, parallel: ParallelModel) -> Plain:
-    from meshwen.handoff.plain import plain_params
-    from meshwen.weights.loading import dummy_params, load_params
+def _weights(checkpoint: Checkpoint, parallel: ParallelModel) -> Plain:
+    from meshwen.handoff.weights import load_weights
 
     with progress_bar("loading weights") as progress:
-        if checkpoint.format is None:
-            params = dummy_params(parallel.weights, progress)
-        else:
-            params = load_params(checkpoint, parallel.weights, progress)
-    return plain_params(params, parallel.weights)
+        return load_weights(parallel, checkpoint, progress)

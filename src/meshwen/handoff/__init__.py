@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as programs for other stacks: to lower, shard, export and plug in.
+"""A model as programs for other stacks: to lower, shard, export, differentiate and plug in.
 
 from meshwen.handoff import parallel_model, program
 
@@ -11,12 +11,14 @@ print(decode.lower().as_text())
 from meshwen.handoff.plain import plain_params, typed_params
 from meshwen.handoff.program import Program, parallel_model, program
 from meshwen.handoff.training import folded, forward, global_norm
+from meshwen.handoff.weights import load_weights
 
 __all__ = [
     "Program",
     "folded",
     "forward",
     "global_norm",
+    "load_weights",
     "parallel_model",
     "plain_params",
     "program",

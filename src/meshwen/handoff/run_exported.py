@@ -82,15 +82,18 @@ def start_devices(axes: list[tuple[str, int]]) -> np.ndarray:
 
 
 def read_program(folder: Path, manifest: Any) -> jax.export.Exported:
-    """The program, of this or another version of JAX."""
+    """The program, of this version of JAX or of one that this can read."""
     path, version = folder / "program.jax_export", manifest["versions"]["jax"]
     if version != jax.__version__:
         print(f"note: exported with jax {version}, and this is {jax.__version__}", file=sys.stderr)
     try:
-        return jax.export.deserialize(bytearray(path.read_bytes()))
+        found = jax.export.deserialize(bytearray(path.read_bytes()))
     except Exception as error:
-        reason = str(error).splitlines()[:1]
-        fail(f"{path}: exported with jax {version}; {jax.__version__} cannot read it {reason}")
+        reason = str(error).partition(".")[0]
+        fail(f"{path}: jax {jax.__version__} cannot read what jax {version} wrote ({reason})")
+    if found.nr_devices != np.prod([size for _, size in manifest["mesh"]]):
+        fail(f"{path}: jax {jax.__version__} cannot read what jax {version} wrote")
+    return found
 
 
 def place_arguments(folder: Path, manifest: Any, mesh: Mesh) -> list[jax.Array]:
