@@ -162,6 +162,14 @@ def test_a_model_without_a_tokenizer_is_saved_without_one(tmp_path):
     assert names == {"config.json", "model.safetensors"}
 
 
+def test_a_model_of_several_processes_is_refused(tmp_path, monkeypatch):
+    model = Qwen2ForCausalLM(MeshModel(SMALL_HALF_B, "2x4").runner, None, {})
+    monkeypatch.setattr(jax.sharding.Mesh, "is_multi_process", property(lambda mesh: True))
+    with pytest.raises(MeshwenError, match="load the model in one process to save it"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("model", ["tied", "speller", "gguf"])
 def test_transformers_loads_the_folder_and_gives_the_same_logits(tmp_path, model):
