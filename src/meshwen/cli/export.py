@@ -93,14 +93,14 @@ def export(
         bool,
         typer.Option("--weights", help="Write the weights too, as they lie on the devices."),
     ] = False,
-    golden: Annotated[
+    no_golden: Annotated[
         bool,
         typer.Option(
-            "--golden/--no-golden",
-            help="Run one step, and write its arguments and results. Without, no weight is read "
-            "and no device is needed, so any mesh and any size will do.",
+            "--no-golden",
+            help="Run no step to write its arguments and results. Then no weight is read and no "
+            "device is needed, so any mesh and any size will do.",
         ),
-    ] = True,
+    ] = False,
     platform: Annotated[
         str | None,
         typer.Option(
@@ -124,15 +124,16 @@ def export(
     from meshwen.parallel.mesh import MeshSpec
 
     check_folder(out)
-    if not golden and weights:
+    if no_golden and weights:
         raise MeshwenError("--weights are read to run a step: leave out --no-golden")
-    if golden and platform is not None:
+    if platform is not None and not no_golden:
         raise MeshwenError("--platform is for a program that is not run here: add --no-golden")
     # Of what is not run, the config is enough.
-    with opened(model, engine if golden else replace(engine, load_format="dummy")) as checkpoint:
+    read = replace(engine, load_format="dummy") if no_golden else engine
+    with opened(model, read) as checkpoint:
         parallel = parallel_model(
             checkpoint.config,
-            engine.make_mesh() if golden else MeshSpec.parse(str(engine.mesh)).abstract(),
+            MeshSpec.parse(str(engine.mesh)).abstract() if no_golden else engine.make_mesh(),
             dtype=engine.dtype,
             numerics=engine.numerics,
             quantization=engine.quantization,
@@ -147,13 +148,13 @@ def export(
             output=output,
             composites=composites,
         )
-        params = _weights(checkpoint, parallel) if golden else None
+        params = None if no_golden else _weights(checkpoint, parallel)
     folder = export(chosen, out, params, weights=weights, platform=platform, progress=note)
     nbytes = sum(file.stat().st_size for file in folder.iterdir())
     note(f"{folder}: the {chosen.name} program, {chosen.profile} profile, {bytes_text(nbytes)}")
     if chosen.lacks_kernels:
         note("CPU kernels cannot be exported: XLA multiplies and attends in this program")
-    if golden and checkpoint.format is None:
+    if params is not None and checkpoint.format is None:
         note("weights: random, as --load-format dummy asks")
 
 
