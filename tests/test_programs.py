@@ -15,7 +15,7 @@ from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.ops.cpu.xla import XlaOnCpu
-from meshwen.runtime.jax_settings import Program
+from meshwen.runtime.jax_settings import Jitted
 from meshwen.runtime.programs import ProgramTable, ShapedProgram
 from tiny_model import ONE_LAYER
 
@@ -27,7 +27,7 @@ def test_the_program_that_was_used_longest_ago_is_dropped():
 
     def make(key):
         made.append(key)
-        return Program(lambda x: x)
+        return Jitted(lambda x: x)
 
     for key in "abacaba":
         table.get(key, lambda key=key: make(key))
@@ -37,7 +37,7 @@ def test_the_program_that_was_used_longest_ago_is_dropped():
 
 def sorter(table):
     return ShapedProgram(
-        table, lambda: Program(lambda x, *, axis: x.sort(axis), static_argnames="axis")
+        table, lambda: Jitted(lambda x, *, axis: x.sort(axis), static_argnames="axis")
     )
 
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshwen.ops.backend import Backend
 from meshwen.ops.cache_layout import CacheLayout, axes_in_order
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.runtime.jax_settings import Program
+from meshwen.runtime.jax_settings import Jitted
 
 _COMPUTED = "BKSH"  # the order in which a layer computes keys and values
 
@@ -160,7 +160,7 @@ def empty_cache(
     def cache() -> KVCache:
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-    return Program(cache, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
+    return Jitted(cache, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
 
 
 def resized(

@@ -27,7 +27,7 @@ from meshwen.models.config import ModelConfig
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.operations import Ops
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.runtime.jax_settings import Program
+from meshwen.runtime.jax_settings import Jitted
 from meshwen.runtime.programs import ProgramTable, ShapedProgram
 from meshwen.weights.declaration import Params
 
@@ -73,11 +73,11 @@ class ModelRunner:
         )
         cache_sharding = NamedSharding(plan.mesh, cache_spec(plan, layout))
         self._empty_cache = ShapedProgram(
-            self._programs, lambda: Program(model.empty_cache, static_argnums=(0, 1))
+            self._programs, lambda: Jitted(model.empty_cache, static_argnums=(0, 1))
         )
         self._resized = ShapedProgram(
             self._programs,
-            lambda: Program(
+            lambda: Jitted(
                 partial(resized, plan, layout),
                 static_argnames=("batch", "length"),
                 out_shardings=cache_sharding,
@@ -85,11 +85,11 @@ class ModelRunner:
         )
         self._without_row = ShapedProgram(
             self._programs,
-            lambda: Program(without_row, donate_argnums=0, out_shardings=cache_sharding),
+            lambda: Jitted(without_row, donate_argnums=0, out_shardings=cache_sharding),
         )
         self._empty_hidden = ShapedProgram(
             self._programs,
-            lambda: Program(
+            lambda: Jitted(
                 lambda batch: jnp.zeros((batch, plan.sizes.embed), jnp.float32),
                 static_argnums=0,
                 out_shardings=plan.sharding("batch", "embed"),
@@ -248,7 +248,7 @@ class ModelRunner:
         in_specs = (self._params_spec, *_specs(plan, in_axes))
         out_specs = _specs(plan, out_axes)
 
-        def make() -> Program:
+        def make() -> Jitted:
             def program(params: Params, *arguments: Any, **options: Any) -> Any:
                 mapped = jax.shard_map(
                     partial(step, model=model, **options),
@@ -260,7 +260,7 @@ class ModelRunner:
                 return mapped(params, *arguments)
 
             program.__name__ = getattr(step, "func", step).__name__.strip("_")
-            return Program(
+            return Jitted(
                 program,
                 static_argnames=static,
                 donate_argnums=donate,

@@ -69,7 +69,7 @@ def own_settings_in_trace() -> Iterator[None]:
         yield
 
 
-class Program:
+class Jitted:
     """A jitted function that is traced, lowered and called under `own_settings`.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from meshwen.runtime.jax_settings import Program
+from meshwen.runtime.jax_settings import Jitted
 
 
 class ProgramTable:
@@ -28,13 +28,13 @@ class ProgramTable:
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self._programs: OrderedDict[Hashable, Jitted] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def get(self, key: Hashable, make: Callable[[], Program]) -> Program:
+    def get(self, key: Hashable, make: Callable[[], Jitted]) -> Jitted:
         """The program of a key; `make` is called where none is kept.
 
         A program that is dropped while another thread runs it ends when that is done.
@@ -55,7 +55,7 @@ class ShapedProgram:
         make: gives the function as a program, a new one at each call.
     """
 
-    def __init__(self, table: ProgramTable, make: Callable[[], Program]):
+    def __init__(self, table: ProgramTable, make: Callable[[], Jitted]):
         self._table, self._make = table, make
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
@@ -66,7 +66,7 @@ class ShapedProgram:
         """The function lowered for such arguments; see `jax.jit`."""
         return self._program(arguments, static).lower(*arguments, **static)
 
-    def _program(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> Program:
+    def _program(self, arguments: tuple[Any, ...], static: dict[str, Any]) -> Jitted:
         # Not `self`, whose table would then be in a cycle with it, and free its programs late.
         key = (self._make, *map(_shape, arguments), *static.values())
         return self._table.get(key, self._make)

@@ -20,7 +20,7 @@ from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.distributed import gathered, to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.runtime.jax_settings import Program
+from meshwen.runtime.jax_settings import Jitted
 from meshwen.verify.workload import Workload
 from meshwen.weights.declaration import Params
 
@@ -57,7 +57,7 @@ class MeshRun:
         self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
         self._decode = self._compiled_decode()
         self._head = self.runner.compiled(steps.head_step, ("batch embed",), "batch vocab")
-        self._in_rows = Program(
+        self._in_rows = Jitted(
             lambda found: jnp.stack(found, axis=1).reshape(workload.rows, -1),
             out_shardings=plan.sharding("batch", "embed"),
         )

@@ -23,7 +23,7 @@ from meshwen.ops.formats import Format, Leaf
 from meshwen.ops.hashing import mixed
 from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
-from meshwen.runtime.jax_settings import Program, own_settings
+from meshwen.runtime.jax_settings import Jitted, own_settings
 from meshwen.runtime.memory import free_bytes
 from meshwen.weights.declaration import Params, unflatten
 from meshwen.weights.finite import check_finite
@@ -203,7 +203,7 @@ def _place_leaf(
     return jax.make_array_from_single_device_arrays(shape, weight.sharding, arrays)
 
 
-@partial(Program, static_argnums=(1, 2))
+@partial(Jitted, static_argnums=(1, 2))
 def _packed_block(part: Array, format: Format, dtype: jnp.dtype) -> list[Array]:
     return jax.tree.leaves(format.pack(part, dtype))
 
@@ -305,7 +305,7 @@ def _dummy_leaf(weight: WeightLayout, leaf: int, dtype: jnp.dtype, seed: int) ->
 
 
 # A function of the module, so that the weights of all layers share what is compiled.
-@partial(Program, static_argnames=("mean", "inputs_first", "dtype", "sharding"))
+@partial(Jitted, static_argnames=("mean", "inputs_first", "dtype", "sharding"))
 def _fill(
     positions: list[Array],
     name_seed: Array,

@@ -16,7 +16,7 @@ from jax import Array
 
 from meshwen.ops.formats import Leaf, Packed
 from meshwen.ops.weight import Weight
-from meshwen.runtime.jax_settings import Program, own_settings
+from meshwen.runtime.jax_settings import Jitted, own_settings
 from meshwen.weights.declaration import Params, at
 from meshwen.weights.layout import WeightLayout, WeightTable, matching_slices
 from meshwen.weights.loading import row_major
@@ -98,6 +98,6 @@ def _in_order(arrays: list[np.ndarray], leaf: Leaf, inputs_first: bool) -> np.nd
     return row_major(array.T, array.dtype) if inputs_first else array
 
 
-@Program
+@Jitted
 def _repackable(packed: Packed) -> Array:
     return packed.repackable()
