@@ -32,8 +32,8 @@ GEOMETRIES = {
 }
 DEVICES = (1, 2, 4, 8, 32)
 PCC = 0.99  # their bound
-# Ours: the largest difference, as part of the largest logit. In float32, sums in another order; in
-# bfloat16 also inputs of matmuls that such sums round to a neighbour, at most 2^-8 away.
+# Ours, for few layers: the largest difference, as part of the largest logit. In float32, sums in
+# another order; in bfloat16 also inputs of matmuls that such sums round to a neighbour, 2^-8 away.
 LARGEST = {"float32": 1e-5, "bfloat16": 2**-8}
 
 
