@@ -193,8 +193,15 @@ def parallel_model(
         raise MeshwenError(
             f"the mesh has no axis {absent[0]!r}; its axes are {', '.join(mesh.axis_names)}"
         )
-    own = chosen.parallel_model(model, mesh)
-    return replace(own, kernels=False, data_names=data_axes)
+    return ParallelModel(
+        model,
+        mesh,
+        jnp.dtype(chosen.dtype),
+        chosen.numerics,
+        chosen.quantization,
+        kernels=False,
+        data_names=data_axes,
+    )
 
 
 def program(
