@@ -13,9 +13,8 @@ from safetensors.numpy import save_file
 import reference
 from checkpoint_writers import write_model
 from meshwen.cli import main
-from meshwen.handoff import export as export_module
-from meshwen.handoff import parallel_model, program
-from meshwen.handoff.export import export
+from meshwen.handoff import exporting, parallel_model, program
+from meshwen.handoff.exporting import export
 from meshwen.handoff.run_exported import tensors
 from tiny_model import ONE_LAYER
 
@@ -139,7 +138,7 @@ def test_other_outputs_than_the_golden_ones_are_told(copied):
     save_file(golden, folder / "changed")
     replace("golden_outputs.safetensors", (folder / "changed").read_bytes())
     found = manifest_of(folder)
-    found["files"]["golden_outputs.safetensors"] = export_module.described_file(folder / "changed")
+    found["files"]["golden_outputs.safetensors"] = exporting.described_file(folder / "changed")
     replace("manifest.json", json.dumps(found).encode())
     status, out, _ = run_plain(folder)
     assert status == 1
@@ -175,7 +174,7 @@ def test_a_program_of_another_version_is_named(copied):
     replace("program.jax_export", b"of the future")
     found = manifest_of(folder)
     found["versions"]["jax"] = "9.9"
-    file = export_module.described_file(folder / "program.jax_export")
+    file = exporting.described_file(folder / "program.jax_export")
     found["files"]["program.jax_export"] = file
     replace("manifest.json", json.dumps(found).encode())
     status, _, error = run_plain(folder)
@@ -231,7 +230,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(checkpoint, tmp_path, monk
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(export_module, "described_file", fail)
+    monkeypatch.setattr(exporting, "described_file", fail)
     step = program("logits", parallel_model(str(checkpoint)))
     with pytest.raises(type(error)):
         export(step, tmp_path / "new")

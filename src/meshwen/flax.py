@@ -30,7 +30,7 @@ from meshwen.common.arguments import brief
 from meshwen.engine.options import dtype_name
 from meshwen.errors import MeshwenError
 from meshwen.handoff.plain import Plain, params_specs
-from meshwen.handoff.program import parallel_model, program
+from meshwen.handoff.programs import parallel_model, program
 from meshwen.handoff.weights import load_weights
 from meshwen.models.config import ModelConfig
 from meshwen.models.parallel_model import ParallelModel

@@ -118,9 +118,9 @@ def export(
     one step, a manifest with everything that a caller has to know, and run.py, which runs the step
     (with --weights) and compares.
     """
-    from meshwen.handoff.export import check_folder, export
-    from meshwen.handoff.program import parallel_model
-    from meshwen.handoff.program import program as make_program
+    from meshwen.handoff.exporting import check_folder, export
+    from meshwen.handoff.programs import parallel_model
+    from meshwen.handoff.programs import program as make_program
     from meshwen.parallel.mesh import MeshSpec
 
     check_folder(out)

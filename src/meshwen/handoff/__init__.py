@@ -9,7 +9,7 @@ print(decode.lower().as_text())
 """
 
 from meshwen.handoff.plain import plain_params, typed_params
-from meshwen.handoff.program import Program, parallel_model, program
+from meshwen.handoff.programs import Program, parallel_model, program
 from meshwen.handoff.training import folded, forward, global_norm
 from meshwen.handoff.weights import load_weights
 

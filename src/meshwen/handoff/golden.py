@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from meshwen.handoff.plain import Plain
-from meshwen.handoff.program import Program, program
+from meshwen.handoff.programs import Program, program
 from meshwen.runtime.jax_settings import own_settings
 
 _PROMPT = 8  # tokens before a decode step

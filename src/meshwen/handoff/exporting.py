@@ -34,7 +34,7 @@ from meshwen.errors import MeshwenError
 from meshwen.handoff import run_exported
 from meshwen.handoff.golden import golden_step
 from meshwen.handoff.plain import Plain, names
-from meshwen.handoff.program import Program
+from meshwen.handoff.programs import Program
 from meshwen.weights.source import Index, TensorSource
 
 # How far outputs may be from the golden ones, in units of their largest value, where another
