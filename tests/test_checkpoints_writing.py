@@ -68,7 +68,7 @@ def test_shards_hold_at_most_so_many_bytes_and_a_larger_tensor_is_alone(tmp_path
             assert same_bits(np.array(opened.tensors[name].read()), array)
 
 
-@pytest.mark.parametrize("file", ["config.json", "old.gguf", "vocab.json", "model-1.safetensors"])
+@pytest.mark.parametrize("file", ["config.json", "vocab.json", "model.safetensors"])
 def test_a_folder_with_a_part_of_a_checkpoint_is_refused_and_stays(tmp_path, file):
     (tmp_path / file).write_text("old")
     with pytest.raises(MeshwenError, match=f'has files of a checkpoint \\("{file}"\\).*overwrite'):
@@ -86,6 +86,55 @@ def test_to_overwrite_replaces_the_whole_checkpoint_and_nothing_else(tmp_path):
     assert names(tmp_path) == expected
     found = load_file(tmp_path / "model.safetensors")
     assert all(same_bits(found[name], array) for name, array in weights.items())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "file",
+    ["other-Q4.gguf", "adapter_model.safetensors", "model-1.safetensors", "pytorch_model.bin"],
+)
+def test_other_weights_are_never_deleted_but_refused(tmp_path, file, overwrite):
+    write(tmp_path)
+    (tmp_path / file).write_text("other")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(MeshwenError, match=f'has other weights \\("{file}"\\), .* another folder'):
+        write(tmp_path, random_weights(seed=1), overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_shards_of_any_name_are_replaced_where_the_index_names_them(tmp_path):
+    write(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(random_weights(), "part.safetensors")}
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    write(tmp_path, overwrite=True)
+    assert names(tmp_path) == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("place", ["../mine.safetensors", "notes.txt", 5])
+def test_what_is_no_shard_is_not_deleted_whatever_an_index_says(tmp_path, place):
+    folder = tmp_path / "model"
+    write(folder)
+    mine = [tmp_path / "mine.safetensors", folder / "notes.txt"]
+    for file in mine:
+        file.write_text("mine")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": place}})
+    write(folder, overwrite=True)
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+    assert not (folder / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.json", "model-00001-of-00002.safetensors"]
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_deleted(tmp_path, name):
+    write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    before = names(tmp_path)
+    with pytest.raises(MeshwenError, match=f"{name} is a folder, where a checkpoint has a file"):
+        write(tmp_path, random_weights(seed=1), overwrite=True)
+    assert names(tmp_path) == before
 
 
 class Full:

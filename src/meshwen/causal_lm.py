@@ -202,7 +202,8 @@ class CausalLM:
         Hugging Face's names: whatever the mesh, without its padding and copies. Loaded with the
         same options it gives the same bits. Beside the model, one weight at a time is in memory.
         Hugging Face's layout has no int8 as it is here: such a model is written as float32 numbers
-        that are quantised to the same int8, which a warning says.
+        that are quantised to the same int8, which a warning says. A tied output head is quantised
+        anew of the embedding table, so it may differ where loading rounded the table.
 
         Args:
             folder: made if it is missing.
@@ -210,8 +211,9 @@ class CausalLM:
             overwrite: replace the files of a checkpoint in the folder; other files stay.
 
         Raises:
-            MeshwenError: the folder has files of a checkpoint, or cannot be written (then nothing
-                is left of it); or the mesh spans several processes.
+            MeshwenError: the folder has files of a checkpoint, or other weights, also with
+                `overwrite`; it cannot be written (then nothing is left of it); or the mesh spans
+                several processes.
         """
         most = bytes_number("max_shard_size", max_shard_size)
         if self.mesh.is_multi_process:

@@ -3,23 +3,28 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from meshwen.checkpoints.base import TensorSource
+from meshwen.checkpoints.base import TensorSource, shard_files
 from meshwen.checkpoints.safetensors import INDEX, SINGLE, write_safetensors
 from meshwen.common.json_files import shown, to_json
 from meshwen.common.paths import user_path
 from meshwen.errors import MeshwenError
 
 CONFIG = "config.json"  # Without it, a folder is a checkpoint to nobody.
-# What meshwen or transformers reads of a folder, and would take for a part of the new checkpoint.
-_READ = (
-    *(CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.gguf"),
+# A checkpoint's own files, which another one replaces; so do the shards that its index names.
+_OWN = (
+    *(CONFIG, "generation_config.json", SINGLE, INDEX, f"model-{'[0-9]' * 5}-of-*.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.*", "additional_chat_templates/*.jinja"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/*.jinja",
+)
+# Weights that programs would take for a part of the new checkpoint, where they are not its own.
+_WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.gguf"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json"),
 )
 
 
@@ -37,18 +42,21 @@ def write_checkpoint(
     last: an interrupted call leaves no checkpoint, or with `overwrite` the old one or none.
 
     Args:
-        folder: made if it is missing. Files that belong to no checkpoint stay.
+        folder: made if it is missing. Other files stay.
         texts: files beside the weights by name; among them `config.json`.
         tensors: read one at a time, in order.
         max_shard_bytes: of tensors in a file; a larger tensor has a file for itself.
-        overwrite: replace the files of a checkpoint that is there.
+        overwrite: replace the files of a checkpoint that is there: config, the safetensors of this
+            layout or of its index, tokenizer.
 
     Raises:
-        MeshwenError: there is a checkpoint, or a part of one; or a file cannot be written.
+        MeshwenError: there is a checkpoint, or a part of one; there are other weights, or a folder
+            in the place of a file, also with `overwrite`; or a file cannot be written.
     """
     path = user_path(folder)
     try:
-        old = list(_files_of_a_checkpoint(path))
+        old = _own_files(path)
+        _check_free(path, old)
         if old and not overwrite:
             raise MeshwenError(
                 f"{path} has files of a checkpoint ({shown(old[0].name)}"
@@ -105,9 +113,29 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _files_of_a_checkpoint(folder: Path) -> Iterator[Path]:
-    for pattern in _READ:
-        yield from sorted(folder.glob(pattern))
+def _own_files(folder: Path) -> list[Path]:
+    """The files of the checkpoint in a folder, or of a part of one."""
+    shards: set[Path] = set()
+    if (folder / INDEX).is_file():
+        with suppress(MeshwenError):  # Files that a damaged index does not name are not its own.
+            shards = {f for f in shard_files(folder / INDEX) if f.suffix == ".safetensors"}
+    matching = [file for pattern in _OWN for file in sorted(folder.glob(pattern))]
+    return matching + sorted(shards.difference(matching))
+
+
+def _check_free(folder: Path, own: Sequence[Path]) -> None:
+    """Raises MeshwenError where something must not be deleted, and may not stay either."""
+    for file in own:
+        if file.is_dir() and not file.is_symlink():
+            raise MeshwenError(f"{file} is a folder, where a checkpoint has a file: move it away")
+    for pattern in _WEIGHTS:
+        for file in sorted(folder.glob(pattern)):
+            if file not in own and not file.is_dir():
+                raise MeshwenError(
+                    f"{folder} has other weights ({shown(file.name)}), which could be taken for a "
+                    "part of the checkpoint and are not overwritten: choose another folder, or "
+                    "move them away"
+                )
 
 
 def _shards(tensors: Mapping[str, TensorSource], most: int) -> dict[str, list[TensorSource]]:
