@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from meshwen.verify.operations import (
     norms,
     row_parallel,
 )
-from meshwen.weights.declaration import Params
+from meshwen.weights.declaration import Params, at
 
 # Changes the input and the weight of a row-parallel matmul.
 RowHook = Callable[[Operation, Array, Weight], tuple[Array, Weight]]
@@ -58,7 +57,7 @@ def recorded(
         own.collectives,
         own.numerics,
         own.backend,
-        names={id(_weight(params, at.path)): operation for operation, at in named.items()},
+        names={id(at(params, layout.path)): operation for operation, layout in named.items()},
         layer_outputs=layer_outputs(weights),
         row_hook=row_hook,
         given=given or {},
@@ -125,11 +124,3 @@ class _RecordingOps(Ops):
         if operation not in self.given:
             return value
         return jnp.where(self.go_on_with_given, self.given[operation], value)
-
-
-def _weight(params: Params, path: str) -> Any:
-    """The weight at a dotted name."""
-    node: Any = params
-    for key in path.split("."):
-        node = node[int(key)] if isinstance(node, list) else node[key]
-    return node
