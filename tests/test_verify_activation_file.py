@@ -10,6 +10,7 @@ import pytest
 
 from foreign_run import PROMPTS, foreign_run, save
 from meshwen.errors import MeshwenError
+from meshwen.verify import activation_file
 from meshwen.verify.activation_file import MOST_TOKENS, read_activations
 from meshwen.verify.operations import EMBEDDING, LOGITS, Operation, modules
 from tiny_model import TINY, weights
@@ -209,6 +210,30 @@ def test_a_small_file_does_not_unpack_to_a_large_array(tmp_path, monkeypatch):
     with pytest.raises(MeshwenError, match="not the 2816"):
         read(path)
     assert all(0 <= n <= 1 << 14 for n in taken)
+
+
+def test_zipped_zeros_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    """They have the right shape."""
+    ids = np.zeros((1, 1100), np.int64)
+    shape = (1, 1100, D)
+    zeros = np.zeros(shape, np.float64).tobytes()
+    names = [name for name in modules(mesh_run("1").runner.model.weights) if name != "lm_head"]
+    monkeypatch.setattr(activation_file, "_MOST_UNPACKED", len(zeros))
+    members = [(f"{name}.npy", header(shape, "<f8") + zeros) for name in names]
+    path = archive(tmp_path / "a.npz", [("input_ids.npy", npy(ids)), *members])
+    with pytest.raises(MeshwenError, match=r"unpacks from .* to .*, more than 16 times as much"):
+        read(path)
+    save(tmp_path, {"input_ids": ids} | {name: np.zeros(shape) for name in names}, "plain.npz")
+    assert len(read(tmp_path / "plain.npz").values) == len(names)
+
+
+def test_a_prompt_that_would_be_too_large_in_float64_is_refused(tmp_path, monkeypatch):
+    arrays = {"lm_head": np.zeros((*PROMPTS.shape, V), np.float32)}
+    monkeypatch.setattr(activation_file, "MOST_PER_PROMPT", 8 * 11 * V)
+    assert LOGITS in read_arrays(tmp_path, **arrays).values
+    monkeypatch.setattr(activation_file, "MOST_PER_PROMPT", 8 * 11 * V - 1)
+    with pytest.raises(MeshwenError, match=f'"lm_head" has 11 x {V} numbers .* most 10 tokens'):
+        read_arrays(tmp_path, **arrays)
 
 
 def test_damage_is_noticed(tmp_path):

@@ -3,7 +3,8 @@
 
 Each array is named after the module of Hugging Face's model whose output it is. Of every array the
 header is read first. Numbers are read only where the header has the shape that the model and the
-file's `input_ids` ask for, so that a small file cannot ask for much memory.
+file's `input_ids` ask for, and only where the archive as a whole unpacks to not much more than its
+size, so that a small file cannot ask for much memory.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ import numpy as np
 
 from meshwen.common.arguments import meant, one_of
 from meshwen.common.json_files import shown
+from meshwen.common.units import bytes_text
 from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
 from meshwen.verify.operations import LOGITS, Operation
 
 INPUT_IDS = "input_ids"
 MOST_TOKENS = 32_768
+MOST_PER_PROMPT = 2 << 30  # bytes of an array in float64, in which one prompt at a time is compared
+# Zipped floating-point numbers take a fifth of their bytes, or more, unless many are equal.
+_MOST_UNPACKED = 256 << 20  # bytes of all arrays, or
+_MOST_RATIO = 16  # times the bytes of the file.
 _LONGEST_HEADER = 1 << 14  # bytes
 _EXAMPLES = "model.embed_tokens, model.layers.0.self_attn, model.layers.0.mlp, lm_head"
 _HOW = "save arrays with numpy.savez(FILE, **arrays)"
@@ -63,6 +69,7 @@ def read_activations(path: Path, config: ModelConfig, modules: dict[str, Operati
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_unpacked(archive, path)
             return _read(_arrays(archive, str(path)), config, modules, str(path))
     except OSError as error:
         raise MeshwenError(f"cannot read {path}: {error.strerror or error}") from None
@@ -71,6 +78,17 @@ def read_activations(path: Path, config: ModelConfig, modules: dict[str, Operati
     except Exception as error:  # zipfile raises anything on damaged files.
         reason = str(error) or type(error).__name__
         raise MeshwenError(f"{path} is no .npz file ({reason}): {_HOW}") from None
+
+
+def _check_unpacked(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raises MeshwenError for an archive that unpacks to more than activations would."""
+    unpacked = sum(info.file_size for info in archive.infolist())
+    packed = path.stat().st_size
+    if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * packed):
+        raise MeshwenError(
+            f"{path} unpacks from {bytes_text(packed)} to {bytes_text(unpacked)}, more than "
+            f"{_MOST_RATIO} times as much: save it unpacked, with numpy.savez"
+        )
 
 
 def _read(
@@ -161,19 +179,25 @@ class _Array:
                 f"{self.where} must be {', '.join(_FLOATS)}, or bfloat16 as uint16, not "
                 f"{self.dtype.name}"
             )
+        if 8 * math.prod(shape[1:]) > MOST_PER_PROMPT:
+            raise MeshwenError(
+                f"{self.where} has {shape[1]} x {shape[2]} numbers for a prompt: give prompts of "
+                f"at most {MOST_PER_PROMPT // (8 * shape[2])} tokens, or leave the array out"
+            )
         values = self.numbers()
         if self.dtype.name in _BFLOAT16:
             values = values.view(ml_dtypes.bfloat16)
         values = values.reshape(shape)
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32))
-        if not finite.all():
-            prompt, position, element = np.argwhere(~finite)[0]
-            raise MeshwenError(
-                f"{self.where} is {values[prompt, position, element]} at prompt {prompt}, position "
-                f"{position}, element {element}: it is the first activation of the forward pass "
-                "that is not finite in float32"
-            )
+        for prompt, rows in enumerate(values):
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(rows.astype(np.float32, copy=False))
+            if not finite.all():
+                position, element = np.argwhere(~finite)[0]
+                raise MeshwenError(
+                    f"{self.where} is {rows[position, element]} at prompt {prompt}, position "
+                    f"{position}, element {element}: it is the first activation of the forward "
+                    "pass that is not finite in float32"
+                )
         return values
 
     def numbers(self) -> np.ndarray:

@@ -9,7 +9,7 @@ Each activation of the file is compared twice, with what this model's operation 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,12 +173,14 @@ def _distances(
         go_on_with_given: Array,
         *,
         model: ParallelModel,
-    ) -> tuple[dict[str, Array], Array]:
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
         by_operation = {operations[key]: values for key, values in given.items()}
         found = recorded(
             params, token_ids, model, given=by_operation, go_on_with_given=go_on_with_given
         )
-        return {key: found[operations[key]] for key in given}, found[LOGITS]
+        # XLA leaves logits out that nobody asks for: no other activation takes as much memory.
+        logits = {key: found[LOGITS] for key in operations if key == LOGITS.key}
+        return {key: found[operations[key]] for key in given}, logits
 
     program = runner.compiled(
         activations_step,
@@ -191,8 +193,8 @@ def _distances(
         for token_ids, given in _groups(theirs, runner.plan.data_devices):
             values, logits = program(runner.params, token_ids, given, np.bool_(go_on_with_given))
             parts.append({key: to_host(value) for key, value in values.items()})
-            if LOGITS in theirs.values:
-                parts[-1][LOGITS.key] = to_host(logits)[..., : runner.config.vocab_size]
+            for key, value in logits.items():
+                parts[-1][key] = to_host(value)[..., : runner.config.vocab_size]
         found = {}
         for key, operation in operations.items():
             ours = np.concatenate([part.pop(key) for part in parts])[: len(theirs.input_ids)]
@@ -202,10 +204,9 @@ def _distances(
     return run(False), run(True)
 
 
-def _groups(theirs: Activations, size: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def _groups(theirs: Activations, size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The prompts, so many at a time: tokens, and activations but the logits, in float32."""
     count = len(theirs.input_ids)
-    groups = []
     for first in range(0, count, size):
         rows = np.minimum(np.arange(first, first + size), count - 1)
         given = {
@@ -213,5 +214,4 @@ def _groups(theirs: Activations, size: int) -> list[tuple[np.ndarray, dict[str, 
             for operation, values in theirs.values.items()
             if operation != LOGITS
         }
-        groups.append((theirs.input_ids[rows], given))
-    return groups
+        yield theirs.input_ids[rows], given

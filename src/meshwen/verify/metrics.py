@@ -142,12 +142,14 @@ def _distance(reference: np.ndarray, found: np.ndarray) -> Distance:
     sums = np.zeros(3)  # Of squares and products of what is beyond the means.
     for r, f in zip(reference, found, strict=True):
         wide, other = r.astype(np.float64), f.astype(np.float64)
+        scale.append(np.abs(wide).max(axis=-1))
         difference = np.abs(wide - other)
         largest.append(difference.max(axis=-1))
         where.append(difference.argmax(axis=-1))
-        scale.append(np.abs(wide).max(axis=-1))
-        x, y = wide - means[0], other - means[1]
-        sums += [np.vdot(x, x), np.vdot(y, y), np.vdot(x, y)]
+        del difference
+        wide -= means[0]
+        other -= means[1]
+        sums += [np.vdot(wide, wide), np.vdot(other, other), np.vdot(wide, other)]
     most, of = np.stack(largest), np.stack(scale)
     relative = np.nan_to_num(most / np.where(of == 0, 1, of), nan=np.inf, posinf=np.inf)
     prompt, position = np.unravel_index(relative.argmax(), relative.shape)
