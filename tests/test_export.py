@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from safetensors.numpy import save_file
 import reference
 from checkpoint_writers import write_model
 from meshwen.cli import main
-from meshwen.handoff import exporting, parallel_model, program
-from meshwen.handoff.exporting import export
+from meshwen.errors import MeshwenError
+from meshwen.handoff import exporting, load_weights, parallel_model, program
 from meshwen.handoff.run_exported import tensors
 from tiny_model import ONE_LAYER
 
@@ -32,8 +33,9 @@ def checkpoint(tmp_path_factory):
 
 
 def exported(checkpoint, folder, *arguments):
-    options = ("--length", "12", "--tokens", "5", "--out", str(folder))
-    return main(["export", str(checkpoint), *options, *arguments])
+    program = dict(pairwise(arguments)).get("--program", "decode")
+    options = ["--length", "12"] * (program != "logits") + ["--tokens", "5"] * (program != "decode")
+    return main(["export", str(checkpoint), "--out", str(folder), *options, *arguments])
 
 
 def run_plain(folder, *arguments):
@@ -104,7 +106,7 @@ def test_the_golden_outputs_are_what_the_model_gives(decode):
     ids = np.random.default_rng(0).integers(0, ONE_LAYER.vocab_size, (2, 9))
     golden = tensors(decode / "golden_outputs.safetensors")["logits"]
     inputs = tensors(decode / "golden_inputs.safetensors")
-    assert inputs["positions"].tolist() == [8, 8]
+    assert inputs["positions"].tolist() == [8, 7]  # A stack that takes one for all is found out.
     np.testing.assert_array_equal(inputs["input_ids"], ids[:, 8:])
     weights = reference.random_weights(ONE_LAYER)
     wanted = reference.logits(weights, ONE_LAYER, ids[0].tolist())[8]
@@ -131,10 +133,11 @@ def test_the_manifest_says_what_a_caller_has_to_know(decode):
     assert "stablehlo" in (decode / "program.stablehlo.mlir").read_text()
 
 
-def test_other_outputs_than_the_golden_ones_are_told(copied):
+@pytest.mark.parametrize(("value", "said"), [(99, "of its largest value, "), (np.nan, "to nan ")])
+def test_other_outputs_than_the_golden_ones_are_told(value, said, copied):
     folder, replace = copied
     golden = {n: a.copy() for n, a in tensors(folder / "golden_outputs.safetensors").items()}
-    golden["logits"][1, 7] += 1
+    golden["logits"][1, 7] = value
     save_file(golden, folder / "changed")
     replace("golden_outputs.safetensors", (folder / "changed").read_bytes())
     found = manifest_of(folder)
@@ -144,8 +147,20 @@ def test_other_outputs_than_the_golden_ones_are_told(copied):
     assert status == 1
     first, second = out.splitlines()
     assert first.startswith("logits: differs by up to")
+    assert said in first
     assert first.endswith("beyond 0.0001")
     assert second == "cache: the same bits"
+
+
+def manifest_with(**changes):
+    """Makes of a folder's own manifest another."""
+
+    def changed(folder):
+        found = manifest_of(folder)
+        changes.get("files", {}).update(found["files"])
+        return json.dumps(found | changes).encode()
+
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -155,13 +170,18 @@ def test_other_outputs_than_the_golden_ones_are_told(copied):
         ("program.jax_export", b"no program", "is not the file that was exported"),
         ("manifest.json", b"{", "manifest.json: not an exported program"),
         ("manifest.json", b'{"format": 2, "files": {}}', "this script reads format 1"),
-        ("manifest.json", b'{"format": 1, "files": {}}', "export again, with --weights"),
-        ("manifest.json", b'{"format": 1, "files": {"x": {}}}', "x is missing"),
+        ("manifest.json", b'{"format": 1, "files": []}', "and nothing to run: export it with"),
+        ("manifest.json", b'{"format": 1, "files": 3}', "not an exported program"),
+        ("manifest.json", manifest_with(files={"../x": {}}), "../x is missing"),
+        ("manifest.json", manifest_with(mesh=None), "cannot be run: TypeError"),
+        ("manifest.json", manifest_with(versions={}), "cannot be run: KeyError: 'jax'"),
+        ("manifest.json", manifest_with(arguments=[]), "cannot be run: "),
+        ("manifest.json", manifest_with(compiler_options={"xla_no": 1}), "cannot be run: "),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(copied, name, content, message):
     folder, replace = copied
-    replace(name, content)
+    replace(name, content(folder) if callable(content) else content)
     status, out, error = run_plain(folder)
     assert (status, out) == (2, "")
     assert error.startswith("error: ")
@@ -198,6 +218,8 @@ def test_a_folder_that_exists_is_refused_before_anything_is_loaded(tmp_path, cap
         (("--profile", "portable", "--numerics", "exact"), "has fast numerics alone"),
         (("--no-golden", "--weights"), "leave out --no-golden"),
         (("--platform", "tpu"), "add --no-golden"),
+        (("--platform", "foo", "--no-golden"), "--platform must be cpu, tpu, cuda or rocm"),
+        (("--no-golden", "--numerics", "exact"), "exact numerics are for the devices of a mesh"),
         (("--batch", "0"), "--batch must be at least 1, not 0"),
     ],
 )
@@ -222,7 +244,7 @@ def test_a_program_that_is_not_run_needs_neither_weights_nor_devices(tmp_path, c
     assert found["files"].keys() == names
     status, _, error = run_plain(tmp_path / "new")
     assert (status, error.count("\n")) == (2, 1)
-    assert "export again, with --weights" in error
+    assert "nothing to run: export it with --weights" in error
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -232,6 +254,14 @@ def test_an_export_that_fails_half_way_leaves_nothing(checkpoint, tmp_path, monk
 
     monkeypatch.setattr(exporting, "described_file", fail)
     step = program("logits", parallel_model(str(checkpoint)))
-    with pytest.raises(type(error)):
-        export(step, tmp_path / "new")
+    with pytest.raises(MeshwenError if isinstance(error, OSError) else KeyboardInterrupt):
+        step.export(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_mesh_are_refused(checkpoint, tmp_path):
+    weights = load_weights(parallel_model(str(checkpoint), "8"), str(checkpoint))
+    step = program("logits", parallel_model(str(checkpoint), "1"))
+    with pytest.raises(MeshwenError, match="as for this model on this mesh"):
+        step.export(tmp_path / "new", weights)
     assert not list(tmp_path.iterdir())

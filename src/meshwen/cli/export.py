@@ -17,7 +17,7 @@ from meshwen.common.option_fields import Option
 from meshwen.common.units import bytes_text
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
-from meshwen.handoff.choices import OUTPUTS, PROFILES, PROGRAMS
+from meshwen.handoff.choices import OUTPUTS, PLATFORMS, PROFILES, PROGRAMS
 
 if TYPE_CHECKING:
     from meshwen.checkpoints import Checkpoint
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from meshwen.models.parallel_model import ParallelModel
 
 
+_MODEL_HELP = options.MODEL_HELP.replace("dummy also", "dummy, or --no-golden, also")
+
+
 @with_groups(engine=options.engine_options(*options.LOADING))
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=options.MODEL_HELP, show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)],
     *,
     engine: EngineOptions,
     program: Annotated[
@@ -62,14 +63,21 @@ def export(
     ] = ...,  # type: ignore[assignment]
     batch: Annotated[int, options.declared(Option("Sequences.", int, least=1), "--batch")] = 1,
     tokens: Annotated[
-        int,
+        int | None,
         options.declared(
-            Option("Tokens of a sequence in prefill and logits.", int, least=1), "--tokens"
+            Option("Tokens of a sequence, of prefill and logits. Default: 16.", int, least=1),
+            "--tokens",
+            show_default=False,
         ),
-    ] = 16,
+    ] = None,
     length: Annotated[
-        int, options.declared(Option("Positions of the cache.", int, least=1), "--length")
-    ] = 128,
+        int | None,
+        options.declared(
+            Option("Positions of the cache, of prefill and decode. Default: 128.", int, least=1),
+            "--length",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         str,
         options.declared(
@@ -103,10 +111,9 @@ def export(
     ] = False,
     platform: Annotated[
         str | None,
-        typer.Option(
+        options.declared(
+            Option("What to lower for; needs --no-golden. Default: cpu.", str, choices=PLATFORMS),
             "--platform",
-            metavar="NAME",
-            help="What to lower for, such as tpu or cuda; needs --no-golden. Default: cpu.",
             show_default=False,
         ),
     ] = None,

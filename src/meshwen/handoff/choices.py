@@ -6,7 +6,9 @@ from typing import Literal, get_args
 ProgramName = Literal["logits", "prefill", "decode"]
 Profile = Literal["native", "portable"]
 Output = Literal["logits", "tokens"]
+Platform = Literal["cpu", "tpu", "cuda", "rocm"]
 
 PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 OUTPUTS: tuple[Output, ...] = get_args(Output)
+PLATFORMS: tuple[Platform, ...] = get_args(Platform)

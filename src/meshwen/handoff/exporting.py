@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exported program: a folder that runs with plain JAX.
 
-manifest.json                 versions, mesh, arguments, results, donation, compiler options
-program.jax_export            the program, for `jax.export.deserialize`
-program.stablehlo.mlir        the same as text
-golden_inputs.safetensors     the arguments of one step, without the weights
-golden_outputs.safetensors    what it gave
-weights.safetensors           the weights as they lie on the devices, where they are asked for
-run.py                        runs the program, and compares what it gives
+    manifest.json                 versions, mesh, arguments, results, donation, compiler options
+    program.jax_export            the program, for `jax.export.deserialize`
+    program.stablehlo.mlir        the same as text
+    golden_inputs.safetensors     the arguments of one step, without the weights
+    golden_outputs.safetensors    what it gave
+    weights.safetensors           the weights as they lie on the devices, where they are asked for
+    run.py                        runs the program, and compares what it gives
+
+`docs/hardware.md` describes them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
 from meshwen.handoff import run_exported
 from meshwen.handoff.golden import golden_step
-from meshwen.handoff.plain import Plain, names
+from meshwen.handoff.plain import Plain, check_params, names
 from meshwen.handoff.programs import Program
 from meshwen.weights.source import Index, TensorSource
 
@@ -73,15 +74,17 @@ def export(
         raise MeshwenError("there are no weights to write: give params, or leave the weights out")
     if params is not None and not isinstance(exported.mesh, Mesh):
         raise MeshwenError("a mesh without devices runs no step: leave params out")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    if params is not None:
+        check_params(params, exported.model.weights)
     try:
-        _write(exported, made, params, weights, platform, progress)
-        made.chmod(0o755)
-        made.rename(target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+            made = Path(name) / target.name
+            made.mkdir()
+            _write(exported, made, params, weights, platform, progress)
+            made.rename(target)
+    except OSError as error:  # Such as a full disk.
+        raise MeshwenError(f"cannot write {target}: {error.strerror}") from None
     return target
 
 
@@ -137,6 +140,7 @@ def _manifest(exported: Program, artefact: jax.export.Exported) -> dict[str, Any
         "versions": {name: metadata.version(name) for name in ("meshwen", "jax", "jaxlib")},
         "platforms": list(artefact.platforms),
         "model": model.config.name,
+        "vocab_size": model.config.vocab_size,
         "dtype": model.dtype.name,
         "numerics": model.numerics,
         "quantization": model.quantization,

@@ -57,8 +57,6 @@ def _after_prompt(step: Program, params: Plain, tokens: int) -> dict[str, Plain]
     batch = step.sizes.batch
     ids = _token_ids(step, batch, tokens + 1)
     inputs = _inputs(step, ids[:, tokens:])
-    place = "position" if "position" in inputs else "positions"
-    inputs[place] = np.full_like(inputs[place], tokens)
     if tokens:
         prefill = program(
             "prefill",
@@ -68,8 +66,12 @@ def _after_prompt(step: Program, params: Plain, tokens: int) -> dict[str, Plain]
             tokens=tokens,
             length=step.sizes.length,
         )
-        inputs["cache"] = run(prefill, params, _inputs(prefill, ids[:, :tokens]))["cache"]
-        inputs["cache"] = jax.tree.map(np.asarray, inputs["cache"])
+        before = _inputs(prefill, ids[:, :tokens])
+        inputs["cache"] = jax.tree.map(np.asarray, run(prefill, params, before)["cache"])
+        if "positions" in inputs:
+            inputs["positions"] = before["lengths"]
+        else:
+            inputs["position"] = np.array([tokens], np.int32)
     return inputs
 
 
@@ -82,7 +84,7 @@ def _inputs(step: Program, ids: np.ndarray) -> dict[str, Plain]:
         "lengths": np.maximum(tokens - np.arange(batch), 1),  # Of different lengths.
         "positions": np.arange(tokens) if step.profile == "portable" else np.zeros(batch),
         "position": np.zeros(1),
-        "last": np.array([tokens - 1]),
+        "last": np.array([max(tokens - 2, 0)]),  # Not that of the last column.
     }
     found = {}
     for name, shapes in list(step.arguments.items())[1:]:

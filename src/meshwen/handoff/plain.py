@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from meshwen.cache.kv_cache import KVCache, LayerCache
+from meshwen.errors import MeshwenError
 from meshwen.ops.formats import Leaf, Packed
 from meshwen.ops.weight import Weight
 from meshwen.weights.declaration import Params, at, unflatten
@@ -65,6 +66,26 @@ def params_specs(table: WeightTable) -> Plain:
 def params_shapes(table: WeightTable) -> Plain:
     """Shapes, dtypes and shardings of plain weights."""
     return _tree(table, lambda layout: _weight_shapes(layout, table))
+
+
+def check_params(plain: Plain, table: WeightTable) -> None:
+    """Holds plain weights against the shapes of a model's.
+
+    Raises:
+        MeshwenError: they are those of another model or mesh, or not plain.
+    """
+    expected = params_shapes(table)
+    structure: Any = jax.tree.structure(plain)
+    if structure != jax.tree.structure(expected):
+        raise MeshwenError(
+            "params are not the weights of this model as meshwen.handoff.plain_params gives them"
+        )
+    for (name, given), (_, needed) in zip(names(plain), names(expected), strict=True):
+        if (shape := jnp.shape(given)) != needed.shape or given.dtype != needed.dtype:
+            raise MeshwenError(
+                f"params: {name} is {given.dtype} {list(shape)}, not {needed.dtype} "
+                f"{list(needed.shape)} as for this model on this mesh: load the weights for it"
+            )
 
 
 def plain_cache(cache: KVCache) -> Plain:

@@ -10,20 +10,24 @@ A mesh may be abstract, with no devices behind it, and its axes may have any nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import PathLike, fsdecode
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshwen.checkpoints import open_checkpoint
+from meshwen.common.arguments import brief
 from meshwen.common.choices import check_choice
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
-from meshwen.handoff.choices import OUTPUTS, PROFILES, PROGRAMS
+from meshwen.handoff.choices import OUTPUTS, PLATFORMS, PROFILES, PROGRAMS
 from meshwen.handoff.plain import Plain, params_shapes, plain_cache
 from meshwen.handoff.portable import SharedPositions
 from meshwen.handoff.steps import NativeSteps, PortableSteps
@@ -32,6 +36,9 @@ from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.mesh import make_mesh
 from meshwen.runtime.jax_settings import own_settings, own_settings_in_trace
 
+_OPTIONS = ("dtype", "numerics", "quantization")  # of `parallel_model`
+_MOST = (1 << 31) - 1  # of any size
+_TOKENS, _LENGTH = 16, 128  # where nobody says otherwise
 _LOWERED_FOR = "cpu"  # where a mesh has no devices that say
 
 
@@ -114,7 +121,11 @@ class Program:
         )
 
     def jitted(self) -> Any:
-        """The mapped function under `jax.jit`, with its donation and its compiler options."""
+        """The mapped function under `jax.jit`, with its donation and its compiler options.
+
+        The cache that it is given is consumed. Inside a `jax.jit` of your own take `mapped`, as
+        compiler options are for the outermost one.
+        """
         mapped = self.mapped
 
         def named(*arguments: Any) -> Any:
@@ -129,12 +140,15 @@ class Program:
         """The program lowered to StableHLO.
 
         Args:
-            platform: "cpu", "tpu", "cuda", ...; None: that of the mesh's devices, or "cpu" where it
-                has none.
+            platform: "cpu", "tpu", "cuda" or "rocm"; None: that of the mesh's devices, or "cpu"
+                where it has none.
+
+        Raises:
+            MeshwenError: there is no such platform.
         """
+        platforms = self._platforms(platform)
         with own_settings():
             traced = self.jitted().trace(*self.arguments.values())
-            platforms = (platform or self.platform,)
             lowered: jax.stages.Lowered = traced.lower(lowering_platforms=platforms)
         return lowered
 
@@ -143,31 +157,43 @@ class Program:
 
         Args:
             platform: as of `lower`.
+
+        Raises:
+            MeshwenError: there is no such platform.
         """
+        platforms = self._platforms(platform)
         # XLA's own, and in every version of it: exact numerics lays operands out with it.
         unchecked = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
         if self.profile == "portable":  # Nothing in it depends on the platform.
             unchecked.append(jax.export.DisabledSafetyCheck.platform())
         with own_settings():
             export = jax.export.export(
-                self.jitted(), platforms=(platform or self.platform,), disabled_checks=unchecked
+                self.jitted(), platforms=platforms, disabled_checks=unchecked
             )
             return export(*self.arguments.values())
 
-    @property
-    def platform(self) -> str:
-        """That of the mesh's devices."""
+    def export(self, folder: str | PathLike[str], params: Plain | None = None, **how: Any) -> Path:
+        """Writes it to a new folder: see `meshwen.handoff.exporting.export`."""
+        from meshwen.handoff.exporting import export  # It imports this module.
+
+        return export(self, folder, params, **how)
+
+    def _platforms(self, platform: str | None) -> tuple[str, ...]:
+        """What to lower for."""
+        if platform is not None:
+            check_choice("platform", platform, PLATFORMS)
+            return (platform,)
         if not isinstance(self.mesh, Mesh):
-            return _LOWERED_FOR
+            return (_LOWERED_FOR,)
         found: str = self.mesh.devices.flat[0].platform
-        return {"gpu": "cuda"}.get(found, found)
+        return ({"gpu": "cuda"}.get(found, found),)
 
 
 def parallel_model(
-    model: str | ModelConfig,
+    model: str | PathLike[str] | ModelConfig,
     mesh: str | int | Mesh | AbstractMesh = "1",
     *,
-    data_axes: tuple[str, ...] | None = None,
+    data_axes: str | Sequence[str] | None = None,
     **options: Any,
 ) -> ParallelModel:
     """A model on a mesh, without kernels and without weights.
@@ -176,23 +202,41 @@ def parallel_model(
         model: its config; or a checkpoint's folder, GGUF file or hub id, of which the config alone
             is read; or a preset such as "qwen2.5-7b".
         mesh: a mesh string, or a JAX mesh, concrete or abstract, with axes of any names.
-        data_axes: the axes of a JAX mesh that split the batch; all others split the model. None:
-            those whose names begin with "data".
+        data_axes: the axis, or axes, of a JAX mesh that split the batch; all others split the
+            model. None: those whose names begin with "data".
         options: `dtype`, `numerics` and `quantization`, as of `from_pretrained`.
 
     Raises:
         MeshwenError: there is no such model or mesh, or the model cannot be split so.
     """
+    if unknown := set(options) - set(_OPTIONS):
+        raise MeshwenError(
+            f"there is no option {sorted(unknown)[0]!r} here; there are {', '.join(_OPTIONS)}"
+        )
     chosen = EngineOptions(**options)
-    if isinstance(model, str):
-        with open_checkpoint(model, load_format="dummy") as checkpoint:
+    if isinstance(model, str | PathLike):
+        with open_checkpoint(fsdecode(model), load_format="dummy") as checkpoint:
             model = checkpoint.config
-    if isinstance(mesh, str | int):
-        mesh = make_mesh(mesh)
-    elif absent := [name for name in data_axes or () if name not in mesh.axis_names]:
+    if not isinstance(model, ModelConfig):
+        raise MeshwenError(f"the model must be a path, a name or a config, not {brief(model)}")
+    data: tuple[str, ...] | None = None
+    if data_axes is not None:
+        data = (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        if data:
+            raise MeshwenError(f"data_axes name axes of a JAX mesh; {mesh!r} names its own")
+        data, mesh = None, make_mesh(mesh)
+    elif absent := [name for name in data or () if name not in mesh.axis_names]:
         raise MeshwenError(
             f"the mesh has no axis {absent[0]!r}; its axes are {', '.join(mesh.axis_names)}"
         )
+    elif len(set(data or ())) < len(data or ()):
+        raise MeshwenError("data_axes name an axis twice")
+    # Axes typed Explicit would have JAX ask for shardings in every function.
+    elif isinstance(mesh, Mesh):
+        mesh = Mesh(mesh.devices, mesh.axis_names)
+    else:
+        mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
     return ParallelModel(
         model,
         mesh,
@@ -200,7 +244,7 @@ def parallel_model(
         chosen.numerics,
         chosen.quantization,
         kernels=False,
-        data_names=data_axes,
+        data_names=data,
     )
 
 
@@ -210,8 +254,8 @@ def program(
     *,
     profile: str = "native",
     batch: int = 1,
-    tokens: int = 16,
-    length: int = 128,
+    tokens: int | None = None,
+    length: int | None = None,
     output: str = "logits",
     composites: bool = False,
 ) -> Program:
@@ -229,7 +273,8 @@ def program(
       one position int32 [1] of all sequences.
 
     The output is logits float32 [B, V], or tokens int32 [B]. V is padded to the mesh; the logits of
-    padding are 0.
+    padding are 0, so cut them off before an argmax. Positions are below the cache's length: beyond,
+    nothing says so, and results mean nothing.
 
     Args:
         name: "logits", "prefill" or "decode".
@@ -237,8 +282,8 @@ def program(
         profile: "native" is what the engine runs here. "portable" consists of fewer operations, for
             compilers that know few: see `meshwen.handoff.portable`.
         batch: B, a multiple of the devices that split the batch.
-        tokens: T.
-        length: S, positions of the cache.
+        tokens: T, of logits and prefill; None: 16.
+        length: S, positions of the cache, of prefill and decode; None: 128.
         output: of prefill and decode, "logits" or "tokens", the likeliest.
         composites: in the portable profile, whether norms and attention are StableHLO composites
             under Tenstorrent's names.
@@ -252,11 +297,27 @@ def program(
     check_choice("output", output, OUTPUTS)
     if model.kernels:
         model = replace(model, kernels=False)
-    sizes = Sizes(batch, 1 if name == "decode" else tokens, length)
+    if unused := [
+        what
+        for what, given in (
+            ("tokens", name == "decode" and tokens is not None),
+            ("length", name == "logits" and length is not None),
+            ("output", name == "logits" and output != "logits"),
+        )
+        if given
+    ]:
+        raise MeshwenError(f"the {name} program has no {unused[0]}: leave it out")
+    wide = 1 if name == "decode" else _TOKENS if tokens is None else tokens
+    sizes = Sizes(batch, wide, _LENGTH if length is None else length)
     _check_sizes(name, model, sizes)
     portable = profile == "portable"
     if portable and model.numerics == "exact":
         raise MeshwenError("the portable profile has fast numerics alone: choose the native one")
+    if model.numerics == "exact" and not isinstance(model.mesh, Mesh):
+        raise MeshwenError(
+            "exact numerics are for the devices of a mesh, and this has none: give one with "
+            "devices, or choose fast numerics"
+        )
     if composites and not portable:
         raise MeshwenError("composites are of the portable profile: choose that, or no composites")
     chosen = output == "tokens"
@@ -282,8 +343,8 @@ def program(
 
 def _check_sizes(name: str, model: ParallelModel, sizes: Sizes) -> None:
     for what, size in (("batch", sizes.batch), ("tokens", sizes.tokens), ("length", sizes.length)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise MeshwenError(f"{what} must be a whole number from 1 on, not {size!r}")
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MOST:
+            raise MeshwenError(f"{what} must be a whole number from 1 to {_MOST}, not {size!r}")
     parts, context = model.plan.data_devices, model.config.context_length
     if sizes.batch % parts:
         raise MeshwenError(

@@ -3,8 +3,9 @@
 
     python run.py [FOLDER]
 
-FOLDER is what `meshwen export` wrote; without it, the one that this file is in. Needs jax and
-nothing else. Exit status: 0 the outputs agree; 1 they do not; 2 the folder cannot be used.
+FOLDER is what `meshwen export --weights` wrote; without it, the one that this file is in. Needs
+jax, and flatbuffers, with which jax reads programs. Runs on JAX's default back end.
+Exit status: 0 the outputs agree; 1 they do not; 2 one line says why the folder cannot be run.
 """
 
 import hashlib
@@ -21,6 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 FORMAT = 1
+_NEEDED = (
+    *("program.jax_export", "weights.safetensors"),
+    *("golden_inputs.safetensors", "golden_outputs.safetensors"),
+)
 _DTYPES = {
     "F32": np.float32,
     "BF16": ml_dtypes.bfloat16,
@@ -29,21 +34,33 @@ _DTYPES = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Runs the program of a folder; returns the exit status."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    manifest = read_manifest(folder)
-    devices = start_devices(manifest["mesh"])
-    mesh = Mesh(devices, [name for name, _ in manifest["mesh"]])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if arguments[1:]:
+        return failed(f"one folder is expected, not also {arguments[1]!r}")
+    folder = Path(arguments[0]) if arguments else Path(__file__).parent
+    try:
+        return run(folder, read_manifest(folder))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        return failed(f"{folder} cannot be run: {type(error).__name__}: {reason}")
+
+
+def run(folder: Path, manifest: Any) -> int:
+    """Runs the program on the golden inputs, and compares."""
+    mesh = Mesh(start_devices(manifest["mesh"]), [name for name, _ in manifest["mesh"]])
     exported = read_program(folder, manifest)
     arguments = place_arguments(folder, manifest, mesh)
     positional, _ = jax.tree.unflatten(exported.in_tree, arguments)
-    run = jax.jit(
+    step = jax.jit(
         exported.call,
         donate_argnums=manifest["donated"],
         compiler_options=manifest["compiler_options"] or None,
     )
-    results = jax.tree.leaves(run(*positional))
+    results = jax.tree.leaves(step(*positional))
     return compare(results, manifest, tensors(folder / "golden_outputs.safetensors"))
 
 
@@ -51,21 +68,22 @@ def read_manifest(folder: Path) -> Any:
     """The manifest, when every file is the one that it names."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        format, files = manifest["format"], manifest["files"]
+        format, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{folder}/manifest.json: not an exported program ({error!r})")
     if format != FORMAT:
         fail(f"{folder}: format {format} of the manifest; this script reads format {FORMAT}")
+    for name in _NEEDED:
+        if name not in files:
+            fail(f"{folder} has no {name}, and nothing to run: export it with --weights")
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file():
+        if Path(name).name != name or not path.is_file():
             fail(f"{path} is missing")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected["sha256"]:
             fail(f"{path} is not the file that was exported: its SHA-256 is {found}")
-    if "weights.safetensors" not in files:
-        fail(f"{folder} has no weights to run with: export again, with --weights")
     return manifest
 
 
@@ -86,13 +104,15 @@ def read_program(folder: Path, manifest: Any) -> jax.export.Exported:
     path, version = folder / "program.jax_export", manifest["versions"]["jax"]
     if version != jax.__version__:
         print(f"note: exported with jax {version}, and this is {jax.__version__}", file=sys.stderr)
+    unreadable = f"{path}: jax {jax.__version__} cannot read what jax {version} wrote"
     try:
         found = jax.export.deserialize(bytearray(path.read_bytes()))
+    except ImportError:
+        fail("jax reads programs with flatbuffers: pip install flatbuffers")
     except Exception as error:
-        reason = str(error).partition(".")[0]
-        fail(f"{path}: jax {jax.__version__} cannot read what jax {version} wrote ({reason})")
+        fail(f"{unreadable} ({str(error).partition('.')[0]})")
     if found.nr_devices != np.prod([size for _, size in manifest["mesh"]]):
-        fail(f"{path}: jax {jax.__version__} cannot read what jax {version} wrote")
+        fail(unreadable)
     return found
 
 
@@ -123,37 +143,45 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 
 def compare(results: list[jax.Array], manifest: Any, golden: dict[str, np.ndarray]) -> int:
     """Prints how far each result is from the golden one; 1 where one is too far, else 0."""
-    status = 0
-    differences: dict[str, float] = {}
+    differences: dict[str, float | None] = {}
     for one, result in zip(manifest["results"], results, strict=True):
-        expected, found = golden[one["name"]], np.asarray(result)
-        kind = one["name"].split(".")[0]
-        if expected.tobytes() == found.tobytes():
-            differences.setdefault(kind, 0.0)
-            continue
-        a, b = (x.astype(np.float64) for x in (expected, found))
-        scale = 1.0 if np.issubdtype(expected.dtype, np.integer) else np.abs(a).max() or 1.0
-        difference = float(np.abs(a - b).max() / scale)
-        difference = difference if difference > 0 else sys.float_info.min  # Another zero, or NaN.
-        differences[kind] = max(differences.get(kind, 0.0), difference)
-    for kind, difference in differences.items():
-        if difference == 0:
+        kind, expected, found = one["name"].split(".")[0], golden[one["name"]], np.asarray(result)
+        before = differences.setdefault(kind, None)
+        if expected.shape != found.shape or expected.dtype != found.dtype:
+            raise ValueError(f"{one['name']} is {found.dtype} {found.shape}, not as the golden one")
+        if expected.tobytes() != found.tobytes():
+            differences[kind] = np.maximum(before or 0.0, difference(expected, found))  # Keeps NaN.
+    status = 0
+    for kind, largest in differences.items():
+        if largest is None:
             print(f"{kind}: the same bits")
             continue
-        within = difference <= manifest["tolerance"]
+        within = largest <= manifest["tolerance"]
         status = status if within else 1
         print(
-            f"{kind}: differs by up to {difference:.2g} of its largest value, "
+            f"{kind}: differs by up to {largest:.2g} of its largest value, "
             f"{'within' if within else 'beyond'} {manifest['tolerance']:g}"
         )
     return status
 
 
-def fail(message: str) -> NoReturn:
-    """Says what is wrong, and ends with status 2."""
+def difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference in units of the largest expected value; of tokens, in tokens."""
+    a, b = (x.astype(np.float64) for x in (expected, found))
+    scale = 1.0 if np.issubdtype(expected.dtype, np.integer) else np.abs(a).max() or 1.0
+    return float(np.abs(a - b).max() / scale)
+
+
+def failed(message: str) -> int:
+    """Says what is wrong; exit status 2."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    return 2
+
+
+def fail(message: str) -> NoReturn:
+    """Ends with it."""
+    raise SystemExit(failed(message))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

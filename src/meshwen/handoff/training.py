@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from jax.typing import ArrayLike
 
 from meshwen.engine.steps import logits_step
 from meshwen.errors import MeshwenError
-from meshwen.handoff.plain import Plain, names, params_shapes, plain_params, typed_params
+from meshwen.handoff.plain import Plain, check_params, plain_params, typed_params
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.weight import Weight
 from meshwen.parallel.heads import PADDING
@@ -61,9 +60,14 @@ def forward(model: ParallelModel, params: Plain, input_ids: ArrayLike) -> Array:
             batch.
     """
     _check_differentiable(model)
-    _check_params(model, params)
+    check_params(params, model.weights)
     ids, parts = jnp.asarray(input_ids), model.plan.data_devices
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape[0] % parts:
+    if (
+        ids.ndim != 2
+        or 0 in ids.shape
+        or not jnp.issubdtype(ids.dtype, jnp.integer)
+        or ids.shape[0] % parts
+    ):
         raise MeshwenError(
             f"input_ids must be integers [batch, tokens], the batch a multiple of {parts}, "
             f"not {ids.dtype} {list(ids.shape)}"
@@ -140,21 +144,6 @@ def _check_differentiable(model: ParallelModel) -> None:
             "the kernels have no derivative: make the model with kernels=False, "
             "as meshwen.handoff.parallel_model does"
         )
-
-
-def _check_params(model: ParallelModel, params: Plain) -> None:
-    expected = params_shapes(model.weights)
-    structure: Any = jax.tree.structure(params)
-    if structure != jax.tree.structure(expected):
-        raise MeshwenError(
-            "params are not the weights of this model as meshwen.handoff.plain_params gives them"
-        )
-    for (name, given), (_, needed) in zip(names(params), names(expected), strict=True):
-        if jnp.shape(given) != needed.shape:
-            raise MeshwenError(
-                f"params: {name} is {list(jnp.shape(given))}, not {list(needed.shape)} as for this "
-                "model on this mesh: load the weights for it"
-            )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from os import PathLike, fsdecode
+
+from jax.sharding import Mesh
 
 from meshwen.checkpoints import Checkpoint, open_checkpoint
+from meshwen.errors import MeshwenError
 from meshwen.handoff.plain import Plain, plain_params
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.weights.loading import Progress, dummy_params, load_params
@@ -13,7 +17,7 @@ from meshwen.weights.loading import Progress, dummy_params, load_params
 
 def load_weights(
     model: ParallelModel,
-    checkpoint: str | Checkpoint | None,
+    checkpoint: str | PathLike[str] | Checkpoint | None,
     progress: Progress = lambda done, total: None,
 ) -> Plain:
     """The plain weights of a model, each as it lies on the mesh.
@@ -28,7 +32,13 @@ def load_weights(
         MeshwenError: there is no such checkpoint, it does not fit the model's config, or the
             weights do not fit the devices.
     """
-    opened = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else nullcontext(checkpoint)
+    if not isinstance(model.mesh, Mesh):
+        raise MeshwenError("a mesh without devices holds no weights: give one with devices")
+    opened: AbstractContextManager[Checkpoint | None] = (
+        nullcontext(checkpoint)
+        if checkpoint is None or isinstance(checkpoint, Checkpoint)
+        else open_checkpoint(fsdecode(checkpoint))
+    )
     with opened as file:
         if file is None or file.format is None:
             params = dummy_params(model.weights, progress)
