@@ -66,6 +66,19 @@ def test_an_error_is_exit_status_1_and_named_in_every_report(model, tmp_path, ca
     assert text.count("<polyline") == 2
 
 
+def test_an_error_that_may_be_of_what_the_file_lacks_was_made_here_or_before(
+    model, tmp_path, capsys
+):
+    page = tmp_path / "r.html"
+    arrays = wrong_run()
+    file = save(tmp_path, {name: arrays[name] for name in ("input_ids", "lm_head")})
+    assert verify(model, file, "--html", str(page)) == 1
+    output = capsys.readouterr().out
+    assert "made here or before: logits" in output
+    assert "made by logits, or by what the file lacks" in output
+    assert page.read_text().count(">made here or before<") == 1
+
+
 def test_the_tolerance_decides(model, tmp_path, capsys):
     file = save(tmp_path, wrong_run())
     assert verify(model, file, "--tolerance", "100", "--pcc", "-1") == 0

@@ -124,7 +124,6 @@ def print_activations(report: dict[str, Any], console: Console) -> None:
     )
     table = PlainTable(title, *_COLUMNS)
     for where, alike in _by_layer(rows).items():
-        marks = [row["name"] for row in alike if row["made"]]
         table.add_row(
             where,
             f"{min(row['from_tokens']['pcc'] for row in alike):.6f}",
@@ -140,7 +139,7 @@ def print_activations(report: dict[str, Any], console: Console) -> None:
                 "".join(level(row[of]["relative"]) if row[of]["max_abs"] else "·" for row in alike)
                 for of in ("from_tokens", "from_inputs")
             ),
-            f"made here: {', '.join(marks)}" if marks else "",
+            _made(alike),
             style="red" if any(row["outside"] or row["made"] for row in alike) else "",
         )
     table.print(console)
@@ -151,6 +150,15 @@ def print_activations(report: dict[str, Any], console: Console) -> None:
         "of the largest value)",
     )
     say(console, "\n" + "\n".join(report["verdict"]), "bold green" if report["ok"] else "bold red")
+
+
+def _made(alike: list[dict[str, Any]]) -> str:
+    """Which of a layer's activations have an error of their own, or of what the file lacks."""
+    made = [row for row in alike if row["made"]]
+    here = [row["name"] for row in made if not row["missing"]]
+    before = [row["name"] for row in made if row["missing"]]
+    marks = (("made here", here), ("made here or before", before))
+    return "; ".join(f"{mark}: {', '.join(names)}" for mark, names in marks if names)
 
 
 def _by_layer(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
