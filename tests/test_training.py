@@ -257,7 +257,9 @@ def test_what_is_no_batch_or_are_not_the_weights_is_refused():
     with pytest.raises(MeshwenError, match=r"not the weights of this model as .*plain_params"):
         forward(model, typed_params(params, model.weights), ids)
     other = parallel_model(HEADS_28, "1x8", dtype="float32")
-    with pytest.raises(MeshwenError, match=r"lm_head.weight is \[24, 68\], not \[24, 72\]"):
+    with pytest.raises(
+        MeshwenError, match=r"lm_head.weight is float32 \[24, 68\], not float32 \[24, 72\]"
+    ):
         forward(other, params, ids)
 
 
