@@ -170,13 +170,22 @@ def test_a_mesh_may_have_further_axes(checkpoint, expected):
     assert close(jax.jit(apply)(variables, TOKENS), expected)
 
 
+def test_the_number_of_devices_may_be_numpys():
+    assert module(np.int64(2)) == module(2)
+    assert type(module(np.int64(2)).num_devices) is int
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(MeshwenError, match="is a qwen2 model, not one for FlaxQwen3ForCausalLM"):
         FlaxQwen3ForCausalLM(CONFIG)
-    with pytest.raises(MeshwenError, match="num_devices must be a whole number from 1 on, not 0"):
+    with pytest.raises(MeshwenError, match="num_devices must be from 1 on, not 0"):
         FlaxCausalLM(CONFIG, num_devices=0)
-    with pytest.raises(MeshwenError, match=r"must have an axis 'X' of 4 devices.* X of 8"):
+    with pytest.raises(MeshwenError, match="num_devices must be a whole number, not True"):
+        FlaxCausalLM(CONFIG, num_devices=True)
+    with pytest.raises(MeshwenError, match=r"axis 'X' must be of size 4; .* X of 8"):
         module(4).load_parameters(None, mesh(8))
+    with pytest.raises(MeshwenError, match=r"axis 'X' must be of size 1; .* X of 8"):
+        module(1).load_parameters(None, mesh(8))
     with pytest.raises(MeshwenError, match=r"must be integers .* not float32 \[2, 6\]"):
         module(1).init(jax.random.key(0), TOKENS.astype(np.float32))
     model = module(4)

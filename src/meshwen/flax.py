@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int
 
 from meshwen.checkpoints import open_checkpoint
-from meshwen.common.arguments import brief
+from meshwen.common.arguments import whole_number
 from meshwen.engine.options import dtype_name
 from meshwen.errors import MeshwenError
 from meshwen.handoff.plain import Plain, params_specs
@@ -78,9 +78,9 @@ class FlaxCausalLM(linen.Module):
                 f"{self.config.name or 'the config'} is a {self.config.model_type} model, not one "
                 f"for {type(self).__name__}: take FlaxCausalLM, which is for every architecture"
             )
-        count = self.num_devices
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise MeshwenError(f"num_devices must be a whole number from 1 on, not {brief(count)}")
+        self.num_devices = whole_number("num_devices", self.num_devices)
+        if self.num_devices < 1:
+            raise MeshwenError(f"num_devices must be from 1 on, not {self.num_devices}")
         _ = self._model.weights  # Refuses what has no layout.
         super().__post_init__()
 
@@ -141,12 +141,13 @@ class FlaxCausalLM(linen.Module):
 
         Raises:
             MeshwenError: there is no such checkpoint, it does not fit the config, its weights do
-                not fit the devices, or the mesh has no such axis of `num_devices`.
+                not fit the devices, or the mesh axis has another size than `num_devices`; an axis
+                that is not there counts as one of size 1.
         """
         mesh = self._first_devices() if mesh is None else mesh
-        if self.num_devices > 1 and mesh.shape.get(self.axis_name) != self.num_devices:
+        if mesh.shape.get(self.axis_name, 1) != self.num_devices:
             raise MeshwenError(
-                f"the mesh must have an axis {self.axis_name!r} of {self.num_devices} devices; its "
+                f"the mesh axis {self.axis_name!r} must be of size {self.num_devices}; the mesh's "
                 f"axes are {', '.join(f'{name} of {size}' for name, size in mesh.shape.items())}"
             )
         others = tuple(name for name in mesh.axis_names if name != self.axis_name)
