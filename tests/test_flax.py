@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import reference
 from checkpoint_writers import write_model
 from mesh_model import SMALL_7B, random_tokens, relative_error
 from meshwen.errors import MeshwenError
+from meshwen.handoff import folded, forward, load_weights, parallel_model
 from meshwen.runtime.jax_versions import enable_x64
 
 pytest.importorskip("flax")
@@ -63,6 +64,10 @@ def expected():
 def close(found, expected):
     """Within float32's rounding of a layer's sums."""
     return found.shape == expected.shape and relative_error(np.asarray(found), expected) < 1e-5
+
+
+def assert_close(found, expected):
+    assert close(found, np.asarray(expected))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -142,17 +147,42 @@ def test_shapes_are_those_of_loaded_weights():
     jax.tree.map(alike, shapes, loaded, model.partition_specs())
 
 
-def test_weights_have_gradients():
-    model = module(2)
-    variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
-    apply = on_each_device(model)
+@pytest.mark.parametrize("outside", [False, True])
+def test_folded_gradients_are_the_models(outside):
+    model, weights = module(8), parallel_model(CONFIG, mesh(8), dtype="float32")
+    variables = model.load_parameters(None, mesh(8))
+    if outside:
+        variables = jax.device_put(variables, jax.devices()[0])
+    apply = model.apply if outside else on_each_device(model)
+    cotangent = np.random.default_rng(0).normal(size=(*TOKENS.shape, CONFIG.vocab_size))
 
-    def loss(params):
-        return jnp.square(apply({**variables, "params": params}, TOKENS)).sum()
+    def gradients(logits, params):
+        return jax.jit(jax.grad(lambda params: (logits(params) * cotangent).sum()))(params)
 
-    gradient = jax.grad(loss)(variables["params"])
-    norms = jax.tree.map(lambda x: float(jnp.linalg.norm(x)), gradient)
-    assert all(np.isfinite(norm) and norm > 0 for norm in jax.tree.leaves(norms))
+    given = gradients(
+        lambda params: apply({**variables, "params": params}, TOKENS), variables["params"]
+    )
+    params = load_weights(weights, None)
+    expected = gradients(lambda params: forward(weights, params, TOKENS), params)
+    found = model.folded({"params": given, "constants": variables["constants"]})
+    assert found["constants"] is variables["constants"]
+    jax.tree.map(assert_close, found["params"], expected)
+    jax.tree.map(assert_close, jax.jit(model.folded)({"params": given})["params"], expected)
+    for name in ("k_proj", "v_proj", "o_proj"):
+        pair = (tree["model"]["layers"][0]["self_attn"][name] for tree in (given, expected))
+        assert not close(*(np.asarray(one["weight"]) for one in pair)), name
+
+
+def test_gradients_are_folded_on_a_mesh_with_axes_of_explicit_type():
+    explicit = jax.make_mesh((8,), ("X",), axis_types=(AxisType.Explicit,))
+    model, weights = module(8), parallel_model(CONFIG, mesh(8), dtype="float32")
+    params = load_weights(weights, None)
+    specs = model.partition_specs()["params"]
+    given = jax.tree.map(
+        lambda array, spec: jax.device_put(array, NamedSharding(explicit, spec)), params, specs
+    )
+    found = model.folded({"params": given})["params"]
+    jax.tree.map(assert_close, found, folded(weights, params))
 
 
 def test_a_mesh_may_have_further_axes(checkpoint, expected):
@@ -186,6 +216,8 @@ def test_what_does_not_fit_is_refused():
         module(4).load_parameters(None, mesh(8))
     with pytest.raises(MeshwenError, match=r"axis 'X' must be of size 1; .* X of 8"):
         module(1).load_parameters(None, mesh(8))
+    with pytest.raises(MeshwenError, match=r"gradients must be .*, not with the keys \['model'\]"):
+        module(1).folded({"model": {}})
     with pytest.raises(MeshwenError, match=r"must be integers .* not float32 \[2, 6\]"):
         module(1).init(jax.random.key(0), TOKENS.astype(np.float32))
     model = module(4)

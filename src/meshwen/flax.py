@@ -14,7 +14,7 @@ what it needs.
 from __future__ import annotations
 
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Self
 
 import jax
@@ -22,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 from jax import Array, lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int
 
 from meshwen.checkpoints import open_checkpoint
-from meshwen.common.arguments import whole_number
+from meshwen.common.arguments import brief, whole_number
 from meshwen.engine.options import dtype_name
 from meshwen.errors import MeshwenError
 from meshwen.handoff.plain import Plain, params_specs
 from meshwen.handoff.programs import parallel_model, program
+from meshwen.handoff.training import folded
 from meshwen.handoff.weights import load_weights
 from meshwen.models.config import ModelConfig
 from meshwen.models.parallel_model import ParallelModel
@@ -161,6 +162,26 @@ class FlaxCausalLM(linen.Module):
             variables["constants"] = {"device": numbers}
         return variables
 
+    def folded(self, gradients: Plain) -> Plain:
+        """Gradients with the sum of all copies' in each copy, and zero in padding.
+
+        On several devices, what `jax.grad` gives of a function that calls `apply`, in
+        `jax.shard_map` or outside of one, are the model's gradients only after this: see
+        `meshwen.handoff.folded`. Differentiate a `shard_map` as a whole, from outside.
+
+        Args:
+            gradients: {"params": gradients of the weights}; other collections stay as they are.
+
+        Raises:
+            MeshwenError: there are no "params".
+        """
+        if "params" not in gradients:
+            raise MeshwenError(
+                'gradients must be as variables are, {"params": ...}, not with the keys '
+                f"{brief(list(gradients))}"
+            )
+        return {**gradients, "params": _folded(self._model, gradients["params"])}
+
     @property
     def _model(self) -> ParallelModel:
         dtype = dtype_name(self.param_dtype)
@@ -241,6 +262,15 @@ class FlaxQwen3ForCausalLM(FlaxCausalLM):
 
 # Layers share what is traced of it, and its bits are those of a jitted `init`.
 _values = jax.jit(dummy_values, static_argnums=(2, 3, 4))
+
+
+@partial(jax.jit, static_argnums=0)
+def _folded(model: ParallelModel, gradients: Plain) -> Plain:
+    """`meshwen.handoff.folded`, where the axes of the arrays' mesh may have either type, too."""
+    shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, gradients)
+    if not any(AxisType.Explicit in one.mesh.axis_types for one in jax.tree.leaves(shardings)):
+        return folded(model, gradients)
+    return jax.sharding.auto_axes(partial(folded, model), out_sharding=shardings)(gradients)
 
 
 @lru_cache(maxsize=16)

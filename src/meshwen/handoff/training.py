@@ -25,6 +25,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
 
 from meshwen.engine.steps import logits_step
@@ -183,6 +184,8 @@ def _folded_leaf(gradient: Array, layout: WeightLayout, leaf: int) -> Array:
         if (positions == PADDING).any():
             shape = [-1 if i == axis else 1 for i in range(gradient.ndim)]
             gradient = jnp.where(jnp.asarray(positions != PADDING).reshape(shape), gradient, 0)
+    if isinstance(layout.sharding.mesh, AbstractMesh):
+        return gradient  # Weights may lie on another mesh, with further axes, or on one device.
     # Else XLA chooses, and the next step would be compiled anew for weights that lie otherwise.
     return lax.with_sharding_constraint(gradient, layout.sharding)
 
