@@ -119,6 +119,21 @@ def test_what_cannot_be_run_is_one_line_and_exit_status_2(model, options, said, 
     assert said in error
 
 
+def test_a_report_takes_no_other_files_place(model, tmp_path, capsys):
+    file = save(tmp_path, wrong_run())
+    dump, report = file.read_bytes(), str(tmp_path / "report")
+    for options in (("--json", str(file)), ("--json", report, "--html", report)):
+        assert verify(model, file, *options) == 2
+        assert "would replace a file that this command reads or writes" in capsys.readouterr().err
+    assert file.read_bytes() == dump
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_tolerance_of_nan_is_refused(model, tmp_path, capsys):
+    assert verify(model, save(tmp_path, wrong_run()), "--tolerance", "nan") == 2
+    assert "--tolerance must be a number, not NaN" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--tolerance", "--pcc"])
 def test_a_tolerance_alone_is_refused(model, option, capsys):
     assert main(["verify", "--model", model, option, "1"]) == 2

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.checkpoints.writing import write_checkpoint
-from meshwen.common.arguments import brief, one_prompt, several_prompts
+from meshwen.common.arguments import brief, one_prompt, several_prompts, truth
 from meshwen.common.json_files import to_json
 from meshwen.common.option_fields import check_names, documented
 from meshwen.common.units import bytes_number
@@ -236,7 +236,9 @@ class CausalLM:
             warnings.warn("the model has no tokenizer, so the folder has none", stacklevel=2)
         else:
             files |= self.tokenizer.files()
-        write_checkpoint(folder, files, tensors, max_shard_bytes=most, overwrite=overwrite)
+        write_checkpoint(
+            folder, files, tensors, max_shard_bytes=most, overwrite=truth("overwrite", overwrite)
+        )
 
     @own_settings()
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:

@@ -12,7 +12,12 @@ from meshwen.errors import MeshwenError
 
 
 def check_writable(path: Path | None, other_than: Iterable[Path] = ()) -> None:
-    """Refuses a file that cannot be written, or is another that is kept, before anything is run."""
+    """Refuses a file that cannot be written, or is another that is kept, before anything is run.
+
+    Args:
+        path: of the file; None: there is none.
+        other_than: files that the command reads or writes.
+    """
     if path is None:
         return
     try:
@@ -28,7 +33,9 @@ def _check_writable(path: Path, other_than: Iterable[Path]) -> None:
         if resolved == other.resolve() or (
             path.exists() and other.exists() and path.samefile(other)
         ):
-            raise MeshwenError(f"{path} is the run file: name another file for the report")
+            raise MeshwenError(
+                f"{path} would replace a file that this command reads or writes: name another"
+            )
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         raise MeshwenError(f"cannot write {path}: its folder does not exist, or it is one")

@@ -160,8 +160,9 @@ def verify(
     from meshwen.verify.parity import verify as run_verify
     from meshwen.verify.reference import transformers_cases
 
-    for file in (json_file, html_file):
-        check_writable(file)
+    read = [Path(file) for file in (activations, prompts, golden) if file is not None]
+    check_writable(json_file, read)
+    check_writable(html_file, [*read, json_file] if json_file else read)
     if activations is not None:
         given = {
             "--prompts": prompts,

@@ -63,6 +63,8 @@ class Option:
         if self.type not in (int, float):
             return value
         found = whole_number(name, value) if self.type is int else number(name, value)
+        if found != found:
+            raise MeshwenError(f"{name} must be a number, not NaN")
         too_small = self.least is not None and found < self.least
         if too_small or (self.most is not None and found > self.most):
             raise MeshwenError(f"{name} must be {self.range}, not {found}")
