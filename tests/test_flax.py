@@ -36,12 +36,12 @@ def module(devices, **attributes):
     return FlaxQwen25ForCausalLM(CONFIG, num_devices=devices, **attributes)
 
 
-def on_each_device(module, out_specs=WHOLE, function="apply", in_specs=None):
+def on_each_device(module, out_specs=WHOLE, function="apply", in_specs=None, on=None):
     """As a test harness calls it."""
     return jax.jit(
         jax.shard_map(
             getattr(module, function),
-            mesh=mesh(module.num_devices),
+            mesh=on or mesh(module.num_devices),
             in_specs=(module.partition_specs() if in_specs is None else in_specs, WHOLE),
             out_specs=out_specs,
             check_vma=False,
@@ -173,15 +173,14 @@ def test_folded_gradients_are_the_models(outside):
         assert not close(*(np.asarray(one["weight"]) for one in pair)), name
 
 
-def test_gradients_are_folded_on_a_mesh_with_axes_of_explicit_type():
+def test_the_axes_of_a_mesh_may_be_explicit(checkpoint, expected):
     explicit = jax.make_mesh((8,), ("X",), axis_types=(AxisType.Explicit,))
-    model, weights = module(8), parallel_model(CONFIG, mesh(8), dtype="float32")
-    params = load_weights(weights, None)
-    specs = model.partition_specs()["params"]
-    given = jax.tree.map(
-        lambda array, spec: jax.device_put(array, NamedSharding(explicit, spec)), params, specs
-    )
-    found = model.folded({"params": given})["params"]
+    model = module(8)
+    variables = model.load_parameters(checkpoint, explicit)
+    assert close(on_each_device(model, on=explicit)(variables, TOKENS), expected)
+    weights = parallel_model(CONFIG, mesh(8), dtype="float32")
+    found = model.folded({"params": variables["params"]})["params"]
+    params = load_weights(weights, checkpoint)
     jax.tree.map(assert_close, found, folded(weights, params))
 
 

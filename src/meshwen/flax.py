@@ -157,10 +157,13 @@ class FlaxCausalLM(linen.Module):
         )
         variables: Plain = {"params": load_weights(model, checkpoint)}
         if self.num_devices > 1:
-            split = NamedSharding(mesh, PartitionSpec(self.axis_name))
-            numbers = jax.device_put(np.arange(self.num_devices, dtype=np.int32), split)
-            variables["constants"] = {"device": numbers}
-        return variables
+            variables["constants"] = {"device": np.arange(self.num_devices, dtype=np.int32)}
+        # The model's mesh has axes of the type Auto; `shard_map` takes arrays on its own mesh.
+        return jax.tree.map(
+            lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)),
+            variables,
+            self.partition_specs(),
+        )
 
     def folded(self, gradients: Plain) -> Plain:
         """Gradients with the sum of all copies' in each copy, and zero in padding.
