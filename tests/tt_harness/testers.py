@@ -59,7 +59,7 @@ class OneDevice:
         return jax.jit(self.executable, static_argnames=self.static)(*self.args, **self.kwargs)
 
     def train(self):
-        """Logits, and gradients by every argument that is not static."""
+        """Logits, gradients by every argument that is not static, and the logits' cotangent."""
         static = {name: self.kwargs[name] for name in self.static}
         kwargs = {k: value for k, value in self.kwargs.items() if k not in self.static}
         partial = jax.tree_util.Partial(self.executable, **static)
@@ -70,7 +70,7 @@ class OneDevice:
         )
         # Theirs are uniform in [0, 1), and so here.
         cotangent = jax.random.uniform(jax.random.PRNGKey(0), logits.shape, logits.dtype)
-        return logits, pullback(cotangent)
+        return logits, pullback(cotangent), cotangent
 
     @staticmethod
     def put(executable, args):
@@ -130,6 +130,15 @@ class MultiChip:
     def infer(self):
         args = [self.put(*pair) for pair in zip(self.args, self.in_specs, strict=True)]
         return self.compiled()(*args)
+
+    def gradients(self, cotangent):
+        """By the weights, with the logits' cotangent. Theirs has no training on a mesh."""
+        variables, inputs = (self.put(*pair) for pair in zip(self.args, self.in_specs, strict=True))
+        compiled = self.compiled()
+        _, pullback = jax.vjp(
+            lambda params: compiled({**variables, "params": params}, inputs), variables["params"]
+        )
+        return {"params": pullback(cotangent)[0]}
 
     def put(self, arg, spec):
         """Each array by its spec; scalars are copied."""
