@@ -153,7 +153,7 @@ def greedy(logits: Float32[Array, "B V"], vocab_size: int, ops: Ops) -> Int32[Ar
     """
     count = logits.shape[1]
     ids = ops.collectives.index() * count + jnp.arange(count, dtype=jnp.int32)
-    logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+    logits = jnp.where(ids < vocab_size, logits, jnp.float32(-jnp.inf))
     largest = ops.collectives.all_reduce_max(logits.max(axis=1))
     first = jnp.where(logits == largest[:, None], ids, jnp.iinfo(jnp.int32).max).min(axis=1)
     return -ops.collectives.all_reduce_max(-first)

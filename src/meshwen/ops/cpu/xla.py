@@ -91,8 +91,8 @@ class XlaOnCpu(Backend):
         self, positions: Int[Array, "B T"], window: int, length: int
     ) -> Float32[Array, "B T {length}"] | None:
         """A number to add: the softmax of 32 rows of 512 scores takes half the time (jax 0.10)."""
-        lowest = jnp.finfo(jnp.float32).min
-        return jnp.where(causal_mask(positions, window, length), 0.0, lowest)
+        seen, lowest = jnp.float32(0), jnp.float32(jnp.finfo(jnp.float32).min)
+        return jnp.where(causal_mask(positions, window, length), seen, lowest)
 
     # XLA's CPU back end (jax 0.10) writes into a bfloat16 array by converting all of it to float32
     # and back: integers of the same bits take less. One position is written by selection, which
