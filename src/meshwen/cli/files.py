@@ -34,7 +34,8 @@ def _check_writable(path: Path, other_than: Iterable[Path]) -> None:
             path.exists() and other.exists() and path.samefile(other)
         ):
             raise MeshwenError(
-                f"{path} would replace a file that this command reads or writes: name another"
+                f"{path} would replace a file that this command reads or writes: name another "
+                "file for the report"
             )
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
