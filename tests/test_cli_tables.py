@@ -123,13 +123,14 @@ def inspected(tmp_path_factory):
     import jax.numpy as jnp
 
     from meshwen.checkpoints import open_checkpoint
-    from meshwen.cli.inspect import _abstract_mesh
     from meshwen.cli.inspect_report import inspection, tensor_rows
     from meshwen.models.parallel_model import ParallelModel
+    from meshwen.parallel.mesh import MeshSpec
 
     folder = write_folder(tmp_path_factory.mktemp("models") / "a[b]c", random_weights())
     with open_checkpoint(str(folder)) as checkpoint:
-        mesh, dtype = _abstract_mesh("data=2,model=4"), jnp.dtype(jnp.bfloat16)
+        mesh = MeshSpec.parse("data=2,model=4").abstract()
+        dtype = jnp.dtype(jnp.bfloat16)
         model = ParallelModel(checkpoint.config, mesh, dtype, "exact")
         rows = tensor_rows(model, checkpoint.tensors, "*")
         report = inspection(model, checkpoint, rows)

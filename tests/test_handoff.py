@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 import reference
 from mesh_model import SMALL_HALF_B, memory_checkpoint, random_tokens, relative_error
+from meshwen.common.choices import PROGRAMS
 from meshwen.errors import MeshwenError
 from meshwen.handoff import (
     load_weights,
@@ -21,7 +22,6 @@ from meshwen.handoff import (
     program,
     typed_params,
 )
-from meshwen.handoff.choices import PROGRAMS
 from meshwen.handoff.golden import run
 from meshwen.handoff.plain import names
 from meshwen.handoff.portable import OPERATIONS

@@ -111,8 +111,13 @@ def trained(config: Qwen2Config, mesh: str, numerics: str) -> Trained:
     return Trained(model, losses, first[1], float(first[2]), params, step.as_text())
 
 
-def in_checkpoint(model: ParallelModel, tree: dict) -> dict[str, np.ndarray]:
-    """By tensor of the checkpoint, as it is there; fails unless copies are equal, padding zero."""
+def in_checkpoint(
+    model: ParallelModel, tree: dict, tied_difference: float = 0
+) -> dict[str, np.ndarray]:
+    """By tensor of the checkpoint, as it is there; fails unless copies are equal, padding zero.
+
+    A tied table is two arrays in exact numerics: they may differ by `tied_difference`.
+    """
     tensors: dict[str, np.ndarray] = {}
     typed = typed_params(tree, model.weights)
     for layout in model.weights.stored:
@@ -129,7 +134,9 @@ def in_checkpoint(model: ParallelModel, tree: dict) -> dict[str, np.ndarray]:
             assert not padding.any(), f"padding of {name}"
             places = np.ix_(*(of_axis[of_axis != PADDING] for of_axis in positions))
             seen = ~np.isnan(tensor[places])  # A tied table, in the place of the head.
-            np.testing.assert_array_equal(tensor[places][seen], array[held][seen], err_msg=name)
+            np.testing.assert_allclose(
+                tensor[places][seen], array[held][seen], rtol=0, atol=tied_difference, err_msg=name
+            )
             tensor[places] = array[held]
             # Of several copies the last one is kept: all the others are equal to it.
             np.testing.assert_array_equal(tensor[places], array[held], err_msg=name)
@@ -187,7 +194,8 @@ def lies_as(found: jax.Array, placed: jax.Array) -> bool:
 @every_case
 def test_steps_of_an_optimiser_keep_copies_equal_padding_zero_and_shardings(config, mesh, numerics):
     run = trained(config, mesh, numerics)
-    in_checkpoint(run.model, run.params)
+    # XLA compiles the update of each array by itself, and may contract other products in each.
+    in_checkpoint(run.model, run.params, tied_difference=1e-6)
     placed = weights_on(run.model)
     for tree in (run.gradients, run.params):
         assert jax.tree.all(jax.tree.map(lies_as, tree, placed))

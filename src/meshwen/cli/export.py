@@ -13,11 +13,11 @@ from meshwen.cli import options
 from meshwen.cli.console import note, progress_bar
 from meshwen.cli.load import opened
 from meshwen.cli.option_groups import with_groups
+from meshwen.common.choices import OUTPUTS, PLATFORMS, PROFILES, PROGRAMS
 from meshwen.common.option_fields import Option
 from meshwen.common.units import bytes_text
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
-from meshwen.handoff.choices import OUTPUTS, PLATFORMS, PROFILES, PROGRAMS
 
 if TYPE_CHECKING:
     from meshwen.checkpoints import Checkpoint

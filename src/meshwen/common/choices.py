@@ -14,12 +14,21 @@ Numerics = Literal["fast", "exact"]
 Quantization = Literal["int8"]
 LoadFormat = Literal["auto", "safetensors", "torch", "gguf", "dummy"]
 PromptStyleName = Literal["qwen-boxed", "lm-eval", "lm-eval-cot-zeroshot", "demo"]
+# Of programs for other stacks: see `meshwen.handoff`.
+ProgramName = Literal["logits", "prefill", "decode"]
+Profile = Literal["native", "portable"]
+Output = Literal["logits", "tokens"]
+Platform = Literal["cpu", "tpu", "cuda", "rocm"]
 
 DTYPES: tuple[DType, ...] = get_args(DType)
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 LOAD_FORMATS: tuple[LoadFormat, ...] = get_args(LoadFormat)
 PROMPT_STYLES: tuple[PromptStyleName, ...] = get_args(PromptStyleName)
+PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
+PROFILES: tuple[Profile, ...] = get_args(Profile)
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+PLATFORMS: tuple[Platform, ...] = get_args(Platform)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -24,10 +24,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from meshwen.checkpoints import open_checkpoint
 from meshwen.common.arguments import brief
-from meshwen.common.choices import check_choice
+from meshwen.common.choices import OUTPUTS, PLATFORMS, PROFILES, PROGRAMS, check_choice
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
-from meshwen.handoff.choices import OUTPUTS, PLATFORMS, PROFILES, PROGRAMS
 from meshwen.handoff.plain import Plain, params_shapes, plain_cache
 from meshwen.handoff.portable import SharedPositions
 from meshwen.handoff.steps import NativeSteps, PortableSteps

@@ -10,7 +10,8 @@
 On a mesh, key/value heads are copied, and heads, the MLP's inner dimension and the vocabulary are
 padded. The gradient is that of the model all the same: each copy has the sum of what the copies
 contribute, padding has zero. An optimiser that treats elements alike and apart (SGD, Adam, AdamW,
-Lion, ...) then keeps copies equal and padding zero.
+Lion, ...) then keeps copies equal and padding zero. (A tied table that exact numerics store twice
+is two arrays, whose updates may differ in the last bit.)
 
 `jax.shard_map` is differentiated from outside, as a whole. Then `check_vma=False` is no danger: JAX
 gives each of n devices that return the same array 1/n of its cotangent, transposes an all-reduce to
