@@ -15,7 +15,7 @@ import reference
 from checkpoint_writers import write_model
 from meshwen.cli import main
 from meshwen.errors import MeshwenError
-from meshwen.handoff import exporting, load_weights, parallel_model, program
+from meshwen.handoff import exporting, load_weights, parallel_model, program, run_exported
 from meshwen.handoff.run_exported import tensors
 from tiny_model import ONE_LAYER
 
@@ -50,6 +50,20 @@ def run_plain(folder, *arguments):
         env={k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"},
     )
     return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.fixture
+def run_here(capsys):
+    """The same of the script's own function, in this process, as nothing depends on its own."""
+
+    def run(folder):
+        try:
+            status = run_exported.main([str(folder)])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +148,7 @@ def test_the_manifest_says_what_a_caller_has_to_know(decode):
 
 
 @pytest.mark.parametrize(("value", "said"), [(99, "of its largest value, "), (np.nan, "to nan ")])
-def test_other_outputs_than_the_golden_ones_are_told(value, said, copied):
+def test_other_outputs_than_the_golden_ones_are_told(value, said, copied, run_here):
     folder, replace = copied
     golden = {n: a.copy() for n, a in tensors(folder / "golden_outputs.safetensors").items()}
     golden["logits"][1, 7] = value
@@ -143,7 +157,7 @@ def test_other_outputs_than_the_golden_ones_are_told(value, said, copied):
     found = manifest_of(folder)
     found["files"]["golden_outputs.safetensors"] = exporting.described_file(folder / "changed")
     replace("manifest.json", json.dumps(found).encode())
-    status, out, _ = run_plain(folder)
+    status, out, _ = run_here(folder)
     assert status == 1
     first, second = out.splitlines()
     assert first.startswith("logits: differs by up to")
@@ -179,17 +193,19 @@ def manifest_with(**changes):
         ("manifest.json", manifest_with(compiler_options={"xla_no": 1}), "cannot be run: "),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(copied, name, content, message):
+def test_a_folder_that_cannot_be_used_is_one_line_and_status_2(
+    copied, name, content, message, run_here
+):
     folder, replace = copied
     replace(name, content(folder) if callable(content) else content)
-    status, out, error = run_plain(folder)
+    status, out, error = run_here(folder)
     assert (status, out) == (2, "")
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
 
 
-def test_a_program_of_another_version_is_named(copied):
+def test_a_program_of_another_version_is_named(copied, run_here):
     folder, replace = copied
     replace("program.jax_export", b"of the future")
     found = manifest_of(folder)
@@ -197,7 +213,7 @@ def test_a_program_of_another_version_is_named(copied):
     file = exporting.described_file(folder / "program.jax_export")
     found["files"]["program.jax_export"] = file
     replace("manifest.json", json.dumps(found).encode())
-    status, _, error = run_plain(folder)
+    status, _, error = run_here(folder)
     assert status == 2
     note, message = error.splitlines()
     assert note.startswith("note: exported with jax 9.9, and this is ")
@@ -233,7 +249,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_program_that_is_not_run_needs_neither_weights_nor_devices(tmp_path, capsys):
+def test_a_program_that_is_not_run_needs_neither_weights_nor_devices(tmp_path, capsys, run_here):
     arguments = ("--no-golden", "--mesh", "8x8", "--platform", "tpu", "--program", "logits")
     assert exported("qwen2.5-0.5b", tmp_path / "new", *arguments) == 0
     assert "kernels" not in capsys.readouterr().err
@@ -242,7 +258,7 @@ def test_a_program_that_is_not_run_needs_neither_weights_nor_devices(tmp_path, c
     assert found["compiler_options"] == {}
     names = {"program.jax_export", "program.stablehlo.mlir", "run.py"}
     assert found["files"].keys() == names
-    status, _, error = run_plain(tmp_path / "new")
+    status, _, error = run_here(tmp_path / "new")
     assert (status, error.count("\n")) == (2, 1)
     assert "nothing to run: export it with --weights" in error
 
