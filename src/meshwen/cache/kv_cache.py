@@ -146,16 +146,8 @@ def cache_shapes(
     return tuple(LayerCache(shape(layout.keys), shape(layout.values)) for _ in range(layers))
 
 
-def empty_cache(
-    plan: ParallelPlan,
-    layout: CacheLayout,
-    layers: int,
-    batch: int,
-    length: int,
-    dtype: jnp.dtype,
-) -> KVCache:
-    """A cache of `length` positions for `batch` sequences, in `dtype`, made in place."""
-    shapes = cache_shapes(plan, layout, layers, batch, length, dtype)
+def empty_cache(shapes: KVCache) -> KVCache:
+    """A cache of such shapes, made in place."""
 
     def cache() -> KVCache:
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)

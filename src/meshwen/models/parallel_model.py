@@ -146,8 +146,7 @@ class ParallelModel:
 
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache of `length` positions for `batch` sequences (a multiple of the data devices)."""
-        layers, layout = self.config.num_hidden_layers, self.backend.cache_layout
-        return empty_cache(self.plan, layout, layers, batch, length, self.dtype)
+        return empty_cache(self.cache_shapes(batch, length))
 
     @property
     def token_bytes(self) -> int:
