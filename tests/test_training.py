@@ -260,6 +260,13 @@ def test_what_is_no_batch_or_are_not_the_weights_is_refused():
     params, ids = weights_on(model), np.zeros((2, LENGTH), np.int32)
     with pytest.raises(MeshwenError, match=r"the batch a multiple of 2, not int32 \[3, 6\]"):
         forward(model, params, np.zeros((3, LENGTH), np.int32))
+    with pytest.raises(MeshwenError, match=r"must be integers .* not int32 \[2, 0\]"):
+        forward(model, params, ids[:, :0])
+    with pytest.raises(MeshwenError, match="1000 tokens are more than the model's context of 256"):
+        forward(model, params, np.zeros((2, 1000), np.int32))
+    for token in (-1, HEADS_28.vocab_size, 2**40):
+        with pytest.raises(MeshwenError, match="input_ids must be from 0 to 6"):
+            forward(model, params, np.full((2, LENGTH), token))
     with pytest.raises(MeshwenError, match=r"must be integers .* not float32"):
         forward(model, params, ids.astype(np.float32))
     with pytest.raises(MeshwenError, match=r"not the weights of this model as .*plain_params"):

@@ -25,6 +25,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike
@@ -51,8 +52,9 @@ def forward(model: ParallelModel, params: Plain, input_ids: ArrayLike) -> Array:
     Args:
         model: of `meshwen.handoff.parallel_model`.
         params: its weights, as `plain_params` gives them.
-        input_ids: int [B, T], each below `vocab_size`; B a multiple of the devices that split the
-            batch. Padding stands behind a sequence, where no token sees it.
+        input_ids: int [B, T], each below `vocab_size` (arrays on the host are held to it); B a
+            multiple of the devices that split the batch. Padding stands behind a sequence, where
+            no token sees it.
 
     Returns:
         float32 [B, T, vocab_size], without the padding of the vocabulary.
@@ -63,17 +65,7 @@ def forward(model: ParallelModel, params: Plain, input_ids: ArrayLike) -> Array:
     """
     _check_differentiable(model)
     check_params(params, model.weights)
-    ids, parts = jnp.asarray(input_ids), model.plan.data_devices
-    if (
-        ids.ndim != 2
-        or 0 in ids.shape
-        or not jnp.issubdtype(ids.dtype, jnp.integer)
-        or ids.shape[0] % parts
-    ):
-        raise MeshwenError(
-            f"input_ids must be integers [batch, tokens], the batch a multiple of {parts}, "
-            f"not {ids.dtype} {list(ids.shape)}"
-        )
+    ids = _checked_ids(model, input_ids)
 
     def step(params: Params, ids: Array) -> Array:
         with own_settings_in_trace():
@@ -89,6 +81,29 @@ def forward(model: ParallelModel, params: Plain, input_ids: ArrayLike) -> Array:
     weights = typed_params(_with_folded_gradient(model, params), model.weights)
     logits: Array = mapped(weights, ids.astype(jnp.int32))
     return logits[..., : model.config.vocab_size]
+
+
+def _checked_ids(model: ParallelModel, input_ids: ArrayLike) -> Array:
+    """The ids as an array; whether those on devices are in the vocabulary nobody looks."""
+    ids, parts, config = jnp.asarray(input_ids), model.plan.data_devices, model.config
+    if (
+        ids.ndim != 2
+        or 0 in ids.shape
+        or not jnp.issubdtype(ids.dtype, jnp.integer)
+        or ids.shape[0] % parts
+    ):
+        raise MeshwenError(
+            f"input_ids must be integers [batch, tokens], the batch a multiple of {parts}, "
+            f"not {ids.dtype} {list(ids.shape)}"
+        )
+    if ids.shape[1] > config.context_length:
+        raise MeshwenError(
+            f"{ids.shape[1]} tokens are more than the model's context of {config.context_length}"
+        )
+    host = None if isinstance(input_ids, Array) else np.asarray(input_ids)
+    if host is not None and not 0 <= host.min() <= host.max() < config.vocab_size:
+        raise MeshwenError(f"input_ids must be from 0 to {config.vocab_size - 1}")
+    return ids
 
 
 def folded(model: ParallelModel, gradients: Plain) -> Plain:
