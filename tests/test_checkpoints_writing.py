@@ -15,7 +15,7 @@ from checkpoint_writers import CONFIG, random_weights, same_bits, write_folder, 
 from mesh_model import MemoryTensor
 from meshwen.checkpoints import open_checkpoint
 from meshwen.checkpoints.writing import write_checkpoint
-from meshwen.common.units import bytes_number
+from meshwen.common.units import bytes_number, bytes_or_share
 from meshwen.errors import MeshwenError
 
 TEXTS = {"config.json": json.dumps(CONFIG), "tokenizer.json": "{}"}
@@ -208,3 +208,28 @@ def test_numbers_of_bytes_are_read_as_transformers_does(given, expected):
 def test_what_is_no_number_of_bytes_is_refused(given):
     with pytest.raises(MeshwenError, match=r'^x must be a number of bytes, or text such as "5GB"'):
         bytes_number("x", given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        *(("4GB", 4 * 10**9), (" 512MiB ", 2**29), (1, 1), (np.int32(7), 7)),
+        *(("50%", 0.5), ("12.5 %", 0.125), ("100%", 1.0), ("0.5", 0.5), (".25", 0.25)),
+        *(("1.0", 1.0), (0.5, 0.5), (1.0, 1.0), (np.float32(0.5), 0.5)),
+    ],
+)
+def test_an_amount_of_memory_is_bytes_or_a_share(given, expected):
+    found = bytes_or_share("x", given)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(0, -1, True, 1.5, 0.0, -0.5, float("nan"), float("inf"), None, [], b"4GB"),
+        *("5", "1", "1.5", "0.0", "0%", "101%", "-5%", "%", "5TB", "", "half"),
+    ],
+)
+def test_what_is_no_amount_of_memory_is_refused(given):
+    with pytest.raises(MeshwenError, match=r'^x must be bytes, such as "4GB", or a share of the'):
+        bytes_or_share("x", given)

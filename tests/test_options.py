@@ -11,6 +11,7 @@ from meshwen import AutoModelForCausalLM, Qwen2ForCausalLM
 from meshwen.cli import main
 from meshwen.cli.app import app
 from meshwen.cli.option_groups import group, with_groups
+from meshwen.cli.options import engine_options
 from meshwen.common.option_fields import options_of
 from meshwen.engine.options import EngineKeywords, EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
@@ -21,27 +22,33 @@ SAMPLING = {
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("seed", "stop"),
 }
+MEMORY = {"max_model_len", "kv_cache_memory", "prefix_caching"}
 PROCESSES = {"coordinator", "num_processes", "process_id", "coordinator_timeout"}
 ASKING = {
     *(LOADING - {"mesh"}),
-    *("model", "data", "train", "prompt_style", "limit", "offset", "max_num_seqs", "max_model_len"),
+    *MEMORY,
+    *("model", "data", "train", "prompt_style", "limit", "offset"),
+    *("max_num_seqs", "max_num_batched_tokens"),
     *("max_new_tokens", "temperature", "samples", "seed", "out", "resume", "html", "json"),
 }
 # Every option of every command.
 COMMANDS = {
     "generate": LOADING
     | SAMPLING
+    | MEMORY
     | PROCESSES
-    | {"prompt", "model", "max_num_seqs", "max_model_len", "prompt_lookup_num_tokens", "system"}
-    | {"chat_template_kwargs", "raw", "prompts_file", "logprobs", "json", "no_stream"},
+    | {"prompt", "model", "max_num_seqs", "max_num_batched_tokens", "prompt_lookup_num_tokens"}
+    | {"system", "chat_template_kwargs", "raw", "prompts_file", "logprobs", "json", "no_stream"},
     "chat": LOADING
     | SAMPLING
+    | MEMORY
     | PROCESSES
-    | {"model", "max_model_len", "prompt_lookup_num_tokens", "system", "load"}
+    | {"model", "prompt_lookup_num_tokens", "system", "load"}
     | {"chat_template_kwargs"},
     "bench": LOADING
     | PROCESSES
-    | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"},
+    | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"}
+    | {"kv_cache_memory", "max_num_batched_tokens"},
     "inspect": LOADING | {"filter", "stats", "json"},
     "verify": (LOADING - {"mesh"})
     | PROCESSES
@@ -116,6 +123,8 @@ BAD = [
     ("load_format", "zip", "must be auto, safetensors, torch, gguf or dummy, not 'zip'"),
     ("max_num_seqs", 0, "max_num_seqs must be at least 1, not 0"),
     ("max_model_len", 1, "max_model_len must be at least 2, not 1"),
+    ("max_num_batched_tokens", 15, "max_num_batched_tokens must be at least 16, not 15"),
+    ("kv_cache_memory", "5TB", 'kv_cache_memory must be bytes, such as "4GB", or a share of the '),
     ("prompt_lookup_num_tokens", 16, "prompt_lookup_num_tokens must be from 0 to 15, not 16"),
     ("mesh", "2y4", "mesh must be such as 8, 1x8, 2x4 or data=2,model=4, not '2y4'"),
     ("max_new_tokens", 0, "max_new_tokens must be at least 1, not 0"),
@@ -146,6 +155,24 @@ def test_what_is_given_is_kept_as_plain_values():
     assert hash(given) == hash(EngineOptions(max_num_seqs=3, model_axes=("a", "b")))
     with pytest.raises(MeshwenError, match="revision must be text, not 5"):
         EngineOptions(revision=5)
+    with pytest.raises(MeshwenError, match="prefix_caching must be true or false, not 'no'"):
+        EngineOptions(prefix_caching="no")
+    assert EngineOptions(prefix_caching=np.False_).prefix_caching is False
+    found = [EngineOptions(kv_cache_memory=g).kv_cache_memory for g in ("2GiB", "50%", ".5", 7)]
+    assert found == [2**31, 0.5, 0.5, 7]
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix-caching",), ("--no-prefix-caching",)])
+def test_what_is_on_by_default_has_a_flag_for_each(flags):
+    program, found = typer.Typer(), []
+
+    @program.command()
+    @with_groups(engine=engine_options("prefix_caching"))
+    def command(*, engine: EngineOptions):
+        found.append(engine.prefix_caching)
+
+    typer.main.get_command(program)(flags, standalone_mode=False)
+    assert found == [flags != ("--no-prefix-caching",)]
 
 
 def test_processes_compare_what_decides_a_result_and_not_where_files_are():
@@ -156,6 +183,9 @@ def test_processes_compare_what_decides_a_result_and_not_where_files_are():
         "quantization": None,
         "max_num_seqs": 8,
         "max_model_len": None,
+        "kv_cache_memory": None,
+        "prefix_caching": True,
+        "max_num_batched_tokens": 512,
         "prompt_lookup_num_tokens": 0,
     }
 

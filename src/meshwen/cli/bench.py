@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from meshwen.bench.report import Machine, Row
 
 
-@with_groups(engine=options.engine_options(*options.LOADING))
+@with_groups(
+    engine=options.engine_options(*options.LOADING, "kv_cache_memory", "max_num_batched_tokens")
+)
 def bench(
     model: options.Model = "demo",
     *,

@@ -48,7 +48,7 @@ _COMMANDS = ("/help", "/reset", "/retry", "/save", "/set", "/system", *_LEAVE)
 
 
 @with_groups(
-    engine=options.engine_options(*options.LOADING, "max_model_len", "prompt_lookup_num_tokens"),
+    engine=options.engine_options(*options.LOADING, *options.MEMORY, "prompt_lookup_num_tokens"),
     given=options.sampling_options(*options.SAMPLING),
 )
 def chat(

@@ -134,8 +134,10 @@ def asking(*names: str, **defaults: Any) -> Callable[..., Asked]:
         names: fields of `EngineOptions` that are options beside those of all these commands.
         defaults: the same, with other defaults.
     """
-    shared = ("dtype", "quantization", "load_format", "revision", "max_model_len")
-    engine = options.engine_options(*shared, *names, max_num_seqs=32, **defaults)
+    shared = "dtype", "quantization", "load_format", "revision", *options.MEMORY
+    engine = options.engine_options(
+        *shared, "max_num_batched_tokens", *names, max_num_seqs=32, **defaults
+    )
     return with_groups(engine=engine, drawing=_DRAWING)(_asked)
 
 

@@ -40,7 +40,7 @@ _ANSWER_FIELDS = {
 
 @with_groups(
     engine=options.engine_options(
-        *options.LOADING, "max_num_seqs", "max_model_len", "prompt_lookup_num_tokens"
+        *options.LOADING, *options.BATCHING, *options.MEMORY, "prompt_lookup_num_tokens"
     ),
     given=options.sampling_options(*options.SAMPLING, "logprobs"),
 )

@@ -47,6 +47,9 @@ _MORE_HELP = {
 
 # The options that say what is loaded, and how it lies on which devices.
 LOADING = ("mesh", "dtype", "numerics", "quantization", "load_format", "revision")
+# Those that say how much of it, and what of it, is computed in a step and kept in memory.
+MEMORY = ("max_model_len", "kv_cache_memory", "prefix_caching")
+BATCHING = ("max_num_seqs", "max_num_batched_tokens")
 # Those that say how a text is continued.
 SAMPLING = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -86,7 +89,10 @@ def flag(kind: type, name: str, *, default: Any = ..., **changes: Any) -> tuple[
     if default is ...:
         default = {f.name: f.default for f in fields(kind)}[name]
     shown = default is not None and default is not False
-    declaration = declared(one, _flag(name), *_FLAGS.get(name, ()), show_default=shown)
+    flags = _flag(name), *_FLAGS.get(name, ())
+    if default is True:
+        flags = (f"{_flag(name)}/--no-{_flag(name)[2:]}",)
+    declaration = declared(one, *flags, show_default=shown)
     annotation: Any = str if one.type is object else one.type
     if one.many:
         annotation = list[annotation]

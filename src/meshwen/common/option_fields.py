@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any, TypeVar
 
-from meshwen.common.arguments import brief, meant, number, whole_number
+from meshwen.common.arguments import brief, meant, number, truth, whole_number
 from meshwen.common.choices import check_choice
 from meshwen.errors import MeshwenError
 
@@ -28,6 +28,7 @@ class Option:
         least: the least that it may be, if a number.
         most: the most.
         many: it is a list of such values.
+        parse: of type object, from its name and what was given to the value, or an error.
     """
 
     help: str
@@ -36,6 +37,7 @@ class Option:
     least: int | None = None
     most: int | None = None
     many: bool = False
+    parse: Callable[[str, Any], Any] | None = None
 
     @property
     def range(self) -> str:
@@ -60,6 +62,10 @@ class Option:
             check_choice(name, value, self.choices)
         elif self.type is str and not isinstance(value, str):
             raise MeshwenError(f"{name} must be text, not {brief(value)}")
+        if self.parse is not None:
+            return self.parse(name, value)
+        if self.type is bool:
+            return truth(name, value)
         if self.type not in (int, float):
             return value
         found = whole_number(name, value) if self.type is int else number(name, value)

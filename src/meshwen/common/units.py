@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from meshwen.common.arguments import brief
+from meshwen.common.arguments import brief, number
 from meshwen.errors import MeshwenError
 
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,6 +37,39 @@ def bytes_number(name: str, value: int | str) -> int:
             f'{name} must be a number of bytes, or text such as "5GB", not {brief(value)}'
         )
     return found
+
+
+def bytes_or_share(name: str, value: Any) -> int | float:
+    """An amount of memory: a number of bytes, or a share of what is free.
+
+    Args:
+        name: what to call it in an error.
+        value: an int of bytes, a float above 0 and at most 1, or text such as "4GB", "50%", "0.5".
+
+    Returns:
+        An int or a float.
+
+    Raises:
+        MeshwenError: it is none of these.
+    """
+    try:
+        found = _amount(name, value.strip()) if isinstance(value, str) else number(name, value)
+    except MeshwenError:
+        found = 0
+    if not (found >= 1 if isinstance(found, int) else 0 < found <= 1):
+        raise MeshwenError(
+            f'{name} must be bytes, such as "4GB", or a share of the free memory, such as "50%" or '
+            f"0.5, not {brief(value)}"
+        )
+    return found
+
+
+def _amount(name: str, text: str) -> int | float:
+    if match := re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?) *%", text):
+        return float(match[1]) / 100
+    if re.fullmatch(r"\d?\.\d{1,9}", text):
+        return float(text)
+    return bytes_number(name, text)
 
 
 def count_text(count: int) -> str:

@@ -24,6 +24,7 @@ from meshwen.common.choices import (
     check_choice,
 )
 from meshwen.common.option_fields import documented, option, options_of
+from meshwen.common.units import bytes_or_share
 from meshwen.engine.drafter import MOST_DRAFTS
 from meshwen.errors import MeshwenError
 
@@ -43,7 +44,8 @@ class EngineOptions:
 
     `mesh` may also be a number or a JAX mesh, with axes of either type; its devices are looked for
     when `make_mesh` is called. `dtype` may also be a type of JAX's, numpy's or torch's; the
-    attribute is its name.
+    attribute is its name. `kv_cache_memory` may be text; the attribute is an int of bytes, or a
+    share as a float.
 
     Raises MeshwenError at construction when any other value is impossible.
     """
@@ -97,6 +99,24 @@ class EngineOptions:
         "Most tokens of a prompt and its answer. Default: the model's context.",
         type=int,
         least=2,
+    )
+    kv_cache_memory: int | float | str | None = option(
+        None,
+        "Memory for the KV cache on each device: bytes, such as 4GB, or a share of what is free, "
+        "such as 50%. Default: as much as all prompts may need, but at most 80%.",
+        type=object,
+        parse=bytes_or_share,
+    )
+    prefix_caching: bool = option(
+        True,
+        "Compute what prompts begin with once, and find it in the KV cache again.",
+        type=bool,
+    )
+    max_num_batched_tokens: int = option(
+        512,
+        "Most tokens that a step computes: decode tokens first, then chunks of prompts.",
+        type=int,
+        least=16,
     )
     prompt_lookup_num_tokens: int = option(
         0,
@@ -202,6 +222,9 @@ class EngineKeywords(TypedDict, total=False):
     revision: str | None
     max_num_seqs: int
     max_model_len: int | None
+    kv_cache_memory: int | float | str | None
+    prefix_caching: bool
+    max_num_batched_tokens: int
     prompt_lookup_num_tokens: int
 
 
