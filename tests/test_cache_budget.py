@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache may hold: rows and lengths for the memory that there is."""
 
+from math import ceil
+from types import SimpleNamespace
+
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from mesh_model import shared_model
-from meshwen.cache.budget import CacheBudget
+from meshwen.cache.budget import CacheBudget, KVCachePlan
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from tiny_model import ONE_LAYER
@@ -54,3 +59,117 @@ def test_a_budget_is_a_share_of_the_free_memory_in_rows_of_a_device(monkeypatch)
     found = options.cache_budget(shared_model(ONE_LAYER).runner.model)
     # One layer of 2 heads of 8 numbers, keys and values in float32.
     assert found == CacheBudget(3, 50, 1, token_bytes=2 * 8 * 8, cache_bytes=8_000_000)
+
+
+def planned(monkeypatch, free, parts=1, max_num_seqs=6, max_model_len=1000, memory=None):
+    """Blocks of 32 positions of 100 bytes, for so many free bytes."""
+    monkeypatch.setattr("meshwen.cache.budget._free_bytes", lambda plan: free)
+    plan = SimpleNamespace(data_devices=parts)
+    return KVCachePlan.of_memory(plan, 100, 32, max_num_seqs, max_model_len, memory)
+
+
+def test_where_memory_suffices_there_are_blocks_for_all_sequences_of_the_most_tokens(monkeypatch):
+    assert planned(monkeypatch, 10**9).num_blocks == 6 * 32 + 1
+    assert planned(monkeypatch, 10**9, parts=4).num_blocks == 2 * 32 + 1
+    assert planned(monkeypatch, 10**9, parts=8).num_blocks == 32 + 1
+    assert planned(monkeypatch, 10**9, max_model_len=32).num_blocks == 6 + 1
+    assert planned(monkeypatch, 10**9, max_model_len=33).num_blocks == 6 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "memory", "expected"),
+    [
+        (100, 1.0, 96),
+        (96, 1.0, 96),
+        (95, 1.0, 64),
+        (100, 0.5, 48),
+        (100, None, 64),  # 80.
+        (193, 1.0, 193),  # What is needed.
+        (192, 1.0, 192),
+        (15, 1.0, 15),
+    ],
+)
+def test_a_share_of_too_little_memory_gives_a_shape_bucket_of_blocks(
+    monkeypatch, blocks, memory, expected
+):
+    for bytes_more in (0, 3199):
+        found = planned(monkeypatch, int(blocks * 3200 + bytes_more), memory=memory)
+        assert found.num_blocks == expected
+
+
+def test_bytes_are_used_to_the_last_block_whatever_is_free(monkeypatch):
+    assert planned(monkeypatch, 0, memory=100 * 3200 + 3199).num_blocks == 100
+    assert planned(monkeypatch, 0, memory=10**9).num_blocks == 193
+
+
+def test_a_plan_says_what_it_has_room_for():
+    found = KVCachePlan(4097, 32, 12_288, 1, 8, 32_768)
+    assert (found.capacity, found.longest) == (131_072, 32_768)
+    assert (found.block_bytes, found.bytes) == (393_216, 1_611_005_952)
+    assert str(found) == (
+        "KV cache: 4,096 blocks of 32 tokens, 1.61 GB on each device; room for 131,072 tokens, "
+        "4.0 sequences of 32,768"
+    )
+    found = KVCachePlan(64, 16, 100, 2, 8, 1100)
+    assert (found.capacity, found.longest) == (1008, 1008)
+    assert str(found) == (
+        "KV cache: 2 x 63 blocks of 16 tokens, 102 kB on each device; room for 2,016 tokens, "
+        "1.8 sequences of 1,100"
+    )
+
+
+def test_a_sequence_that_no_part_has_room_for_is_refused_with_what_it_needs():
+    found = KVCachePlan(4, 32, 100_000, 2, 8, 1000)
+    found.check_fits(96)
+    message = r"97 tokens needs 16.0 MB of KV cache .* of which 12.8 MB can be had: lower max_new_"
+    with pytest.raises(MeshwenError, match=message):
+        found.check_fits(97)
+
+
+@pytest.mark.parametrize("memory", [3 * 3200 - 1, 1.0])
+def test_memory_for_hardly_a_sequence_is_an_error(monkeypatch, memory):
+    message = r"64 tokens needs 9.60 kB .* of which 6.40 kB can be had: .*raise kv_cache_memory"
+    with pytest.raises(MeshwenError, match=message):
+        planned(monkeypatch, 3 * 3200 - 1, memory=memory)
+    assert planned(monkeypatch, 2 * 3200, max_model_len=32, memory=1.0).longest == 32
+
+
+def test_a_plan_of_a_mesh_without_devices_needs_bytes():
+    plan = EngineOptions().parallel_model(ONE_LAYER, AbstractMesh((2,), ("model",))).plan
+    with pytest.raises(MeshwenError, match=r"no device is behind AbstractMesh\(.*give the model"):
+        KVCachePlan.of_memory(plan, 100, 32, 1, 64)
+    assert KVCachePlan.of_memory(plan, 100, 32, 1, 64, 10**6).num_blocks == 3
+
+
+def test_a_plan_has_the_parts_and_the_free_memory_of_the_mesh(monkeypatch):
+    monkeypatch.setattr("meshwen.runtime.memory._free_host_bytes", lambda: 10_000_000)
+    plan = shared_model(ONE_LAYER).runner.model.plan
+    found = KVCachePlan.of_memory(plan, 1000, 16, 3, 10**6)
+    assert found == KVCachePlan(384, 16, 1000, 1, 3, 10**6)  # Of 500 that fit.
+
+
+@example(seqs=64, longest=1000, parts=1, size=1, share=66 / 128_000)  # A bucket of 64 is too few.
+@given(
+    seqs=st.integers(1, 64),
+    longest=st.integers(1, 5000),
+    parts=st.integers(1, 8),
+    size=st.integers(1, 64),
+    share=st.floats(0, 1),
+)
+def test_no_plan_is_larger_than_its_memory_or_than_is_needed(seqs, longest, parts, size, share):
+    memory = int(share * 2 * seqs * longest * 100) + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meshwen.cache.budget._free_bytes", lambda plan: memory)
+        for asked in (memory, 1.0):
+            try:
+                found = KVCachePlan.of_memory(
+                    SimpleNamespace(data_devices=parts), 100, size, seqs, longest, asked
+                )
+            except MeshwenError:
+                assert memory < (ceil(min(longest, 64) / size) + 1) * size * 100
+                continue
+            assert found.bytes <= memory
+            room = found.capacity // (ceil(longest / size) * size)
+            assert room <= ceil(seqs / parts)
+            if asked == memory and room < ceil(seqs / parts):
+                assert found.bytes + found.block_bytes > memory
