@@ -102,9 +102,8 @@ UNITS = {
         Unit("int8.c", "neon"),
     ),
 }
-COMMON = (
-    *map(Unit, ("ffi.c", "parallel.c", "instruction_sets.c", "entries.c", "windows.c", "build.c")),
-)
+_COMMON = ("ffi", "parallel", "instruction_sets", "entries", "paged", "windows", "build")
+COMMON = (*(Unit(f"{name}.c") for name in _COMMON),)
 # The compiler must not decide bits: a multiplication and an addition become one operation only
 # where the sources say so.
 FLAGS = (

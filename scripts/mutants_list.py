@@ -263,7 +263,7 @@ FAULTS = (
     # --- Kernels
     _fault(
         "kernels: a window of one position more",
-        "ops/cpu/csrc/attention.h",
+        "ops/cpu/csrc/softmax.h",
         "return larger(position + 1 - window, 0);",
         "return larger(position - window, 0);",
         "kernels",

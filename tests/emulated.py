@@ -19,10 +19,10 @@ import pytest
 
 from c_compiler import COMMAND
 from meshwen.ops.cpu import kernels
+from meshwen.ops.cpu.kernels import shared_library
 from needs_kernels import needs_kernels
 
 SOURCES = Path(__file__).parents[1] / "src/meshwen/ops/cpu/csrc"
-_FUNCTIONS = ("matmul", "matmul_int8", "attention")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _registered(one: Kernels) -> str:
     prefix = f"emulated_{one.name}"
     if prefix not in _registrations:
         library = ctypes.CDLL(str(compiled(one)))
-        for function in _FUNCTIONS:
+        for function in shared_library.FUNCTIONS:
             handler = jax.ffi.pycapsule(getattr(library, f"meshwen_{function}"))
             jax.ffi.register_ffi_target(f"{prefix}_{function}", handler, platform="cpu")
         _registrations[prefix] = library

@@ -5,22 +5,11 @@
 
 #include <stddef.h>
 
+#include "entries.h"
 #include "exported.h"
-#include "ffi.h"
 #include "instruction_sets.h"
 #include "panels.h"
 #include "parallel.h"
-
-#define F32 XLA_FFI_DataType_F32
-#define BF16 XLA_FFI_DataType_BF16
-#define S8 XLA_FFI_DataType_S8
-#define S32 XLA_FFI_DataType_S32
-
-#define TRY(expression)                                                                              \
-    do {                                                                                             \
-        error *found = (expression);                                                                 \
-        if (found) return found;                                                                     \
-    } while (0)
 
 // The name of an instruction set, by number; 0 behind the last.
 EXPORTED const char *meshwen_instruction_set(int number) {
@@ -38,8 +27,7 @@ EXPORTED int meshwen_has_bf16_dot(int number) {
            instruction_sets[number].floats->matmul_dot;
 }
 
-// The kernels that a call asks for, and how many threads may compute.
-static error *asked(const call *call, const struct instruction_set **set, int64_t *threads) {
+error *asked(const call *call, const struct instruction_set **set, int64_t *threads) {
     char name[32];
     int64_t most;
     TRY(attribute_text(call, "instruction_set", name, sizeof name));
@@ -56,9 +44,9 @@ EXPORTED error *meshwen_matmul(call *call) {
     if (described(call)) return 0;
     const struct instruction_set *set;
     int64_t threads;
-    TRY(counted(call, 2));
+    TRY(counted(call, 2, 1));
     TRY(asked(call, &set, &threads));
-    const buffer *a = argument(call, 0), *b = argument(call, 1), *y = result(call);
+    const buffer *a = argument(call, 0), *b = argument(call, 1), *y = result(call, 0);
     const int numbers = b->dtype == F32 ? 1 : 2;
     TRY(checked(call, b, (struct expected){"b", numbers == 1 ? F32 : BF16, 4, {ANY, ANY, COLUMNS, numbers}}));
     const int dot = a->dtype == BF16;
@@ -93,10 +81,10 @@ EXPORTED error *meshwen_matmul_int8(call *call) {
     if (described(call)) return 0;
     const struct instruction_set *set;
     int64_t threads;
-    TRY(counted(call, 3));
+    TRY(counted(call, 3, 1));
     TRY(asked(call, &set, &threads));
     const buffer *a = argument(call, 0), *b = argument(call, 1), *scales = argument(call, 2);
-    const buffer *y = result(call);
+    const buffer *y = result(call, 0);
     TRY(checked(call, scales, (struct expected){"scales", BF16, 3, {ANY, ANY, COLUMNS}}));
     const int64_t panels = scales->dims[0], groups = scales->dims[1];
     TRY(checked(call, b, (struct expected){"b", S8, 4, {panels, groups * GROUP_STEPS, COLUMNS, STEP}}));
@@ -143,12 +131,12 @@ static error *within_cache(const call *call, const struct attention *of, int64_t
     return of->window > 0 ? 0 : refused(call, "meshwen: the window is empty");
 }
 
-// See `attention.h`.
+// See `contiguous.h`.
 EXPORTED error *meshwen_attention(call *call) {
     if (described(call)) return 0;
     const struct instruction_set *set;
     int64_t threads;
-    TRY(counted(call, 6));
+    TRY(counted(call, 6, 1));
     TRY(asked(call, &set, &threads));
     const buffer *q = argument(call, 0), *keys = argument(call, 1), *values = argument(call, 2);
     const buffer *rows = argument(call, 3), *starts = argument(call, 4), *window = argument(call, 5);
@@ -161,7 +149,7 @@ EXPORTED error *meshwen_attention(call *call) {
     TRY(checked(call, rows, (struct expected){"rows", S32, 1, {B}}));
     TRY(checked(call, starts, (struct expected){"starts", S32, 1, {B}}));
     TRY(checked(call, window, (struct expected){"window", S32, 1, {1}}));
-    TRY(checked(call, result(call), (struct expected){"the result", F32, 4, {B, N, T, H}}));
+    TRY(checked(call, result(call, 0), (struct expected){"the result", F32, 4, {B, N, T, H}}));
     if (!B || !N || !T || !H) return 0;
     if (!K || N % K) return refused(call, "meshwen: %lld heads do not share %lld", (long long)N, (long long)K);
     if (H % COLUMNS || S % COLUMNS)
@@ -172,7 +160,7 @@ EXPORTED error *meshwen_attention(call *call) {
         .q = q->data,
         .keys = keys->data,
         .values = values->data,
-        .y = result(call)->data,
+        .y = result(call, 0)->data,
         .rows = rows->data,
         .starts = starts->data,
         .window = *(const int32_t *)window->data,

@@ -70,18 +70,21 @@ error *out_of_memory(const call *call) {
     return failed(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "meshwen: no memory for a kernel");
 }
 
-error *counted(const call *call, int64_t arguments) {
-    if (call->args.size != arguments || call->rets.size != 1)
-        return refused(call, "meshwen: %lld arguments and %lld results, not %lld and 1",
-                       (long long)call->args.size, (long long)call->rets.size, (long long)arguments);
-    int buffers = call->rets.types[0] == XLA_FFI_RetType_BUFFER;
+error *counted(const call *call, int64_t arguments, int64_t results) {
+    if (call->args.size != arguments || call->rets.size != results)
+        return refused(call, "meshwen: %lld arguments and %lld results, not %lld and %lld",
+                       (long long)call->args.size, (long long)call->rets.size, (long long)arguments,
+                       (long long)results);
+    int buffers = 1;
+    for (int64_t i = 0; i < results; i++)
+        buffers &= call->rets.types[i] == XLA_FFI_RetType_BUFFER;
     for (int64_t i = 0; i < arguments; i++)
         buffers &= call->args.types[i] == XLA_FFI_ArgType_BUFFER;
     return buffers ? 0 : refused(call, "meshwen: not all arguments and results are buffers");
 }
 
 const buffer *argument(const call *call, int64_t number) { return call->args.args[number]; }
-const buffer *result(const call *call) { return call->rets.rets[0]; }
+const buffer *result(const call *call, int64_t number) { return call->rets.rets[number]; }
 
 error *checked(const call *call, const buffer *buffer, struct expected expected) {
     if (buffer->dtype != expected.dtype)

@@ -31,10 +31,10 @@ struct expected {
     int64_t sizes[4];
 };
 
-// Whether there are exactly so many arguments and one result, all of them buffers.
-error *counted(const call *call, int64_t arguments);
+// Whether there are exactly so many arguments and results, all of them buffers.
+error *counted(const call *call, int64_t arguments, int64_t results);
 const buffer *argument(const call *call, int64_t number);
-const buffer *result(const call *call);
+const buffer *result(const call *call, int64_t number);
 // Whether a buffer is as expected, of sizes that can be, and aligned to its numbers.
 error *checked(const call *call, const buffer *buffer, struct expected expected);
 

@@ -3,9 +3,10 @@
 // Matmuls and attention of float32 and bfloat16. Compiled once for each instruction set; SUFFIX is its
 // name. With MESHWEN_DOT it has an instruction for dot products of bfloat16.
 
-#include "attention.h"
+#include "contiguous.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "paged.h"
 #include "tile.h"
 
 #define JOINED(name, suffix) name##_##suffix
@@ -16,8 +17,12 @@
         return multiply_panels(kind, tiles_##kind, paired_##kind, task, unit);                       \
     }
 #define ATTENTION(kind)                                                                              \
+    static const struct tiles attention_tiles_##kind = {tiles_##kind, walking_tiles_##kind};         \
     static int attention_##kind(const void *task, int64_t unit) {                                    \
-        return attend_head(kind, tiles_##kind, task, unit);                                          \
+        return attend_head(kind, &attention_tiles_##kind, task, unit);                               \
+    }                                                                                                \
+    static int paged_##kind(const void *task, int64_t unit) {                                        \
+        return attend_tokens(kind, &attention_tiles_##kind, task, unit);                             \
     }
 
 MATMUL(FLOAT32)
@@ -36,4 +41,6 @@ const struct float_kernels NAMED(float_kernels, SUFFIX) = {
 #endif
     .attention_float32 = attention_FLOAT32,
     .attention_bfloat16 = attention_CACHED,
+    .paged_float32 = paged_FLOAT32,
+    .paged_bfloat16 = paged_CACHED,
 };

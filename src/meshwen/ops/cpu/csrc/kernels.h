@@ -30,7 +30,7 @@ struct int8_matmul {
     int64_t unit_rows, unit_panels; // of a unit of either task
 };
 
-// Attention: see `attention.h`.
+// Attention: see `contiguous.h`.
 struct attention {
     const float *q;
     const char *keys, *values;
@@ -38,6 +38,24 @@ struct attention {
     const int32_t *rows, *starts;
     int64_t window;
     int64_t K, G, H, S, T, C;
+};
+
+// Tokens of a sequence, and a key/value head whose queries they are.
+struct paged_unit {
+    int64_t sequence, head;
+    int64_t token, tokens; // the first in q, and how many
+    int64_t position;      // of the first
+};
+
+// Attention over a paged cache: see `paged.h`.
+struct paged_attention {
+    const float *q;
+    const char *keys, *values;
+    float *y;
+    const int32_t *tables;
+    const struct paged_unit *units;
+    int64_t window;
+    int64_t K, G, h, H, S, W;
 };
 
 // A unit of a task; false where there is no memory for it.
@@ -49,6 +67,8 @@ struct float_kernels {
     unit_function *matmul_dot;     // bfloat16 with bfloat16 by an instruction for it; or 0
     unit_function *attention_float32;
     unit_function *attention_bfloat16;
+    unit_function *paged_float32;
+    unit_function *paged_bfloat16;
 };
 
 struct int8_kernels {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matmuls with weights and attention on CPUs, by kernels in C (`meshwen/ops/cpu/csrc`).
+"""Matmuls with weights, attention and the paged KV cache on CPUs, by kernels in C (`ops/cpu/csrc`).
 
 XLA's own library lays bfloat16 weights out anew for the processor at every call, which costs a
 decode step of 32 rows a third of its time, and adds products up in an order that depends on their
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Float, Float32, Int
 
 from meshwen.ops.cpu.kernels.shared_library import (
     InstructionSet,
@@ -35,7 +36,10 @@ __all__ = [
     "label",
     "matmul",
     "name",
+    "paged_attention",
     "supported",
+    "unwritten",
+    "write_cache",
 ]
 
 # What ordered matmuls of all instruction sets are named by: their bits are the same.
@@ -151,6 +155,104 @@ def attention(
     return _call(_required(), "attention", q.shape, alone, *arguments)[..., :H]
 
 
+def paged_attention(
+    q: Float32[Array, "N heads h"],
+    keys: Float[Array, "P K H S"],
+    values: Float[Array, "P K S H"],
+    query_starts: Int[Array, " starts"],
+    lengths: Int[Array, " R"],
+    tables: Int[Array, "R W"],
+    window: ArrayLike,
+    alone: bool = False,
+) -> Float32[Array, "N heads h"]:
+    """softmax(q keys) values, of the last tokens of sequences whose keys and values are in blocks.
+
+    A token's result has the same bits whatever else is attended to, and wherever the blocks are, as
+    long as the values are finite: those of `attention`. Nothing is read of positions that no token
+    sees, but keys in the same 32 positions, which count for nothing.
+
+    Args:
+        q: scaled; of h dimensions, at most H; the heads are a multiple of K.
+        keys: the pool: float32 or bfloat16, H and S multiples of 32. The dimensions behind h are
+            not read.
+        values: of the same dtype.
+        query_starts: R + 1 of them, non-decreasing, from 0 to N. The tokens query_starts[r] to
+            query_starts[r + 1] are of sequence r; those of none have the result 0.0.
+        lengths: the positions of each sequence, of which its tokens are the last.
+        tables: position p of sequence r is in block tables[r, p // S] at p % S. What is behind the
+            length, or before all windows, may be anything.
+        window: [], how many positions a token sees at most, its own among them; at least 1.
+        alone: see `matmul`.
+
+    Raises:
+        TypeError: other dtypes or shapes.
+        RuntimeError: this process has no kernels; when it runs, XLA's error of what would be
+            outside of the pool.
+    """
+    if q.dtype != jnp.float32 or keys.dtype != values.dtype or str(keys.dtype) not in _DTYPES:
+        raise TypeError(f"no attention for {q.dtype}, {keys.dtype}, {values.dtype}")
+    if not q.size:
+        return q
+    integers = (x.astype(jnp.int32) for x in (query_starts, lengths, tables))
+    most = jnp.asarray(window, jnp.int32).reshape(1)
+    arguments = (q, keys, values, *integers, most)
+    return _call(_required(), "paged_attention", q.shape, alone, *arguments)
+
+
+def write_cache(
+    keys: Float[Array, "P K H S"],
+    values: Float[Array, "P K S H"],
+    new_keys: Float[Array, "N K h"],
+    new_values: Float[Array, "N K h"],
+    slots: Int[Array, " N"],
+    alone: bool = False,
+) -> tuple[Float[Array, "P K H S"], Float[Array, "P K S H"]]:
+    """The pool with keys and values of tokens written to it, in place.
+
+    Where the pool is not needed afterwards, nothing of it is copied; so it has to be donated to the
+    program. A reader of the pool as it was has XLA copy it:
+
+        step = jax.jit(write_cache, donate_argnums=(0, 1))
+        keys, values = step(keys, values, new_keys, new_values, slots)
+
+    Args:
+        keys, values: the pool: see `paged_attention`.
+        new_keys, new_values: of its dtype, h at most H; behind them zeros are written.
+        slots: block * S + offset of each token, or -1: it is not written. Of tokens with the same
+            slot the last is.
+        alone: see `matmul`.
+
+    Raises:
+        TypeError: other dtypes.
+        RuntimeError: this process has no kernels; when it runs, XLA's error of a slot that is not
+            in the pool.
+    """
+    if len({x.dtype for x in (keys, values, new_keys, new_values)}) > 1:
+        raise TypeError(f"{new_keys.dtype} cannot be written to a cache of {keys.dtype}")
+    found = _required()
+    pool = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values))
+    call = jax.ffi.ffi_call(target("write_cache"), pool, input_output_aliases={0: 0, 1: 1})
+    new = new_keys, new_values, slots.astype(jnp.int32)
+    keys, values = call(keys, values, *new, **_attributes(found, alone))
+    return keys, values
+
+
+def unwritten(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """An array of memory that was never written: what it holds means nothing.
+
+    On Linux it takes resident memory only where it is written later.
+
+    Raises:
+        RuntimeError: this process has no kernels.
+    """
+    _required()
+    # The effect keeps XLA from making one array of two calls that are alike.
+    call = jax.ffi.ffi_call(
+        target("unwritten"), jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True
+    )
+    return call()
+
+
 def _required() -> InstructionSet:
     found = instruction_set()
     if not found:
@@ -178,6 +280,10 @@ def _call(
     of: InstructionSet, function: str, shape: tuple[int, ...], alone: bool, *arguments: Array
 ) -> Array:
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    threads = np.int64(1 if alone else _MANY)
     call = jax.ffi.ffi_call(target(function), result)
-    return call(*arguments, instruction_set=of.name, threads=threads)
+    return call(*arguments, **_attributes(of, alone))
+
+
+def _attributes(of: InstructionSet, alone: bool) -> dict[str, str | np.int64]:
+    """What calls say beside their arguments."""
+    return {"instruction_set": of.name, "threads": np.int64(1 if alone else _MANY)}

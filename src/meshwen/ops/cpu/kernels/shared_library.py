@@ -23,7 +23,10 @@ VARIABLE = "MESHWEN_INSTRUCTION_SET"
 NONE = "none"
 
 _NAME = {"darwin": "libkernels.dylib", "win32": "kernels.dll"}.get(sys.platform, "libkernels.so")
-_FUNCTIONS = ("matmul", "matmul_int8", "attention")
+FUNCTIONS = (
+    *("matmul", "matmul_int8", "attention"),
+    *("paged_attention", "write_cache", "unwritten"),
+)
 
 # A clone has what its library was compiled from beside the package; a wheel has not.
 _ROOT = (Path(__file__).parent / "../../../../..").resolve()
@@ -137,7 +140,7 @@ def _in_clone() -> bool:
 def _registered(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
-        functions = {name: getattr(library, f"meshwen_{name}") for name in _FUNCTIONS}
+        functions = {name: getattr(library, f"meshwen_{name}") for name in FUNCTIONS}
     except (OSError, AttributeError) as error:
         raise MeshwenError(
             f"{path} cannot be loaded ({error}): it is damaged or for another platform; {_remedy()}"
