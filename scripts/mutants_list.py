@@ -185,7 +185,7 @@ FAULTS = (
     ),
     _fault(
         "sharding: the sampler gathers all logits",
-        "engine/sampling.py",
+        "engine/split_vocabulary.py",
         "    values, local = _largest(logits, count, ops)\n"
         "    choices = ids[local]\n"
         "    if ops.collectives.axes:",
@@ -481,7 +481,7 @@ FAULTS = (
     ),
     _fault(
         "sampling: a penalty lifts negative logits",
-        "engine/sampling.py",
+        "engine/penalties.py",
         "less_likely = jnp.where(logits > 0, logits / penalty, logits * penalty)",
         "less_likely = logits / penalty",
         "sampling",
@@ -498,6 +498,13 @@ FAULTS = (
         "engine/constraints.py",
         "length < asked.min_length or answered < asked.min_new_tokens",
         "length < asked.min_length",
+        "constraints",
+    ),
+    _fault(
+        "constraints: a stop token comes too early",
+        "engine/constraints.py",
+        "sorted(eos.union(asked.stop_token_ids))",
+        "sorted(eos)",
         "constraints",
     ),
     _fault(
@@ -575,9 +582,38 @@ FAULTS = (
     _fault(
         "sampling: log-probabilities after the penalty",
         "engine/sampling.py",
-        "_logprobs(raw, ids, tokens, ops)",
-        "_logprobs(logits, ids, tokens, ops)",
+        "token_logprobs(raw, ids, tokens",
+        "token_logprobs(logits, ids, tokens",
         "sampling",
+    ),
+    _fault(
+        "penalties: a presence penalty by the count",
+        "engine/penalties.py",
+        "jnp.where(counts > 0, presence[:, None], 0)",
+        "presence[:, None] * counts",
+        "penalties",
+        "sampling",
+    ),
+    _fault(
+        "penalties: the products' rounding is left to the compiler",
+        "engine/penalties.py",
+        "logits, by_count = ops.numerics.rounded((logits, by_count))",
+        "",
+        "penalties",
+    ),
+    _fault(
+        "penalties: the prompt is counted",
+        "engine/batch_sampler.py",
+        "Counter(one.tokens)",
+        "Counter(one.token_ids)",
+        "batch_sampler",
+    ),
+    _fault(
+        "log-probabilities: of the prompt's own tokens, not those that follow",
+        "engine/prompt_logprobs.py",
+        "self._tokens[start + 1 : start + 1 + count]",
+        "self._tokens[start : start + count]",
+        "prompt_logprobs",
     ),
     # --- Loaders
     _fault(

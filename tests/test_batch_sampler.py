@@ -55,12 +55,43 @@ def test_penalties_are_of_the_tokens_of_prompt_and_answer(mesh, padded):
     }
     one = plan(mesh)
     sampler = BatchSampler.of(sequences, 4, one)
-    assert sampler.penalized.sharding == one.sharding("batch", "vocab")
-    prompt, penalized = np.asarray(sampler.rows.prompt), np.asarray(sampler.penalized)
+    assert sampler.penalized.tokens.sharding == one.sharding("batch", "vocab")
+    assert sampler.penalized.counts is None
+    prompt, penalized = np.asarray(sampler.rows.prompt), np.asarray(sampler.penalized.tokens)
     assert prompt.shape == penalized.shape == (4, padded)
     assert {row: np.flatnonzero(prompt[row]).tolist() for row in (1, 3)} == {1: [1], 3: [5]}
     assert np.flatnonzero(penalized[1]).tolist() == [1, 2, 3]
     assert not penalized[[0, 2]].any()
+
+
+def test_answers_are_counted_and_biases_are_in_their_rows():
+    sequences = {
+        1: sequence(0, prompt=[1, 1], tokens=[2, 3, 2], frequency_penalty=0.5),
+        3: sequence(1, prompt=[5], tokens=[4], presence_penalty=-1, logit_bias={0: 3, 5: -2.5}),
+    }
+    one = plan("4")
+    sampler = BatchSampler.of(sequences, 4, one)
+    assert sampler.method.penalize
+    assert sampler.penalized.tokens is None
+    assert sampler.penalized.counts.sharding == one.sharding("batch", "vocab")
+    counts, bias = np.asarray(sampler.penalized.counts), np.asarray(sampler.rows.bias)
+    assert (counts.dtype, bias.dtype) == (np.int32, np.float32)
+    expected = np.zeros((2, 4, 8))
+    expected[0][[1, 1, 3], [2, 3, 4]] = 2, 1, 1
+    expected[1][3, [0, 5]] = 3, -2.5
+    np.testing.assert_array_equal([counts, bias], expected)
+    assert np.asarray(sampler.rows.frequency_penalty).tolist() == [0, 0.5, 0, 0]
+    assert np.asarray(sampler.rows.presence_penalty).tolist() == [0, 0, 0, -1]
+
+
+def test_a_bias_forces_and_forbids_in_its_row_alone():
+    sequences = {
+        0: sequence(0, logit_bias={4: 100}),
+        1: sequence(1, logit_bias={1: -100, 2: -100}),
+        2: sequence(2),
+    }
+    sampler = BatchSampler.of(sequences, 3, plan())
+    assert greedy(sampler, sequences) == [4, 3, 1]
 
 
 def test_a_penalty_and_what_is_suppressed_change_the_token_of_their_rows_alone():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From sampled tokens to events, and what their callbacks raise."""
 
+import numpy as np
 import pytest
 
 from meshwen.engine.delivery import Delivery
@@ -39,6 +40,60 @@ def test_an_end_of_text_token_is_a_stop_also_at_the_limit():
     one, events = begun(limit=1, eos=(5,))
     Delivery().deliver(one, 5, None)
     assert events[0].completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "eos", "reason", "stop_reason"),
+    [
+        ({"stop_token_ids": (4, 5)}, (), "stop", 5),
+        ({"stop_token_ids": (4, 5)}, (5,), "stop", None),
+        ({}, (5,), "stop", None),
+        ({"stop_token_ids": (4,)}, (), "length", None),
+    ],
+)
+def test_a_stop_token_ends_an_answer_and_is_its_reason(sampling, eos, reason, stop_reason):
+    one, events = begun(limit=1, eos=eos, **sampling)
+    Delivery().deliver(one, 5, None)
+    found = events[0].completion
+    assert (found.finish_reason, found.stop_reason, found.tokens) == (reason, stop_reason, (5,))
+
+
+def test_likeliest_tokens_go_as_many_as_were_asked_for_to_those_who_asked():
+    tops = (((5, -0.5), (7, -1.0), (2, -3.0)), ((7, -0.1), (6, -2.5), (1, -9.0)))
+    some, no_top, nothing = (
+        begun(limit=2, **asked)
+        for asked in ({"logprobs": True, "top_logprobs": 2}, {"logprobs": True}, {})
+    )
+    for one, _ in (some, no_top, nothing):
+        for token, top in zip((5, 6), tops, strict=True):
+            Delivery().deliver(one, token, -0.5, top)
+    events = some[1]
+    assert [event.top_logprobs for event in events] == [top[:2] for top in tops]
+    assert events[1].completion.top_logprobs == tuple(top[:2] for top in tops)
+    for _, events in (no_top, nothing):
+        assert [event.top_logprobs for event in events] == [None, None]
+        assert events[1].completion.top_logprobs is None
+
+
+def test_log_probabilities_of_the_prompt_are_in_the_completion():
+    one, events = begun(limit=1, prompt_logprobs=True, top_logprobs=1)
+    ids = np.array([[7, 5], [8, 5], [9, 5]])
+    values = np.array([[-0.25, -1], [-0.5, -1], [-0.75, -1]], np.float32)
+    one.prompt_logprobs.push(0, np.float32([-1, -2, -3]), ids, values)
+    Delivery().deliver(one, 5, -0.5, ((5, -0.5),))
+    found = events[0].completion
+    assert found.prompt_logprobs == (None, -1.0, -2.0)
+    assert found.prompt_top_logprobs == (None, ((7, -0.25),), ((8, -0.5),))
+    assert (found.logprobs, found.top_logprobs, events[0].top_logprobs) == (None, None, None)
+
+
+def test_a_prompt_whose_log_probabilities_are_nan_is_an_error():
+    one, events = begun(limit=1, prompt_logprobs=True)
+    one.prompt_logprobs.push(0, np.float32([-1, np.nan]))
+    Delivery().deliver(one, 5, None)
+    completion = events[0].completion
+    assert (completion.finish_reason, completion.stop_reason) == ("error", None)
+    assert "logits for a token of the prompt are NaN" in completion.error
 
 
 @pytest.mark.parametrize(("token", "logprob"), [(NO_TOKEN, None), (5, float("nan"))])

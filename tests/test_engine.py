@@ -20,6 +20,7 @@ from meshwen import Qwen2ForCausalLM
 from meshwen.engine.answer_text import StopText
 from meshwen.engine.engine import Engine
 from meshwen.engine.options import EngineOptions
+from meshwen.engine.penalties import Penalized
 from meshwen.engine.request import Completion, Request
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
@@ -355,9 +356,10 @@ def test_a_step_consumes_the_cache_it_is_given():
     assert all(array.is_deleted() for array in jax.tree.leaves(cache))
     params = [SamplingParams(repetition_penalty=1.1)]
     method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
-    seen = jax.numpy.zeros((1, TINY.vocab_size), bool)
+    tokens = jax.numpy.zeros((1, TINY.vocab_size), bool)
+    seen = Penalized(tokens, None)
     sampled, seen_after, last = runner.decode(after, lengths[:, None], lengths, rows, seen, method)
-    assert seen.is_deleted()
+    assert tokens.is_deleted()
     assert all(array.is_deleted() for array in jax.tree.leaves(after))
     alive = jax.tree.leaves((second, sampled, seen_after, last, runner.params))
     assert not any(array.is_deleted() for array in alive)

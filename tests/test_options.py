@@ -20,7 +20,7 @@ from meshwen.errors import MeshwenError
 LOADING = {"mesh", "dtype", "numerics", "quantization", "load_format", "revision"}
 SAMPLING = {
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("seed", "stop"),
+    *("presence_penalty", "frequency_penalty", "seed", "stop"),
 }
 MEMORY = {"max_model_len", "kv_cache_memory", "prefix_caching"}
 PROCESSES = {"coordinator", "num_processes", "process_id", "coordinator_timeout"}
@@ -38,7 +38,8 @@ COMMANDS = {
     | MEMORY
     | PROCESSES
     | {"prompt", "model", "max_num_seqs", "max_num_batched_tokens", "prompt_lookup_num_tokens"}
-    | {"system", "chat_template_kwargs", "raw", "prompts_file", "logprobs", "json", "no_stream"},
+    | {"system", "chat_template_kwargs", "raw", "prompts_file", "logprobs", "json", "no_stream"}
+    | {"top_logprobs", "stop_token_ids", "ignore_eos"},
     "chat": LOADING
     | SAMPLING
     | MEMORY
@@ -131,6 +132,9 @@ BAD = [
     ("temperature", -1.0, "temperature must be 0 (greedy) or more, not -1.0"),
     ("top_p", 1.5, "top_p must be above 0 and at most 1, not 1.5"),
     ("seed", -1, "seed must be from 0 to 4294967295, not -1"),
+    ("presence_penalty", 2.5, "presence_penalty must be from -2 to 2, not 2.5"),
+    ("frequency_penalty", -3.0, "frequency_penalty must be from -2 to 2, not -3.0"),
+    ("top_logprobs", 21, "top_logprobs must be from 0 to 20, not 21"),
 ]
 
 

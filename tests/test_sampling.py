@@ -11,14 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from meshwen.engine.sampling import (
-    NO_TOKEN,
-    SamplerRows,
-    SamplingMethod,
-    gumbel,
-    mark_penalized,
-    sample,
-)
+from meshwen.engine.penalties import Penalized
+from meshwen.engine.sampling import NO_TOKEN, SamplerRows, SamplingMethod, gumbel, sample
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.ops.cpu.xla import XlaOnCpu
@@ -70,6 +64,27 @@ def params_of(**values) -> SamplingParams:
         ("min_p", 1.01),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", "much"),
+        ("logit_bias", 5),
+        ("logit_bias", "5"),
+        ("logit_bias", {5: 100.5}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", [(5, 1), (5, 2)]),
+        ("logit_bias", [(5, 1, 2)]),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", dict.fromkeys(range(1025), 1)),
+        ("stop_token_ids", (-1,)),
+        ("stop_token_ids", "5"),
+        ("ignore_eos", 1),
+        ("top_logprobs", -1),
+        ("top_logprobs", 21),
+        ("prompt_logprobs", 2),
         ("seed", -1),
         ("seed", 1 << 32),
         ("seed", 1.5),
@@ -79,8 +94,9 @@ def params_of(**values) -> SamplingParams:
     ],
 )
 def test_an_impossible_value_is_named(name, value):
-    with pytest.raises(MeshwenError, match=f"^{name} must be .*not ") as error:
+    with pytest.raises(MeshwenError, match=f"^{name} (of token 5 )?must ") as error:
         params_of(**{name: value})
+    assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
 
 
@@ -97,12 +113,32 @@ def test_an_impossible_value_is_named(name, value):
         ("repetition_penalty", 0.5),
         ("seed", (1 << 32) - 1),
         ("stop", ("\n\n", "END")),
+        ("presence_penalty", -2),
+        ("frequency_penalty", 2.0),
+        ("logit_bias", ((0, -100), (7, 100.0))),
+        ("stop_token_ids", (0, 5)),
     ],
 )
 def test_values_at_the_edge_are_taken(name, value):
     params = params_of(**{name: value})
     assert getattr(params, name) == value
     SamplerRows.of([params])  # Fits the arrays that the devices get.
+
+
+@pytest.mark.parametrize(
+    "given", [{7: 1, 5: np.float32(-2)}, {"7": 1, "5": -2.0}, [(5, -2), [7, 1]], ((7, 1), (5, -2))]
+)
+def test_biases_are_a_mapping_json_or_pairs(given):
+    params = params_of(logit_bias=given)
+    assert params.logit_bias == ((5, -2.0), (7, 1.0))
+    assert hash(params) == hash(replace(params, logit_bias=params.logit_bias))
+
+
+def test_likeliest_tokens_are_of_log_probabilities_that_are_asked_for():
+    with pytest.raises(MeshwenError, match="top_logprobs 3 needs logprobs or prompt_logprobs"):
+        params_of(top_logprobs=3)
+    for given in ({"logprobs": True}, {"prompt_logprobs": True}):
+        assert params_of(top_logprobs=3, **given).top_logprobs == 3
 
 
 def test_a_checkpoint_gives_the_defaults():
@@ -206,6 +242,21 @@ def test_the_method_penalizes_and_gives_logprobs_when_some_row_wants_it():
     assert SamplingMethod.of(batch, 100) == SamplingMethod(1, True, True)
 
 
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_a_penalty_by_counts_is_one(penalty):
+    assert SamplingMethod.of([params_of(**{penalty: -0.5})], 100) == SamplingMethod(1, True, False)
+
+
+def test_numbers_of_likeliest_tokens_share_few_methods():
+    def method(top, vocab_size=100, logprobs=True):
+        one = params_of(top_logprobs=top, logprobs=logprobs, prompt_logprobs=True)
+        return SamplingMethod.of([one, params_of()], vocab_size).top_logprobs
+
+    assert {top: method(top) for top in (0, 1, 5, 6, 20)} == {0: 0, 1: 5, 5: 5, 6: 20, 20: 20}
+    assert method(6, vocab_size=8) == 8
+    assert method(6, logprobs=False) == 0
+
+
 # --- Drawing
 
 ROWS = 4096
@@ -221,49 +272,65 @@ def _compiled(mesh_text, vocab_size, method):
         ops = Ops(Collectives(axes), backend=XlaOnCpu())
         return sample(logits, rows, positions, seen, vocab_size, method, ops)
 
-    row_specs = SamplerRows._make([*[whole] * 7, split, split])
+    row_specs = SamplerRows.filled(whole, split)
     in_specs = (split, row_specs, whole, split)
     mapped = jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)
     return jax.jit(mapped), mesh.size
 
 
-def draw(logits, params, *, mesh="1", positions=None, seen=None, forbidden=None, method=None):
-    """Tokens and log-probabilities of rows [B, V]; the padding is as likely as can be."""
+def sampled(
+    logits, params, *, mesh="1", positions=None, seen=None, counts=None, forbidden=None, method=None
+):
+    """What is drawn from rows [B, V]; the padding is as likely as can be."""
     logits = np.asarray(logits, np.float32)
     batch, vocab_size = logits.shape
     method = method or SamplingMethod.of(params, vocab_size)
     program, devices = _compiled(mesh, vocab_size, method)
     padding = ((0, 0), (0, -vocab_size % devices))
     logits = np.pad(logits, padding, constant_values=1e9)
+    penalized = None
     if method.penalize:
-        seen = np.zeros((batch, vocab_size), bool) if seen is None else seen
-        seen = np.pad(seen, padding)
-    else:
-        seen = None
+        tables = (np.zeros_like(logits[:, :vocab_size], bool) if seen is None else seen, counts)
+        penalized = Penalized(*(None if one is None else np.pad(one, padding) for one in tables))
     positions = np.arange(batch) if positions is None else positions
     rows = SamplerRows.of(params)
     if forbidden is not None:
         rows = rows._replace(forbidden=np.pad(forbidden, padding))
-    tokens, logprobs = program(logits, rows, np.asarray(positions, np.int32), seen)
-    return np.asarray(tokens), None if logprobs is None else np.asarray(logprobs)
+    if any(one.logit_bias for one in params):
+        bias = np.zeros_like(logits)
+        for row, one in enumerate(params):
+            bias[row, list(dict(one.logit_bias))] = list(dict(one.logit_bias).values())
+        rows = rows._replace(bias=bias)
+    found = program(logits, rows, np.asarray(positions, np.int32), penalized)
+    return jax.tree.map(np.asarray, found)
 
 
-def draw_many(logits, params, *, mesh="1", seen=None, forbidden=None):
+def draw(logits, params, **given):
+    """The tokens and log-probabilities of `sampled`."""
+    return sampled(logits, params, **given)[:2]
+
+
+def draw_many(logits, params, *, mesh="1", **tables):
     """`ROWS` tokens from one row of logits, each at its own position."""
 
     def repeated(row):
         return None if row is None else np.broadcast_to(row, (ROWS, len(logits)))
 
-    tiled, masks = repeated(logits), {"seen": repeated(seen), "forbidden": repeated(forbidden)}
-    return draw(tiled, [params] * ROWS, mesh=mesh, **masks)[0]
+    tables = {name: repeated(table) for name, table in tables.items()}
+    return draw(repeated(logits), [params] * ROWS, mesh=mesh, **tables)[0]
 
 
-def distribution(logits, params, seen=()) -> np.ndarray:
+def distribution(logits, params, seen=(), counts=()) -> np.ndarray:
     """Probabilities after the filters, in the words of their papers: float64 [V]."""
     scores = [float(x) for x in logits]
+    for token, bias in params.logit_bias:
+        scores[token] += bias
     for token in seen:
         factor = params.repetition_penalty
         scores[token] *= factor if scores[token] < 0 else 1 / factor
+    for token, count in enumerate(counts):  # mu[j] -> mu[j] - c[j] * alpha_frequency - ...
+        scores[token] -= count * params.frequency_penalty
+        scores[token] -= float(count > 0) * params.presence_penalty
     weights = {token: math.exp(score / params.temperature) for token, score in enumerate(scores)}
     ranked = sorted(weights, key=lambda token: -weights[token])
     if params.top_k:
@@ -320,8 +387,21 @@ FILTERS = {
         "top_p": 0.9,
         "min_p": 0.05,
     },
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": -0.6},
+    "bias": {"logit_bias": {3: 2.5, 19: -100, 0: 1}},
+    "bias, penalties and all": {
+        "repetition_penalty": 1.4,
+        "presence_penalty": -0.7,
+        "frequency_penalty": 0.4,
+        "logit_bias": {11: 3, 2: -1.5, 7: 0.5},
+        "temperature": 0.8,
+        "top_k": 9,
+        "top_p": 0.9,
+    },
 }
 SEEN = (0, 2, 3, 11, 17)
+COUNTS = np.bincount([2, 11, 11, 17, 17, 17], minlength=20).astype(np.int32)
 every_filter = pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 
 
@@ -329,8 +409,8 @@ every_filter = pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 def test_tokens_are_drawn_from_what_the_filters_keep(filters):
     params = params_of(**{"temperature": 1.0, "seed": 3} | filters)
     logits, seen = some_logits(20), np.isin(np.arange(20), SEEN)
-    expected = distribution(logits, params, SEEN)
-    assert_drawn_from(draw_many(logits, params, mesh="3", seen=seen), expected)
+    expected = distribution(logits, params, SEEN, COUNTS)
+    assert_drawn_from(draw_many(logits, params, mesh="3", seen=seen, counts=COUNTS), expected)
 
 
 def test_what_is_drawn_from_another_distribution_is_noticed():
@@ -394,6 +474,7 @@ def test_draws_of_different_seeds_and_positions_are_independent():
 
 # --- The same on every mesh, in every batch, by every method
 
+STEPS, VOCAB = 8, 101
 MIXED = [
     params_of(),
     replace(SAMPLED, seed=1),
@@ -402,50 +483,54 @@ MIXED = [
     replace(SAMPLED, seed=4, min_p=0.1, temperature=1.3),
     params_of(repetition_penalty=1.5),
     replace(SAMPLED, seed=5, top_k=7, top_p=0.9, repetition_penalty=1.3),
+    params_of(presence_penalty=1.1, frequency_penalty=0.3, logit_bias={3: 1.5, 100: -2}),
+    replace(SAMPLED, seed=6, top_k=6, frequency_penalty=-0.7, repetition_penalty=1.2),
+    replace(SAMPLED, seed=7, logit_bias={VOCAB - 1: 2, 5: 3}),
 ]
-STEPS, VOCAB = 8, 101
 
 
 def mixed_batch():
-    """Each of `MIXED` at several positions, with logits and seen tokens of its own."""
+    """Each of `MIXED` at several positions, with logits and earlier tokens of its own."""
     params = MIXED * STEPS
     rng = np.random.default_rng(1)
     logits = some_logits((len(params), VOCAB), seed=2, scale=2)
-    seen = rng.random((len(params), VOCAB)) < 0.3
-    return logits, params, np.repeat(np.arange(STEPS) * 37, len(MIXED)), seen
+    tables = {
+        "positions": np.repeat(np.arange(STEPS) * 37, len(MIXED)),
+        "seen": rng.random((len(params), VOCAB)) < 0.3,
+        "counts": rng.poisson(0.4, (len(params), VOCAB)).astype(np.int32),
+    }
+    return logits, params, tables
 
 
 @functools.cache
 def mixed_on_one_device():
-    logits, params, positions, seen = mixed_batch()
-    return draw(logits, params, positions=positions, seen=seen)[0]
+    logits, params, tables = mixed_batch()
+    return draw(logits, params, **tables)[0]
 
 
 @pytest.mark.parametrize("mesh", ["3", "1x8", "2x4", "data=2,model=4"])
 def test_seeded_draws_are_the_same_on_every_mesh(mesh):
-    logits, params, positions, seen = mixed_batch()
-    found, _ = draw(logits, params, mesh=mesh, positions=positions, seen=seen)
+    logits, params, tables = mixed_batch()
+    found, _ = draw(logits, params, mesh=mesh, **tables)
     np.testing.assert_array_equal(found, mixed_on_one_device())
 
 
 @pytest.mark.parametrize("request_number", range(len(MIXED)))
 def test_a_request_draws_the_same_alone_and_by_its_own_method(request_number):
-    logits, params, positions, seen = mixed_batch()
+    logits, params, tables = mixed_batch()
     rows = slice(request_number, None, len(MIXED))
+    mine = {name: table[rows] for name, table in tables.items()}
     method = SamplingMethod.of(params[rows], VOCAB)
     assert method != SamplingMethod.of(params, VOCAB)
-    found, _ = draw(
-        logits[rows], params[rows], mesh="2x4", positions=positions[rows], seen=seen[rows]
-    )
+    found, _ = draw(logits[rows], params[rows], mesh="2x4", **mine)
     np.testing.assert_array_equal(found, mixed_on_one_device()[rows])
 
 
 def test_the_row_does_not_matter():
-    logits, params, positions, seen = mixed_batch()
+    logits, params, tables = mixed_batch()
     order = np.random.default_rng(3).permutation(len(params))
-    found, _ = draw(
-        logits[order], [params[i] for i in order], positions=positions[order], seen=seen[order]
-    )
+    tables = {name: table[order] for name, table in tables.items()}
+    found, _ = draw(logits[order], [params[i] for i in order], **tables)
     np.testing.assert_array_equal(found, mixed_on_one_device()[order])
 
 
@@ -609,27 +694,27 @@ def test_logprobs_are_of_the_unmodified_logits(mesh):
     assert found.dtype == np.float32
 
 
+@pytest.mark.parametrize(("mesh", "size"), [("1", 37), ("3", 37), ("2x4", 22)])
+def test_the_likeliest_tokens_are_those_of_the_unmodified_logits(mesh, size):
+    logits = np.round(some_logits((6, size)), 1)  # Some are equal.
+    assert min(map(len, map(set, logits.tolist()))) < size
+    bias = {int(logits[0].argmax()): -100}
+    params = [replace(SAMPLED, seed=i, logprobs=True, top_logprobs=7) for i in range(5)]
+    params.append(params_of(logprobs=True, logit_bias=bias))
+    found = sampled(logits, params, mesh=mesh)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    order = np.stack([sorted(range(size), key=lambda i: (-row[i], i)) for row in logits])[:, :20]
+    np.testing.assert_array_equal(found.top_ids, order)
+    expected = np.take_along_axis(exact, order, axis=1)
+    np.testing.assert_allclose(found.top_logprobs, expected, rtol=0, atol=1e-5)
+
+
 def test_there_are_no_logprobs_unless_asked_for():
     assert draw(np.zeros((1, 8)), [params_of()])[1] is None
 
 
-# --- Tokens seen
-
-
-@pytest.mark.parametrize("mesh", ["1", "2x4"])
-def test_a_new_token_is_marked_as_seen(mesh):
-    devices = make_mesh(mesh)
-    axes, size = model_axes(devices), 7 * devices.size
-    split = PartitionSpec(None, axes)
-    mark = jax.shard_map(
-        lambda seen, tokens: mark_penalized(seen, tokens, Ops(Collectives(axes))),
-        mesh=devices,
-        in_specs=(split, PartitionSpec()),
-        out_specs=split,
-    )
-    seen = np.random.default_rng(0).random((size, size)) < 0.2
-    found = jax.jit(mark)(seen, jnp.arange(size))
-    np.testing.assert_array_equal(found, seen | np.eye(size, dtype=bool))
+# --- Noise
 
 
 def test_noise_is_that_of_float64():

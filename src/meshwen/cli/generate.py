@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _ANSWER_FIELDS = {
     *("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings", "seed"),
-    "error",
+    *("error", "stop_reason", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs"),
     "model",
     "mesh",
     "dtype",
@@ -36,13 +36,17 @@ _ANSWER_FIELDS = {
     "quantization",
     "sampling",
 }
+# Fields of a completion that are left out where they are None.
+_LEFT_OUT = ("error", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
 
 
 @with_groups(
     engine=options.engine_options(
         *options.LOADING, *options.BATCHING, *options.MEMORY, "prompt_lookup_num_tokens"
     ),
-    given=options.sampling_options(*options.SAMPLING, "logprobs"),
+    given=options.sampling_options(
+        *options.SAMPLING, "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"
+    ),
 )
 def generate(
     prompt: Annotated[
@@ -196,7 +200,7 @@ def _write_json(
 ) -> None:
     for number, completion in _in_order(events):
         answer = asdict(completion)
-        for name in ("logprobs", "error"):
+        for name in _LEFT_OUT:
             if answer[name] is None:
                 del answer[name]
         write(to_json({**prompts[number].extra, **answer, **settings}))

@@ -53,7 +53,7 @@ def sampling_params(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Samplin
 
 def settings_shown(sampling: SamplingParams) -> dict[str, Any]:
     """The sampling parameters that a user sees, by name."""
-    left_out = ("logprobs", "max_new_tokens_asked")
+    left_out = ("logprobs", "top_logprobs", "prompt_logprobs", "max_new_tokens_asked")
     return {name: value for name, value in asdict(sampling).items() if name not in left_out}
 
 

@@ -42,7 +42,9 @@ _MORE_HELP = {
     "temperature": "Default without a generation_config.json: 0.",
     "seed": "Default: a fresh one, which is printed.",
     "stop": "May be given several times.",
+    "stop_token_ids": "May be given several times.",
     "logprobs": "Needs --json.",
+    "top_logprobs": "Needs --logprobs.",
 }
 
 # The options that say what is loaded, and how it lies on which devices.
@@ -53,7 +55,7 @@ BATCHING = ("max_num_seqs", "max_num_batched_tokens")
 # Those that say how a text is continued.
 SAMPLING = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("seed", "stop"),
+    *("presence_penalty", "frequency_penalty", "seed", "stop"),
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -117,7 +119,7 @@ def declared(one: Option, *flags: str, **more: Any) -> Any:
         help=one.help,
         metavar=_metavar(one),
         autocompletion=(lambda: [*one.choices]) if one.choices else None,
-        parser=read if limited and not one.many else None,
+        parser=read if limited else None,
         **more,
     )
 
@@ -187,7 +189,7 @@ def _flag(name: str) -> str:
 
 def _metavar(one: Option) -> str | None:
     """What stands for the value in the help; None: typer's own."""
-    if one.many:
+    if one.type is str and one.many:
         return "TEXT"
     if one.type in (int, float):
         return f"<{one.type.__name__}{', ' * bool(one.range)}{one.range}>"

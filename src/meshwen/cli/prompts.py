@@ -23,6 +23,7 @@ _SETTINGS = {
     *("model", "max_new_tokens", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
     *("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
     *("stop", "logprobs", "top_logprobs", "logit_bias", "n", "tool_choice", "response_format"),
+    *("stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs"),
     *("functions", "function_call", "chat_template", "chat_template_kwargs", "system"),
     *("add_generation_prompt", "continue_final_message", "enable_thinking"),
 }

@@ -32,6 +32,11 @@ class AnswerText:
         """Whether a stop string has come."""
         return self._text.stopped
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has come."""
+        return self._text.stop_string
+
     def push(self, token: int) -> str:
         """Adds a token; returns the text that can be shown now."""
         if not (self._tokenizer and self._decoder):
@@ -51,13 +56,19 @@ class StopText:
 
     Attributes:
         shown: all text given out so far.
-        stopped: a stop string has come; nothing after it is shown.
+        stop_string: the stop string that has come, after which nothing is shown; None: none has.
     """
 
     def __init__(self, stop: Sequence[str]):
-        self.shown, self.stopped = "", False
+        self.shown = ""
+        self.stop_string: str | None = None
         self._stop = tuple(stop)
         self._held: deque[tuple[str, bool]] = deque()  # Pieces, and whether each is to be shown.
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.stop_string is not None
 
     def push(self, text: str, special: str = "") -> str:
         """Adds text, then a special token as it is written; returns what can be shown now."""
@@ -65,10 +76,10 @@ class StopText:
             return ""
         self._held += [piece for piece in ((text, True), (special, False)) if piece[0]]
         written = "".join(piece for piece, _ in self._held)
-        found = [at for at in (written.find(s) for s in self._stop) if at >= 0]
+        found = {s: at for s in self._stop if (at := written.find(s)) >= 0}
         if found:
-            self.stopped = True
-            return self._show(min(found))
+            self.stop_string = min(found, key=found.__getitem__)
+            return self._show(found[self.stop_string])
         return self._show(len(written) - self._possible_stop(written))
 
     def finish(self) -> str:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import jax
 import numpy as np
 from jax import Array
+from numpy.typing import DTypeLike
 
+from meshwen.engine.penalties import Penalized
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.engine.sequence import SequenceState
@@ -25,15 +28,15 @@ class BatchSampler:
     Attributes:
         method: what the batch needs of the sampler.
         rows: the sequences' parameters, without what depends on the step.
-        penalized: bool [B, V padded], tokens that repetition penalties apply to: those of prompts
-            and answers, but for the newest token of each; None without such penalties.
+        penalized: the tokens that penalties apply to, the newest of each included; None without
+            penalties.
         constrained: whether some sequence may not go on with every token.
         plan: the model on its mesh.
     """
 
     method: SamplingMethod
     rows: SamplerRows
-    penalized: Array | None
+    penalized: Penalized | None
     constrained: bool
     plan: ParallelPlan
 
@@ -44,13 +47,15 @@ class BatchSampler:
         asked = {row: sequence.request.sampling for row, sequence in sequences.items()}
         method = SamplingMethod.of(list(asked.values()), plan.sizes.vocab)
         rows = SamplerRows.of([asked.get(row, SamplingParams()) for row in range(size)])
-        prompts = {row: sequence.request.prompt_tokens for row, sequence in sequences.items()}
+        prompts = {
+            row: dict.fromkeys(sequence.request.prompt_tokens, True)
+            for row, sequence in sequences.items()
+        }
         if any(one.encoder_repetition_penalty != 1 for one in asked.values()):
-            rows = rows._replace(prompt=_token_mask(prompts, size, plan))
-        penalized = None
-        if method.penalize:
-            tokens = {row: sequence.token_ids for row, sequence in sequences.items()}
-            penalized = _token_mask(tokens, size, plan)
+            rows = rows._replace(prompt=_table(prompts, size, plan, bool))
+        if biases := {row: dict(one.logit_bias) for row, one in asked.items() if one.logit_bias}:
+            rows = rows._replace(bias=_table(biases, size, plan, np.float32))
+        penalized = _penalized(sequences, size, plan) if method.penalize else None
         constrained = any(sequence.constraints for sequence in sequences.values())
         return cls(method, rows, penalized, constrained, plan)
 
@@ -65,10 +70,24 @@ class BatchSampler:
         return self.rows._replace(forbidden=forbidden)
 
 
-def _token_mask(tokens: Mapping[int, Sequence[int]], size: int, plan: ParallelPlan) -> Array:
-    """Which tokens each row has: bool [size, V padded]."""
-    mask = np.zeros((size, plan.axis_length("vocab")), bool)
-    for row, some in tokens.items():
-        mask[row, list(some)] = True
+def _penalized(sequences: Mapping[int, SequenceState], size: int, plan: ParallelPlan) -> Penalized:
+    """The tokens of sequences so far, as far as a penalty of one of them needs them."""
+    tokens = counts = None
+    if any(one.request.sampling.repetition_penalty != 1 for one in sequences.values()):
+        both = {row: dict.fromkeys(one.token_ids, True) for row, one in sequences.items()}
+        tokens = _table(both, size, plan, bool)
+    if any(one.request.sampling.counted for one in sequences.values()):
+        answers = {row: Counter(one.tokens) for row, one in sequences.items()}
+        counts = _table(answers, size, plan, np.int32)
+    return Penalized(tokens, counts)
+
+
+def _table(
+    values: Mapping[int, Mapping[int, float]], size: int, plan: ParallelPlan, dtype: DTypeLike
+) -> Array:
+    """The value of each row for each token, 0 where it has none: [size, V padded]."""
+    table = np.zeros((size, plan.axis_length("vocab")), dtype)
+    for row, some in values.items():
+        table[row, list(some)] = list(some.values())
     # Placed as a step returns it: the first step's program then serves all others.
-    return jax.device_put(mask, plan.sharding("batch", "vocab"))
+    return jax.device_put(table, plan.sharding("batch", "vocab"))

@@ -20,14 +20,14 @@ class TokenConstraints:
     Args:
         request: the request.
         limit: the most tokens of its answer.
-        eos: tokens that end an answer.
+        eos: end-of-text tokens that end an answer.
         vocab_size: of the model.
     """
 
     def __init__(self, request: Request, limit: int, eos: frozenset[int], vocab_size: int):
         asked = self._asked = request.sampling
         self._prompt_length, self._limit = len(request.prompt_tokens), limit
-        self._eos, self._vocab_size = sorted(eos), vocab_size
+        self._ends, self._vocab_size = sorted(eos.union(asked.stop_token_ids)), vocab_size
         # As transformers has it, an end-of-text token is no bad word.
         words = [word for word in asked.bad_words_ids if not (len(word) == 1 and word[0] in eos)]
         self._bad_tokens = [word[0] for word in words if len(word) == 1]
@@ -63,7 +63,7 @@ class TokenConstraints:
             if self._tokens[-len(begin) :] == begin:
                 self._mark(row, [last])
         if length < asked.min_length or answered < asked.min_new_tokens:
-            self._mark(row, self._eos)
+            self._mark(row, self._ends)
         if length == 1 and asked.forced_bos_token_id is not None:
             self._force(row, [asked.forced_bos_token_id])
         if answered == self._limit - 1 and asked.forced_eos_token_id:

@@ -15,6 +15,7 @@ from meshwen.cache.budget import CacheBudget
 from meshwen.cache.manager import CacheManager
 from meshwen.engine.batch_sampler import BatchSampler
 from meshwen.engine.delivery import Delivery
+from meshwen.engine.fetched_tokens import FetchedTokens
 from meshwen.engine.limits import SequenceLimits
 from meshwen.engine.prefill import Prefill
 from meshwen.engine.runner import ModelRunner
@@ -22,7 +23,6 @@ from meshwen.engine.sampling import Sampled
 from meshwen.engine.scheduler import Scheduler
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.speculation import Speculation
-from meshwen.parallel.distributed import to_host
 
 logger = logging.getLogger(__name__)
 
@@ -154,16 +154,13 @@ class EngineCore:
         drafts: Mapping[int, Sequence[int]],
     ) -> None:
         """Gives sequences the tokens of their rows, as far as the drafts before them were right."""
-        rows = len(sampled.tokens)
-        tokens = to_host(sampled.tokens).reshape(rows, -1)
-        logprobs = None if sampled.logprobs is None else to_host(sampled.logprobs).reshape(rows, -1)
+        found = FetchedTokens.of(sampled)
         for row, sequence in sequences.items():
-            accepted = self.speculation.accept(sequence, drafts.get(row, ()), tokens[row])
+            accepted = self.speculation.accept(sequence, drafts.get(row, ()), found.tokens[row])
             for i in range(1 + accepted):
                 if sequence.ended:
                     break
-                logprob = None if logprobs is None else float(logprobs[row, i])
-                self.delivery.deliver(sequence, int(tokens[row, i]), logprob)
+                self.delivery.deliver(sequence, *found.at(row, i))
                 self._warn_of_memory(sequence)
         self.scheduler.release_ended()
         if self._sampler and self._sampler[0] != self.scheduler.batch_version:

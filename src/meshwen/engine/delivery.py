@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from meshwen.engine.request import Completion, Event, FinishReason
+from meshwen.engine.request import Completion, Event, FinishReason, TopLogprobs
 from meshwen.engine.sampling import NO_TOKEN
 from meshwen.engine.sequence import SequenceState
 
@@ -28,13 +28,29 @@ class Delivery:
         """Forgets what was being delivered, and errors that nobody has taken."""
         self.delivering, self._errors = None, []
 
-    def deliver(self, sequence: SequenceState, token: int, logprob: float | None) -> None:
-        """Gives a sequence its next token; an error cancels it."""
-        if not sequence.request.sampling.logprobs:
-            logprob = None
+    def deliver(
+        self,
+        sequence: SequenceState,
+        token: int,
+        logprob: float | None,
+        top: TopLogprobs | None = None,
+    ) -> None:
+        """Gives a sequence its next token; an error cancels it.
+
+        Args:
+            sequence: the sequence.
+            token: the token.
+            logprob: its log-probability, if the step gives any; those who asked get it.
+            top: likeliest tokens in its place, as many as the sequence asked for or more.
+        """
+        asked = sequence.request.sampling
+        if not asked.logprobs:
+            logprob = top = None
+        elif top is not None:
+            top = top[: asked.top_logprobs] if asked.top_logprobs else None
         self.delivering = sequence.number
         try:
-            sequence.on_event(_next_event(sequence, token, logprob))
+            sequence.on_event(_next_event(sequence, token, logprob, top))
         except Exception as error:
             self._errors.append((sequence.number, error))
             sequence.cancelled = True
@@ -46,13 +62,15 @@ class Delivery:
         return errors
 
 
-def _next_event(sequence: SequenceState, token: int, logprob: float | None) -> Event:
+def _next_event(
+    sequence: SequenceState, token: int, logprob: float | None, top: TopLogprobs | None
+) -> Event:
     """Adds a token to a sequence, which may end with it."""
     if not sequence.tokens:
         sequence.timer.first_token()
-    if token == NO_TOKEN or not isfinite(logprob or 0):
+    if token == NO_TOKEN or not isfinite(logprob or 0) or _prompt_is_broken(sequence):
         return _error_event(sequence)
-    sequence.append(token, logprob)
+    sequence.append(token, logprob, top)
     shown = sequence.text.push(token)
     sequence.finish_reason = _finish_reason(sequence)
     if sequence.finish_reason:
@@ -60,36 +78,58 @@ def _next_event(sequence: SequenceState, token: int, logprob: float | None) -> E
         if sequence.text.stopped:
             sequence.finish_reason = "stop"
     completion = _completion(sequence, sequence.finish_reason) if sequence.finish_reason else None
-    return Event(sequence.number, token, shown, logprob, completion)
+    return Event(sequence.number, token, shown, logprob, completion, top)
 
 
 def _finish_reason(sequence: SequenceState) -> FinishReason | None:
     """Why an answer ends with its newest token; None: it goes on."""
-    if sequence.text.stopped or sequence.tokens[-1] in sequence.eos_token_ids:
+    newest, stop_tokens = sequence.tokens[-1], sequence.request.sampling.stop_token_ids
+    if sequence.text.stopped or newest in sequence.eos_token_ids or newest in stop_tokens:
         return "stop"
     return "length" if len(sequence.tokens) == sequence.limit else None
 
 
+def _prompt_is_broken(sequence: SequenceState) -> bool:
+    """Whether log-probabilities of the prompt, which were asked for, are no numbers."""
+    return sequence.prompt_logprobs is not None and not sequence.prompt_logprobs.is_finite
+
+
+def _stop_reason(sequence: SequenceState) -> int | str | None:
+    """The stop string or stop token that ended an answer; None: something else did."""
+    if sequence.text.stopped:
+        return sequence.text.stop_string
+    if sequence.finish_reason != "stop" or sequence.tokens[-1] in sequence.eos_token_ids:
+        return None
+    return sequence.tokens[-1]
+
+
 def _error_event(sequence: SequenceState) -> Event:
     """Ends an answer for which the model gave no next token."""
-    place = f"token {len(sequence.tokens) + 1} of the answer"
-    error = (
-        f"the model's logits for {place} are NaN or infinite: weights are damaged or overflow "
-        "(meshwen inspect --stats finds those of a file)"
-    )
-    if sequence.constraints is not None and sequence.constraints.nothing_left():
-        error = f"the sampling parameters let nothing come as {place}"
+    error = _what_failed(sequence)
     sequence.finish_reason = "error"
     rest = sequence.text.finish()
     completion = _completion(sequence, sequence.finish_reason, error)
     return Event(sequence.number, NO_TOKEN, rest, None, completion)
 
 
+def _what_failed(sequence: SequenceState) -> str:
+    place = f"token {len(sequence.tokens) + 1} of the answer"
+    if _prompt_is_broken(sequence):
+        place = "a token of the prompt"
+    elif sequence.constraints is not None and sequence.constraints.nothing_left():
+        return f"the sampling parameters let nothing come as {place}"
+    return (
+        f"the model's logits for {place} are NaN or infinite: weights are damaged or overflow "
+        "(meshwen inspect --stats finds those of a file)"
+    )
+
+
 def _completion(
     sequence: SequenceState, finish_reason: FinishReason, error: str | None = None
 ) -> Completion:
     """The whole answer of a sequence that ends now."""
-    sampling = sequence.request.sampling
+    sampling, prompt = sequence.request.sampling, sequence.prompt_logprobs
+    with_top = sampling.top_logprobs > 0
     return Completion(
         sequence.request.prompt_tokens,
         tuple(sequence.tokens),
@@ -99,4 +139,8 @@ def _completion(
         sequence.timer.timings(),
         sampling.seed if sampling.temperature > 0 else None,
         error,
+        _stop_reason(sequence),
+        tuple(sequence.top_logprobs) if sampling.logprobs and with_top else None,
+        prompt.logprobs if prompt is not None else None,
+        prompt.top_logprobs if prompt is not None and with_top else None,
     )

@@ -109,6 +109,8 @@ class Engine:
             raise MeshwenError(f"{name} must be a Request, not {brief(request)}")
         check_prompt(request.prompt_tokens, self.config, name, self.max_model_len)
         check_sampling(request, self.config, name)
+        if request.sampling.prompt_logprobs:
+            raise MeshwenError("prompt_logprobs must be false: prefill does not give them yet")
         self._core.limits.check_memory(request)
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
@@ -223,10 +225,9 @@ class Engine:
 
         limit = self._core.limits.answer_tokens(request)
         text = AnswerText(self._tokenizer, request.sampling.stop)
-        constraints = TokenConstraints.of(request, limit, self._eos, self.config.vocab_size)
-        sequence = SequenceState(
-            number, request, limit, self._eos, finish_and_report, text, constraints
-        )
+        eos = frozenset() if request.sampling.ignore_eos else self._eos
+        constraints = TokenConstraints.of(request, limit, eos, self.config.vocab_size)
+        sequence = SequenceState(number, request, limit, eos, finish_and_report, text, constraints)
         self._requests.add(LiveRequest(sequence, run, threading.get_ident()))
         return number
 

@@ -13,6 +13,8 @@ from meshwen.errors import MeshwenError
 from meshwen.models.config import ModelConfig
 
 FinishReason = Literal["stop", "length", "error"]
+# Token ids with their log-probabilities, likeliest first.
+TopLogprobs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,21 @@ class Completion:
 
     Attributes:
         prompt_tokens: the prompt's ids.
-        tokens: the answer's ids, an end-of-text token included.
+        tokens: the answer's ids, an end-of-text or stop token included.
         text: the answer without special tokens, and without the stop string that ended it.
-        finish_reason: "stop" at an end-of-text token or stop string, "length" at a limit,
-            "error" where the model gave no next token.
+        finish_reason: "stop" at an end-of-text token, stop token or stop string, "length" at a
+            limit, "error" where the model gave no next token.
         logprobs: log-probability of each token, when asked for.
         timings: how long it took.
         seed: that draws the same answer again; None where nothing was drawn (greedy).
         error: what went wrong, in one line; `tokens` and `text` are what came before.
+        stop_reason: the stop string, or the id among `stop_token_ids`, that ended the answer; None
+            where an end-of-text token or a limit did.
+        top_logprobs: for each token the likeliest ones in its place, likeliest first, as
+            (id, log-probability), when asked for. The token itself need not be among them.
+        prompt_logprobs: log-probability of each of the prompt's tokens, None for the first, when
+            asked for.
+        prompt_top_logprobs: for each of these, what `top_logprobs` has, None for the first.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -72,6 +81,10 @@ class Completion:
     timings: Timings
     seed: int | None = None
     error: str | None = None
+    stop_reason: int | str | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class Event:
         text: what can be shown now: whole characters, and nothing that might begin a stop string.
         logprob: of the token, when asked for.
         completion: with a request's last token, the whole answer.
+        top_logprobs: the likeliest tokens in its place, as in `Completion`, when asked for.
     """
 
     request: int
@@ -91,6 +105,7 @@ class Event:
     text: str
     logprob: float | None
     completion: Completion | None
+    top_logprobs: TopLogprobs | None = None
 
 
 def check_prompt(
@@ -134,8 +149,8 @@ def check_sampling(request: Request, config: ModelConfig, name: str) -> None:
         name: what to call the prompt: "prompt 3".
 
     Raises:
-        MeshwenError: `max_length` leaves no room for an answer, or a forced token is outside the
-            vocabulary.
+        MeshwenError: `max_length` leaves no room for an answer, or a token that is named is outside
+            the vocabulary.
     """
     asked, length = request.sampling, len(request.prompt_tokens)
     if asked.max_length is not None and length >= asked.max_length:
@@ -143,9 +158,17 @@ def check_sampling(request: Request, config: ModelConfig, name: str) -> None:
             f"{name} has {length} tokens, but max_length is {asked.max_length} tokens, the answer "
             "included; give max_new_tokens in its place"
         )
-    bos = () if asked.forced_bos_token_id is None else (asked.forced_bos_token_id,)
-    for key, ids in (("bos", bos), ("eos", asked.forced_eos_token_id)):
-        if any(token >= config.vocab_size for token in ids):
-            raise MeshwenError(
-                f"forced_{key}_token_id {max(ids)} is outside the vocabulary of {config.vocab_size}"
-            )
+    size, bos = config.vocab_size, asked.forced_bos_token_id
+    for key, ids in (
+        ("forced_bos_token_id", () if bos is None else (bos,)),
+        ("forced_eos_token_id", asked.forced_eos_token_id),
+        ("stop_token_ids", asked.stop_token_ids),
+        ("logit_bias", [token for token, _ in asked.logit_bias]),
+    ):
+        if any(token >= size for token in ids):
+            raise MeshwenError(f"{key} {max(ids)} is outside the vocabulary of {size}")
+    if asked.top_logprobs > size:
+        raise MeshwenError(
+            f"top_logprobs must be at most the {size} tokens of the vocabulary, "
+            f"not {asked.top_logprobs}"
+        )

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from meshwen.cache.kv_cache import KVCache, cache_axes, cache_spec, resized, without_row
 from meshwen.engine import steps
+from meshwen.engine.penalties import Penalized
 from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod
 from meshwen.models.config import ModelConfig
 from meshwen.models.parallel_model import ParallelModel
@@ -192,7 +193,7 @@ class ModelRunner:
         hidden: Array,
         positions: ArrayLike,
         rows: SamplerRows,
-        penalized: ArrayLike | None,
+        penalized: Penalized | None,
         method: SamplingMethod,
     ) -> Sampled:
         """The token after each prompt, from what `prefill` returned; see `decode`."""
@@ -204,9 +205,9 @@ class ModelRunner:
         tokens: ArrayLike,
         positions: ArrayLike,
         rows: SamplerRows,
-        penalized: ArrayLike | None,
+        penalized: Penalized | None,
         method: SamplingMethod,
-    ) -> tuple[Sampled, Array | None, KVCache]:
+    ) -> tuple[Sampled, Penalized | None, KVCache]:
         """One step of every sequence.
 
         Args:
@@ -214,12 +215,12 @@ class ModelRunner:
             tokens: int32 [B, T], each sequence's newest token, and draft tokens after it.
             positions: int32 [B], of the newest tokens; all T are within the cache.
             rows: sampling parameters.
-            penalized: bool [B, V padded], donated: tokens of the sequences before `tokens`, whose
-                T is 1; None when `method` has no repetition penalty.
+            penalized: donated: the tokens of the sequences so far, with T = 1; None when `method`
+                has no penalty.
             method: what the batch needs of the sampler.
 
         Returns:
-            The tokens that follow each of the T, [B, T], `penalized` with `tokens`, and the cache.
+            The tokens that follow each of the T, [B, T], `penalized` with these, and the cache.
         """
         return self.decode_program(
             self.params, cache, tokens, positions, rows, penalized, method=method
@@ -270,7 +271,7 @@ class ModelRunner:
         return ShapedProgram(self._programs, make)
 
 
-_ROWS: Any = SamplerRows._make([*["batch"] * 7, *["batch vocab"] * 2])
+_ROWS: Any = SamplerRows.filled("batch", "batch vocab")
 
 
 def _specs(plan: ParallelPlan, axes: Any) -> Any:

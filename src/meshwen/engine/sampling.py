@@ -17,9 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float32, Int32, Integer, Num, UInt32
+from jaxtyping import Float32, Int32, UInt32
 
-from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.logprobs import token_logprobs
+from meshwen.engine.penalties import Penalized, penalize
+from meshwen.engine.sampling_params import MOST_TOP_LOGPROBS, SamplingParams
+from meshwen.engine.split_vocabulary import likeliest, local_token_ids, without_padding
 from meshwen.ops.operations import Ops
 from meshwen.ops.ordered import long_tree_sum
 from meshwen.runtime.jax_settings import own_settings
@@ -27,6 +30,7 @@ from meshwen.runtime.jax_settings import own_settings
 NO_TOKEN = -1  # Drawn where logits are not finite, or no token may come.
 
 _CANDIDATES = tuple(2 * 4**n for n in range(1, 16))  # 8, 32, 128, ...: few are compiled.
+_TOP_LOGPROBS = (0, 5, MOST_TOP_LOGPROBS)
 # Factors of logits: within these, none below 2**63 overflows, and the noise decides between equal
 # ones alone.
 _LEAST_FACTOR, _MOST_FACTOR = 2.0**-64, 2.0**64
@@ -39,13 +43,15 @@ class SamplingMethod:
     Attributes:
         candidates: 1 for greedy, 0 to draw from the whole vocabulary by noise alone, else how many
             of the likeliest tokens the filters can keep.
-        penalize: some request has a repetition penalty.
+        penalize: some request has a penalty on tokens of its answer.
         logprobs: some request wants log-probabilities.
+        top_logprobs: how many of the likeliest tokens some request wants at most, or more.
     """
 
     candidates: int
     penalize: bool
     logprobs: bool
+    top_logprobs: int = 0
 
     @classmethod
     def of(cls, batch: Sequence[SamplingParams], vocab_size: int) -> SamplingMethod:
@@ -57,9 +63,15 @@ class SamplingMethod:
             candidates = min(candidates, vocab_size)
         return cls(
             candidates,
-            any(params.repetition_penalty != 1 for params in batch),
+            any(params.repetition_penalty != 1 or params.counted for params in batch),
             any(params.logprobs for params in batch),
+            top_bucket(max(p.top_logprobs * p.logprobs for p in batch), vocab_size),
         )
+
+
+def top_bucket(count: int, vocab_size: int) -> int:
+    """How many likeliest tokens a program gives where so many are wanted: few are compiled."""
+    return min(next(size for size in _TOP_LOGPROBS if size >= count), vocab_size)
 
 
 def _candidates(params: SamplingParams, vocab_size: int) -> int:
@@ -71,7 +83,7 @@ def _candidates(params: SamplingParams, vocab_size: int) -> int:
 
 
 class SamplerRows(NamedTuple):
-    """The requests' parameters, a row each: all [B] but the masks, which are bool [B, V padded]."""
+    """The requests' parameters, a row each: [B], or [B, V padded] where there is a default."""
 
     temperature: Array
     top_p: Array
@@ -79,14 +91,17 @@ class SamplerRows(NamedTuple):
     min_p: Array
     repetition_penalty: Array
     encoder_repetition_penalty: Array  # Its inverse, as it is applied to large logits.
+    presence_penalty: Array
+    frequency_penalty: Array
     seed: Array
-    forbidden: ArrayLike | None = None  # Tokens that may not come next.
-    prompt: ArrayLike | None = None  # The prompt's tokens, where one has a penalty of its own.
+    bias: ArrayLike | None = None  # float32, added to logits.
+    forbidden: ArrayLike | None = None  # bool: tokens that may not come next.
+    prompt: ArrayLike | None = None  # bool: its tokens, where one has a penalty of its own.
 
     @classmethod
     @own_settings()
     def of(cls, batch: Sequence[SamplingParams]) -> SamplerRows:
-        """The rows of a batch, without masks."""
+        """The rows of a batch, without what is [B, V]."""
 
         def column(values: Iterable[float], dtype: Any = jnp.float32) -> Array:
             return jnp.array(list(values), dtype)
@@ -98,8 +113,15 @@ class SamplerRows(NamedTuple):
             column(p.min_p for p in batch),
             column(_factor(p.repetition_penalty) for p in batch),
             column(1 / _factor(p.encoder_repetition_penalty) for p in batch),
+            column(p.presence_penalty for p in batch),
+            column(p.frequency_penalty for p in batch),
             column((p.seed for p in batch), jnp.uint32),
         )
+
+    @classmethod
+    def filled(cls, row: Any, table: Any) -> SamplerRows:
+        """With one value for all that is [B], and one for all that is [B, V padded]."""
+        return cls._make(table if name in cls._field_defaults else row for name in cls._fields)
 
 
 def _factor(number: float) -> float:
@@ -107,17 +129,19 @@ def _factor(number: float) -> float:
 
 
 class Sampled(NamedTuple):
-    """One token a sequence."""
+    """One token a sequence, and where they are wanted log-probabilities: see `Logprobs`."""
 
     tokens: Int32[Array, " B"]
     logprobs: Float32[Array, " B"] | None
+    top_ids: Int32[Array, "B top"] | None = None
+    top_logprobs: Float32[Array, "B top"] | None = None
 
 
 def sample(
     logits: Float32[Array, "B V"],
     rows: SamplerRows,
     positions: Int32[Array, " B"],
-    penalized: Bool[Array, "B V"] | None,
+    penalized: Penalized | None,
     vocab_size: int,
     method: SamplingMethod,
     ops: Ops,
@@ -128,86 +152,50 @@ def sample(
 
     Args:
         logits: this device's part of the (padded) vocabulary.
-        rows: the requests' parameters; of the masks, this device's part.
+        rows: the requests' parameters; of the vocabulary, this device's part.
         positions: the position that the token will have.
-        penalized: tokens that a repetition penalty applies to, or None.
+        penalized: tokens that penalties apply to, this device's part; or None.
         vocab_size: of the whole vocabulary, before padding.
         method: what the batch needs.
         ops: the operations.
     """
-    ids = _token_ids(logits.shape[1], ops)
-    finite = jnp.isfinite(logits)
-    if ops.collectives.devices * logits.shape[1] > vocab_size:
-        logits, finite = jnp.where(ids < vocab_size, logits, -jnp.inf), finite | (ids >= vocab_size)
-    raw = logits
+    ids = local_token_ids(logits.shape[1], ops)
+    finite = jnp.isfinite(logits) | (ids >= vocab_size)
+    raw = logits = without_padding(logits, ids, vocab_size, ops)
+    if rows.bias is not None:
+        logits = logits + rows.bias
     if rows.prompt is not None:
         inverse = rows.encoder_repetition_penalty[:, None]
         kept = jnp.where(logits < 0, logits * inverse, logits / inverse)
         logits = jnp.where(rows.prompt, kept, logits)
     if method.penalize and penalized is not None:
-        penalty = rows.repetition_penalty[:, None]
-        less_likely = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(penalized, less_likely, logits)
+        logits = penalize(
+            logits,
+            penalized,
+            rows.repetition_penalty,
+            rows.presence_penalty,
+            rows.frequency_penalty,
+            ops,
+        )
     if rows.forbidden is not None:
         logits = jnp.where(rows.forbidden, -jnp.inf, logits)
     # What is not finite becomes the largest, so that whoever looks for that finds it. (The largest
     # of NaN and a number is now one, now the other.)
     logits = jnp.where(finite, logits, jnp.inf)
     if method.candidates:
-        values, choices = _likeliest(logits, ids, method.candidates, ops)
+        values, choices = likeliest(logits, ids, method.candidates, ops)
         tokens = choices[:, 0]
         if method.candidates > 1:
             values, tokens = _draw(values, choices, rows, positions, ops)
     else:
         (scaled,) = ops.numerics.rounded((logits / rows.temperature[:, None],))
         scores = _scores(scaled, _noise(rows.seed, positions, ids[None], ops))
-        values, choices = _likeliest(scores, ids, 1, ops)
+        values, choices = likeliest(scores, ids, 1, ops)
         tokens = choices[:, 0]
     tokens = jnp.where(jnp.isfinite(values[:, 0]), tokens, NO_TOKEN)
-    return Sampled(tokens, _logprobs(raw, ids, tokens, ops) if method.logprobs else None)
-
-
-def mark_penalized(
-    penalized: Bool[Array, "B V"], tokens: Int32[Array, " B"], ops: Ops
-) -> Bool[Array, "B V"]:
-    """`penalized` with one more token a sequence."""
-    ids = ops.collectives.index() * penalized.shape[1] + jnp.arange(
-        penalized.shape[1], dtype=jnp.int32
-    )
-    return penalized | (ids == tokens[:, None])
-
-
-def _token_ids(count: int, ops: Ops) -> Int32[Array, " {count}"]:
-    """The ids of this device's part of the vocabulary."""
-    return ops.collectives.index() * count + jnp.arange(count, dtype=jnp.int32)
-
-
-def _likeliest(
-    logits: Float32[Array, "B V"], ids: Int32[Array, " V"], count: int, ops: Ops
-) -> tuple[Float32[Array, "B {count}"], Int32[Array, "B {count}"]]:
-    """The `count` largest logits of the whole vocabulary and their ids, largest first.
-
-    Equal logits stand in the order of their ids: on each device, and between devices because they
-    are gathered in the order of the vocabulary.
-    """
-    values, local = _largest(logits, count, ops)
-    choices = ids[local]
-    if ops.collectives.axes:
-        values = ops.collectives.all_gather(values, axis=1)
-        choices = ops.collectives.all_gather(choices, axis=1)
-        values, order = _largest(values, count, ops)
-        choices = jnp.take_along_axis(choices, order, axis=1)
-    return values, choices
-
-
-def _largest(
-    x: Num[Array, "B N"], count: int, ops: Ops
-) -> tuple[Num[Array, "B few"], Integer[Array, "B few"]]:
-    """The `count` largest numbers of each row, or all N, and their places."""
-    if count > 1:
-        values, places = lax.top_k(x, min(count, x.shape[1]))
-        return values, places
-    return ops.backend.largest(x)
+    if not method.logprobs:
+        return Sampled(tokens, None)
+    return Sampled(tokens, *token_logprobs(raw, ids, tokens, method.top_logprobs, ops))
 
 
 def _draw(
@@ -282,17 +270,3 @@ def gumbel(uniform: Array) -> Array:
     small = kept == 0
     exponential = -jnp.log(rest) * (uniform / jnp.where(small, 1, kept))
     return -jnp.log(jnp.where(small, uniform, exponential))
-
-
-def _logprobs(
-    logits: Float32[Array, "B V"], ids: Int32[Array, " V"], tokens: Int32[Array, " B"], ops: Ops
-) -> Float32[Array, " B"]:
-    """Log-probabilities of the tokens."""
-    shifted = logits - ops.numerics.largest(logits.max(axis=1), ops.collectives)[:, None]
-    weights = ops.numerics.pointwise(jnp.exp, shifted)
-    total = ops.numerics.vocabulary_sum(weights, ops.backend, ops.collectives)
-    # One addend is not zero, so the sum is exact in any order.
-    chosen = ops.numerics.select(
-        jnp.where(ids == tokens[:, None], shifted, 0).sum(axis=1), ops.collectives
-    )
-    return chosen - ops.numerics.pointwise(jnp.log, total)

@@ -14,6 +14,8 @@ from meshwen.common.option_fields import check_names, documented, option
 from meshwen.engine.generation_config import sampling_values
 from meshwen.errors import MeshwenError
 
+MOST_TOP_LOGPROBS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -22,6 +24,9 @@ class SamplingParams:
     `top_p` is nucleus sampling (arXiv 1904.09751), `min_p` arXiv 2407.01082. `repetition_penalty`
     divides positive and multiplies negative logits of the tokens of prompt and answer (arXiv
     1909.05858); `encoder_repetition_penalty` multiplies and divides those of the prompt's.
+    `logit_bias`, `presence_penalty`, `frequency_penalty`, `logprobs` and `top_logprobs` are those
+    of OpenAI's API. On the logits act, in this order, the bias, the penalties of the prompt,
+    repetition, frequency and presence, what may not come, and the temperature.
 
     Raises MeshwenError at construction when a value is impossible.
     """
@@ -48,11 +53,34 @@ class SamplingParams:
     encoder_repetition_penalty: float = option(
         1.0, "Above 1: makes the prompt's tokens more likely.", type=float
     )
+    presence_penalty: float = option(
+        0.0,
+        "Subtracted from the logits of the answer's tokens so far: above 0 makes them less likely.",
+        type=float,
+        least=-2,
+        most=2,
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "The same, times how often the answer has the token.",
+        type=float,
+        least=-2,
+        most=2,
+    )
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (),
+        "Added to the logits of some tokens, first of all: {token id: from -100 to 100}.",
+        type=tuple,
+        many=True,
+    )
     max_length: int | None = option(
         None, "Most tokens of a prompt and its answer. None: no such limit.", type=int
     )
     min_new_tokens: int = option(
-        0, "No end-of-text token before this many others; stop strings still end it.", type=int
+        0,
+        "No end-of-text token, and none of stop_token_ids, before this many others; stop strings "
+        "still end it. Elsewhere called min_tokens.",
+        type=int,
     )
     min_length: int = option(0, "The same, the prompt counted.", type=int)
     no_repeat_ngram_size: int = option(
@@ -83,8 +111,22 @@ class SamplingParams:
     stop: tuple[str, ...] = option(
         (), "End the answer before this text or special token.", many=True
     )
+    stop_token_ids: tuple[int, ...] = option(
+        (), "Token ids that end the answer, as its last token.", type=int, many=True
+    )
+    ignore_eos: bool = option(False, "End-of-text tokens do not end the answer.", type=bool)
     logprobs: bool = option(
         False, "Return each token's log-probability, from the unmodified logits.", type=bool
+    )
+    top_logprobs: int = option(
+        0,
+        "With log-probabilities, return those of this many likeliest tokens too.",
+        type=int,
+        least=0,
+        most=MOST_TOP_LOGPROBS,
+    )
+    prompt_logprobs: bool = option(
+        False, "Return the log-probabilities of the prompt's tokens too.", type=bool
     )
 
     def __post_init__(self) -> None:
@@ -92,9 +134,10 @@ class SamplingParams:
         for check, names in (
             (whole_number, _WHOLE),
             (number, _REAL),
-            (truth, ("logprobs",)),
-            (_ids, ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")),
+            (truth, ("ignore_eos", "logprobs", "prompt_logprobs")),
+            (_ids, _IDS),
             (_runs, ("bad_words_ids",)),
+            (_biases, ("logit_bias",)),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -116,9 +159,25 @@ class SamplingParams:
             ("forced_bos_token_id", forced is None or forced >= 0, "a token id"),
             *((name, 0 < getattr(self, name) < math.inf, "above 0") for name in _PENALTIES),
             *((name, getattr(self, name) >= 0, "0 (off) or more") for name in _COUNTS),
+            *((name, -2 <= getattr(self, name) <= 2, "from -2 to 2") for name in _COUNTED),
+            (
+                "top_logprobs",
+                0 <= self.top_logprobs <= MOST_TOP_LOGPROBS,
+                f"from 0 to {MOST_TOP_LOGPROBS}",
+            ),
         ):
             if not ok:
                 raise MeshwenError(f"{name} must be {expected}, not {brief(getattr(self, name))}")
+        if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
+            raise MeshwenError(
+                f"top_logprobs {self.top_logprobs} needs logprobs or prompt_logprobs: set one of "
+                "them"
+            )
+
+    @property
+    def counted(self) -> bool:
+        """Whether it matters how often the answer has each token."""
+        return any(getattr(self, name) != 0 for name in _COUNTED)
 
     @property
     def constrained(self) -> bool:
@@ -165,11 +224,14 @@ def with_fresh_seed(params: SamplingParams) -> SamplingParams:
 
 
 _PENALTIES = ("repetition_penalty", "encoder_repetition_penalty")
+_COUNTED = ("presence_penalty", "frequency_penalty")
 _RUNS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 _COUNTS = ("min_new_tokens", "min_length", *_RUNS)
 _OPTIONAL = ("max_length", "forced_bos_token_id")
-_WHOLE = ("max_new_tokens", "top_k", "seed", *_COUNTS, *_OPTIONAL)
-_REAL = ("temperature", "top_p", "min_p", *_PENALTIES)
+_WHOLE = ("max_new_tokens", "top_k", "seed", "top_logprobs", *_COUNTS, *_OPTIONAL)
+_REAL = ("temperature", "top_p", "min_p", *_PENALTIES, *_COUNTED)
+_IDS = ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "stop_token_ids")
+_MOST_BIASES = 1024
 _CONSTRAINTS = (
     *_COUNTS,
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
@@ -193,3 +255,31 @@ def _runs(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if not all(runs):
         raise MeshwenError(f"{name} must be lists that are not empty, not {brief(value)}")
     return runs
+
+
+def _biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Token ids, each with its bias, in the order of the ids."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise MeshwenError(f"{name} must be biases by token id, {{5: -1.5}}, not {brief(value)}")
+    if len(pairs) > _MOST_BIASES:
+        raise MeshwenError(
+            f"{name} must be of at most {_MOST_BIASES} tokens, not {len(pairs)}; suppress_tokens "
+            "takes more"
+        )
+    found: dict[int, float] = {}
+    for token, bias in pairs:
+        # JSON has no other keys than text.
+        is_text = isinstance(token, str) and token.isdecimal() and len(token) < 20
+        (whole,) = _ids(name, [int(token) if is_text else token])
+        amount = float(number(f"{name} of token {whole}", bias))
+        if not -100 <= amount <= 100:
+            raise MeshwenError(
+                f"{name} must be from -100 to 100, not {brief(bias)} for token {whole}"
+            )
+        if whole in found:
+            raise MeshwenError(f"{name} must name a token once, not {whole} twice")
+        found[whole] = amount
+    return tuple(sorted(found.items()))

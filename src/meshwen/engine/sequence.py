@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from meshwen.engine.answer_text import AnswerText
 from meshwen.engine.constraints import TokenConstraints
-from meshwen.engine.request import Event, FinishReason, Request
+from meshwen.engine.prompt_logprobs import PromptLogprobs
+from meshwen.engine.request import Event, FinishReason, Request, TopLogprobs
 from meshwen.engine.timing import RequestTimer
 
 
@@ -20,12 +21,14 @@ class SequenceState:
         number: the request's.
         request: what was asked.
         limit: the most tokens of the answer.
-        eos_token_ids: tokens that end the answer.
+        eos_token_ids: end-of-text tokens that end the answer.
         on_event: called with each token.
         text: the answer's.
         constraints: on its tokens; None where every token may come.
         tokens: the answer so far.
         logprobs: of these, where they were asked for.
+        top_logprobs: the likeliest tokens in their places, where they were asked for.
+        prompt_logprobs: those of the prompt; None where they were not asked for.
         finish_reason: why it has ended; None while it has not.
         cancelled: nobody wants more of it; any thread may set this.
         timer: when it was submitted, began and had its first token.
@@ -40,9 +43,15 @@ class SequenceState:
     constraints: TokenConstraints | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     timer: RequestTimer = field(default_factory=RequestTimer)
+    prompt_logprobs: PromptLogprobs | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begins what the request asks for."""
+        self.prompt_logprobs = PromptLogprobs.of(self.request)
 
     @property
     def ended(self) -> bool:
@@ -64,10 +73,12 @@ class SequenceState:
         """Prompt and answer."""
         return (*self.request.prompt_tokens, *self.tokens)
 
-    def append(self, token: int, logprob: float | None) -> None:
-        """Takes the next token, and its log-probability where that was asked for."""
+    def append(self, token: int, logprob: float | None, top: TopLogprobs | None = None) -> None:
+        """Takes the next token, and log-probabilities where they were asked for."""
         self.tokens.append(token)
         if self.constraints is not None:
             self.constraints.push(token)
         if logprob is not None:
             self.logprobs.append(logprob)
+        if top is not None:
+            self.top_logprobs.append(top)

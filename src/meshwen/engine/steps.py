@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from meshwen.cache.kv_cache import KVCache, SequenceCache
-from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod, mark_penalized, sample
+from meshwen.engine.penalties import Penalized, mark_penalized
+from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod, sample
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.weights.declaration import Params
 
@@ -50,7 +51,7 @@ def first_step(
     hidden: Array,
     positions: Array,
     rows: SamplerRows,
-    penalized: Array | None,
+    penalized: Penalized | None,
     *,
     method: SamplingMethod,
     model: ParallelModel,
@@ -66,21 +67,22 @@ def decode_step(
     tokens: Array,
     positions: Array,
     rows: SamplerRows,
-    penalized: Array | None,
+    penalized: Penalized | None,
     *,
     method: SamplingMethod,
     model: ParallelModel,
-) -> tuple[Sampled, Array | None, KVCache]:
+) -> tuple[Sampled, Penalized | None, KVCache]:
     """One step of every sequence: see `ModelRunner.decode`."""
     B, T = tokens.shape
     x, new_cache = decode_hidden_states(params, cache, tokens, positions, model=model)
-    if penalized is not None:
-        penalized = mark_penalized(penalized, tokens[:, 0], model.ops)
     following = (positions[:, None] + 1 + jnp.arange(T)).reshape(-1)
     rows = jax.tree.map(lambda row: jnp.repeat(row, T, axis=0), rows)
     hidden = x.reshape(B * T, -1)
     sampled = first_step(params, hidden, following, rows, penalized, method=method, model=model)
-    return jax.tree.map(lambda row: row.reshape(B, T), sampled), penalized, new_cache
+    if penalized is not None:
+        penalized = mark_penalized(penalized, sampled.tokens, model.ops)
+    sampled = jax.tree.map(lambda row: row.reshape(B, T, *row.shape[1:]), sampled)
+    return sampled, penalized, new_cache
 
 
 def decode_logits_step(
