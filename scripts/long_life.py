@@ -61,7 +61,7 @@ def main(rounds: int, kept: int) -> None:
     print("rounds  programs  maps  MB")
     for number in range(1, rounds + 1):
         # An engine of its own makes a cache of its own size.
-        for _ in Engine(model, None, (), EngineOptions().cache_budget(model.model)).run(
+        for _ in Engine(model, None, (), EngineOptions().cache_plan(model.model)).run(
             requests(draw)
         ):
             pass

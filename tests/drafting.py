@@ -27,9 +27,10 @@ class CountingRunner:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
-    def decode(self, cache, tokens, *rest):
-        self.steps.append(tokens.shape[1])
-        return self._runner.decode(cache, tokens, *rest)
+    def step(self, cache, inputs, *rest):
+        if inputs.positions.any():  # No prompt begins.
+            self.steps.append(len(inputs.token_ids))
+        return self._runner.step(cache, inputs, *rest)
 
 
 def run(
@@ -48,9 +49,9 @@ def run(
     `sampling` is that of all prompts, or a list of each one's.
     """
     runner = CountingRunner(shared_model(config, mesh, dtype, "exact").runner)
-    budget = EngineOptions(max_num_seqs=rows, max_model_len=CONTEXT).cache_budget(runner.model)
+    plan = EngineOptions(max_num_seqs=rows, max_model_len=CONTEXT).cache_plan(runner.model)
     speculation = Speculation(PromptLookup() if drafter is None else drafter, drafts)
-    engine = Engine(runner, None, eos, budget, speculation=speculation)
+    engine = Engine(runner, None, eos, plan, speculation=speculation)
     each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     requests = [Request(tuple(p), one) for p, one in zip(prompts, each, strict=True)]
     done = {e.request: e.completion for e in engine.run(requests) if e.completion}

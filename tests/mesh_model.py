@@ -17,6 +17,7 @@ from meshwen.cache.kv_cache import KVCache
 from meshwen.checkpoints import Checkpoint, TensorSource
 from meshwen.engine import steps
 from meshwen.engine.runner import ModelRunner
+from meshwen.engine.step_inputs import StepInputs, in_parts, step_inputs, tables_in_order
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.qwen2 import Qwen2Config
 from meshwen.ops.cpu import kernels
@@ -105,9 +106,19 @@ class MeshModel:
     def step(self, token_ids, start, cache: KVCache) -> tuple[np.ndarray, KVCache]:
         """Logits of tokens [B, T] at positions from start[b] on, after those in the cache."""
         token_ids = np.asarray(token_ids, np.int32)
-        compiled = self.compiled(*token_ids.shape, length_of_cache=self._length(cache))
-        out, cache = compiled(self.params, cache, token_ids, np.asarray(start, np.int32))
-        return np.asarray(out), cache
+        inputs, blocks = self.inputs(token_ids, start, cache), len(cache[0].keys)
+        compiled = self.compiled(*token_ids.shape, blocks=blocks)
+        out, cache = compiled(self.params, cache, *inputs[:5])
+        return np.asarray(out).reshape(*token_ids.shape, -1), cache
+
+    def inputs(self, token_ids: np.ndarray, start, cache: KVCache) -> StepInputs:
+        """Such tokens as a step takes them; each sequence has equally many blocks."""
+        parts = self.plan.data_devices
+        rows = len(token_ids) // parts
+        blocks = (len(cache[0].keys) // parts - 1) // rows
+        some = in_parts(token_ids, np.asarray(start), parts)
+        tables = tables_in_order(parts, rows, blocks)
+        return step_inputs(some, rows, rows * token_ids.shape[1], tables)
 
     def cached_logits(self, token_ids, slots: int = 16) -> np.ndarray:
         """As `logits`, by way of a cache of so many positions: all but two tokens, then each."""
@@ -119,32 +130,35 @@ class MeshModel:
         return np.concatenate(found, axis=1)
 
     def cache(self, batch: int, length: int) -> KVCache:
-        return self.runner.empty_cache(batch, length)
+        """KV blocks for sequences of so many positions, at least."""
+        blocks = -(-length // self.runner.model.backend.block_size)
+        return self.runner.empty_blocks(1 + batch // self.plan.data_devices * blocks)
 
-    def _length(self, cache: KVCache) -> int:
-        return cache[0].length(self.runner.model.backend.cache_layout)
-
-    def compiled(
-        self, batch: int, length: int, length_of_cache: int | None = None
-    ) -> jax.stages.Compiled:
-        """The program for tokens [batch, length], with a cache of so many positions unless None."""
+    def compiled(self, batch: int, length: int, blocks: int | None = None) -> jax.stages.Compiled:
+        """The program for tokens [batch, length], with a cache of so many blocks unless None."""
         # A model may serve files with and without `unoptimised`.
-        key = batch, length, length_of_cache, jax.config.values["jax_disable_most_optimizations"]
+        key = batch, length, blocks, jax.config.values["jax_disable_most_optimizations"]
         if key not in self._compiled:
             tokens = np.zeros((batch, length), np.int32)
-            if length_of_cache is None:
+            if blocks is None:
                 lowered = self.runner.logits_program.lower(self.params, tokens)
             else:
-                start, cache = np.zeros(batch, np.int32), self.cache(batch, length_of_cache)
-                axes = self.runner.cache_axes
+                cache = self.runner.empty_blocks(blocks // self.plan.data_devices)
+                inputs = self.inputs(tokens, np.zeros(batch, np.int32), cache)
+                where = ("batch", "batch", "batch", "batch", "batch length")
                 program = self.runner.compiled(
-                    steps.decode_logits_step,
-                    (axes, "batch length", "batch"),
-                    ("batch length vocab", axes),
+                    _paged_logits_step,
+                    (self.runner.cache_axes, *where),
+                    ("batch vocab", self.runner.cache_axes),
                 )
-                lowered = program.lower(self.params, cache, tokens, start)
+                lowered = program.lower(self.params, cache, *inputs[:5])
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
+
+
+def _paged_logits_step(params, cache, *where, model):
+    x, cache = steps.forward_step(params, cache, *where, None, model=model)
+    return model.logits(params, x), cache
 
 
 @functools.cache

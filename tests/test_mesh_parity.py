@@ -116,7 +116,8 @@ def test_bfloat16_costs_no_more_accuracy_on_many_devices():
 def test_two_all_reduces_a_layer_and_one_for_the_embedding(config, mesh, slots):
     model = shared_model(config, mesh)
     length = LENGTH if slots is None else CHUNK
-    found = collectives(model.compiled(BATCH, length, slots).as_text())
+    blocks = None if slots is None else len(model.cache(BATCH, slots)[0].keys)
+    found = collectives(model.compiled(BATCH, length, blocks).as_text())
     expected = 2 * config.num_hidden_layers + 1
     assert found == [("all-reduce", model.plan.model_devices)] * expected
 
@@ -126,17 +127,16 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
     model, n = shared_model(SMALL_7B, mesh), shared_model(SMALL_7B, mesh).plan.model_devices
     runner, cache = model.runner, model.cache(BATCH, SLOTS)
     expected = [("all-reduce", n)] * (2 * SMALL_7B.num_hidden_layers + 1)
-    parts = model.plan.data_devices
-    tokens, part, row = (np.zeros(s, np.int32) for s in ((parts, CHUNK), parts, BATCH))
-    prefill = runner.prefill_program.lower(
-        runner.params, cache, runner.empty_hidden(parts), tokens, part, 0, part, length=SLOTS
+    start = np.zeros(BATCH, np.int32)
+    prompts = model.inputs(np.zeros((BATCH, CHUNK), np.int32), start, cache)
+    prefill = runner.forward_program.lower(
+        runner.params, cache, *prompts[:5], np.maximum(prompts.asked, 0)
     )
     assert collectives(prefill.compile().as_text()) == expected
     greedy = [SamplingParams()] * BATCH
     method, rows = SamplingMethod.of(greedy, SMALL_7B.vocab_size), SamplerRows.of(greedy)
-    decode = runner.decode_program.lower(
-        runner.params, cache, row[:, None], row, rows, None, method=method
-    )
+    tokens = model.inputs(start[:, None], start, cache)
+    decode = runner.sampling_program.lower(runner.params, cache, *tokens, rows, None, method=method)
     # The likeliest token of each part of the vocabulary: its logit and its id.
     assert collectives(decode.compile().as_text()) == expected + [("all-gather", n)] * 2
 

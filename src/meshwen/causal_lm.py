@@ -86,7 +86,9 @@ class CausalLM:
             runner,
             tokenizer,
             self._eos_token_ids(),
-            options.cache_budget(runner.model),
+            options.cache_plan(runner.model),
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            prefix_caching=options.prefix_caching,
             speculation=Speculation(PromptLookup(), options.prompt_lookup_num_tokens),
         )
 

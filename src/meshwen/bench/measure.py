@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import Self
 
 import jax
@@ -19,8 +20,8 @@ from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.step_inputs import in_parts, step_inputs, tables_in_order
 from meshwen.errors import MeshwenError
-from meshwen.runtime.shape_buckets import shape_bucket
 
 _GREEDY = SamplingMethod(candidates=1, penalize=False, logprobs=False)
 _WARM_UP = 2
@@ -44,13 +45,16 @@ class Seconds:
 def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
     """A greedy decode step of `batch` sequences, from `length` tokens on, sampling included."""
     rows = SamplerRows.of([SamplingParams(temperature=0)] * batch)
-    cache = runner.empty_cache(batch, shape_bucket(length + _WARM_UP + steps))
-    tokens = np.ones((batch, 1), np.int32)
+    parts, block_size = runner.plan.data_devices, runner.model.backend.block_size
+    size, blocks = batch // parts, ceil((length + _WARM_UP + steps) / block_size)
+    tables, cache = tables_in_order(parts, size, blocks), runner.empty_blocks(1 + size * blocks)
+    tokens = np.ones(batch, np.int32)
 
     def step(number: int) -> None:
         nonlocal cache, tokens
-        positions = np.full(batch, length + number, np.int32)
-        sampled, _, cache = runner.decode(cache, tokens, positions, rows, None, _GREEDY)
+        some = in_parts(tokens[:, None], np.full(batch, length + number), parts)
+        inputs = step_inputs(some, size, size, tables)
+        sampled, _, cache = runner.step(cache, inputs, rows, None, _GREEDY)
         tokens = np.asarray(sampled.tokens)
 
     return _timed(step, steps)
@@ -58,9 +62,11 @@ def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
 
 def first_token(engine: Engine, length: int, runs: int) -> Seconds:
     """From a prompt of `length` tokens to the first token of its answer."""
-    request = Request((1,) * length, SamplingParams(max_new_tokens=1, temperature=0))
 
     def prefill(number: int) -> None:
+        # Each is another prompt: what one begins with would be found in the cache.
+        prompt = (number % engine.config.vocab_size, *(1,) * (length - 1))
+        request = Request(prompt, SamplingParams(max_new_tokens=1, temperature=0))
         for event in engine.run([request]):
             if event.completion and event.completion.error:
                 raise MeshwenError(event.completion.error)

@@ -21,7 +21,6 @@ from meshwen.errors import MeshwenError
 from meshwen.ops.backend import XLA
 from meshwen.ops.cpu import kernels
 from meshwen.parallel.mesh import AnyMesh, mesh_label
-from meshwen.runtime.shape_buckets import shape_bucket
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ def measure(
 
 
 def _check_memory(model: CausalLM, batch: int, length: int) -> None:
-    budget = EngineOptions(max_num_seqs=batch).cache_budget(model.runner.model)
-    if not budget.holds((batch, shape_bucket(length))):
+    plan = EngineOptions(max_num_seqs=batch, max_model_len=length).cache_plan(model.runner.model)
+    if plan.capacity * plan.parts < batch * length:
         raise MeshwenError(
             f"the KV cache of {batch} sequences of {length} tokens does not fit into the memory: "
             "lower --batch or --prompt-len"

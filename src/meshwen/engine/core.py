@@ -4,25 +4,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import jax
 import numpy as np
-from jax import Array
 
-from meshwen.cache.budget import CacheBudget
-from meshwen.cache.manager import CacheManager
+from meshwen.cache.block_manager import BlockManager
+from meshwen.cache.budget import KVCachePlan
+from meshwen.cache.kv_cache import KVCache
 from meshwen.engine.batch_sampler import BatchSampler
 from meshwen.engine.delivery import Delivery
 from meshwen.engine.fetched_tokens import FetchedTokens
 from meshwen.engine.limits import SequenceLimits
-from meshwen.engine.prefill import Prefill
+from meshwen.engine.prompt_scoring import score_prompts
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import Sampled
 from meshwen.engine.scheduler import Scheduler
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.speculation import Speculation
+from meshwen.engine.step_inputs import StepInputs
+from meshwen.engine.step_plan import InputArrays, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -30,42 +32,53 @@ logger = logging.getLogger(__name__)
 class EngineCore:
     """Steps a model's sequences, for one thread at a time: `meshwen.engine.engine` is for several.
 
-    Shapes are those of the cache, whatever there is to do, and prompts are prefilled in chunks
-    whose lengths are shape buckets: `meshwen.engine.runner` says what is compiled for each.
-
     Args:
         runner: the model.
-        budget: what the cache may hold.
+        plan: how many KV blocks there are.
+        max_num_batched_tokens: the most tokens of a step.
+        prefix_caching: whether sequences share the blocks of equal prefixes.
         speculation: when steps have draft tokens.
 
     Attributes:
         limits: how long sequences may become.
-        cache: the KV cache.
+        blocks: which KV blocks sequences have.
         scheduler: decides what each step computes.
         delivery: gives tokens to those who asked.
     """
 
-    def __init__(self, runner: ModelRunner, budget: CacheBudget, speculation: Speculation):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        plan: KVCachePlan,
+        max_num_batched_tokens: int,
+        prefix_caching: bool,
+        speculation: Speculation,
+    ):
         self.runner, self.speculation = runner, speculation
-        self.limits = SequenceLimits(budget, runner.score_heads)
-        self.cache = CacheManager(runner, budget)
-        self.scheduler = Scheduler(self.cache, self.limits, budget.parts)
+        self.limits, self._plan = SequenceLimits(plan), plan
+        self.blocks = BlockManager(plan.parts, plan.num_blocks, plan.block_size, prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks, plan.parts, plan.max_num_seqs, max_num_batched_tokens
+        )
         self.delivery = Delivery()
-        self._parts = budget.parts
-        self._hidden: Array | None = None  # Of the prefill under way, float32 [P, D].
-        self._sampler: tuple[int, BatchSampler] | None = None  # With its batch version.
+        backend, most = runner.model.backend, -(-plan.longest // plan.block_size)
+        self._arrays = InputArrays(
+            self.blocks.table, lambda needed: backend.table_width(needed, most)
+        )
+        self._cache: KVCache = ()  # Made when there is something to run.
+        self._sampler: tuple[tuple[int, int], BatchSampler] | None = None
         self._warned_of_memory = False
 
     def clear(self) -> None:
         """Drops all sequences and the cache, as after a step that broke off."""
-        self.cache.clear()
+        self._cache = ()
         self.scheduler.clear()
         self.delivery.clear()
         self.speculation.clear()
-        self._hidden = self._sampler = None
+        self._sampler = None
 
     def step(self, new: Iterable[SequenceState] = (), *, drop_cancelled: bool = False) -> None:
-        """Computes a chunk of a prompt if one waits, then a token of each answer.
+        """Computes a token of each answer, and chunks of prompts as far as the budget goes.
 
         Args:
             new: sequences that are to wait first.
@@ -77,93 +90,81 @@ class EngineCore:
         self.scheduler.add(new)
         if drop_cancelled:
             self.scheduler.drop_cancelled()
-        prefill = self.scheduler.next_chunk()
-        if prefill is not None:
-            self._compute_chunk(prefill)
-        sequences = self.scheduler.next_decode()
-        if sequences:
-            self._decode(sequences)
+        plan = self.scheduler.schedule()
+        if any(plan.chunks):
+            self._compute(plan)
         self.speculation.forget_ended()
 
-    def _compute_chunk(self, prefill: Prefill) -> None:
-        if not prefill.done:
-            self._hidden = self.runner.empty_hidden(self._parts)
-        assert self._hidden is not None
-        rows = self.cache.prefill_rows({p: one.number for p, one in prefill.sequences.items()})
-        self._hidden, self.cache.arrays = self.runner.prefill(
-            self.cache.arrays, self._hidden, *prefill.inputs(rows)
-        )
-        if not self.scheduler.chunk_done():
-            # Whoever waits for the end of a step, as Ctrl-C does, waits for one chunk, not for all.
-            jax.block_until_ready(self._hidden)
+    def _compute(self, plan: StepPlan) -> None:
+        if not self._cache:
+            self._cache = self.runner.empty_blocks(self._plan.num_blocks)
+        scores = any(chunk.scored for chunk in plan)
+        if not plan.samples:
+            inputs = self._inputs(plan)
+            asked = None if scores else np.zeros_like(inputs.asked)
+            hidden, self._cache = self.runner.forward(self._cache, inputs, asked)
+            if scores:
+                score_prompts(self.runner, plan, hidden)
+            # Whoever waits for the end of a step, as Ctrl-C does, waits for one, not for all.
+            jax.block_until_ready(self._cache)
             return
-        sequences = prefill.sequences
-        sampler = BatchSampler.of(sequences, self._parts, self.runner.plan)
-        sampled = self.runner.first(
-            self._hidden,
-            prefill.lengths(self._parts),
-            sampler.rows_of_step(sequences),
-            sampler.penalized,
-            sampler.method,
-        )
-        self._deliver(sequences, sampled, {})
+        sampler = self._batch_sampler(plan)
+        if not plan.prefills:
+            self._draft(plan, sampler)
+        inputs = self._inputs(plan)
+        rows = sampler.rows_of_step({row: chunk.sequence for row, chunk, _ in plan.sampled()})
+        how = rows, sampler.penalized, sampler.method
+        if scores:
+            hidden, self._cache = self.runner.forward(self._cache, inputs, None)
+            score_prompts(self.runner, plan, hidden)
+            sampled, penalized = self.runner.sample(hidden, inputs, *how)
+        else:
+            sampled, penalized, self._cache = self.runner.step(self._cache, inputs, *how)
+        self._sampler = self._key(plan), replace(sampler, penalized=penalized)
+        self._deliver(plan, sampled)
 
-    def _decode(self, sequences: Mapping[int, SequenceState]) -> None:
-        """Takes a step of every answer, by row."""
-        sampler = self._batch_sampler(sequences)
-        drafts = self.speculation.drafts(
-            sequences, self.cache.batch_size, self.cache.has_position, sampler
-        )
-        tokens, positions = self._decode_inputs(sequences, drafts)
-        sampled, penalized, self.cache.arrays = self.runner.decode(
-            self.cache.arrays,
-            tokens,
-            positions,
-            sampler.rows_of_step(sequences),
-            sampler.penalized,
-            sampler.method,
-        )
-        self._sampler = self.scheduler.batch_version, replace(sampler, penalized=penalized)
-        self._deliver(sequences, sampled, drafts)
+    def _inputs(self, plan: StepPlan) -> StepInputs:
+        return self._arrays.inputs(plan, self.scheduler.batch_version)
 
-    def _batch_sampler(self, sequences: Mapping[int, SequenceState]) -> BatchSampler:
-        """That of the last step, unless what runs in which row has changed since."""
-        if self._sampler and self._sampler[0] == self.scheduler.batch_version:
+    def _key(self, plan: StepPlan) -> tuple[int, int]:
+        """What a batch sampler is made for."""
+        return self.scheduler.batch_version, plan.row_bucket
+
+    def _batch_sampler(self, plan: StepPlan) -> BatchSampler:
+        """That of the last step, unless what is in which row has changed since."""
+        if self._sampler and self._sampler[0] == self._key(plan):
             return self._sampler[1]
-        return BatchSampler.of(sequences, self.cache.batch_size, self.runner.plan)
+        self._sampler = None  # Its masks are of no more use, and large.
+        R = plan.row_bucket
+        sequences = {part * R + row: one for part, row, one in self.scheduler.rows()}
+        return BatchSampler.of(sequences, R * self._plan.parts, self.runner.plan)
 
-    def _decode_inputs(
-        self, sequences: Mapping[int, SequenceState], drafts: Mapping[int, Sequence[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, int32 [B, 1 + drafts], and the positions of the first of each, int32 [B]."""
-        rows, count = self.cache.batch_size, self.speculation.num_tokens if drafts else 0
-        tokens, positions = np.zeros((rows, 1 + count), np.int32), np.zeros(rows, np.int32)
-        if prefill := self.scheduler.prefill:
-            # The step writes to every row: here, what the next chunk overwrites.
-            positions[:] = prefill.start
-        for row, sequence in sequences.items():
-            drafted = drafts.get(row, ())
-            tokens[row, 0], positions[row] = sequence.tokens[-1], sequence.position
-            tokens[row, 1 : 1 + len(drafted)] = drafted
-        return tokens, positions
+    def _draft(self, plan: StepPlan, sampler: BatchSampler) -> None:
+        """Adds draft tokens to a step, as far as there are blocks for them."""
+        chunks = plan.by_row()
+        sequences = {row: chunk.sequence for row, chunk in chunks.items()}
+        for row, tokens in self.speculation.drafts(sequences, plan.row_bucket, sampler).items():
+            one = sequences[row]
+            tokens = tokens[: self._plan.longest - one.length]
+            if self.blocks.extend(one.number, one.length + len(tokens)):
+                chunks[row].drafts = tokens
 
-    def _deliver(
-        self,
-        sequences: Mapping[int, SequenceState],
-        sampled: Sampled,
-        drafts: Mapping[int, Sequence[int]],
-    ) -> None:
+    def _deliver(self, plan: StepPlan, sampled: Sampled) -> None:
         """Gives sequences the tokens of their rows, as far as the drafts before them were right."""
         found = FetchedTokens.of(sampled)
-        for row, sequence in sequences.items():
-            accepted = self.speculation.accept(sequence, drafts.get(row, ()), found.tokens[row])
-            for i in range(1 + accepted):
+        for _, chunk, places in plan.sampled():
+            sequence = chunk.sequence
+            accepted = self.speculation.accept(
+                sequence, chunk.drafts, found.tokens[places].tolist()
+            )
+            for place in places[: 1 + accepted]:
                 if sequence.ended:
                     break
-                self.delivery.deliver(sequence, *found.at(row, i))
+                self.delivery.deliver(sequence, *found.at(place))
                 self._warn_of_memory(sequence)
+            sequence.computed = sequence.length - 1
         self.scheduler.release_ended()
-        if self._sampler and self._sampler[0] != self.scheduler.batch_version:
+        if self._sampler and self._sampler[0][0] != self.scheduler.batch_version:
             self._sampler = None  # Its masks are of no more use, and large.
 
     def _warn_of_memory(self, sequence: SequenceState) -> None:

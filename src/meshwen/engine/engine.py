@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from meshwen.cache.budget import CacheBudget
+from meshwen.cache.budget import KVCachePlan
 from meshwen.common.arguments import brief
 from meshwen.engine.agreement import check_requests
 from meshwen.engine.answer_text import AnswerText
@@ -47,8 +47,10 @@ class Engine:
         runner: the model.
         tokenizer: turns tokens into text; None (a model without one) leaves texts empty.
         eos_token_ids: tokens that end an answer.
-        budget: the most sequences at once, the longest, and the memory of the cache.
+        plan: the most sequences at once, the longest, and how many KV blocks there are for them.
         max_waiting: requests that may wait.
+        max_num_batched_tokens: the most tokens of a step.
+        prefix_caching: whether what prompts begin with is found in the KV cache again.
         speculation: proposes draft tokens; None: there are none. They only change how fast an
             answer comes; in fast numerics also its rounding.
     """
@@ -58,15 +60,19 @@ class Engine:
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         eos_token_ids: Sequence[int],
-        budget: CacheBudget,
+        plan: KVCachePlan,
         max_waiting: int = 1024,
+        max_num_batched_tokens: int = 512,
+        prefix_caching: bool = True,
         speculation: Speculation | None = None,
     ):
         self._config, self._tokenizer = runner.config, tokenizer
         self._eos = frozenset(eos_token_ids)
-        self._budget, self._max_waiting = budget, max_waiting
+        self._plan, self._max_waiting = plan, max_waiting
         speculation = speculation or Speculation(PromptLookup(), 0)
-        self._core = EngineCore(runner, budget, speculation)  # For the thread that has the lock.
+        self._core = EngineCore(  # For the thread that has the lock.
+            runner, plan, max_num_batched_tokens, prefix_caching, speculation
+        )
         self._one_thread = runner.plan.mesh.is_multi_process
         self._lock = FairLock()
         # What follows is guarded by `_lock.changed`.
@@ -81,13 +87,12 @@ class Engine:
     @property
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its answer."""
-        return self._budget.max_model_len
+        return self._plan.max_model_len
 
     @property
     def prefilled(self) -> tuple[int, int] | None:
         """Tokens done of the prompt that is being prefilled, and of how many; None: none is."""
-        prefill = self._core.scheduler.prefill
-        return None if prefill is None else prefill.progress
+        return self._core.scheduler.prefilled
 
     @property
     def busy(self) -> bool:

@@ -16,13 +16,13 @@ from meshwen.parallel.distributed import to_host
 
 @dataclass(frozen=True)
 class FetchedTokens:
-    """The tokens of each row of a step; see `meshwen.engine.sampling.Sampled`.
+    """The tokens that a step sampled; see `meshwen.engine.sampling.Sampled`.
 
     Attributes:
-        tokens: int32 [B, T].
-        logprobs: float32 [B, T], or None.
-        top_ids: int32 [B, T, top], or None.
-        top_logprobs: float32 [B, T, top], or None.
+        tokens: int32 [B].
+        logprobs: float32 [B], or None.
+        top_ids: int32 [B, top], or None.
+        top_logprobs: float32 [B, top], or None.
     """
 
     tokens: np.ndarray
@@ -33,28 +33,25 @@ class FetchedTokens:
     @classmethod
     def of(cls, sampled: Sampled) -> Self:
         """Waits for a step; every process has to."""
-        rows = len(sampled.tokens)
 
-        def fetched(array: Array | None, *last: int) -> np.ndarray | None:
-            return None if array is None else to_host(array).reshape(rows, -1, *last)
+        def fetched(array: Array | None) -> np.ndarray | None:
+            return None if array is None else to_host(array)
 
-        tokens, top = fetched(sampled.tokens), sampled.top_ids
-        assert tokens is not None
-        width = () if top is None else top.shape[-1:]
+        tokens = to_host(sampled.tokens)
         return cls(
             tokens,
             fetched(sampled.logprobs),
-            fetched(top, *width),
-            fetched(sampled.top_logprobs, *width),
+            fetched(sampled.top_ids),
+            fetched(sampled.top_logprobs),
         )
 
-    def at(self, row: int, place: int) -> tuple[int, float | None, TopLogprobs | None]:
+    def at(self, place: int) -> tuple[int, float | None, TopLogprobs | None]:
         """A token, its log-probability, and the likeliest tokens in its place."""
-        token = int(self.tokens[row, place])
-        logprob = None if self.logprobs is None else float(self.logprobs[row, place])
+        token = int(self.tokens[place])
+        logprob = None if self.logprobs is None else float(self.logprobs[place])
         if self.top_ids is None or self.top_logprobs is None:
             return token, logprob, None
-        return token, logprob, paired(self.top_ids[row, place], self.top_logprobs[row, place])
+        return token, logprob, paired(self.top_ids[place], self.top_logprobs[place])
 
 
 def paired(ids: np.ndarray, logprobs: np.ndarray) -> TopLogprobs:

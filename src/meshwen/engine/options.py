@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.typing import DTypeLike
 
-    from meshwen.cache.budget import CacheBudget
+    from meshwen.cache.budget import KVCachePlan
     from meshwen.models.config import ModelConfig
     from meshwen.models.parallel_model import ParallelModel
     from meshwen.parallel.mesh import AnyMesh
@@ -183,19 +183,28 @@ class EngineOptions:
             )
         return length
 
-    def cache_budget(self, model: ParallelModel) -> CacheBudget:
-        """What the KV cache may hold in the memory that the devices have free now.
+    def cache_plan(self, model: ParallelModel) -> KVCachePlan:
+        """How many KV blocks there are, in the memory that the devices have free now.
 
         Args:
             model: the model on its mesh, whose weights are on the devices.
 
         Raises:
-            MeshwenError: `max_model_len` is more than the model's context.
+            MeshwenError: `max_model_len` is more than the model's context, or hardly a sequence
+                fits.
         """
-        from meshwen.cache.budget import CacheBudget
+        from meshwen.cache.budget import KVCachePlan
 
-        length = self.longest_sequence(model.config)
-        return CacheBudget.of_free_memory(model.plan, model.token_bytes, self.max_num_seqs, length)
+        memory = self.kv_cache_memory
+        assert not isinstance(memory, str), "parsed at construction"
+        return KVCachePlan.of_memory(
+            model.plan,
+            model.token_bytes,
+            model.backend.block_size,
+            self.max_num_seqs,
+            self.longest_sequence(model.config),
+            memory,
+        )
 
     def compared(self) -> dict[str, Any]:
         """What must be alike in all processes of a run, by name; JSON.

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled steps: one program, run by every device of the mesh on its own part.
 
-Shapes are static. A decode step compiles once for each shape of the cache, number of tokens a row
-and sampling method; prefill once for each shape of the cache, length of a chunk and number of
-positions attended to. Lengths are shape buckets. Of all these programs those used last are kept.
-The cache is donated, so each step updates it in place.
+Shapes are static. A step compiles once for each number of tokens, of sequences and of tokens asked
+for, width of the block tables and sampling method; numbers are shape buckets. Of all these programs
+those used last are kept. The cache is donated, so each step updates it in place.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
-from meshwen.cache.kv_cache import KVCache, cache_axes, cache_spec, resized, without_row
+from meshwen.cache.kv_cache import KVCache, cache_axes, copied_blocks
 from meshwen.engine import steps
+from meshwen.engine.logprobs import Logprobs, prompt_logprobs_step
 from meshwen.engine.penalties import Penalized
 from meshwen.engine.sampling import Sampled, SamplerRows, SamplingMethod
+from meshwen.engine.step_inputs import StepInputs
 from meshwen.models.config import ModelConfig
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.operations import Ops
@@ -39,62 +38,50 @@ class ModelRunner:
     Attributes:
         model: which model, laid out how, computing with what.
         params: the weights, placed as `model` says.
-        prefill_program, decode_program: what `prefill` and `decode` call with the weights, jitted;
+        forward_program, sampling_program: what `forward` and `step` call with the weights, jitted;
             to be lowered and looked at.
     """
 
     def __init__(self, model: ParallelModel, params: Params):
         self.model, self.params = model, params
-        plan, layout = model.plan, model.backend.cache_layout
-        self.cache_axes = cache_axes(layout)
+        self.cache_axes = cache_axes(model.backend.cache_layout)
         self._params_spec = model.weights.partition_specs()
         self._programs = ProgramTable(model.backend.programs)
         self.logits_program = self.compiled(
             steps.logits_step, ("batch length",), "batch length vocab"
         )
-        self.prefill_program = self.compiled(
-            partial(steps.prefill_step, parts=plan.data_devices),
-            (self.cache_axes, "batch embed", "batch length", "batch", "", "batch"),
+        where = ("batch", "batch", "batch", "batch", "batch length")
+        self.forward_program = self.compiled(
+            steps.forward_step,
+            (self.cache_axes, *where, "batch"),
             ("batch embed", self.cache_axes),
-            static="length",
-            donate=(1, 2),
+            donate=(1,),
         )
-        self.first_program = self.compiled(
-            steps.first_step,
-            ("batch embed", "batch", _ROWS, "batch vocab"),
-            "batch",
-            static="method",
-        )
-        self.decode_program = self.compiled(
-            steps.decode_step,
-            (self.cache_axes, "batch", "batch", _ROWS, "batch vocab"),
+        self.sampling_program = self.compiled(
+            steps.sampling_step,
+            (self.cache_axes, *where, "batch", "batch", _ROWS, "batch vocab"),
             ("batch", "batch vocab", self.cache_axes),
             static="method",
-            donate=(1, 5),
+            donate=(1, 10),
         )
-        cache_sharding = NamedSharding(plan.mesh, cache_spec(plan, layout))
-        self._empty_cache = ShapedProgram(
-            self._programs, lambda: Jitted(model.empty_cache, static_argnums=(0, 1))
+        self.sample_program = self.compiled(
+            steps.sample_step,
+            ("batch embed", "batch", "batch", _ROWS, "batch vocab"),
+            ("batch", "batch vocab"),
+            static="method",
+            donate=(5,),
         )
-        self._resized = ShapedProgram(
-            self._programs,
-            lambda: Jitted(
-                partial(resized, plan, layout),
-                static_argnames=("batch", "length"),
-                out_shardings=cache_sharding,
-            ),
+        self._logprobs = self.compiled(
+            prompt_logprobs_step, ("batch embed", "batch"), "batch", static="top"
         )
-        self._without_row = ShapedProgram(
-            self._programs,
-            lambda: Jitted(without_row, donate_argnums=0, out_shardings=cache_sharding),
+        self._copied_blocks = self.compiled(
+            _copied_blocks_step,
+            (self.cache_axes, "batch", "batch"),
+            self.cache_axes,
+            donate=(1,),
         )
-        self._empty_hidden = ShapedProgram(
-            self._programs,
-            lambda: Jitted(
-                lambda batch: jnp.zeros((batch, plan.sizes.embed), jnp.float32),
-                static_argnums=0,
-                out_shardings=plan.sharding("batch", "embed"),
-            ),
+        self._empty_blocks = ShapedProgram(
+            self._programs, lambda: Jitted(model.empty_blocks, static_argnums=0)
         )
 
     @property
@@ -108,11 +95,6 @@ class ModelRunner:
         return self.model.config
 
     @property
-    def score_heads(self) -> int:
-        """Query heads of a device whose scores attention writes to memory, padding included."""
-        return self.plan.heads.local_query_heads if self.model.backend.stores_scores else 0
-
-    @property
     def ops(self) -> Ops:
         """What each device computes with."""
         return self.model.ops
@@ -122,25 +104,19 @@ class ModelRunner:
         """Of weights and cached values, and of the inputs of matmuls with weights."""
         return self.model.dtype
 
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache for `batch` sequences (a multiple of the plan's data devices)."""
-        return self._empty_cache(batch, length)
+    def empty_blocks(self, count: int) -> KVCache:
+        """A cache of so many KV blocks on each part of the batch, which nothing is written to."""
+        return self._empty_blocks(count)
 
-    def resized(self, cache: KVCache, batch: int, length: int) -> KVCache:
-        """The cache with more sequences (on each part of the batch) and positions, the new empty.
+    def copied_blocks(self, cache: KVCache, source: ArrayLike, destination: ArrayLike) -> KVCache:
+        """The cache, donated, with some blocks as copies of others.
 
-        It is not donated: both exist for a moment.
+        Args:
+            cache: KV blocks.
+            source, destination: int32 [P*n], n blocks of each part of the batch, in its own
+                numbers.
         """
-        # A layer compiles sooner than all.
-        return tuple(self._resized(layer, batch=batch, length=length) for layer in cache)
-
-    def without_row(self, cache: KVCache, row: int) -> KVCache:
-        """The cache, donated, with a row as in an empty one."""
-        return self._without_row(cache, np.int32(row))
-
-    def empty_hidden(self, batch: int) -> Array:
-        """What `prefill` starts from: float32 [B, D]."""
-        return self._empty_hidden(batch)
+        return self._copied_blocks(self.params, cache, source, destination)
 
     def logits(self, token_ids: ArrayLike) -> Array:
         """Logits of whole sequences, without a cache.
@@ -153,78 +129,70 @@ class ModelRunner:
         """
         return self.logits_program(self.params, token_ids)
 
-    def prefill(
-        self,
-        cache: KVCache,
-        hidden: Array,
-        token_ids: ArrayLike,
-        rows: ArrayLike,
-        start: ArrayLike,
-        lengths: ArrayLike,
-        length: int,
-    ) -> tuple[Array, KVCache]:
-        """Prefills a chunk of a prompt into the cache, on each of the P parts of the batch.
-
-        One prompt at a time: one of usual length keeps a device busy by itself, and nothing is
-        padded to the longest of several.
+    def forward(self, cache: KVCache, inputs: StepInputs, asked: ArrayLike | None) -> Any:
+        """Takes tokens of sequences into the cache.
 
         Args:
-            cache: donated.
-            hidden: float32 [P, D], donated; replaced where a prompt ends in this chunk.
-            token_ids: int32 [P, T]; anything beyond a prompt's end.
-            rows: int32 [P], the prompt's row among those of its part of the batch.
-            start: int32 [], the position of the chunk.
-            lengths: int32 [P], the prompts' lengths. Where one is not beyond `start`, nothing is
-                written.
-            length: how many positions of the cache the tokens may attend to, at least start + T;
-                how many are read is the back end's `positions_read`.
+            cache: KV blocks, donated.
+            inputs: the tokens.
+            asked: int32 [P*B], indices of a part's tokens; None: all N.
 
         Returns:
-            The final hidden states of the prompts' last tokens so far, and the cache.
+            The final hidden states of the tokens asked for, float32 [P*B, D], and the cache.
         """
-        backend = self.model.backend
-        length = backend.positions_read(length, cache[0].length(backend.cache_layout))
-        return self.prefill_program(
-            self.params, cache, hidden, token_ids, rows, start, lengths, length=length
-        )
+        return self.forward_program(self.params, cache, *inputs[:5], asked)
 
-    def first(
-        self,
-        hidden: Array,
-        positions: ArrayLike,
-        rows: SamplerRows,
-        penalized: Penalized | None,
-        method: SamplingMethod,
-    ) -> Sampled:
-        """The token after each prompt, from what `prefill` returned; see `decode`."""
-        return self.first_program(self.params, hidden, positions, rows, penalized, method=method)
-
-    def decode(
+    def step(
         self,
         cache: KVCache,
-        tokens: ArrayLike,
-        positions: ArrayLike,
+        inputs: StepInputs,
         rows: SamplerRows,
         penalized: Penalized | None,
         method: SamplingMethod,
     ) -> tuple[Sampled, Penalized | None, KVCache]:
-        """One step of every sequence.
+        """Takes tokens of sequences into the cache, and samples what follows some of them.
 
         Args:
-            cache: donated.
-            tokens: int32 [B, T], each sequence's newest token, and draft tokens after it.
-            positions: int32 [B], of the newest tokens; all T are within the cache.
-            rows: sampling parameters.
-            penalized: donated: the tokens of the sequences so far, with T = 1; None when `method`
-                has no penalty.
+            cache: KV blocks, donated.
+            inputs: the tokens.
+            rows: sampling parameters of the sequences.
+            penalized: donated: the tokens of the sequences so far; None when `method` has no
+                penalty.
             method: what the batch needs of the sampler.
 
         Returns:
-            The tokens that follow each of the T, [B, T], `penalized` with these, and the cache.
+            What follows each token asked for, [P*B], `penalized` with these, and the cache.
         """
-        return self.decode_program(
-            self.params, cache, tokens, positions, rows, penalized, method=method
+        return self.sampling_program(self.params, cache, *inputs, rows, penalized, method=method)
+
+    def sample(
+        self,
+        hidden: Array,
+        inputs: StepInputs,
+        rows: SamplerRows,
+        penalized: Penalized | None,
+        method: SamplingMethod,
+    ) -> tuple[Sampled, Penalized | None]:
+        """What `step` samples, from the final hidden states of all tokens of a step.
+
+        Args:
+            hidden: float32 [P*N, D].
+            inputs, rows, penalized, method: as `step` takes them; there are no drafts.
+        """
+        assert inputs.sampler_rows is None
+        return self.sample_program(
+            self.params, hidden, inputs.positions, inputs.asked, rows, penalized, method=method
         )
+
+    def logprobs(self, hidden: Array, targets: ArrayLike, top: int) -> Logprobs:
+        """Log-probabilities of tokens that follow others.
+
+        Args:
+            hidden: float32 [P*N, D], final hidden states.
+            targets: int32 [P*N], the token that follows each.
+            top: how many of the likeliest in its place to give too.
+        """
+        return self._logprobs(self.params, hidden, targets, top=top)
 
     def compiled(
         self,
@@ -272,6 +240,12 @@ class ModelRunner:
 
 
 _ROWS: Any = SamplerRows.filled("batch", "batch vocab")
+
+
+def _copied_blocks_step(
+    params: Params, cache: KVCache, source: Array, destination: Array, *, model: ParallelModel
+) -> KVCache:
+    return copied_blocks(cache, source, destination, model.backend)
 
 
 def _specs(plan: ParallelPlan, axes: Any) -> Any:

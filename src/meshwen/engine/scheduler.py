@@ -1,96 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: who waits, who has a place in the cache, and what each step computes.
+"""Continuous batching: who waits, who has KV blocks, and what each step computes.
 
-A request waits until the cache has room for it; its prompt is prefilled there, chunk by chunk,
-while other answers go on; then it takes part in every decode step, and when it ends, the next
-request gets its place at once. This is policy alone: it computes nothing, and knows the cache only
-by what it may ask of one.
+A step has a budget of tokens. Sequences that only lack what follows their newest token come first,
+one token each; the rest goes to prompts, in chunks. A request waits until there are a row and
+blocks for its prompt; none overtakes. Where blocks run out, the newest sequence gives its own back,
+and is computed again when there is room: its prompt and its answer so far, as a prompt.
+
+This is policy alone: it computes nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from math import ceil
 
-from meshwen.engine.limits import SequenceLimits
-from meshwen.engine.prefill import Prefill
+from meshwen.cache.block_manager import BlockManager
 from meshwen.engine.sequence import SequenceState
-
-# Chunks of prompts that may be prefilled one after the other while answers wait for their next
-# token.
-_MOST_CHUNKS = 8
-
-
-class CacheSpace(Protocol):
-    """What the scheduler asks of the cache; sequences are known by their numbers."""
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the batch that a decode step computes, used or not."""
-
-    def make_room(self, waiting: int, positions: int) -> bool:
-        """Adapts the cache to what waits, as far as memory and the sequences in it allow.
-
-        Args:
-            waiting: sequences that wait.
-            positions: that the first of them needs; where the cache is empty, the most that any of
-                them needs.
-
-        Returns:
-            Whether rows were added, moved or changed in length.
-        """
-
-    def allocate(self, sequence: int, positions: int, part: int) -> bool:
-        """Gives a sequence a free row on a part of the batch; false where it has no room there."""
-
-    def has_position(self, position: int) -> bool:
-        """Whether the sequences in the cache have room for a token at this position."""
-
-    def extend(self, positions: int) -> bool:
-        """Gives the sequences in the cache room for more tokens.
-
-        Args:
-            positions: the most that one of them may come to need.
-
-        Returns:
-            Whether there was memory for it.
-        """
-
-    def row(self, sequence: int) -> int:
-        """The row of a sequence in the batch: the same until rows are added or moved."""
-
-    def free(self, sequence: int, *, zero: bool) -> None:
-        """Takes a sequence's row from it; `zero`: what it holds must not reach the next."""
+from meshwen.engine.step_plan import Chunk, StepPlan
 
 
 class Scheduler:
     """Decides what the next step computes; for one thread at a time.
 
-    None overtakes: a request that there is no memory for waits until answers have ended, and those
-    behind it wait too. So does an answer that the cache cannot be extended for: what there is of it
-    is prefilled again.
-
     Args:
-        cache: where sequences get their places.
-        limits: what sequences need.
-        parts: of the batch; each may prefill one prompt at a time.
+        blocks: gives KV blocks to sequences.
+        parts: of the batch, each with its own blocks.
+        max_num_seqs: the most sequences that have rows at once.
+        max_num_batched_tokens: the most tokens of a step, but at least one of each sequence.
 
     Attributes:
-        batch_version: counts the changes of what runs in which row.
+        batch_version: counts the changes of what is in which row.
+        preemptions: how often a sequence gave its blocks back.
     """
 
-    def __init__(self, cache: CacheSpace, limits: SequenceLimits, parts: int):
-        self._cache, self._limits, self._parts = cache, limits, parts
-        self.batch_version = 0
+    def __init__(
+        self, blocks: BlockManager, parts: int, max_num_seqs: int, max_num_batched_tokens: int
+    ):
+        self._blocks, self._parts = blocks, parts
+        self._most_rows = ceil(max_num_seqs / parts)
+        self._budget = ceil(max_num_batched_tokens / parts)
+        self.batch_version = self.preemptions = 0
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all sequences; the cache is emptied by who owns it."""
+        """Forgets all sequences."""
         self._waiting: deque[SequenceState] = deque()
-        self._cached: dict[int, SequenceState] = {}  # Those in the cache, by number.
-        self._prefill: Prefill | None = None
-        self._chunks_since_decode = 0
+        self._running: list[list[SequenceState]] = [[] for _ in range(self._parts)]
+        self._blocks.clear()
         self.batch_version += 1
 
     def add(self, sequences: Iterable[SequenceState]) -> None:
@@ -98,107 +55,123 @@ class Scheduler:
         self._waiting.extend(sequences)
 
     @property
-    def prefill(self) -> Prefill | None:
-        """The prefill that is under way; None: none is."""
-        return self._prefill
+    def prefilled(self) -> tuple[int, int] | None:
+        """Tokens done of the prompt that has been prefilled longest, and of how many."""
+        for one in self._all_running():
+            if one.computed < one.length - 1 or not one.tokens:
+                return one.computed, one.length
+        return None
 
-    def next_chunk(self) -> Prefill | None:
-        """The prefill whose next chunk is to be computed; None where no prompt can begin."""
-        self._make_room()
-        if self._prefill is None:
-            self._prefill = self._begin_prefill()
-        self._chunks_since_decode = self._chunks_since_decode + 1 if self._prefill else _MOST_CHUNKS
-        return self._prefill
+    def rows(self) -> Iterator[tuple[int, int, SequenceState]]:
+        """Part, row and sequence of all that have rows."""
+        for part, running in enumerate(self._running):
+            for row, one in enumerate(running):
+                yield part, row, one
 
-    def chunk_done(self) -> bool:
-        """Takes note that the chunk is computed.
+    def schedule(self) -> StepPlan:
+        """What the next step computes: nothing where there is nothing to do.
 
-        Returns:
-            Whether it was the last: the prompts' answers are to begin.
+        Sequences count as computed what is in the step; the caller computes it.
         """
-        assert self._prefill is not None
-        self._prefill = self._prefill.advanced()
-        if not self._prefill.is_complete:
-            return False
-        self._prefill = None
-        self.batch_version += 1
-        return True
-
-    def next_decode(self) -> dict[int, SequenceState]:
-        """By row, in their order, the sequences to decode a token of; empty: not now.
-
-        While less than half of the rows have answers, a few prompts are prefilled first: a step of
-        few answers costs almost what one of many does.
-        """
-        running = self._running()
-        few = 2 * len(running) < self._cache.batch_size
-        if not running or (few and self._chunks_since_decode < _MOST_CHUNKS):
-            return {}
-        self._chunks_since_decode = 0
-        self._make_room_for_answers(running)
-        return {self._cache.row(one.number): one for one in self._running()}
+        for part in range(self._parts):
+            self._make_room_to_decode(part)
+        chunks: dict[int, Chunk] = {}  # By sequence.
+        left = [self._budget] * self._parts
+        for part, _, one in self.rows():
+            if one.length - one.computed == 1:
+                left[part] -= 1
+                chunks[one.number] = self._chunk(one, 1)
+        for part, _, one in self.rows():
+            if one.number not in chunks and left[part] > 0:
+                chunks[one.number] = self._chunk(one, left[part])
+                left[part] -= chunks[one.number].count
+        while (begun := self._begin_next(left)) is not None:
+            part, one = begun
+            chunks[one.number] = self._chunk(one, left[part])
+            left[part] -= chunks[one.number].count
+        return self._plan(chunks)
 
     def release_ended(self) -> None:
-        """Frees the places of sequences that have ended."""
-        ended = self._by_row(one for one in self._cached.values() if one.ended)
-        if not ended:
-            return
-        for one in ended:
-            # NaN must not reach the next in the row; of a cancelled one it is not known.
-            self._cache.free(one.number, zero=one.finish_reason not in ("stop", "length"))
-            del self._cached[one.number]
-        if self._prefill is not None:
-            self._prefill = self._prefill.without({one.number for one in ended})
-        self.batch_version += 1
+        """Frees rows and blocks of sequences that have ended."""
+        for running in self._running:
+            ended = [one for one in running if one.ended]
+            for one in ended:
+                self._blocks.free(one.number)
+            if ended:
+                running[:] = [one for one in running if not one.ended]
+                self.batch_version += 1
 
     def drop_cancelled(self) -> None:
         """Forgets sequences that were cancelled, waiting or not."""
         self._waiting = deque(one for one in self._waiting if not one.ended)
         self.release_ended()
 
-    def _running(self) -> list[SequenceState]:
-        """The sequences that a decode step gives a token to, in the order of their rows."""
-        prefill = set(self._prefill.sequences.values()) if self._prefill else ()
-        return self._by_row(s for s in self._cached.values() if s.tokens and s not in prefill)
+    def extend(self, sequence: SequenceState, length: int) -> bool:
+        """Gives a sequence blocks for more positions, such as those of drafts, if there are any."""
+        return self._blocks.extend(sequence.number, length)
 
-    def _by_row(self, sequences: Iterable[SequenceState]) -> list[SequenceState]:
-        return sorted(sequences, key=lambda one: self._cache.row(one.number))
+    def _all_running(self) -> list[SequenceState]:
+        return sorted((one for _, _, one in self.rows()), key=lambda one: one.number)
 
-    def _make_room(self) -> None:
-        if not self._waiting:
-            return
-        needed = self._limits.positions_to_begin
-        first = self._waiting[0]
-        positions = needed(first) if self._cached else max(map(needed, self._waiting))
-        if self._cache.make_room(len(self._waiting), positions):
-            self.batch_version += 1
+    def _make_room_to_decode(self, part: int) -> None:
+        """Gives each sequence a block for its newest token, the newest sequences' if need be."""
+        running, served = self._running[part], 0
+        while served < len(running):
+            one = running[served]
+            if self._blocks.extend(one.number, one.length):
+                served += 1
+            else:
+                self._preempt(running.pop())
 
-    def _begin_prefill(self) -> Prefill | None:
-        """Places those that wait longest, one on each part of the batch."""
-        begun: dict[int, SequenceState] = {}
-        for part in range(self._parts):
-            if not self._waiting:
-                break
-            first = self._waiting[0]
-            positions = self._limits.positions_to_begin(first)
-            if self._cache.allocate(first.number, positions, part):
-                self._waiting.popleft()
-                first.timer.begin()
-                self._cached[first.number] = begun[part] = first
-        if not begun:
-            return None
-        longest = max(one.length for one in begun.values())
-        return Prefill(begun, self._limits.chunks(longest))
-
-    def _make_room_for_answers(self, running: list[SequenceState]) -> None:
-        """Extends the cache for the answers; those that memory has no room for wait again."""
-        full = [one for one in running if not self._cache.has_position(one.position)]
-        if not full:
-            return
+    def _preempt(self, one: SequenceState) -> None:
+        """Lets a sequence that has lost its row wait again, before all others."""
+        self._blocks.free(one.number)
+        one.computed = 0
+        self._waiting.appendleft(one)
         self.batch_version += 1
-        if self._cache.extend(max(len(s.request.prompt_tokens) + s.limit for s in full)):
-            return
-        for one in full:
-            self._cache.free(one.number, zero=False)
-            del self._cached[one.number]
-        self._waiting.extendleft(sorted(full, key=lambda one: one.number, reverse=True))
+        self.preemptions += 1
+
+    def _begin_next(self, left: list[int]) -> tuple[int, SequenceState] | None:
+        """Gives the sequence that has waited longest a row; None where there is none for it."""
+        parts = [
+            part
+            for part, running in enumerate(self._running)
+            if left[part] > 0 and len(running) < self._most_rows
+        ]
+        if not self._waiting or not parts:
+            return None
+        one = self._waiting[0]
+        # A block for the next token of all, so that it need not give way at once.
+        reserve = max(map(len, self._running))
+        placed = self._blocks.begin(
+            one.number,
+            one.token_ids,
+            one.salt,
+            reserve,
+            use_cached=one.prompt_logprobs is None,  # These follow from all of the prompt.
+            parts=parts,
+        )
+        if placed is None:
+            return None
+        self._waiting.popleft()
+        one.begin(placed.cached_tokens)
+        self._running[placed.part].append(one)
+        self.batch_version += 1
+        return placed.part, one
+
+    def _chunk(self, one: SequenceState, most: int) -> Chunk:
+        """The next tokens of a sequence, which count as computed from now on."""
+        start, count = one.computed, min(most, one.length - one.computed)
+        one.computed = start + count
+        self._blocks.computed(one.number, one.token_ids, one.computed)
+        return Chunk(one, 0, start, count)
+
+    def _plan(self, chunks: dict[int, Chunk]) -> StepPlan:
+        plan = StepPlan([[] for _ in self._running], most_rows=self._most_rows)
+        plan.rows = max(map(len, self._running))
+        for part, row, one in self.rows():
+            if (chunk := chunks.get(one.number)) is not None:
+                chunk.row = row
+                plan.chunks[part].append(chunk)
+                plan.prefills |= chunk.count > 1
+        return plan

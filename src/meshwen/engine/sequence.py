@@ -25,6 +25,8 @@ class SequenceState:
         on_event: called with each token.
         text: the answer's.
         constraints: on its tokens; None where every token may come.
+        salt: what prefixes are told apart by beside their tokens.
+        token_ids: prompt and answer so far.
         tokens: the answer so far.
         logprobs: of these, where they were asked for.
         top_logprobs: the likeliest tokens in their places, where they were asked for.
@@ -32,6 +34,8 @@ class SequenceState:
         finish_reason: why it has ended; None while it has not.
         cancelled: nobody wants more of it; any thread may set this.
         timer: when it was submitted, began and had its first token.
+        computed: of its first tokens those that are in the cache, or will be after this step.
+        cached_tokens: of the prompt's those that were in the cache when it began.
     """
 
     number: int
@@ -41,16 +45,20 @@ class SequenceState:
     on_event: Callable[[Event], None]
     text: AnswerText
     constraints: TokenConstraints | None = None
+    salt: bytes = b""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     timer: RequestTimer = field(default_factory=RequestTimer)
+    computed: int = 0
+    cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begins what the request asks for."""
+        """Begins with the prompt, and with what the request asks for."""
+        self.token_ids: list[int] = [*self.request.prompt_tokens, *self.tokens]
         self.prompt_logprobs = PromptLogprobs.of(self.request)
 
     @property
@@ -61,21 +69,24 @@ class SequenceState:
     @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
-        return len(self.request.prompt_tokens) + len(self.tokens)
+        return len(self.token_ids)
 
     @property
     def position(self) -> int:
         """Of the newest token, which is not in the cache yet."""
         return self.length - 1
 
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Prompt and answer."""
-        return (*self.request.prompt_tokens, *self.tokens)
+    def begin(self, cached: int) -> None:
+        """It has a row, and blocks in which its first tokens are cached."""
+        if self.timer.waits:
+            self.cached_tokens = cached
+        self.timer.begin()
+        self.computed = cached
 
     def append(self, token: int, logprob: float | None, top: TopLogprobs | None = None) -> None:
         """Takes the next token, and log-probabilities where they were asked for."""
         self.tokens.append(token)
+        self.token_ids.append(token)
         if self.constraints is not None:
             self.constraints.push(token)
         if logprob is not None:

@@ -9,7 +9,7 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from meshwen.engine.batch_sampler import BatchSampler
 from meshwen.engine.drafter import MOST_DRAFTS, Drafter
@@ -34,44 +34,29 @@ class Speculation:
         self._sequences: dict[int, SequenceState] = {}  # That were proposed for.
 
     def drafts(
-        self,
-        sequences: Mapping[int, SequenceState],
-        batch_size: int,
-        has_position: Callable[[int], bool],
-        sampler: BatchSampler,
+        self, sequences: Mapping[int, SequenceState], batch_size: int, sampler: BatchSampler
     ) -> dict[int, Sequence[int]]:
         """Drafts for a decode step, by row; empty where it should have none.
 
         Args:
             sequences: those of the step, by row.
             batch_size: rows that the step computes, used or not.
-            has_position: whether the cache has room for a token at a position.
             sampler: that of the step.
         """
-        if not self._useful(sequences, batch_size, has_position, sampler):
+        if not self._useful(batch_size, sampler):
             return {}
         self._sequences |= {one.number: one for one in sequences.values()}
         proposed = self._drafter.propose(sequences, self.num_tokens)
         return {row: drafts for row, drafts in proposed.items() if len(drafts)}
 
-    def _useful(
-        self,
-        sequences: Mapping[int, SequenceState],
-        batch_size: int,
-        has_position: Callable[[int], bool],
-        sampler: BatchSampler,
-    ) -> bool:
+    def _useful(self, batch_size: int, sampler: BatchSampler) -> bool:
         """Whether a step may have drafts: all the reasons against them."""
         if not self.num_tokens:
             return False
         # Each draft would need masks of its own.
         if sampler.method.penalize or sampler.constrained:
             return False
-        if batch_size * (1 + self.num_tokens) > _MOST_TOKENS:
-            return False
-        # A step writes equally many tokens to every row, which has to have room for them.
-        last = max((one.position for one in sequences.values()), default=0) + self.num_tokens
-        return has_position(last)
+        return batch_size * (1 + self.num_tokens) <= _MOST_TOKENS
 
     def accept(self, sequence: SequenceState, drafts: Sequence[int], sampled: Sequence[int]) -> int:
         """How many of a sequence's drafts are right; the drafter learns it too.

@@ -16,6 +16,7 @@ from meshwen.engine import steps
 from meshwen.handoff.plain import Plain, plain_cache, typed_cache, typed_params
 from meshwen.handoff.portable import portable_ops
 from meshwen.models.parallel_model import ParallelModel
+from meshwen.ops.attention import RowTokens
 from meshwen.ops.operations import Ops
 from meshwen.weights.declaration import Params
 
@@ -41,7 +42,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class NativeSteps(Steps):
-    """What the engine runs, without its sampler."""
+    """What is the engine's but for its sampler and its cache, which is rows here."""
 
     def logits(self, params: Plain, input_ids: Int[Array, "B T"]) -> Float32[Array, "B T V"]:
         """Logits of whole sequences."""
@@ -57,10 +58,8 @@ class NativeSteps(Steps):
     ) -> tuple[Array, Plain]:
         """What follows prompts of some lengths, and the cache with them from position 0 on."""
         weights, ids = typed_params(params, self.model.weights), input_ids.astype(jnp.int32)
-        start, last = jnp.zeros(len(ids), jnp.int32), lengths.astype(jnp.int32) - 1
-        x, written = self.model.hidden_states(
-            weights, ids, start, typed_cache(cache), ids.shape[1], last=last
-        )
+        tokens, last = _from_the_first(ids), lengths.astype(jnp.int32) - 1
+        x, written = self.model.hidden_states(weights, ids, tokens, typed_cache(cache), last=last)
         return self.output(weights, _only(x), self.model.ops), plain_cache(written)
 
     def decode(
@@ -72,9 +71,10 @@ class NativeSteps(Steps):
     ) -> tuple[Array, Plain]:
         """What follows each sequence's token at its position, and the cache with these tokens."""
         weights, ids = typed_params(params, self.model.weights), input_ids.astype(jnp.int32)
-        x, written = steps.decode_hidden_states(
-            weights, typed_cache(cache), ids, positions.astype(jnp.int32), model=self.model
-        )
+        held = typed_cache(cache)
+        length = held[0].length(self.model.backend.cache_layout)
+        tokens = RowTokens(positions.astype(jnp.int32), 1, length)
+        x, written = self.model.hidden_states(weights, ids, tokens, held)
         return self.output(weights, _only(x), self.model.ops), plain_cache(written)
 
 
@@ -94,8 +94,7 @@ class PortableSteps(Steps):
         """Logits of whole sequences."""
         ops = portable_ops(self.model.ops, device, composites=self.composites)
         weights, ids = typed_params(params, self.model.weights), input_ids.astype(jnp.int32)
-        start = jnp.zeros(len(ids), jnp.int32)
-        x, _ = self.model.hidden_states(weights, ids, start, None, ids.shape[1], ops=ops)
+        x, _ = self.model.hidden_states(weights, ids, _from_the_first(ids), None, ops=ops)
         return self.model.architecture.logits(weights, x, ops)
 
     def prefill(
@@ -138,12 +137,16 @@ class PortableSteps(Steps):
         ops = portable_ops(self.model.ops, device, positions, composites=self.composites)
         weights, ids = typed_params(params, self.model.weights), input_ids.astype(jnp.int32)
         start = jnp.broadcast_to(positions[:1], ids.shape[:1])
-        x, written = self.model.hidden_states(
-            weights, ids, start, typed_cache(cache), length, ops=ops
-        )
+        tokens = RowTokens(start, ids.shape[1], length)
+        x, written = self.model.hidden_states(weights, ids, tokens, typed_cache(cache), ops=ops)
         if last is not None:
             x = jnp.take(x, last.astype(jnp.int32), axis=1)
         return self.output(weights, _only(x), ops), plain_cache(written)
+
+
+def _from_the_first(ids: Int32[Array, "B T"]) -> RowTokens:
+    """Whole sequences, to which all there is to attend to are they themselves."""
+    return RowTokens(jnp.zeros(len(ids), jnp.int32), ids.shape[1], ids.shape[1])
 
 
 def greedy(logits: Float32[Array, "B V"], vocab_size: int, ops: Ops) -> Int32[Array, " B"]:

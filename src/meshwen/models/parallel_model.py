@@ -11,16 +11,16 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from meshwen.cache.kv_cache import (
-    AnyCache,
     KVCache,
     cache_bytes_per_token,
     cache_shapes,
-    empty_cache,
+    empty_blocks,
 )
 from meshwen.common.choices import NUMERICS, QUANTIZATIONS, Quantization, check_choice
 from meshwen.common.choices import Numerics as NumericsName
 from meshwen.models.config import ModelConfig
 from meshwen.models.registry import Architecture, architecture
+from meshwen.ops.attention import RowTokens
 from meshwen.ops.backend import Backend, CompilerOptions
 from meshwen.ops.backends import backend_of
 from meshwen.ops.cache_layout import CacheLayout
@@ -28,6 +28,7 @@ from meshwen.ops.numerics.base import Numerics
 from meshwen.ops.numerics.exact import Exact
 from meshwen.ops.numerics.fast import Fast
 from meshwen.ops.operations import Ops
+from meshwen.ops.paged import PagedTokens
 from meshwen.parallel.collectives import Collectives
 from meshwen.parallel.plan import ParallelPlan
 from meshwen.weights.declaration import Params
@@ -114,19 +115,18 @@ class ParallelModel:
         self,
         params: Params,
         token_ids: Array,
-        start: Array,
-        cache: tuple[AnyCache, ...] | None,
-        length: int,
+        tokens: RowTokens | PagedTokens,
+        cache: KVCache | None,
         *,
         last: Array | None = None,
         ops: Ops | None = None,
-    ) -> tuple[Array, tuple[AnyCache, ...]]:
+    ) -> tuple[Array, KVCache]:
         """The final hidden states, and the cache: see `meshwen.models.decoder.hidden_states`.
 
         For each device, under `shard_map`; `ops` take the place of the model's own.
         """
         return self.architecture.hidden_states(
-            params, token_ids, start, cache, length, self.config, ops or self.ops, last=last
+            params, token_ids, tokens, cache, self.config, ops or self.ops, last=last
         )
 
     def logits(self, params: Params, x: Array) -> Array:
@@ -134,7 +134,7 @@ class ParallelModel:
         return self.architecture.logits(params, x, self.ops)
 
     def cache_shapes(self, batch: int, length: int, layout: CacheLayout | None = None) -> KVCache:
-        """Shapes, dtypes and shardings of a cache: see `empty_cache`.
+        """Shapes, dtypes and shardings of a cache: see `meshwen.cache.kv_cache`.
 
         Args:
             batch: sequences.
@@ -144,9 +144,19 @@ class ParallelModel:
         layers, layout = self.config.num_hidden_layers, layout or self.backend.cache_layout
         return cache_shapes(self.plan, layout, layers, batch, length, self.dtype)
 
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache of `length` positions for `batch` sequences (a multiple of the data devices)."""
-        return empty_cache(self.cache_shapes(batch, length))
+    def empty_blocks(self, count: int) -> KVCache:
+        """A cache of so many KV blocks on each part of the batch, which nothing is written to."""
+        backend, layers = self.backend, self.config.num_hidden_layers
+        shapes = cache_shapes(
+            self.plan,
+            backend.cache_layout,
+            layers,
+            count * self.plan.data_devices,
+            backend.block_size,
+            self.dtype,
+            head_dim=backend.block_head_dim(self.config.head_dim),
+        )
+        return empty_blocks(shapes, backend)
 
     @property
     def token_bytes(self) -> int:
@@ -155,8 +165,9 @@ class ParallelModel:
 
     def cache_bytes_per_token(self, heads: int) -> int:
         """Bytes of cache that one token takes for `heads` key/value heads."""
-        c = self.config
-        return cache_bytes_per_token(c.num_hidden_layers, heads, c.head_dim, self.dtype)
+        layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
+        held = self.backend.block_head_dim(head_dim)
+        return cache_bytes_per_token(layers, heads, held, self.dtype)
 
     @property
     def matmuls_by(self) -> str:

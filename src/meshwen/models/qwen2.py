@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
-from meshwen.cache.kv_cache import AnyCache
+from meshwen.cache.kv_cache import LayerCache
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
 from meshwen.models.decoder import Context, attend, queries_keys_values
@@ -56,32 +56,31 @@ def weights(config: Qwen2Config) -> tuple[WeightDeclaration, ...]:
 
 def attention(
     weights: Params,
-    x: Float32[Array, "B T D"],
+    x: Float32[Array, "*tokens D"],
     context: Context,
-    cache: AnyCache | None,
+    cache: LayerCache | None,
     last: Int32[Array, " B"] | None,
     config: Qwen2Config,
     ops: Ops,
-) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
+) -> tuple[Float32[Array, "*asked D"], LayerCache | None]:
     """Self-attention; see `Attention`."""
-    q, k, v = queries_keys_values(weights, x, last, config.head_dim, ops)
+    asked = context.selected(x, last)
+    q, k, v = queries_keys_values(weights, x, asked, config.head_dim, ops)
     q, k = rotate(q, context.at(last).rotary, ops), rotate(k, context.rotary, ops)
     k = k - mean_key(weights["k_proj"]["bias"].array, config, ops)
     y, cache = attend(q, k, v, context, cache, ops, weights["k_proj"]["weight"].dtype, last)
     return ops.row(y, weights["o_proj"]), cache
 
 
-def mean_key(
-    bias: Float[Array, " heads"], config: Qwen2Config, ops: Ops
-) -> Float32[Array, "1 K 1 H"]:
+def mean_key(bias: Float[Array, " heads"], config: Qwen2Config, ops: Ops) -> Float32[Array, "K H"]:
     """What the bias of K*H numbers adds to all keys alike: the mean over positions of it, rotated.
 
     Softmax does not see a vector that is subtracted from all keys: it moves all scores of a query
     by one number. Qwen2.5's key biases are so large (a norm of 278 in the 0.5B), in the slowest
     rotary pairs, that rounding keys with them to bfloat16 would move scores by whole units.
     """
-    heads = bias.astype(jnp.float32).reshape(1, -1, 1, config.head_dim)
-    cos, sin = (jnp.asarray(part).reshape(1, 1, 1, -1) for part in mean_rotation(config))
+    heads = bias.astype(jnp.float32).reshape(-1, config.head_dim)
+    cos, sin = (jnp.asarray(part)[None] for part in mean_rotation(config))
     return rotate(heads, Rotary(cos, sin), ops)
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from jax import Array
 from jaxtyping import Float32, Int32
 
-from meshwen.cache.kv_cache import AnyCache
+from meshwen.cache.kv_cache import LayerCache
 from meshwen.errors import MeshwenError
 from meshwen.models import decoder
 from meshwen.models.config import ModelConfig
@@ -64,15 +64,16 @@ def weights(config: Qwen3Config) -> tuple[WeightDeclaration, ...]:
 
 def attention(
     weights: Params,
-    x: Float32[Array, "B T D"],
+    x: Float32[Array, "*tokens D"],
     context: Context,
-    cache: AnyCache | None,
+    cache: LayerCache | None,
     last: Int32[Array, " B"] | None,
     config: Qwen3Config,
     ops: Ops,
-) -> tuple[Float32[Array, "B t D"], AnyCache | None]:
+) -> tuple[Float32[Array, "*asked D"], LayerCache | None]:
     """Self-attention; see `Attention`."""
-    q, k, v = queries_keys_values(weights, x, last, config.head_dim, ops)
+    asked = context.selected(x, last)
+    q, k, v = queries_keys_values(weights, x, asked, config.head_dim, ops)
     q = ops.rms_norm(q, weights["q_norm"], config.rms_norm_eps)
     k = ops.rms_norm(k, weights["k_norm"], config.rms_norm_eps)
     q, k = rotate(q, context.at(last).rotary, ops), rotate(k, context.rotary, ops)

@@ -18,8 +18,10 @@ from meshwen.models.config_json import config_file, folder_name, named_architect
 if TYPE_CHECKING:
     from jax import Array
 
-    from meshwen.cache.kv_cache import AnyCache
+    from meshwen.cache.kv_cache import KVCache
+    from meshwen.ops.attention import RowTokens
     from meshwen.ops.operations import Ops
+    from meshwen.ops.paged import PagedTokens
     from meshwen.weights.declaration import Params, WeightDeclaration
 
 # `model_type` of a config.json, and the name of the module.
@@ -41,14 +43,13 @@ class Architecture(Protocol):
         self,
         params: Params,
         token_ids: Array,
-        start: Array,
-        cache: tuple[AnyCache, ...] | None,
-        length: int,
+        tokens: RowTokens | PagedTokens,
+        cache: KVCache | None,
         config: Any,
         ops: Ops,
         *,
         last: Array | None = None,
-    ) -> tuple[Array, tuple[AnyCache, ...]]:
+    ) -> tuple[Array, KVCache]:
         """The final hidden states, and the cache: see `meshwen.models.decoder.hidden_states`."""
 
     def logits(self, params: Params, x: Array, ops: Ops) -> Array:

@@ -17,6 +17,26 @@ from meshwen.ops.dot import dot
 from meshwen.ops.ordered import OrderedSums
 
 
+@dataclass(frozen=True)
+class RowTokens:
+    """Tokens that follow one another in the rows of a batch; their keys are in rows, too.
+
+    Attributes:
+        start: int32 [B], the position of each row's first token.
+        count: T, tokens of a row. Padding stands behind them, where none of them attends to it.
+        length: S, the positions from 0 on that they may attend to: of the cache, or all T.
+    """
+
+    start: Array
+    count: int
+    length: int
+
+    @property
+    def positions(self) -> Int32[Array, "B T"]:
+        """Of the tokens."""
+        return self.start[:, None] + jnp.arange(self.count)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("start", "window", "array"),
@@ -48,7 +68,7 @@ class CausalMask:
 
 
 def causal_mask(
-    positions: Int[Array, "B T"], window: int, length: int
+    positions: Int[Array, "B T"], window: int | Array, length: int
 ) -> Bool[Array, "B T {length}"]:
     """Whether a token attends to the key at each position from 0 to `length` - 1."""
     query, key = positions[:, :, None], jnp.arange(length)

@@ -18,11 +18,14 @@ from jaxtyping import Float, Float32, Int, Integer, Num, Shaped
 
 from meshwen.common.choices import Quantization, check_choice
 from meshwen.ops import ordered as in_order
+from meshwen.ops import paged
 from meshwen.ops.attention import CausalMask, causal_mask, softmax_attention
 from meshwen.ops.cache_layout import CacheLayout, HeldKeysValues
 from meshwen.ops.dot import dot
 from meshwen.ops.formats import Format, Leaf, multiplied
+from meshwen.ops.paged import PagedMask
 from meshwen.ops.quant.int8 import INT8
+from meshwen.runtime.shape_buckets import shape_bucket
 
 CompilerOptions = dict[str, str | bool]
 XLA = "xla"
@@ -33,8 +36,8 @@ class Backend:
     """XLA on any device; static, as programs are compiled for it."""
 
     cache_layout: ClassVar[CacheLayout] = CacheLayout()
-    # Whether attention writes its scores, float32 [heads, tokens, positions], to memory.
-    stores_scores: ClassVar[bool] = True
+    # Positions of a KV block.
+    block_size: ClassVar[int] = 32
     # How matrices are stored, by the word of `--quantization`; None: as arrays [in, out].
     formats: ClassVar[Mapping[Quantization | None, Format | None]] = {None: None, "int8": INT8}
     # Compiled programs that are kept.
@@ -134,18 +137,74 @@ class Backend:
         sums = self if ordered else None
         return softmax_attention(q, keys, values, mask.array, self.cache_layout, exp, sums)
 
+    def attend_blocks(
+        self,
+        q: Float32[Array, "N heads H"],
+        keys: Float[Array, "_ _ _ _"],
+        values: Float[Array, "_ _ _ _"],
+        mask: PagedMask,
+        exp: Callable[[Array], Array],
+        *,
+        ordered: bool = False,
+    ) -> Float32[Array, "N heads H"]:
+        """The same of tokens whose keys and values, their own included, are in KV blocks.
+
+        Args:
+            q: of the heads of this device, divided by sqrt(H).
+            keys, values: the blocks.
+            mask: where the tokens are, and to which keys they attend.
+            exp: as in `attend`.
+            ordered: as in `matmul`.
+        """
+        sums = self if ordered else None
+        return paged.attention(q, keys, values, mask, self.mask, self.cache_layout, exp, sums)
+
+    def write_blocks(
+        self,
+        blocks: tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]],
+        new: tuple[Float[Array, "N K H"], Float[Array, "N K H"]],
+        slots: Int[Array, " N"],
+    ) -> tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]]:
+        """KV blocks, keys and values, with those of tokens, of the same dtype, at their places.
+
+        Args:
+            blocks: keys and values.
+            new: the tokens'.
+            slots: see `meshwen.ops.paged.PagedTokens`.
+        """
+        layout = self.cache_layout
+        keys = paged.written(blocks[0], new[0], slots, layout.keys)
+        return keys, paged.written(blocks[1], new[1], slots, layout.values)
+
+    def block_head_dim(self, head_dim: int) -> int:
+        """H of KV blocks, of at least the model's: what is behind that is of no account."""
+        return head_dim
+
+    def copy_blocks(
+        self,
+        blocks: Shaped[Array, "_ _ _ _"],
+        source: Int[Array, " n"],
+        destination: Int[Array, " n"],
+    ) -> Shaped[Array, "_ _ _ _"]:
+        """Blocks of which some are copies of others."""
+        return blocks.at[destination].set(blocks[source])
+
+    def empty_blocks(self, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        """KV blocks that nothing has been written to: of any numbers, NaN too."""
+        return jnp.zeros(shape, dtype)
+
     def mask(
         self, positions: Int[Array, "B T"], window: int, length: int
     ) -> Shaped[Array, "B T {length}"] | None:
         """What `attend` reads as `CausalMask.array`: here whether a token attends to a key."""
         return causal_mask(positions, window, length)
 
-    def positions_read(self, needed: int, held: int) -> int:
-        """How many positions of a cache a program reads that needs some of those held.
+    def table_width(self, needed: int, most: int) -> int:
+        """How many blocks a program's block tables have that needs some of at most so many.
 
-        XLA reads as many as its arrays have, so programs are compiled for what they need.
+        XLA gathers whole tables, so programs are compiled for what they need.
         """
-        return needed
+        return min(shape_bucket(needed, smallest=1), most)
 
     def write(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
         """The cache with `new` from position start[b] of `axis` on, in each row b.
@@ -161,12 +220,6 @@ class Backend:
             return lax.dynamic_update_slice_in_dim(row, update, at, axis)
 
         return jax.vmap(put)(cache, new, start)
-
-    def write_slice(self, cache: Array, new: Array, at: list[Array], write: Array | None) -> Array:
-        """The cache with `new`, of the same dtype, at some indices; where `write` is not false."""
-        if write is not None:
-            new = jnp.where(write, new, lax.dynamic_slice(cache, at, new.shape))
-        return lax.dynamic_update_slice(cache, new, at)
 
     def largest(self, x: Num[Array, "B N"]) -> tuple[Num[Array, "B 1"], Integer[Array, "B 1"]]:
         """The largest of each row, of equals the first: its value and its place."""

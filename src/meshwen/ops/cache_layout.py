@@ -13,8 +13,8 @@ from jax import Array
 class CacheLayout:
     """In which order arrays of the KV cache have their axes.
 
-    B sequences, K key/value heads, S positions, H head_dim. B comes first and K at the same place
-    in both.
+    B sequences, K key/value heads, S positions, H head_dim; of KV blocks, B blocks of S positions.
+    B comes first and K at the same place in both.
     """
 
     keys: str = "BSKH"
@@ -30,17 +30,10 @@ class CacheLayout:
 
 @runtime_checkable  # For checks of shapes.
 class HeldKeysValues(Protocol):
-    """Keys and values of one layer, wherever a cache holds them: what `Backend.attend` reads.
-
-    XLA's attention takes them as arrays, one row a sequence; a kernel takes what is in memory, and
-    where in it each sequence is.
-    """
+    """Keys and values of one layer in rows, one a sequence: what `Backend.attend` reads."""
 
     def first(self, length: int, layout: CacheLayout) -> tuple[Array, Array]:
         """Keys and values of the first positions, [B, ...] in the order of `layout`."""
-
-    def located(self) -> tuple[Array, Array, Array]:
-        """Keys and values in memory, [C, ...], and the rows of these: int32 [B]."""
 
 
 def axes_in_order(x: Array, axes: str, order: str) -> Array:

@@ -30,6 +30,7 @@ from meshwen.ops.backend import Backend
 from meshwen.ops.cache_layout import HeldKeysValues
 from meshwen.ops.numerics.base import Numerics
 from meshwen.ops.numerics.fast import Fast
+from meshwen.ops.paged import PagedMask
 from meshwen.ops.weight import Weight
 from meshwen.parallel.collectives import Collectives
 
@@ -88,6 +89,18 @@ class Ops:
         """Attention of this device's heads: see `Backend.attend`."""
         exp = partial(self.numerics.pointwise, jnp.exp)
         return self.backend.attend(q, held, mask, exp, ordered=self.numerics.ordered)
+
+    def attend_blocks(
+        self,
+        q: Float32[Array, "N heads H"],
+        keys: Float[Array, "_ _ _ _"],
+        values: Float[Array, "_ _ _ _"],
+        mask: PagedMask,
+    ) -> Float32[Array, "N heads H"]:
+        """Attention to KV blocks: see `Backend.attend_blocks`."""
+        exp = partial(self.numerics.pointwise, jnp.exp)
+        ordered = self.numerics.ordered
+        return self.backend.attend_blocks(q, keys, values, mask, exp, ordered=ordered)
 
     def rms_norm(
         self, x: Float32[Array, "*rows D"], layer: Linear, eps: float

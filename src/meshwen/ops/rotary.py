@@ -17,12 +17,12 @@ from meshwen.ops.operations import Ops
 class Rotary(NamedTuple):
     """Cosines and sines of rotary angles, of half of a head's dimensions."""
 
-    cos: Float32[Array, "B 1 T pairs"]
-    sin: Float32[Array, "B 1 T pairs"]
+    cos: Float32[Array, "*tokens 1 pairs"]
+    sin: Float32[Array, "*tokens 1 pairs"]
 
 
 def rotary_tables(
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "*tokens"],
     frequencies: Float32[np.ndarray, " pairs"],
     factor: float,
     ops: Ops,
@@ -35,14 +35,16 @@ def rotary_tables(
         factor: what cosines and sines are multiplied with.
         ops: the operations.
     """
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     (angles,) = ops.numerics.rounded((angles,))
     cos, sin = (ops.numerics.pointwise(f, angles) for f in (jnp.cos, jnp.sin))
     # Without the barrier XLA computes them anew in every layer, where they are used.
     return Rotary(*jax.lax.optimization_barrier((cos * factor, sin * factor)))
 
 
-def rotate(x: Float32[Array, "B N T H"], rotary: Rotary, ops: Ops) -> Float32[Array, "B N T H"]:
+def rotate(
+    x: Float32[Array, "*tokens N H"], rotary: Rotary, ops: Ops
+) -> Float32[Array, "*tokens N H"]:
     """Turns a head's dimensions; dimension i pairs with i + H/2."""
     first, second = jnp.split(x, 2, axis=-1)
     products = first * rotary.cos, second * rotary.sin, second * rotary.cos, first * rotary.sin

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -16,11 +15,12 @@ from meshwen.engine import steps
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.step_inputs import StepInputs, in_parts, step_inputs, tables_in_order
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.parallel.distributed import gathered, to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.parallel.plan import ParallelPlan
-from meshwen.runtime.jax_settings import Jitted
+from meshwen.runtime.shape_buckets import step_bucket
 from meshwen.verify.workload import Workload
 from meshwen.weights.declaration import Params
 
@@ -51,22 +51,14 @@ class MeshRun:
     def __init__(self, model: ParallelModel, params: Params, workload: Workload):
         self.runner, plan = ModelRunner(model, params), model.plan
         self.workload = workload
+        self._blocks = -(-workload.length // model.backend.block_size)  # of a sequence
+        self._tables = tables_in_order(plan.data_devices, self._rows_a_part, self._blocks)
         self._vocab = model.config.vocab_size
         greedy = [SamplingParams()] * workload.rows
         self._method = SamplingMethod.of(greedy, self._vocab)
-        self._rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
+        self._sampler_rows = jax.tree.map(np.asarray, SamplerRows.of(greedy))
         self._decode = self._compiled_decode()
         self._head = self.runner.compiled(steps.head_step, ("batch embed",), "batch vocab")
-        self._in_rows = Jitted(
-            lambda found: jnp.stack(found, axis=1).reshape(workload.rows, -1),
-            out_shardings=plan.sharding("batch", "embed"),
-        )
-        self._decode_logits = self.runner.compiled(
-            steps.decode_logits_step,
-            (self.runner.cache_axes, "batch", "batch"),
-            ("batch length vocab", self.runner.cache_axes),
-            donate=(1,),
-        )
 
     @property
     def plan(self) -> ParallelPlan:
@@ -136,55 +128,55 @@ class MeshRun:
 
     def _cached(self) -> np.ndarray:
         """Logits with a cache: float32 [rows, steps, V]."""
-        hidden, cache = self._prefill()
         params, fed, lengths = self.runner.params, self.workload.fed(), self.workload.lengths
-        found = [self._head(params, hidden)]
-        for step in range(self.workload.steps - 1):
-            out, cache = self._decode_logits(params, cache, fed[:, step, None], lengths + step)
-            found.append(out[:, 0])
+        inputs, cache, found = self._prompts(), self._empty_cache(), []
+        for step in range(self.workload.steps):
+            hidden, cache = self.runner.forward(cache, inputs, inputs.asked)
+            found.append(self._head(params, hidden))
             found[-1].block_until_ready()
+            inputs = self._one_each(fed[:, step], lengths + step)
         return np.stack([to_host(out)[:, : self._vocab] for out in found], axis=1)
 
     def _greedy(self, fed: np.ndarray | None) -> np.ndarray:
         """The sampler's tokens: int32 [rows, steps], fed with others' or (None) with its own."""
-        hidden, cache = self._prefill()
-        params, lengths = self.runner.params, self.workload.lengths
-        sampled = self.runner.first(hidden, lengths, self._rows, None, self._method)
+        params, lengths, rows = self.runner.params, self.workload.lengths, self._sampler_rows
+        sampled, _, cache = self.runner.step(
+            self._empty_cache(), self._prompts(), rows, None, self._method
+        )
         found = [to_host(sampled.tokens)]
         for step in range(self.workload.steps - 1):
             tokens = found[-1] if fed is None else fed[:, step]
-            sampled, _, cache = self._decode(
-                params, cache, tokens[:, None], lengths + step, self._rows, None
-            )
-            found.append(to_host(sampled.tokens)[:, 0])
+            inputs = self._one_each(tokens, lengths + step)
+            sampled, _, cache = self._decode(params, cache, *inputs, rows, None)
+            found.append(to_host(sampled.tokens))
         return np.stack(found, axis=1)
 
-    def _prefill(self) -> tuple[Array, KVCache]:
-        w, parts, cache = self.workload, self.plan.data_devices, self._empty_cache()
-        prompts, lengths = (
-            a.reshape(parts, -1, *a.shape[1:]) for a in (w.prompt_rows(), w.lengths)
-        )
-        found = []
-        for row in range(w.rows // parts):  # As the engine does: one on each part of the batch.
-            hidden, cache = self.runner.prefill(
-                cache,
-                self.runner.empty_hidden(parts),
-                prompts[:, row],
-                np.full(parts, row, np.int32),
-                np.int32(0),
-                lengths[:, row],
-                w.prompt_length,
-            )
-            found.append(hidden)
-        return self._in_rows(found), cache
+    def _prompts(self) -> StepInputs:
+        """All prompts in one step."""
+        w = self.workload
+        prompts = [row[:length] for row, length in zip(w.prompt_rows(), w.lengths, strict=True)]
+        return self._inputs(prompts, np.zeros_like(w.lengths))
+
+    def _one_each(self, tokens: np.ndarray, positions: np.ndarray) -> StepInputs:
+        """A token of each sequence."""
+        return self._inputs(tokens[:, None], positions)
+
+    def _inputs(self, tokens: Any, starts: np.ndarray) -> StepInputs:
+        size, parts = self._rows_a_part, in_parts(tokens, starts, self.plan.data_devices)
+        most = max(sum(len(row.token_ids) for row in part) for part in parts)
+        return step_inputs(parts, size, size if most == size else step_bucket(most), self._tables)
+
+    @property
+    def _rows_a_part(self) -> int:
+        return self.workload.rows // self.plan.data_devices
 
     def _empty_cache(self) -> KVCache:
-        return self.runner.empty_cache(self.workload.rows, self.workload.length)
+        return self.runner.empty_blocks(1 + self._rows_a_part * self._blocks)
 
     def _compiled_decode(self) -> jax.stages.Compiled:
         row = np.zeros(self.workload.rows, np.int32)
-        cache = self._empty_cache()
-        lowered: jax.stages.Lowered = self.runner.decode_program.lower(
-            self.runner.params, cache, row[:, None], row, self._rows, None, method=self._method
+        inputs, rows = self._one_each(row, row), self._sampler_rows
+        lowered: jax.stages.Lowered = self.runner.sampling_program.lower(
+            self.runner.params, self._empty_cache(), *inputs, rows, None, method=self._method
         )
         return lowered.compile()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from meshwen.models.parallel_model import ParallelModel
+from meshwen.ops.attention import RowTokens
 from meshwen.ops.operations import Linear, Ops
 from meshwen.ops.weight import Weight
 from meshwen.verify.operations import (
@@ -66,7 +67,7 @@ def recorded(
     # Without jit all layers are traced one by one, so that each records its own results.
     with jax.disable_jit():
         start, T = jnp.zeros(len(token_ids), jnp.int32), token_ids.shape[1]
-        x, _ = model.hidden_states(params, token_ids, start, None, T, ops=ops)
+        x, _ = model.hidden_states(params, token_ids, RowTokens(start, T, T), None, ops=ops)
     found = {**ops.recorded, LOGITS: model.logits(params, x)}
     missing = {EMBEDDING, *named, *ops.layer_outputs.values()} - set(found)
     assert not missing, f"not recorded: {', '.join(map(str, missing))}"

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Integer, Num
@@ -34,6 +34,8 @@ _YNNPACK_OPTIONS: CompilerOptions = {
 _BFLOAT16_ROWS = 8
 
 _LONGEST_BLOCK = 128  # of numbers, in the search for the largest
+
+Bfloat16s = TypeVar("Bfloat16s", Array, tuple[Array, Array])
 
 
 @dataclass(frozen=True)
@@ -88,29 +90,39 @@ class XlaOnCpu(Backend):
         return in_order.block_rows(dtype)
 
     def mask(
-        self, positions: Int[Array, "B T"], window: int, length: int
+        self, positions: Int[Array, "B T"], window: int | Array, length: int
     ) -> Float32[Array, "B T {length}"] | None:
         """A number to add: the softmax of 32 rows of 512 scores takes half the time (jax 0.10)."""
         seen, lowest = jnp.float32(0), jnp.float32(jnp.finfo(jnp.float32).min)
         return jnp.where(causal_mask(positions, window, length), seen, lowest)
 
     # XLA's CPU back end (jax 0.10) writes into a bfloat16 array by converting all of it to float32
-    # and back: integers of the same bits take less. One position is written by selection, which
-    # takes half to an eighth of an update's time, though it goes through all of the array.
+    # and back: integers of the same bits take less. One position of rows is written by selection,
+    # which takes half to an eighth of an update's time, though it goes through all of the array.
 
     def write(self, cache: Array, new: Array, start: Array, axis: int) -> Array:
         """See `Backend.write`."""
         if cache.dtype != jnp.bfloat16:
             return super().write(cache, new, start, axis)
         write = _select if new.shape[axis + 1] == 1 else super().write
-        return _as_integers(lambda cache, new: write(cache, new, start, axis), cache, new)
+        return _of_bits(write(_bits(cache), _bits(new), start, axis))
 
-    def write_slice(self, cache: Array, new: Array, at: list[Array], write: Array | None) -> Array:
-        """See `Backend.write_slice`."""
-        put = super().write_slice
-        if cache.dtype != jnp.bfloat16:
-            return put(cache, new, at, write)
-        return _as_integers(lambda cache, new: put(cache, new, at, write), cache, new)
+    def write_blocks(
+        self, blocks: tuple[Array, Array], new: tuple[Array, Array], slots: Int[Array, " N"]
+    ) -> tuple[Array, Array]:
+        """See `Backend.write_blocks`."""
+        if blocks[0].dtype != jnp.bfloat16:
+            return super().write_blocks(blocks, new, slots)
+        bits = super().write_blocks(_bits(blocks), _bits(new), slots)
+        return _of_bits(bits)
+
+    def copy_blocks(
+        self, blocks: Array, source: Int[Array, " n"], destination: Int[Array, " n"]
+    ) -> Array:
+        """See `Backend.copy_blocks`."""
+        if blocks.dtype != jnp.bfloat16:
+            return super().copy_blocks(blocks, source, destination)
+        return _of_bits(super().copy_blocks(_bits(blocks), source, destination))
 
     def largest(self, x: Num[Array, "B N"]) -> tuple[Num[Array, "B 1"], Integer[Array, "B 1"]]:
         """The largest of each row: the block that has it, then its place there.
@@ -141,7 +153,11 @@ def _select(cache: Array, new: Array, start: Array, axis: int) -> Array:
     return jnp.where(positions == start[:, None, None, None], new, cache)
 
 
-def _as_integers(write: Callable[[Array, Array], Array], cache: Array, new: Array) -> Array:
-    """What `write` gives, with integers of the same bits."""
-    cache_bits, new_bits = (lax.bitcast_convert_type(a, jnp.uint16) for a in (cache, new))
-    return lax.bitcast_convert_type(write(cache_bits, new_bits), cache.dtype)
+def _bits(arrays: Bfloat16s) -> Bfloat16s:
+    """bfloat16 numbers as integers of the same bits."""
+    return jax.tree.map(lambda a: lax.bitcast_convert_type(a, jnp.uint16), arrays)
+
+
+def _of_bits(arrays: Bfloat16s) -> Bfloat16s:
+    """The bfloat16 numbers of such integers."""
+    return jax.tree.map(lambda a: lax.bitcast_convert_type(a, jnp.bfloat16), arrays)

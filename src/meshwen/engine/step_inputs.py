@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a step as the arrays that programs take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class StepInputs(NamedTuple):
+    """A step's tokens as programs take them: of each of the P parts of the batch equally many.
+
+    Indices and block numbers are a part's own; axes say what one part has.
+    """
+
+    token_ids: np.ndarray  # int32 [P*N]
+    positions: np.ndarray  # int32 [P*N]
+    query_starts: np.ndarray  # int32 [P*(R+1)]
+    lengths: np.ndarray  # int32 [P*R]
+    tables: np.ndarray  # int32 [P*R, W]
+    asked: np.ndarray  # int32 [P*B], the tokens after which one is sampled; -1: none
+    sampler_rows: np.ndarray | None  # int32 [P*B], their sequences; None: each row's own, B = R
+
+
+class RowTokens(NamedTuple):
+    """Tokens of one sequence that follow one another.
+
+    Attributes:
+        row: of the sequence, in its part of the batch.
+        start: position of the first token.
+        token_ids: of the tokens.
+        samples: whether one is sampled after the last.
+    """
+
+    row: int
+    start: int
+    token_ids: Sequence[int]
+    samples: bool = True
+
+
+def step_inputs(
+    parts: Sequence[Sequence[RowTokens]],
+    rows: int,
+    count: int,
+    tables: np.ndarray,
+    *,
+    every: bool = False,
+) -> StepInputs:
+    """The arrays of a step.
+
+    Args:
+        parts: of the batch: what each computes, in the order of rows, a row once.
+        rows: R.
+        count: N, at least as many tokens as any part has.
+        tables: int32 [P*R, W], the rows' block tables.
+        every: sample after every token: B is N.
+    """
+    P = len(parts)
+    token_ids, positions = np.zeros((P, count), np.int32), np.zeros((P, count), np.int32)
+    counts, lengths = np.zeros((P, rows + 1), np.int32), np.zeros((P, rows), np.int32)
+    asked = np.full((P, count if every else rows), -1, np.int32)
+    sampler_rows = np.zeros((P, count), np.int32)
+    for part, some in enumerate(parts):
+        end = 0
+        for row, start, ids, samples in some:
+            first, end = end, end + len(ids)
+            token_ids[part, first:end] = ids
+            positions[part, first:end] = np.arange(start, start + len(ids))
+            counts[part, row + 1], lengths[part, row] = len(ids), start + len(ids)
+            sampler_rows[part, first:end] = row
+            if every:
+                asked[part, first:end] = np.arange(first, end)
+            elif samples:
+                asked[part, row] = end - 1
+    return StepInputs(
+        token_ids.reshape(-1),
+        positions.reshape(-1),
+        counts.cumsum(axis=1, dtype=np.int32).reshape(-1),
+        lengths.reshape(-1),
+        tables,
+        asked.reshape(-1),
+        sampler_rows.reshape(-1) if every else None,
+    )
+
+
+def in_parts(
+    tokens: Sequence[Sequence[int]] | np.ndarray, starts: np.ndarray, parts: int
+) -> list[list[RowTokens]]:
+    """Tokens of as many sequences as there are rows, equally many of each part of the batch."""
+    size = len(tokens) // parts
+    rows = [
+        RowTokens(i % size, int(start), ids)
+        for i, (ids, start) in enumerate(zip(tokens, starts, strict=True))
+    ]
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def tables_in_order(parts: int, rows: int, blocks: int) -> np.ndarray:
+    """Tables of sequences that have equally many blocks, from block 1 on: int32 [P*R, blocks]."""
+    own = 1 + np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+    return np.tile(own, (parts, 1))
