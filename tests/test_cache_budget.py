@@ -44,19 +44,19 @@ def test_the_longest_cache_is_the_largest_shape_bucket_that_fits():
 def test_more_tokens_than_the_context_of_the_model_are_refused():
     options = EngineOptions(max_model_len=ONE_LAYER.max_position_embeddings + 1)
     with pytest.raises(MeshwenError, match=r"max_model_len must be from 2 to .* context of 1100"):
-        options.cache_budget(shared_model(ONE_LAYER).runner.model)
+        options.cache_plan(shared_model(ONE_LAYER).runner.model)
 
 
 def test_a_mesh_without_devices_has_no_memory():
     model = EngineOptions().parallel_model(ONE_LAYER, AbstractMesh((2,), ("model",)))
     with pytest.raises(MeshwenError, match=r"no device is behind AbstractMesh\(.*give the model"):
-        EngineOptions().cache_budget(model)
+        EngineOptions().cache_plan(model)
 
 
 def test_a_budget_is_a_share_of_the_free_memory_in_rows_of_a_device(monkeypatch):
     monkeypatch.setattr("meshwen.runtime.memory._free_host_bytes", lambda: 10_000_000)
     options = EngineOptions(max_num_seqs=3, max_model_len=50)
-    found = options.cache_budget(shared_model(ONE_LAYER).runner.model)
+    found = options.cache_plan(shared_model(ONE_LAYER).runner.model)
     # One layer of 2 heads of 8 numbers, keys and values in float32.
     assert found == CacheBudget(3, 50, 1, token_bytes=2 * 8 * 8, cache_bytes=8_000_000)
 

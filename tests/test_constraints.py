@@ -141,7 +141,7 @@ def runner(mesh):
 
 
 def engine(mesh, eos=(), drafts=0):
-    budget = EngineOptions().cache_budget(runner(mesh).model)
+    budget = EngineOptions().cache_plan(runner(mesh).model)
     return Engine(runner(mesh), None, eos, budget, speculation=Speculation(PromptLookup(), drafts))
 
 

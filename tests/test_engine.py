@@ -48,7 +48,7 @@ def engine(mesh="1", eos=(), max_num_seqs=4, config=TINY) -> Engine:
 
 def engine_of(runner, eos=(), max_num_seqs=4) -> Engine:
     return Engine(
-        runner, None, eos, EngineOptions(max_num_seqs=max_num_seqs).cache_budget(runner.model)
+        runner, None, eos, EngineOptions(max_num_seqs=max_num_seqs).cache_plan(runner.model)
     )
 
 
@@ -461,7 +461,7 @@ def test_a_stop_string_ends_the_answer_at_the_token_that_completes_it(speller, s
 )
 def test_stop_strings_see_special_tokens_and_texts_do_not(speller, stop, text, tokens, reason):
     without_eos = Engine(
-        speller.runner, speller.tokenizer, (), EngineOptions().cache_budget(speller.runner.model)
+        speller.runner, speller.tokenizer, (), EngineOptions().cache_plan(speller.runner.model)
     )
     prompt = speller.tokenizer.encode("\n")
     events = list(without_eos.run([request(prompt, stop=stop, max_new_tokens=9)]))

@@ -88,7 +88,7 @@ def test_a_full_queue_refuses_and_run_waits_for_room():
         model().runner,
         None,
         (),
-        EngineOptions(max_num_seqs=1).cache_budget(model().runner.model),
+        EngineOptions(max_num_seqs=1).cache_plan(model().runner.model),
         max_waiting=1,
     )
     events = []
@@ -244,7 +244,7 @@ def growing(mesh: str, numerics: str, positions: int) -> Engine:
     """An engine whose cache may have so many positions in all its rows of a part of the batch."""
     config = replace(TINY, num_hidden_layers=1, layer_types=("full_attention",))
     runner = shared_model(config, mesh, numerics=numerics).runner
-    budget = EngineOptions(max_num_seqs=2).cache_budget(runner.model)
+    budget = EngineOptions(max_num_seqs=2).cache_plan(runner.model)
     budget = replace(budget, cache_bytes=positions * budget.token_bytes)
     return Engine(runner, None, (), budget)
 
@@ -295,7 +295,7 @@ def test_max_model_len_limits_prompt_and_answer():
         model().runner,
         None,
         (),
-        EngineOptions(max_num_seqs=6, max_model_len=8).cache_budget(model().runner.model),
+        EngineOptions(max_num_seqs=6, max_model_len=8).cache_plan(model().runner.model),
     )
     (found,) = completions(limited.run([request(PROMPTS[0], max_new_tokens=50)]))
     assert found.tokens == greedy(tuple(PROMPTS[0]))[0][:3]
@@ -306,7 +306,7 @@ def test_max_model_len_limits_prompt_and_answer():
 
 def engine_with_room_for(positions: int, max_num_seqs: int = 2) -> Engine:
     """An engine whose cache may have so many positions in all its rows."""
-    budget = EngineOptions(max_num_seqs=max_num_seqs).cache_budget(model().runner.model)
+    budget = EngineOptions(max_num_seqs=max_num_seqs).cache_plan(model().runner.model)
     small = replace(budget, cache_bytes=positions * budget.token_bytes)
     return Engine(model().runner, None, (), small)
 

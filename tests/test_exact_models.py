@@ -57,7 +57,7 @@ SEEDED = replace(GREEDY, temperature=0.7, top_p=0.9, top_k=20, repetition_penalt
 def run(model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int) -> dict[int, tuple]:
     """By request: tokens and log-probabilities, the same numbers only if the same bits."""
     engine = Engine(
-        model.runner, None, (), EngineOptions(max_num_seqs=batch).cache_budget(model.runner.model)
+        model.runner, None, (), EngineOptions(max_num_seqs=batch).cache_plan(model.runner.model)
     )
     numbers = list(requests)
     events = engine.run(list(requests.values()))

@@ -458,7 +458,7 @@ def test_the_engine_draws_what_is_likeliest_where_all_is_read_at_once():
     model = MeshModel(SLIDING, "1", jnp.bfloat16, weights)
     runner = model.runner
     engine = Engine(
-        runner, None, [], EngineOptions(max_num_seqs=3, max_model_len=32).cache_budget(runner.model)
+        runner, None, [], EngineOptions(max_num_seqs=3, max_model_len=32).cache_plan(runner.model)
     )
     answers = {e.request: e.completion.tokens for e in engine.run(requests) if e.completion}
     for number, prompt in enumerate(prompts):

@@ -83,7 +83,7 @@ def test_a_model_that_keeps_few_programs_answers_alike(monkeypatch):
         answers = []
         for request in requests:
             engine = Engine(
-                model, None, (), EngineOptions(max_num_seqs=1).cache_budget(model.model)
+                model, None, (), EngineOptions(max_num_seqs=1).cache_plan(model.model)
             )
             answers += [event.token for event in engine.run([request])]
         found.append(answers)

@@ -114,8 +114,6 @@ class Engine:
             raise MeshwenError(f"{name} must be a Request, not {brief(request)}")
         check_prompt(request.prompt_tokens, self.config, name, self.max_model_len)
         check_sampling(request, self.config, name)
-        if request.sampling.prompt_logprobs:
-            raise MeshwenError("prompt_logprobs must be false: prefill does not give them yet")
         self._core.limits.check_memory(request)
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
