@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache may hold: rows and lengths for the memory that there is."""
+"""How many KV blocks there are for the memory that there is."""
 
 from math import ceil
 from types import SimpleNamespace
@@ -10,55 +10,16 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from mesh_model import shared_model
-from meshwen.cache.budget import CacheBudget, KVCachePlan
+from meshwen.cache.budget import KVCachePlan
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
 from tiny_model import ONE_LAYER
-
-
-def budget(parts=1, cache_bytes=10**9) -> CacheBudget:
-    return CacheBudget(6, 64, parts, token_bytes=100, cache_bytes=cache_bytes)
-
-
-def test_rows_are_powers_of_two_up_to_what_may_run():
-    assert [budget().rows(n, 64) for n in (1, 2, 3, 5, 100)] == [1, 2, 4, 6, 6]
-    assert [budget(parts=2).rows(n, 64) for n in (1, 2, 3, 5, 100)] == [2, 2, 4, 6, 6]
-
-
-def test_fewer_rows_where_memory_is_short_and_none_is_an_error():
-    assert budget(cache_bytes=5 * 6400).rows(100, 64) == 4
-    assert budget(cache_bytes=6400).rows(100, 64) == 1
-    with pytest.raises(MeshwenError, match=r"64 tokens needs 0.00 GB .* lower max_new_tokens"):
-        budget(cache_bytes=6399).rows(1, 64)
-
-
-def test_caches_that_exist_at_the_same_time_share_the_memory():
-    assert budget(parts=2, cache_bytes=4000).holds((2, 16), (2, 24))
-    assert not budget(parts=2, cache_bytes=3999).holds((2, 16), (2, 24))
-
-
-def test_the_longest_cache_is_the_largest_shape_bucket_that_fits():
-    assert [budget(cache_bytes=100 * n).longest for n in (15, 16, 31, 50)] == [0, 16, 24, 48]
 
 
 def test_more_tokens_than_the_context_of_the_model_are_refused():
     options = EngineOptions(max_model_len=ONE_LAYER.max_position_embeddings + 1)
     with pytest.raises(MeshwenError, match=r"max_model_len must be from 2 to .* context of 1100"):
         options.cache_plan(shared_model(ONE_LAYER).runner.model)
-
-
-def test_a_mesh_without_devices_has_no_memory():
-    model = EngineOptions().parallel_model(ONE_LAYER, AbstractMesh((2,), ("model",)))
-    with pytest.raises(MeshwenError, match=r"no device is behind AbstractMesh\(.*give the model"):
-        EngineOptions().cache_plan(model)
-
-
-def test_a_budget_is_a_share_of_the_free_memory_in_rows_of_a_device(monkeypatch):
-    monkeypatch.setattr("meshwen.runtime.memory._free_host_bytes", lambda: 10_000_000)
-    options = EngineOptions(max_num_seqs=3, max_model_len=50)
-    found = options.cache_plan(shared_model(ONE_LAYER).runner.model)
-    # One layer of 2 heads of 8 numbers, keys and values in float32.
-    assert found == CacheBudget(3, 50, 1, token_bytes=2 * 8 * 8, cache_bytes=8_000_000)
 
 
 def planned(monkeypatch, free, parts=1, max_num_seqs=6, max_model_len=1000, memory=None):
@@ -141,11 +102,17 @@ def test_a_plan_of_a_mesh_without_devices_needs_bytes():
     assert KVCachePlan.of_memory(plan, 100, 32, 1, 64, 10**6).num_blocks == 3
 
 
-def test_a_plan_has_the_parts_and_the_free_memory_of_the_mesh(monkeypatch):
+@pytest.mark.parametrize(("memory", "share"), [(None, 0.8), ("50%", 0.5)])
+def test_a_plan_is_of_the_options_and_of_the_memory_that_is_free(monkeypatch, memory, share):
     monkeypatch.setattr("meshwen.runtime.memory._free_host_bytes", lambda: 10_000_000)
-    plan = shared_model(ONE_LAYER).runner.model.plan
-    found = KVCachePlan.of_memory(plan, 1000, 16, 3, 10**6)
-    assert found == KVCachePlan(384, 16, 1000, 1, 3, 10**6)  # Of 500 that fit.
+    model = shared_model(ONE_LAYER).runner.model
+    options = EngineOptions(max_num_seqs=100, max_model_len=1000, kv_cache_memory=memory)
+    found = options.cache_plan(model)
+    assert (found.token_bytes, found.block_size) == (model.token_bytes, model.backend.block_size)
+    assert (found.parts, found.max_num_seqs, found.max_model_len) == (1, 100, 1000)
+    assert share * 10**7 / 1.5 - found.block_bytes < found.bytes <= share * 10**7
+    few = EngineOptions(max_num_seqs=3, max_model_len=50).cache_plan(model)
+    assert few.num_blocks == 3 * ceil(50 / few.block_size) + 1
 
 
 @example(seqs=64, longest=1000, parts=1, size=1, share=66 / 128_000)  # A bucket of 64 is too few.

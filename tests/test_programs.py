@@ -82,9 +82,7 @@ def test_a_model_that_keeps_few_programs_answers_alike(monkeypatch):
         model = MeshModel(ONE_LAYER, "1").runner
         answers = []
         for request in requests:
-            engine = Engine(
-                model, None, (), EngineOptions(max_num_seqs=1).cache_plan(model.model)
-            )
+            engine = Engine(model, None, (), EngineOptions(max_num_seqs=1).cache_plan(model.model))
             answers += [event.token for event in engine.run([request])]
         found.append(answers)
         assert 3 <= len(model._programs) <= limit
