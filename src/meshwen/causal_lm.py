@@ -286,7 +286,7 @@ class CausalLM:
                 completion has the seed. (Over several processes, which must draw alike, it is 0.)
 
         Returns:
-            One completion a prompt, in order.
+            One completion a prompt, in order; with `n`, as many of each, one behind the other.
 
         Raises:
             MeshwenError: a prompt is empty or too long, a value is impossible, or the model's
@@ -296,11 +296,15 @@ class CausalLM:
         # An iterator has its items once, and every prompt needs them.
         sampling = {k: list(v) if isinstance(v, Iterator) else v for k, v in sampling.items()}
         with self.engine.run([self.request(prompt, **sampling) for prompt in several]) as events:
-            done = {e.request: e.completion for e in events if e.completion is not None}
-        for number, completion in sorted(done.items()):
+            found = {
+                (event.request, event.choice): event.completion
+                for event in events
+                if event.completion is not None
+            }
+        for (number, _), completion in sorted(found.items()):
             if completion.error is not None:
                 raise MeshwenError(f"prompt {number + 1}: {completion.error}")
-        return [done[number] for number in range(len(several))]
+        return [found[place] for place in sorted(found)]
 
     def stream(self, prompt: AnyPrompt, **sampling: Any) -> Stream[str]:
         """Continues one prompt, and yields the text as it comes, whole characters at a time.
@@ -308,7 +312,10 @@ class CausalLM:
         With `async for`, the event loop goes on while a step runs. Takes and raises what `generate`
         does.
         """
-        events = self.events(prompt, **sampling)
+        request = self.request(prompt, **sampling)
+        if request.sampling.n != 1:
+            raise MeshwenError(f"n must be 1 for a stream of text, not {request.sampling.n}")
+        events = self.engine.run([request])
         errors: list[str] = []
         return Stream(lambda: _next_text(events, errors), events.close)
 

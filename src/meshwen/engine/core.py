@@ -23,7 +23,7 @@ from meshwen.engine.sampling import Sampled
 from meshwen.engine.scheduler import Scheduler
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.speculation import Speculation
-from meshwen.engine.step_inputs import StepInputs
+from meshwen.engine.step_inputs import StepInputs, copied
 from meshwen.engine.step_plan import InputArrays, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ class EngineCore:
             sampled, penalized = self.runner.sample(hidden, inputs, *how)
         else:
             sampled, penalized, self._cache = self.runner.step(self._cache, inputs, *how)
+        if any(plan.copies):
+            self._cache = self.runner.copied_blocks(self._cache, *copied(plan.copies))
         self._sampler = self._key(plan), replace(sampler, penalized=penalized)
         self._deliver(plan, sampled)
 

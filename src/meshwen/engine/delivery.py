@@ -48,11 +48,11 @@ class Delivery:
             logprob = top = None
         elif top is not None:
             top = top[: asked.top_logprobs] if asked.top_logprobs else None
-        self.delivering = sequence.number
+        self.delivering = sequence.request_number
         try:
             sequence.on_event(_next_event(sequence, token, logprob, top))
         except Exception as error:
-            self._errors.append((sequence.number, error))
+            self._errors.append((sequence.request_number, error))
             sequence.cancelled = True
         self.delivering = None
 
@@ -78,7 +78,8 @@ def _next_event(
         if sequence.text.stopped:
             sequence.finish_reason = "stop"
     completion = _completion(sequence, sequence.finish_reason) if sequence.finish_reason else None
-    return Event(sequence.number, token, shown, logprob, completion, top)
+    number, choice = sequence.request_number, sequence.choice
+    return Event(number, token, shown, logprob, completion, top, choice)
 
 
 def _finish_reason(sequence: SequenceState) -> FinishReason | None:
@@ -109,7 +110,8 @@ def _error_event(sequence: SequenceState) -> Event:
     sequence.finish_reason = "error"
     rest = sequence.text.finish()
     completion = _completion(sequence, sequence.finish_reason, error)
-    return Event(sequence.number, NO_TOKEN, rest, None, completion)
+    number, choice = sequence.request_number, sequence.choice
+    return Event(number, NO_TOKEN, rest, None, completion, choice=choice)
 
 
 def _what_failed(sequence: SequenceState) -> str:
@@ -143,4 +145,6 @@ def _completion(
         tuple(sequence.top_logprobs) if sampling.logprobs and with_top else None,
         prompt.logprobs if prompt is not None else None,
         prompt.top_logprobs if prompt is not None and with_top else None,
+        sequence.cached_tokens,
+        sequence.choice,
     )

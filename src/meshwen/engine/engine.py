@@ -218,7 +218,8 @@ class Engine:
         self._last_thread = thread
 
     def _add(self, request: Request, on_event: Callable[[Event], None], run: _Run | None) -> int:
-        number = self._requests.next_number()
+        answers = request.sampling.n
+        number = self._requests.next_number(answers)
 
         def finish_and_report(event: Event) -> None:
             if event.completion is not None:
@@ -226,13 +227,31 @@ class Engine:
                     self._requests.finish(number)
             on_event(event)
 
-        limit = self._core.limits.answer_tokens(request)
-        text = AnswerText(self._tokenizer, request.sampling.stop)
-        eos = frozenset() if request.sampling.ignore_eos else self._eos
-        constraints = TokenConstraints.of(request, limit, eos, self.config.vocab_size)
-        sequence = SequenceState(number, request, limit, eos, finish_and_report, text, constraints)
-        self._requests.add(LiveRequest(sequence, run, threading.get_ident()))
+        first, *others = (
+            self._answer(request.answer(choice), number, choice, finish_and_report)
+            for choice in range(answers)
+        )
+        first.siblings += others
+        self._requests.add(LiveRequest((first, *others), run, threading.get_ident()))
         return number
+
+    def _answer(
+        self, request: Request, number: int, choice: int, on_event: Callable[[Event], None]
+    ) -> SequenceState:
+        """One answer of a request."""
+        limit = self._core.limits.answer_tokens(request)
+        eos = frozenset() if request.sampling.ignore_eos else self._eos
+        return SequenceState(
+            number + choice,
+            request,
+            limit,
+            eos,
+            on_event,
+            AnswerText(self._tokenizer, request.sampling.stop),
+            TokenConstraints.of(request, limit, eos, self.config.vocab_size),
+            request.cache_salt.encode("utf-8", "surrogatepass"),
+            choice=choice,
+        )
 
     def _step(self, thread: int | None = None) -> None:
         """Takes a step, while the lock is held; `thread` gets itself what breaks the step off."""
@@ -263,6 +282,7 @@ class _Run:
         self._engine = engine
         self._requests: Sequence[Request] | None = requests  # None once they are submitted.
         self._numbers: dict[int, int] = {}  # The engine's, of unfinished requests, to the caller's.
+        self._left: dict[int, int] = {}  # Of each of these its unfinished answers.
         self._events: deque[Event] = deque()
         self.failure: MeshwenError | None = None
 
@@ -296,7 +316,8 @@ class _Run:
         if requests and self._engine._one_thread:
             check_requests(requests)
         for number, request in enumerate(requests or ()):
-            self._numbers[self._engine._add(request, self._events.append, self)] = number
+            added = self._engine._add(request, self._events.append, self)
+            self._numbers[added], self._left[added] = number, request.sampling.n
 
     def close(self) -> None:
         """Cancels what is unfinished; who waits in `pull` gets None."""
@@ -328,5 +349,7 @@ class _Run:
         event = self._events.popleft()
         number = self._numbers[event.request]
         if event.completion is not None:
-            del self._numbers[event.request]
+            self._left[event.request] -= 1
+            if not self._left[event.request]:
+                del self._numbers[event.request], self._left[event.request]
         return replace(event, request=number)

@@ -30,6 +30,11 @@ class PromptLogprobs:
         return cls(request) if request.sampling.prompt_logprobs else None
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all are known."""
+        return len(self._logprobs) == len(self._tokens)
+
+    @property
     def logprobs(self) -> tuple[float | None, ...]:
         """Of each token so far, None for the first."""
         return tuple(self._logprobs)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from meshwen.common.arguments import brief, token_ids
@@ -19,15 +19,30 @@ TopLogprobs = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, as token ids, and how to continue it."""
+    """A prompt, as token ids, and how to continue it.
+
+    Attributes:
+        prompt_tokens: the prompt's ids.
+        sampling: how to continue it.
+        cache_salt: requests share what is in the KV cache only where their salts are alike: who
+            must not learn what others asked, by the time that an answer takes, has one of his own.
+    """
 
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         """Takes any sequence of whole numbers for token ids."""
         ids = token_ids("prompt_tokens", self.prompt_tokens)
         object.__setattr__(self, "prompt_tokens", ids)
+        if not isinstance(self.cache_salt, str):
+            raise MeshwenError(f"cache_salt must be text, not {brief(self.cache_salt)}")
+
+    def answer(self, choice: int) -> Request:
+        """What one of its `n` answers is asked for: each has a seed of its own."""
+        seed = (self.sampling.seed + choice) % (1 << 32)
+        return replace(self, sampling=replace(self.sampling, n=1, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,8 @@ class Completion:
         prompt_logprobs: log-probability of each of the prompt's tokens, None for the first, when
             asked for.
         prompt_top_logprobs: for each of these, what `top_logprobs` has, None for the first.
+        cached_tokens: of the prompt, those that were found in the KV cache, and not computed.
+        choice: which of the request's `n` answers this is, from 0 on.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -85,6 +102,8 @@ class Completion:
     top_logprobs: tuple[TopLogprobs, ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
+    choice: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,8 +115,9 @@ class Event:
         token: its id; `meshwen.engine.sampling.NO_TOKEN`, -1, where there is an error instead.
         text: what can be shown now: whole characters, and nothing that might begin a stop string.
         logprob: of the token, when asked for.
-        completion: with a request's last token, the whole answer.
+        completion: with an answer's last token, the whole answer.
         top_logprobs: the likeliest tokens in its place, as in `Completion`, when asked for.
+        choice: which of the request's `n` answers it belongs to, from 0 on.
     """
 
     request: int
@@ -106,6 +126,7 @@ class Event:
     logprob: float | None
     completion: Completion | None
     top_logprobs: TopLogprobs | None = None
+    choice: int = 0
 
 
 def check_prompt(

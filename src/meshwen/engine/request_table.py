@@ -28,14 +28,30 @@ class LiveRequest:
     """An unfinished request.
 
     Attributes:
-        sequence: its state.
+        sequences: the states of its answers.
         run: the call of `Engine.run` that it belongs to; None for one that was submitted.
         thread: that submitted it.
     """
 
-    sequence: SequenceState
+    sequences: tuple[SequenceState, ...]
     run: Run | None
     thread: int
+
+    @property
+    def number(self) -> int:
+        """The request's."""
+        return self.sequences[0].number
+
+    @property
+    def begun(self) -> list[SequenceState]:
+        """The answers that have not ended, without those that begin with another."""
+        later = {id(one) for sequence in self.sequences for one in sequence.siblings}
+        return [one for one in self.sequences if not one.ended and id(one) not in later]
+
+    def cancel(self) -> None:
+        """Nobody wants more of it."""
+        for one in self.sequences:
+            one.cancelled = True
 
 
 class RequestTable:
@@ -62,22 +78,23 @@ class RequestTable:
     @property
     def waiting(self) -> int:
         """Requests whose prefill has not begun."""
-        return sum(live.sequence.timer.waits for live in list(self.live.values()))
+        return sum(live.sequences[0].timer.waits for live in list(self.live.values()))
 
-    def next_number(self) -> int:
-        """The number of a new request."""
-        number, self._submitted = self._submitted, self._submitted + 1
+    def next_number(self, answers: int) -> int:
+        """The number of a new request; each of its answers takes one, from that on."""
+        number, self._submitted = self._submitted, self._submitted + answers
         return number
 
     def add(self, request: LiveRequest) -> None:
         """Leaves a request for the next step."""
-        self.live[request.sequence.number] = request
-        self._new.append(request.sequence)
+        self.live[request.number] = request
+        self._new += request.begun
 
     def cancel(self, number: int) -> None:
         """Cancels a request, if it is unfinished."""
         if (live := self.live.pop(number, None)) is not None:
-            live.sequence.cancelled = self._cancelled = True
+            live.cancel()
+            self._cancelled = True
 
     def cancel_run(self, run: Run) -> None:
         """Cancels what is unfinished of a run."""
@@ -85,8 +102,10 @@ class RequestTable:
             self.cancel(number)
 
     def finish(self, number: int) -> None:
-        """Takes note that a request has had its last token."""
-        self.live.pop(number, None)
+        """Takes note that an answer of a request has had its last token."""
+        live = self.live.get(number)
+        if live is not None and all(one.ended for one in live.sequences):
+            del self.live[number]
 
     def fail(self, number: int, error: Exception) -> None:
         """Ends a request whose token could not be delivered.
@@ -94,6 +113,9 @@ class RequestTable:
         Whoever waits for its run is to raise the error; for one that was submitted, `Engine.step`.
         """
         live = self.live.pop(number, None)
+        if live is not None:
+            live.cancel()
+            self._cancelled = True
         if live is not None and live.run is not None:
             live.run.fail(number, error)
         else:
@@ -121,11 +143,11 @@ class RequestTable:
             delivering: the request whose token was being delivered.
             thread: one that gets the error itself, and need not learn of it by another.
         """
-        new = {sequence.number for sequence in self._new}
+        new = {sequence.request_number for sequence in self._new}
         lost = [number for number in list(self.live) if number not in new]
         if not isinstance(error, Exception):
             live = list(self.live.items())
-            self._new = [one.sequence for number, one in live if number != delivering]
+            self._new = [s for number, one in live if number != delivering for s in one.begun]
             lost = [] if delivering is None else [delivering]
         for one in [one for number in lost if (one := self.live.pop(number, None))]:
             failure = MeshwenError("these requests were lost when a step of others failed")

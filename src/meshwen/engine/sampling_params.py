@@ -14,6 +14,7 @@ from meshwen.common.option_fields import check_names, documented, option
 from meshwen.engine.generation_config import sampling_values
 from meshwen.errors import MeshwenError
 
+MOST_ANSWERS = 128  # of one prompt
 MOST_TOP_LOGPROBS = 20
 
 
@@ -107,6 +108,7 @@ class SamplingParams:
         type=int,
         many=True,
     )
+    n: int = option(1, "Answers to the prompt, each with a seed of its own.", type=int)
     seed: int = option(0, "The same seed draws the same answer.", type=int)
     stop: tuple[str, ...] = option(
         (), "End the answer before this text or special token.", many=True
@@ -154,6 +156,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", 0 <= self.top_k < 1 << 31, "from 0 (off) to 2147483647"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("n", 1 <= self.n <= MOST_ANSWERS, f"from 1 to {MOST_ANSWERS}"),
             ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
             ("stop", strings and all(self.stop), "strings that are not empty"),
             ("forced_bos_token_id", forced is None or forced >= 0, "a token id"),
@@ -228,7 +231,7 @@ _COUNTED = ("presence_penalty", "frequency_penalty")
 _RUNS = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 _COUNTS = ("min_new_tokens", "min_length", *_RUNS)
 _OPTIONAL = ("max_length", "forced_bos_token_id")
-_WHOLE = ("max_new_tokens", "top_k", "seed", "top_logprobs", *_COUNTS, *_OPTIONAL)
+_WHOLE = ("max_new_tokens", "top_k", "n", "seed", "top_logprobs", *_COUNTS, *_OPTIONAL)
 _REAL = ("temperature", "top_p", "min_p", *_PENALTIES, *_COUNTED)
 _IDS = ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "stop_token_ids")
 _MOST_BIASES = 1024

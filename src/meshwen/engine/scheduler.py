@@ -85,11 +85,15 @@ class Scheduler:
             if one.number not in chunks and left[part] > 0:
                 chunks[one.number] = self._chunk(one, left[part])
                 left[part] -= chunks[one.number].count
+        copies: list[list[tuple[int, int]]] = [[] for _ in self._running]
+        for one in self._all_running():
+            self._begin_siblings(one, chunks, copies)
         while (begun := self._begin_next(left)) is not None:
             part, one = begun
             chunks[one.number] = self._chunk(one, left[part])
             left[part] -= chunks[one.number].count
-        return self._plan(chunks)
+            self._begin_siblings(one, chunks, copies)
+        return self._plan(chunks, copies)
 
     def release_ended(self) -> None:
         """Frees rows and blocks of sequences that have ended."""
@@ -148,7 +152,8 @@ class Scheduler:
             one.token_ids,
             one.salt,
             reserve,
-            use_cached=one.prompt_logprobs is None,  # These follow from all of the prompt.
+            # Log-probabilities of a prompt follow from all of it.
+            use_cached=one.prompt_logprobs is None or one.prompt_logprobs.is_complete,
             parts=parts,
         )
         if placed is None:
@@ -159,6 +164,34 @@ class Scheduler:
         self.batch_version += 1
         return placed.part, one
 
+    def _begin_siblings(
+        self, one: SequenceState, chunks: dict[int, Chunk], copies: list[list[tuple[int, int]]]
+    ) -> None:
+        """Begins the other answers to a prompt that is in the cache after this step.
+
+        They share its blocks, but for a last one that is not full, of which each gets a copy.
+        Those that there is no row or block for wait, before all others.
+        """
+        if not one.siblings or one.number not in chunks or not chunks[one.number].samples:
+            return
+        part, length = self._blocks.part(one.number), one.length
+        running, after = self._running[part], self._running[part].index(one)
+        waiting, one.siblings = one.siblings, []
+        for sibling in waiting:
+            sibling.prompt_logprobs = one.prompt_logprobs
+        while waiting and len(running) < self._most_rows:
+            copied = self._blocks.fork(one.number, waiting[0].number, length)
+            if copied is None:
+                break
+            sibling = waiting.pop(0)
+            sibling.begin(one.cached_tokens)
+            sibling.computed = length
+            running.append(sibling)
+            copies[part] += copied
+            chunks[sibling.number] = Chunk(sibling, 0, length, 0, after=after)
+            self.batch_version += 1
+        self._waiting.extendleft(reversed(waiting))
+
     def _chunk(self, one: SequenceState, most: int) -> Chunk:
         """The next tokens of a sequence, which count as computed from now on."""
         start, count = one.computed, min(most, one.length - one.computed)
@@ -166,8 +199,8 @@ class Scheduler:
         self._blocks.computed(one.number, one.token_ids, one.computed)
         return Chunk(one, 0, start, count)
 
-    def _plan(self, chunks: dict[int, Chunk]) -> StepPlan:
-        plan = StepPlan([[] for _ in self._running], most_rows=self._most_rows)
+    def _plan(self, chunks: dict[int, Chunk], copies: list[list[tuple[int, int]]]) -> StepPlan:
+        plan = StepPlan([[] for _ in self._running], most_rows=self._most_rows, copies=copies)
         plan.rows = max(map(len, self._running))
         for part, row, one in self.rows():
             if (chunk := chunks.get(one.number)) is not None:

@@ -15,11 +15,11 @@ from meshwen.engine.timing import RequestTimer
 
 @dataclass(eq=False)
 class SequenceState:
-    """One request from its submission to its last token.
+    """One answer of a request, from its submission to its last token.
 
     Attributes:
-        number: the request's.
-        request: what was asked.
+        number: its own.
+        request: what was asked; the seed is that of this answer.
         limit: the most tokens of the answer.
         eos_token_ids: end-of-text tokens that end the answer.
         on_event: called with each token.
@@ -36,6 +36,8 @@ class SequenceState:
         timer: when it was submitted, began and had its first token.
         computed: of its first tokens those that are in the cache, or will be after this step.
         cached_tokens: of the prompt's those that were in the cache when it began.
+        choice: which of the request's answers this is, from 0 on.
+        siblings: answers that begin when this one has its prompt in the cache.
     """
 
     number: int
@@ -54,12 +56,19 @@ class SequenceState:
     timer: RequestTimer = field(default_factory=RequestTimer)
     computed: int = 0
     cached_tokens: int = 0
+    choice: int = 0
+    siblings: list[SequenceState] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Begins with the prompt, and with what the request asks for."""
         self.token_ids: list[int] = [*self.request.prompt_tokens, *self.tokens]
         self.prompt_logprobs = PromptLogprobs.of(self.request)
+
+    @property
+    def request_number(self) -> int:
+        """That of its request: the first of its answers has it, too."""
+        return self.number - self.choice
 
     @property
     def ended(self) -> bool:

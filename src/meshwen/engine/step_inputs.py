@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from meshwen.runtime.shape_buckets import power_of_two
+
 
 class StepInputs(NamedTuple):
     """A step's tokens as programs take them: of each of the P parts of the batch equally many.
@@ -32,12 +34,15 @@ class RowTokens(NamedTuple):
         start: position of the first token.
         token_ids: of the tokens.
         samples: whether one is sampled after the last.
+        after: the row after whose last token that is; None: this row. A row that samples after
+            another's has no tokens.
     """
 
     row: int
     start: int
     token_ids: Sequence[int]
     samples: bool = True
+    after: int | None = None
 
 
 def step_inputs(
@@ -64,16 +69,19 @@ def step_inputs(
     sampler_rows = np.zeros((P, count), np.int32)
     for part, some in enumerate(parts):
         end = 0
-        for row, start, ids, samples in some:
+        last: dict[int, int] = {}
+        for row, start, ids, samples, after in some:
             first, end = end, end + len(ids)
+            last[row] = end - 1
             token_ids[part, first:end] = ids
             positions[part, first:end] = np.arange(start, start + len(ids))
-            counts[part, row + 1], lengths[part, row] = len(ids), start + len(ids)
+            if ids_count := len(ids):
+                counts[part, row + 1], lengths[part, row] = ids_count, start + ids_count
             sampler_rows[part, first:end] = row
             if every:
                 asked[part, first:end] = np.arange(first, end)
             elif samples:
-                asked[part, row] = end - 1
+                asked[part, row] = last[row if after is None else after]
     return StepInputs(
         token_ids.reshape(-1),
         positions.reshape(-1),
@@ -83,6 +91,19 @@ def step_inputs(
         asked.reshape(-1),
         sampler_rows.reshape(-1) if every else None,
     )
+
+
+def copied(parts: Sequence[Sequence[tuple[int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks to copy, of each part: sources and destinations as `copied_blocks` takes them.
+
+    Equally many of each part, a power of two: the null block is copied to itself.
+    """
+    count = power_of_two(max(map(len, parts)))
+    pairs = np.zeros((2, len(parts), count), np.int32)
+    for part, some in enumerate(parts):
+        if some:
+            pairs[:, part, : len(some)] = np.array(some, np.int32).T
+    return pairs[0].reshape(-1), pairs[1].reshape(-1)
 
 
 def in_parts(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Chunk:
         start: position of the first token.
         count: tokens; the last one is the sequence's newest where something is to follow it.
         drafts: draft tokens after these.
+        after: the row of the sequence that this one begins as a copy of, in this step; then it has
+            no tokens of its own.
     """
 
     sequence: SequenceState
@@ -33,6 +35,7 @@ class Chunk:
     start: int
     count: int
     drafts: Sequence[int] = ()
+    after: int | None = None
 
     @property
     def samples(self) -> bool:
@@ -43,7 +46,8 @@ class Chunk:
     def scored(self) -> bool:
         """Whether log-probabilities are asked for that follow from it."""
         prompt = self.sequence.prompt_logprobs
-        return prompt is not None and self.start < len(self.sequence.request.prompt_tokens) - 1
+        last = len(self.sequence.request.prompt_tokens) - 1
+        return prompt is not None and not prompt.is_complete and self.start < last
 
     @property
     def tokens(self) -> list[int]:
@@ -61,12 +65,14 @@ class StepPlan:
         rows: the most sequences that a part has, whether they are in this step or not.
         most_rows: that a part may have.
         prefills: whether some chunk has more than a sequence's newest token.
+        copies: of each part, blocks to copy when the step is done: (source, destination).
     """
 
     chunks: list[list[Chunk]]
     rows: int = 0
     most_rows: int = 1
     prefills: bool = False
+    copies: list[list[tuple[int, int]]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Chunk]:
         """All chunks."""
@@ -87,7 +93,7 @@ class StepPlan:
     def token_bucket(self) -> int:
         """N: for how many tokens a part's step is compiled."""
         most = max(sum(c.count + len(c.drafts) for c in part) for part in self.chunks)
-        alone = all(c.count == 1 and not c.drafts for c in self)
+        alone = all(c.count <= 1 and not c.drafts for c in self)
         return self.row_bucket if alone and not self.prefills else step_bucket(most)
 
     @property
@@ -145,7 +151,7 @@ class InputArrays:
             version: a number that changes with every change of what is in which row.
         """
         parts = [
-            [RowTokens(c.row, c.start, c.tokens, c.samples) for c in chunks]
+            [RowTokens(c.row, c.start, c.tokens, c.samples, c.after) for c in chunks]
             for chunks in plan.chunks
         ]
         tables = self._filled_tables(plan, version)
