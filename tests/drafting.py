@@ -14,7 +14,7 @@ from meshwen.engine.sampling_params import SamplingParams
 from meshwen.engine.speculation import Speculation
 from tiny_model import ONE_LAYER
 
-GREEDY = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True)
+GREEDY = SamplingParams(max_new_tokens=40, temperature=0, logprobs=True, top_logprobs=3)
 CONTEXT = 70
 
 

@@ -98,6 +98,25 @@ def test_json_gives_ids_text_and_log_probabilities(speller, capsys):
     assert found["model"] == speller
     assert found["sampling"]["temperature"] == 0
     assert found["timings"]["time_to_first_token"] > 0
+    assert found["stop_reason"] is None
+    assert "top_logprobs" not in found
+
+
+def test_json_gives_the_likeliest_tokens_and_what_ended_an_answer(speller, capsys):
+    asked = ("--logprobs", "--top-logprobs", "2", "--stop-token-ids", str(answer_ids()[1]))
+    (found,) = answers(capsys, "hi", "--model", speller, *asked, "--stop-token-ids", "0")
+    assert (found["tokens"], found["stop_reason"]) == (answer_ids()[:2], answer_ids()[1])
+    for token, logprob, top in zip(
+        found["tokens"], found["logprobs"], found["top_logprobs"], strict=True
+    ):
+        assert top[0] == [token, logprob]
+        assert len(top) == 2
+        assert top[1][1] < logprob
+    (ignoring,) = answers(capsys, "hi", "--model", speller, "--ignore-eos", "-n", "12")
+    assert (len(ignoring["tokens"]), ignoring["finish_reason"]) == (12, "length")
+    assert ignoring["tokens"][:9] == answer_ids()
+    (frequent,) = answers(capsys, "hi", "--model", speller, "--frequency-penalty", "-1.5")
+    assert frequent["sampling"]["frequency_penalty"] == -1.5
 
 
 def test_an_answer_whose_logits_are_nan_fails_and_the_others_go_on(

@@ -132,6 +132,11 @@ ASKED = [
     {"begin_suppress_tokens": FIRST[:1], "encoder_repetition_penalty": 1.5},
     {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3},
     {"forced_eos_token_id": (7,), "min_new_tokens": 3},
+    {"presence_penalty": -2, "frequency_penalty": 2, "ignore_eos": True},
+    {"presence_penalty": 2, "frequency_penalty": -1.5, "repetition_penalty": 0.9},
+    {"presence_penalty": -2, "logit_bias": {FIRST[0]: -100, 9: 2.5}},
+    {"logit_bias": {FIRST[1]: -3, FIRST[2]: 7}, "ignore_eos": True},
+    {"stop_token_ids": FIRST[2:], "min_new_tokens": 4, "ignore_eos": True},
 ]
 
 
@@ -148,22 +153,29 @@ def engine(mesh, eos=(), drafts=0):
 def answered(prompt, eos=(), **asked) -> tuple[int, ...]:
     """The greedy answer in float64, one token after the other."""
     params = SamplingParams(max_new_tokens=STEPS, **asked)
+    eos = () if params.ignore_eos else eos
     constraints = TokenConstraints(Request(prompt, params), STEPS, frozenset(eos), TINY.vocab_size)
     tokens = list(prompt)
     while len(tokens) < len(prompt) + STEPS:
         scores = reference.logits(weights(), TINY, tokens)[-1].copy()
+        for token, bias in params.logit_bias:
+            scores[token] += bias
         for seen, penalty in (
             (prompt, 1 / params.encoder_repetition_penalty),
             (tokens, params.repetition_penalty),
         ):
             for token in set(seen):
                 scores[token] *= penalty if scores[token] < 0 else 1 / penalty
+        for token in tokens[len(prompt) :]:
+            scores[token] -= params.frequency_penalty
+        for token in set(tokens[len(prompt) :]):
+            scores[token] -= params.presence_penalty
         row = np.zeros(TINY.vocab_size, bool)
         constraints.forbid(row)
         token = int(np.where(row, -np.inf, scores).argmax())
         constraints.push(token)
         tokens.append(token)
-        if token in eos:
+        if token in (*eos, *params.stop_token_ids):
             break
     return tuple(tokens[len(prompt) :])
 

@@ -131,6 +131,37 @@ def test_logprobs_come_only_to_those_who_asked():
     np.testing.assert_allclose(first.logprobs, greedy(tuple(PROMPTS[0]))[1], rtol=0, atol=1e-4)
 
 
+@every_mesh
+def test_the_likeliest_tokens_of_each_step_are_those_of_float64(mesh):
+    asked = [{"logprobs": True, "top_logprobs": 7}, {"logprobs": True}, {}]
+    requests = [request(prompt, **one) for prompt, one in zip(PROMPTS, asked, strict=False)]
+    events = list(engine(mesh).run(requests))
+    (found, *others) = completions(events)
+    assert {one.top_logprobs for one in others} == {None}
+    assert found.top_logprobs == tuple(e.top_logprobs for e in events if e.request == 0)
+    tokens = list(PROMPTS[0])
+    for token, top in zip(found.tokens, found.top_logprobs, strict=True):
+        scores = reference.logits(weights(), TINY, tokens)[-1]
+        scores = scores - np.log(np.exp(scores).sum())
+        order = np.argsort(-scores)[:7].tolist()
+        assert [one for one, _ in top] == order
+        np.testing.assert_allclose([x for _, x in top], scores[order], rtol=0, atol=1e-4)
+        assert (token, found.logprobs[len(tokens) - len(PROMPTS[0])]) == top[0]
+        tokens.append(token)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"stop_token_ids": (5, 263)}, "stop_token_ids 263 is outside the vocabulary of 263"),
+        ({"logit_bias": {1: 1, 10**12: 1}}, "logit_bias 1000000000000 is outside the vocabulary"),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_refused(sampling, message):
+    with pytest.raises(MeshwenError, match=message):
+        engine().run([request(PROMPTS[0], **sampling)])
+
+
 def test_more_requests_than_fit_at_once_come_back_in_order():
     prompts = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (5, 1, 7, 3, 2)]
     events = list(engine(max_num_seqs=2).run([request(prompt) for prompt in prompts]))
@@ -177,6 +208,24 @@ def test_an_end_of_text_token_ends_its_own_request():
         ends = [n for n, token in enumerate(tokens, start=1) if token in eos]
         assert completion.tokens == tokens[: ends[0] if ends else STEPS]
         assert completion.finish_reason == ("stop" if ends else "length")
+
+
+def test_stop_tokens_end_an_answer_and_end_of_text_tokens_that_are_ignored_do_not():
+    expected = greedy(tuple(PROMPTS[0]))[0]
+    early, late = expected[1], expected[3]
+    asked = [
+        ({}, expected[:2], "stop", None),
+        ({"ignore_eos": True}, expected, "length", None),
+        ({"ignore_eos": True, "stop_token_ids": [late]}, expected[:4], "stop", late),
+        ({"stop_token_ids": [late]}, expected[:2], "stop", None),
+        ({"ignore_eos": True, "stop_token_ids": [early]}, expected[:2], "stop", early),
+    ]
+    assert expected.index(early) == 1
+    assert expected.index(late) == 3
+    running = engine(eos={early})
+    found = completions(running.run([request(PROMPTS[0], **one) for one, *_ in asked]))
+    for completion, (_, *ends) in zip(found, asked, strict=True):
+        assert [completion.tokens, completion.finish_reason, completion.stop_reason] == ends
 
 
 def test_an_end_of_text_token_at_the_limit_is_a_stop():
@@ -446,6 +495,17 @@ def test_a_stop_string_ends_the_answer_at_the_token_that_completes_it(speller, s
     assert completion.tokens == tuple(answer_ids()[:tokens])
     assert completion.text == text == "".join(event.text for event in events)
     assert completion.finish_reason == "stop"
+    ended = tokens < 9 or "<|im_end|>" in stop
+    assert completion.stop_reason == (stop[-1] if ended else None)
+
+
+@pytest.mark.parametrize(("stop", "text", "tokens"), [("i", "Hi", 2), ("<|im_end|>", ANSWER, 9)])
+def test_the_text_of_a_stop_token_is_shown_unless_it_is_special(speller, stop, text, tokens):
+    prompt, (token,) = speller.tokenizer.encode("\n"), speller.tokenizer.encode(stop)
+    asked = request(prompt, stop_token_ids=[token], max_new_tokens=20, ignore_eos=True)
+    *_, last = speller.engine.run([asked])
+    assert (last.completion.tokens, last.completion.text) == (tuple(answer_ids()[:tokens]), text)
+    assert (last.completion.finish_reason, last.completion.stop_reason) == ("stop", token)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,12 @@ def answers(model, prompts: Sequence[Sequence[int]], sampling: dict) -> list[tup
 
 
 # Of equal length, so that nearly all steps draw for both kinds: a program for each set is compiled.
-GREEDY = SamplingParams(temperature=0, max_new_tokens=16, logprobs=True)
-SEEDED = replace(GREEDY, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.3, seed=7)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=16, logprobs=True, top_logprobs=4)
+SEEDED = replace(
+    GREEDY,
+    **{"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3, "seed": 7},
+    **{"presence_penalty": 0.3, "frequency_penalty": -0.7, "logit_bias": {5: 1.1, 130: -2}},
+)
 
 
 def run(model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int) -> dict[int, tuple]:
@@ -62,7 +66,7 @@ def run(model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int) ->
     numbers = list(requests)
     events = engine.run(list(requests.values()))
     done = {numbers[e.request]: e.completion for e in events if e.completion}
-    return {number: (one.tokens, one.logprobs) for number, one in done.items()}
+    return {n: (one.tokens, one.logprobs, one.top_logprobs) for n, one in done.items()}
 
 
 @pytest.mark.slow
