@@ -25,7 +25,10 @@ jax.config.update("jax_num_cpu_devices", 32)
 
 # Modules whose arrays are checked against the shapes and dtypes that their signatures declare.
 SHAPED = [
+    "meshwen.engine.logprobs",
+    "meshwen.engine.penalties",
     "meshwen.engine.sampling",
+    "meshwen.engine.split_vocabulary",
     "meshwen.models.decoder",
     "meshwen.models.qwen2",
     "meshwen.models.qwen3",

@@ -196,6 +196,18 @@ def test_answers_keep_to_what_each_request_asks_for(mesh, drafts):
         assert done[number].tokens == answered(request.prompt_tokens, eos, **asked), asked
 
 
+def test_each_token_of_an_answer_is_counted_once_while_its_batch_stays_the_same():
+    asked = {"presence_penalty": -2, "frequency_penalty": 2}
+    other = {"presence_penalty": 2, "frequency_penalty": -1.5}
+    pairs = [(PROMPTS[0], asked), (PROMPTS[1], asked), (PROMPTS[1], other)]
+    requests = [
+        Request(prompt, SamplingParams(max_new_tokens=STEPS, **one)) for prompt, one in pairs
+    ]
+    done = {e.request: e.completion for e in engine("1").run(requests) if e.completion}
+    for number, (prompt, one) in enumerate(pairs):
+        assert done[number].tokens == answered(prompt, **one)
+
+
 def test_drafts_rest_where_each_would_need_constraints_of_its_own(monkeypatch):
     decode, found = runner("1").decode, set()
 
@@ -208,8 +220,13 @@ def test_drafts_rest_where_each_would_need_constraints_of_its_own(monkeypatch):
         "meshwen.engine.prompt_lookup.SequenceLookup.drafts", lambda _, count: [0] * count
     )
     prompt = (1, 2, 3) * 3
-    asked = ({}, {"encoder_repetition_penalty": 1.1}, {"suppress_tokens": (5,)})
-    for one, expected in zip(asked, (True, True, False), strict=True):
+    asked = (
+        ({}, True),
+        ({"encoder_repetition_penalty": 1.1, "logit_bias": {5: 1}}, True),
+        ({"suppress_tokens": (5,)}, False),
+        ({"presence_penalty": 0.1}, False),
+    )
+    for one, expected in asked:
         found.clear()
         params = SamplingParams(max_new_tokens=STEPS, **one)
         (*_, last) = engine("1", drafts=3).run([Request(prompt, params)])

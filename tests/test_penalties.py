@@ -38,7 +38,7 @@ def test_exact_penalties_by_counts_round_each_operation_once(width):
 
     @partial(jax.jit, compiler_options=backend.compiler_options(ordered=True))
     def penalized(by):
-        return penalize(logits, by, *penalties, ops)
+        return penalize(jnp.asarray(logits), by, *map(jnp.asarray, penalties), ops)
 
     _, presence, frequency = penalties[..., None]
     for before in (None, seen):
@@ -53,7 +53,7 @@ def test_a_row_without_penalties_keeps_its_logits():
     logits, seen, counts, _ = tables()
     ops, none = Ops(), jnp.zeros(ROWS)
     for penalized in (Penalized(), Penalized(seen), Penalized(seen, counts)):
-        found = penalize(logits, penalized, none + 1, none, none, ops)
+        found = penalize(jnp.asarray(logits), penalized, none + 1, none, none, ops)
         np.testing.assert_array_equal(found, logits)
 
 

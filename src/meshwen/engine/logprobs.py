@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jax import Array, lax
+from jaxtyping import Float32, Int32
 
 from meshwen.engine.split_vocabulary import likeliest, local_token_ids, without_padding
 from meshwen.models.parallel_model import ParallelModel

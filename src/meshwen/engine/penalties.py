@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Float32, Int32
 
 from meshwen.engine.split_vocabulary import local_token_ids
 from meshwen.ops.operations import Ops
