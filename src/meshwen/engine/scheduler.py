@@ -206,5 +206,5 @@ class Scheduler:
             if (chunk := chunks.get(one.number)) is not None:
                 chunk.row = row
                 plan.chunks[part].append(chunk)
-                plan.prefills |= chunk.count > 1
+                plan.prefills |= chunk.count != 1 or not chunk.samples
         return plan

@@ -64,7 +64,7 @@ class StepPlan:
         chunks: of each part of the batch, in the order of their rows.
         rows: the most sequences that a part has, whether they are in this step or not.
         most_rows: that a part may have.
-        prefills: whether some chunk has more than a sequence's newest token.
+        prefills: whether some chunk is not its sequence's newest token alone.
         copies: of each part, blocks to copy when the step is done: (source, destination).
     """
 
