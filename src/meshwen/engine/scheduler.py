@@ -98,11 +98,11 @@ class Scheduler:
     def release_ended(self) -> None:
         """Frees rows and blocks of sequences that have ended."""
         for running in self._running:
-            ended = [one for one in running if one.ended]
+            ended = [one for one in running if one.ended]  # Any thread may cancel more of them.
             for one in ended:
                 self._blocks.free(one.number)
             if ended:
-                running[:] = [one for one in running if not one.ended]
+                running[:] = [one for one in running if one not in ended]
                 self.batch_version += 1
 
     def drop_cancelled(self) -> None:
