@@ -27,7 +27,7 @@ class Scheduler:
         blocks: gives KV blocks to sequences.
         parts: of the batch, each with its own blocks.
         max_num_seqs: the most sequences that have rows at once.
-        max_num_batched_tokens: the most tokens of a step, but at least one of each sequence.
+        max_num_batched_tokens: the most tokens of a step, without drafts.
 
     Attributes:
         batch_version: counts the changes of what is in which row.
@@ -109,10 +109,6 @@ class Scheduler:
         """Forgets sequences that were cancelled, waiting or not."""
         self._waiting = deque(one for one in self._waiting if not one.ended)
         self.release_ended()
-
-    def extend(self, sequence: SequenceState, length: int) -> bool:
-        """Gives a sequence blocks for more positions, such as those of drafts, if there are any."""
-        return self._blocks.extend(sequence.number, length)
 
     def _all_running(self) -> list[SequenceState]:
         return sorted((one for _, _, one in self.rows()), key=lambda one: one.number)
