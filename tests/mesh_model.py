@@ -89,8 +89,12 @@ class MeshModel:
         weights: Mapping[str, np.ndarray] | None = None,
         numerics: str = "fast",
         quantization: str | None = None,
+        *,
+        kernels: bool = True,
     ):
-        model = ParallelModel(config, make_mesh(mesh), jnp.dtype(dtype), numerics, quantization)
+        model = ParallelModel(
+            config, make_mesh(mesh), jnp.dtype(dtype), numerics, quantization, kernels
+        )
         self.plan = model.plan
         weights = reference.random_weights(config) if weights is None else weights
         self.params = load_params(memory_checkpoint(config, weights), model.weights)
