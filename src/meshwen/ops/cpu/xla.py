@@ -114,7 +114,8 @@ class XlaOnCpu(Backend):
         if blocks[0].dtype != jnp.bfloat16:
             return super().write_blocks(blocks, new, slots)
         bits = super().write_blocks(_bits(blocks), _bits(new), slots)
-        return _of_bits(bits)
+        # Else the update is fused with each of its uses, each time of a copy of all blocks.
+        return _of_bits(lax.optimization_barrier(bits))
 
     def copy_blocks(
         self, blocks: Array, source: Int[Array, " n"], destination: Int[Array, " n"]
