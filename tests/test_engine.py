@@ -24,14 +24,16 @@ from meshwen.engine.penalties import Penalized
 from meshwen.engine.request import Completion, Request
 from meshwen.engine.sampling import SamplerRows, SamplingMethod
 from meshwen.engine.sampling_params import SamplingParams
+from meshwen.engine.step_inputs import RowTokens, StepInputs, in_parts, step_inputs, tables_in_order
 from meshwen.errors import MeshwenError
-from meshwen.ops.cpu.backend import CpuKernels
+from meshwen.ops.backend import Backend
 from needs_kernels import needs_kernels
 from speller import ANSWER, answer_ids, write_speller
-from tiny_model import STEPS, TINY, greedy, weights
+from tiny_model import ONE_LAYER, STEPS, TINY, greedy, weights
 
 SPLIT = "data=2,model=4"
 PROMPTS = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in (5, 1, 17, 30)]
+BLOCK = Backend.block_size
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
@@ -46,10 +48,9 @@ def engine(mesh="1", eos=(), max_num_seqs=4, config=TINY) -> Engine:
     return engine_of(model(mesh, config).runner, eos, max_num_seqs)
 
 
-def engine_of(runner, eos=(), max_num_seqs=4) -> Engine:
-    return Engine(
-        runner, None, eos, EngineOptions(max_num_seqs=max_num_seqs).cache_plan(runner.model)
-    )
+def engine_of(runner, eos=(), max_num_seqs=4, **options) -> Engine:
+    plan = EngineOptions(max_num_seqs=max_num_seqs).cache_plan(runner.model)
+    return Engine(runner, None, eos, plan, **options)
 
 
 def request(prompt, **sampling) -> Request:
@@ -189,15 +190,12 @@ def test_each_request_ends_at_its_own_limit_and_disturbs_no_other():
     assert {c.finish_reason for c in found} == {"length"}
 
 
-def test_a_finished_row_without_a_free_position_disturbs_no_other():
-    # Both fill the cache's 16 positions to the last: the first at once, the second with its answer.
-    prompts = [random_tokens(TINY, 1, 15, seed=15)[0].tolist(), PROMPTS[0]]
-    requests = [request(prompts[0], max_new_tokens=1), request(prompts[1], max_new_tokens=11)]
-    found = completions(engine(max_num_seqs=2).run(requests))
-    assert found[0].tokens == greedy(tuple(prompts[0]))[0][:1]
-    assert found[1].tokens[:STEPS] == greedy(tuple(prompts[1]))[0]
-    whole = model().logits([[*prompts[1], *found[1].tokens]])[0, len(prompts[1]) - 1 : -1]
-    assert found[1].tokens == tuple(whole.argmax(axis=1).tolist())
+def test_an_answer_goes_on_beyond_the_end_of_a_kv_block():
+    # A prompt that ends with a block, and answers that end with it, before it and beyond.
+    lengths = [BLOCK, BLOCK - STEPS + 1, BLOCK - STEPS, BLOCK - 3]
+    prompts = [random_tokens(TINY, 1, n, seed=n)[0].tolist() for n in lengths]
+    found = completions(engine().run([request(prompt) for prompt in prompts]))
+    assert [c.tokens for c in found] == [greedy(tuple(p))[0] for p in prompts]
 
 
 def test_an_end_of_text_token_ends_its_own_request():
@@ -324,14 +322,14 @@ def test_closing_the_events_early_leaves_the_engine_ready():
 # --- Long prompts
 
 
-@pytest.mark.slow
 @every_mesh
-def test_a_prompt_prefilled_in_chunks_gives_what_one_pass_gives(mesh):
-    lengths = [520, 3, 1040, 512]
+def test_prompts_prefilled_in_chunks_give_what_one_pass_gives(mesh):
+    lengths = [40, 3, 90, 32]
     token_ids = random_tokens(TINY, len(lengths), max(lengths) + 2, seed=5)
     prompts = [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
     requests = [request(prompt, max_new_tokens=3, logprobs=True) for prompt in prompts]
-    found = completions(engine(mesh).run(requests))
+    chunked = engine_of(model(mesh).runner, max_num_batched_tokens=16)
+    found = completions(chunked.run(requests))
     for row, length, completion in zip(token_ids, lengths, found, strict=True):
         row[length : length + 2] = completion.tokens[:2]
     logits = model().logits(token_ids).astype(np.float64)  # A token sees none that come after it.
@@ -343,10 +341,11 @@ def test_a_prompt_prefilled_in_chunks_gives_what_one_pass_gives(mesh):
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=1e-4)
 
 
-def test_a_prompt_whose_scores_are_many_is_prefilled_in_shorter_chunks(monkeypatch):
-    monkeypatch.setattr(CpuKernels, "stores_scores", True)
-    monkeypatch.setattr("meshwen.runtime.shape_buckets._SCORE_BYTES", 1)
-    found = completions(engine().run([request(prompt, logprobs=True) for prompt in PROMPTS]))
+def test_without_kernels_many_scores_are_computed_in_groups(monkeypatch):
+    monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
+    monkeypatch.setattr("meshwen.ops.paged._GROUP_BYTES", 1)
+    runs = engine_of(MeshModel(TINY).runner)
+    found = completions(runs.run([request(prompt, logprobs=True) for prompt in PROMPTS]))
     for completion, prompt in zip(found, PROMPTS, strict=True):
         tokens, logprobs = greedy(tuple(prompt))
         assert completion.tokens == tokens
@@ -370,15 +369,16 @@ def compiled(caplog):
     caplog.clear()  # A failing test shows what it found, not the whole log.
 
 
-@pytest.mark.parametrize(("mesh", "buckets"), [("1", 3), (SPLIT, 2)])
-def test_decode_compiles_once_and_prefill_once_a_bucket(mesh, buckets, compiled):
+@every_mesh
+def test_a_step_compiles_once_for_a_number_of_tokens(mesh, compiled):
     runs = engine_of(MeshModel(TINY, mesh).runner)
     compiled()
     list(runs.run([request(prompt, **SAMPLED[1]) for prompt in PROMPTS]))
     programs = [name for name in compiled() if name.endswith("_step")]
-    assert sorted(programs) == ["decode_step", "first_step", *["prefill_step"] * buckets]
-    others = [random_tokens(TINY, 1, n, seed=9)[0].tolist() for n in (6, 3, 20, 28)]
-    list(runs.run([request(p, **SAMPLED[1] | {"seed": 8}) for p in [*others, *others]]))
+    assert programs == ["sampling_step"] * 2  # All prompts, and a token of each answer.
+    # As many in sum, to a shape bucket; and none is shared with the prompts above.
+    others = [random_tokens(TINY, 1, n, seed=9)[0].tolist() for n in (20, 28, 6, 3)]
+    list(runs.run([request(p, **SAMPLED[1] | {"seed": 8}) for p in others]))
     assert compiled() == []
 
 
@@ -386,7 +386,7 @@ def test_a_longer_prompt_compiles_no_more_than_its_bucket(compiled):
     list(engine().run([request(PROMPTS[0])]))
     compiled()
     list(engine().run([request([1] * 33)]))
-    assert "prefill_step" in compiled()  # So that the test above can see what it looks for.
+    assert "sampling_step" in compiled()  # So that the test above can see what it looks for.
     list(engine().run([request([2] * 40)]))
     assert compiled() == []
 
@@ -394,41 +394,41 @@ def test_a_longer_prompt_compiles_no_more_than_its_bucket(compiled):
 # --- The compiled steps
 
 
+def one_sequence(count: int, tokens: int, blocks: int = 1, start: int = 0) -> StepInputs:
+    """A step of `count` tokens of a sequence that has so many blocks, compiled for `tokens`."""
+    own = RowTokens(0, start, [1] * count)
+    return step_inputs([[own]], 1, tokens, tables_in_order(1, 1, blocks))
+
+
 def test_a_step_consumes_the_cache_it_is_given():
     runner = model().runner
-    lengths = np.array([3], np.int32)
-    cache, hidden = runner.empty_cache(1, 16), runner.empty_hidden(1)
-    token_ids = np.ones((1, 16), np.int32)
-    row = np.array([0], np.int32)
-    after, second = runner.prefill(cache, hidden, token_ids, row, np.int32(0), lengths, 16)[::-1]
-    assert hidden.is_deleted()
-    assert all(array.is_deleted() for array in jax.tree.leaves(cache))
     params = [SamplingParams(repetition_penalty=1.1)]
     method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
-    tokens = jax.numpy.zeros((1, TINY.vocab_size), bool)
+    cache, tokens = runner.empty_blocks(2), jax.numpy.zeros((1, TINY.vocab_size), bool)
     seen = Penalized(tokens, None)
-    sampled, seen_after, last = runner.decode(after, lengths[:, None], lengths, rows, seen, method)
+    sampled, seen_after, after = runner.step(cache, one_sequence(3, 4), rows, seen, method)
     assert tokens.is_deleted()
+    assert all(array.is_deleted() for array in jax.tree.leaves(cache))
+    inputs = one_sequence(1, 1, start=3)
+    hidden, last = runner.forward(after, inputs, inputs.asked)
     assert all(array.is_deleted() for array in jax.tree.leaves(after))
-    alive = jax.tree.leaves((second, sampled, seen_after, last, runner.params))
+    alive = jax.tree.leaves((sampled, seen_after, hidden, last, runner.params))
     assert not any(array.is_deleted() for array in alive)
 
 
-# A kernel reads the cache itself; heads whose dimensions are no multiple of 32 are padded for it.
+# A kernel reads the blocks where they are, of heads of any dimension; XLA gathers a table's.
 @pytest.mark.parametrize("head_dim", [TINY.head_dim, 32])
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefill_copies_no_layer_of_the_cache(dtype, kernel, head_dim, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_step_copies_no_layer_of_the_cache(tokens, dtype, kernel, head_dim, monkeypatch):
     if not kernel:
         monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
-    runner = MeshModel(replace(TINY, head_dim=head_dim), "1", dtype=dtype).runner
-    one, length = np.zeros(1, np.int32), 64 if kernel else 16
-    cache, hidden, ids = runner.empty_cache(4, 64), runner.empty_hidden(1), np.ones((1, 16))
-    lowered = runner.prefill_program.lower(
-        runner.params, cache, hidden, ids.astype(np.int32), one, one[0], one + 9, length=length
-    )
-    program = lowered.compile().as_text()
-    assert ("meshwen_attention" in program) == kernel
+    runner = MeshModel(replace(ONE_LAYER, head_dim=head_dim), "1", dtype=dtype).runner
+    cache, inputs = runner.empty_blocks(9), one_sequence(tokens, tokens, blocks=3)
+    arguments = (runner.params, cache, *inputs[:5], inputs.asked)
+    program = runner.forward_program.lower(*arguments).compile().as_text()
+    assert ("meshwen_paged_attention" in program) == kernel
     for array in cache[0]:
         shape = rf"\[{','.join(map(str, array.shape))}\]"
         assert re.search(shape, program)
@@ -452,9 +452,14 @@ def test_the_sampler_gathers_its_candidates_only(mesh, rows_a_device, sampling, 
     runner, batch = model(mesh).runner, 4
     params = [SamplingParams(**sampling)] * batch
     method, rows = SamplingMethod.of(params, TINY.vocab_size), SamplerRows.of(params)
-    token, cache = np.zeros(batch, np.int32), runner.empty_cache(batch, 16)
-    lowered = runner.decode_program.lower(
-        runner.params, cache, token[:, None], token, rows, None, method=method
+    parts = in_parts(
+        np.zeros((batch, 1), np.int32), np.zeros(batch, np.int32), runner.plan.data_devices
+    )
+    inputs = step_inputs(
+        parts, rows_a_device, rows_a_device, tables_in_order(len(parts), rows_a_device, 1)
+    )
+    lowered = runner.sampling_program.lower(
+        runner.params, runner.empty_blocks(5), *inputs, rows, None, method=method
     )
     gathered = _GATHER.findall(lowered.compile().as_text())
     shape = f"{rows_a_device},{runner.plan.model_devices * candidates}"
