@@ -12,8 +12,8 @@ _SILENCE = llama.llama_log_callback(lambda level, text, data: None)
 
 
 class LlamaCpp:
-    def __init__(self, model: str, dtype: str):
-        del dtype  # The file has it.
+    def __init__(self, model: str, dtype: str, sequences: int):
+        del dtype, sequences  # The file has the one; a context has the other.
         llama.llama_log_set(_SILENCE, None)
         llama.llama_backend_init()
         self.model = llama.llama_model_load_from_file(

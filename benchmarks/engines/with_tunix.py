@@ -15,7 +15,8 @@ from worker import WARM_UP, median_seconds
 
 
 class Tunix:
-    def __init__(self, model: str, dtype: str):
+    def __init__(self, model: str, dtype: str, sequences: int):
+        del sequences  # A cache has as many as are asked for.
         self.dtype = jnp.dtype(dtype)
         self.config = _config(json.loads((Path(model) / "config.json").read_text()), self.dtype)
         auto = (jax.sharding.AxisType.Auto,) * 2

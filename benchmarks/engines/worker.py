@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine in a process of its own: `worker.py MODULE MODEL DTYPE`.
+"""One engine in a process of its own: `worker.py MODULE MODEL DTYPE SEQUENCES`.
 
 Runs in the virtual environment of that engine, so it needs the standard library alone. Each line
-it reads is a measurement, {"decode": [batch, length, steps]} or {"prefill": [length, runs]}; it
-answers each with a line, {"seconds": the median} or {"error": the reason}. MODULE has
-`load(model, dtype)`, which returns an `Engine`.
+it reads is a measurement, a method of the engine and its arguments: {"decode": [batch, length,
+steps]} or {"chat": {"turns": ...}}; it answers each with a line, {"result": what the method
+returns} or {"error": the reason}. MODULE has `load(model, dtype, sequences)`, which returns an
+`Engine` that runs up to so many sequences at once.
 """
 
 import importlib
@@ -20,7 +21,10 @@ WARM_UP = 2
 
 
 class Engine(Protocol):
-    """A loaded model. Which tokens it computes does not matter, only how many."""
+    """A loaded model. Which tokens it computes does not matter, only how many.
+
+    What an engine can beside this is in `stepping.py`.
+    """
 
     def decode(self, batch: int, length: int, steps: int) -> float:
         """Seconds of a greedy step of `batch` sequences that start with `length` tokens each."""
@@ -40,16 +44,18 @@ def median_seconds(run: Callable[[], object], count: int) -> float:
 
 
 def main() -> None:
-    module, model, dtype = sys.argv[1:]
+    module, model, dtype, sequences = sys.argv[1:]
     # Libraries print what they like; the answers go where the parent alone reads.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    engine: Engine = importlib.import_module(module).load(model, dtype)
+    engine: Engine = importlib.import_module(module).load(model, dtype, int(sequences))
     print("{}", file=answers)
     for line in sys.stdin:
         ((what, arguments),) = json.loads(line).items()
         try:
-            answer = {"seconds": getattr(engine, what)(*arguments)}
+            measure = getattr(engine, what)
+            named = isinstance(arguments, dict)
+            answer = {"result": measure(**arguments) if named else measure(*arguments)}
         except Exception as error:  # Any library's: the parent reports it and goes on.
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)
