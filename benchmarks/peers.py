@@ -101,7 +101,8 @@ def start_ours(
     stack: ExitStack, model: str, dtype: str, sequences: int, source: Path | None = None
 ) -> Engine:
     """A process with meshwen, of this environment or of another version's source folder."""
-    environment = dict(os.environ)
+    # XLA says in pages what features of the CPU a kept program does not ask for.
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3"} | os.environ
     if source is not None:
         environment["PYTHONPATH"] = str(source.resolve())
     command = [sys.executable, WORKER, "with_meshwen", model, dtype, str(sequences)]

@@ -21,6 +21,10 @@ _ZERO, _COMMA, _SPACE = 15, 11, 220  # tokens
 _random = Random(0)
 
 
+def _now() -> float:
+    return time.perf_counter()
+
+
 @dataclass
 class Answer:
     """What has come of an answer.
@@ -41,12 +45,12 @@ class Answer:
     times: list[float] = field(default_factory=list)
     done: bool = False
     cached: int | None = None
-    submitted: float = field(default_factory=time.perf_counter)
+    submitted: float = field(default_factory=_now)
 
     def add(self, tokens: Sequence[int]) -> None:
         """Takes tokens that come now."""
         self.tokens += tokens
-        self.times += [time.perf_counter()] * len(tokens)
+        self.times += [_now()] * len(tokens)
 
     @property
     def first_token(self) -> float:
@@ -141,9 +145,9 @@ class Stepping(ABC):
         self._step_until(lambda: all(len(one.tokens) > 1 or one.done for one in first))
         for one in first:
             self.cancel(one)
-        began = time.perf_counter()
+        began = _now()
         answers = self._finish([self.submit(prompt, limit, stop=stop) for prompt in prompts])
-        seconds = time.perf_counter() - began
+        seconds = _now() - began
         tokens, read = (sum(len(one.tokens) for one in answers), sum(map(len, prompts)))
         cached = [one.cached for one in answers]
         known = None if None in cached else sum(filter(None, cached))
@@ -171,12 +175,12 @@ class Stepping(ABC):
     def _arrivals(self, running: int, prompts: int, length: int) -> dict[str, Any]:
         answers = [self.submit(random_prompt(128), _ROOM) for _ in range(running)]
         self._step_until(lambda: all(len(one.tokens) > 4 for one in answers))
-        quiet = time.perf_counter()
+        quiet = _now()
         self._step_until(lambda: all(len(one.tokens) > 24 for one in answers))
-        arrived = time.perf_counter()
+        arrived = _now()
         new = [self.submit(random_prompt(length), 16) for _ in range(prompts)]
         self._step_until(lambda: all(one.tokens for one in new))
-        ended = time.perf_counter()
+        ended = _now()
         if any(one.done for one in answers):
             raise RuntimeError("an answer ended while prompts were read")
         for one in answers + new:
