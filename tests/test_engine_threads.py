@@ -21,7 +21,7 @@ from threads import PATIENCE, results, start, wait_until
 from tiny_model import STEPS, TINY, greedy
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
-# All fit the shortest cache, so that few shapes are compiled.
+# In sum they fit the smallest shape bucket, so that few programs are compiled.
 PROMPTS = [tuple(random_tokens(TINY, 1, n, seed=n)[0].tolist()) for n in (5, 1, 7, 3)]
 
 
@@ -59,13 +59,13 @@ def test_200_calls_from_4_threads_give_each_its_own_tokens():
 def test_callers_share_the_batch(monkeypatch):
     shared, calls = engine(), []
     runner = shared._core.runner
-    decode = runner.decode
-    monkeypatch.setattr(runner, "decode", lambda *a: calls.append(1) or decode(*a))
+    step = runner.step
+    monkeypatch.setattr(runner, "step", lambda *a: calls.append(1) or step(*a))
     with shared.exclusive():
         asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
         queued(shared, 5)
     assert [tokens(events) for events in results(asked)] == [[greedy(p)[0]] for p in PROMPTS]
-    assert len(calls) < 2 * (STEPS - 1)  # One after the other they take four times as many.
+    assert len(calls) < 2 * STEPS  # One after the other they take four times as many.
 
 
 @pytest.mark.parametrize("mesh", ["1", SPLIT])
@@ -227,7 +227,7 @@ def test_a_text_that_cannot_be_made_is_an_error_of_the_call_that_asked_for_it(as
 def test_a_step_that_breaks_off_is_reported_to_all_whose_requests_it_took(monkeypatch):
     shared = engine()
     with monkeypatch.context() as broken:
-        broken.setattr(shared._core.runner, "prefill", lambda *_: 1 / 0)
+        broken.setattr(shared._core.runner, "step", lambda *_: 1 / 0)
         with shared.exclusive():
             asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
             shared.submit(request(PROMPTS[0]), lambda event: None)
@@ -242,17 +242,18 @@ def test_a_step_that_breaks_off_is_reported_to_all_whose_requests_it_took(monkey
     assert tokens(shared.run([request(PROMPTS[0])])) == [greedy(PROMPTS[0])[0]]
 
 
-@pytest.mark.parametrize("place", ["prefill", "decode"])
-def test_an_interrupted_step_ends_only_the_requests_of_who_took_it(place, monkeypatch):
-    shared, interrupts = engine(), [KeyboardInterrupt]
-    whole = getattr(shared._core.runner, place)
+@pytest.mark.parametrize("at", [0, 1])  # When prompts are prefilled, and later.
+def test_an_interrupted_step_ends_only_the_requests_of_who_took_it(at, monkeypatch):
+    shared, calls = engine(), []
+    whole = shared._core.runner.step
 
     def once(*arguments):
-        if interrupts:
-            raise interrupts.pop()
+        calls.append(1)
+        if len(calls) == 1 + at:
+            raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(shared._core.runner, place, once)
+    monkeypatch.setattr(shared._core.runner, "step", once)
     with shared.exclusive():
         asked = [start(list, shared.run([request(p)])) for p in PROMPTS]
         queued(shared, 5)
@@ -309,7 +310,7 @@ def test_a_request_that_comes_while_a_step_breaks_off_is_not_lost(monkeypatch):
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(shared._core.runner, "prefill", breaks)
+        broken.setattr(shared._core.runner, "step", breaks)
         first = start(list, shared.run([request(PROMPTS[0])]))
         assert entered.wait(PATIENCE)
         second = start(list, shared.run([request(PROMPTS[1])]))
