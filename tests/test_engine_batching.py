@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: rows, the queue, cancellation, a cache that grows, and memory."""
+"""Continuous batching: rows, the queue, cancellation, KV blocks, preemption, and memory."""
 
 from dataclasses import replace
 from itertools import pairwise
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,9 +13,17 @@ from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Event, Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.runtime.shape_buckets import shape_bucket
-from test_engine import PROMPTS, SPLIT, completions, engine, model, request
-from tiny_model import STEPS, TINY, greedy
+from test_engine import (
+    BLOCK,
+    PROMPTS,
+    SPLIT,
+    completions,
+    engine,
+    engine_of,
+    model,
+    request,
+)
+from tiny_model import ONE_LAYER, STEPS, TINY, greedy
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 every_mesh = pytest.mark.parametrize("mesh", ["1", SPLIT])
@@ -34,10 +41,11 @@ def drain(running: Engine) -> None:
     pytest.fail("the engine is still busy after 1000 steps")
 
 
-def cache_shape(running: Engine) -> tuple[int, int]:
-    """Rows and positions of an engine's KV cache."""
-    layer = running._core.cache.arrays[0]
-    return len(layer.keys), layer.length(running._core.runner.model.backend.cache_layout)
+LONG = random_tokens(TINY, 1, 60, seed=4)[0].tolist()  # In steps of 16 tokens, many chunks.
+
+
+def in_short_steps(max_num_seqs: int) -> Engine:
+    return engine_of(model().runner, max_num_seqs=max_num_seqs, max_num_batched_tokens=16)
 
 
 # --- Rows
@@ -55,17 +63,15 @@ def test_a_free_row_is_filled_while_the_other_answers_go_on():
 
 
 def test_answers_go_on_between_the_chunks_of_a_long_prompt():
-    long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()  # Three chunks.
-    running, events = engine(max_num_seqs=2), []
+    running, events = in_short_steps(2), []
     first = running.submit(request(PROMPTS[0]), events.append)
     running.step()
-    second = running.submit(request(long, max_new_tokens=1), events.append)
+    second = running.submit(request(LONG, max_new_tokens=1), events.append)
     drain(running)
-    order = [event.request for event in events]
-    assert order.index(second) >= 3
-    assert tokens_of(events)[first] == greedy(tuple(PROMPTS[0]))[0]
-    alone = completions(engine().run([request(long, max_new_tokens=1)]))
-    assert tokens_of(events)[second] == alone[0].tokens
+    # 15 of its tokens beside each token of the first.
+    assert [event.request for event in events] == [first] * 5 + [second, first][::1]
+    expected = {first: greedy(tuple(PROMPTS[0]))[0], second: greedy(tuple(LONG))[0][:1]}
+    assert tokens_of(events) == expected
 
 
 def test_two_runs_on_one_engine_each_get_their_own():
@@ -84,14 +90,7 @@ def test_two_runs_on_one_engine_each_get_their_own():
 
 
 def test_a_full_queue_refuses_and_run_waits_for_room():
-    running = Engine(
-        model().runner,
-        None,
-        (),
-        EngineOptions(max_num_seqs=1).cache_plan(model().runner.model),
-        max_waiting=1,
-    )
-    events = []
+    running, events = engine_of(model().runner, max_num_seqs=1, max_waiting=1), []
     running.submit(request(PROMPTS[0]), events.append)
     with pytest.raises(QueueFullError, match="1 requests wait"):
         running.submit(request(PROMPTS[1]), events.append)
@@ -125,10 +124,10 @@ def test_a_cancelled_request_gives_nothing_more_and_its_row_is_free(steps):
 
 
 def test_a_request_may_be_cancelled_while_its_prompt_is_prefilled():
-    long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()
-    running, events = engine(max_num_seqs=1), []
-    number = running.submit(request(long), events.append)
+    running, events = in_short_steps(1), []
+    number = running.submit(request(LONG), events.append)
     running.step()
+    assert running.prefilled == (16, len(LONG))
     running.cancel(number)
     other = running.submit(request(PROMPTS[0]), events.append)
     drain(running)
@@ -136,12 +135,12 @@ def test_a_request_may_be_cancelled_while_its_prompt_is_prefilled():
 
 
 def test_a_run_given_up_while_a_long_prompt_is_prefilled_leaves_room_for_a_shorter_one():
-    long = random_tokens(TINY, 1, 1040, seed=4)[0].tolist()
-    running = engine(max_num_seqs=2)
-    begun = running.run([request(PROMPTS[0]), request(long)])
+    running = in_short_steps(2)
+    begun = running.run([request(PROMPTS[0]), request(LONG)])
     next(begun)
     for _ in range(2):
-        running.step()  # The long prompt's first chunk is prefilled.
+        running.step()
+    assert running.prefilled == (16 - len(PROMPTS[0]) + 2 * 15, len(LONG))
     begun.close()
     assert not running.busy
     found = completions(running.run([request(PROMPTS[0])]))
@@ -155,7 +154,7 @@ def test_answers_are_not_kept_waiting_by_a_long_queue():
         running.submit(request(PROMPTS[1], max_new_tokens=1), events.append)
     drain(running)
     places = [at for at, event in enumerate(events) if event.request == first]
-    assert max(later - earlier for earlier, later in pairwise(places)) <= 10
+    assert max(later - earlier for earlier, later in pairwise(places)) <= 4
     assert tokens_of(events)[first] == greedy(tuple(PROMPTS[0]))[0]
 
 
@@ -179,7 +178,7 @@ def test_a_step_that_breaks_off_leaves_the_engine_ready(monkeypatch):
     running.submit(request(PROMPTS[0]), events.append)
     running.step()
     with monkeypatch.context() as broken:
-        broken.setattr(running._core.runner, "decode", lambda *_: 1 / 0)
+        broken.setattr(running._core.runner, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             running.step()
     assert not running.busy
@@ -192,7 +191,7 @@ def test_a_run_whose_requests_another_run_lost_raises(monkeypatch):
     first, second = (shared.run([request(p)]) for p in PROMPTS[:2])
     next(first)
     with monkeypatch.context() as broken:
-        broken.setattr(shared._core.runner, "prefill", lambda *_: 1 / 0)
+        broken.setattr(shared._core.runner, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(second)
     with pytest.raises(MeshwenError, match="requests were lost"):
@@ -201,23 +200,22 @@ def test_a_run_whose_requests_another_run_lost_raises(monkeypatch):
 
 def test_a_cache_that_could_not_be_made_is_made_the_next_time(monkeypatch):
     running = engine(max_num_seqs=2)
-    list(running.run([request(PROMPTS[0])]))
     with monkeypatch.context() as broken:
-        broken.setattr(running._core.runner, "empty_cache", lambda *_: 1 / 0)
+        broken.setattr(running._core.runner, "empty_blocks", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            list(running.run([request(PROMPTS[3])]))
+            list(running.run([request(PROMPTS[0])]))
     found = completions(running.run([request(PROMPTS[0])]))
     assert [c.tokens for c in found] == [greedy(tuple(PROMPTS[0]))[0]]
 
 
-# --- A cache that grows
+# --- KV blocks
 
 
 @every_mesh
-def test_the_cache_grows_under_running_requests(mesh):
+def test_requests_join_those_that_run(mesh):
     running, events = engine(mesh, max_num_seqs=4), []
     numbers = []
-    for prompt in PROMPTS:  # One row, then two and four; and three lengths.
+    for prompt in PROMPTS:  # One row, then two and four.
         numbers.append(running.submit(request(prompt), events.append))
         running.step()
     drain(running)
@@ -226,65 +224,60 @@ def test_the_cache_grows_under_running_requests(mesh):
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_ceiling_reserves_nothing(asked):
+def test_a_ceiling_reserves_no_block(asked):
     running, events = engine(), []
     params = {"max_new_tokens": 1000, "max_new_tokens_asked": asked}
     number = running.submit(request(PROMPTS[0], **params), events.append)
     other = running.submit(request(PROMPTS[1]), events.append)
     while other not in tokens_of(events):
         running.step()
-    assert cache_shape(running)[1] == shape_bucket(len(PROMPTS[0]) + 256)
+    assert running._core.blocks.used_blocks == 1
     running.cancel(number)
+    running.step()
+    assert running._core.blocks.used_blocks == 0
 
 
-LONG = [request(p, max_new_tokens=24, logprobs=True) for p in PROMPTS[:2]]
+@pytest.mark.parametrize("caching", [True, False])
+def test_what_prompts_begin_with_is_computed_once(caching):
+    running = engine_of(model().runner, prefix_caching=caching)
+    prompts = [tuple(LONG[:40]), tuple(LONG[:36]), tuple(LONG[:40])]  # A block and some more.
+    found = [completions(running.run([request(p)]))[0].tokens for p in prompts]
+    assert found == [greedy(p)[0] for p in prompts]
+    assert running._core.blocks.stats.cached_tokens == (2 * BLOCK if caching else 0)
 
 
-def growing(mesh: str, numerics: str, positions: int) -> Engine:
-    """An engine whose cache may have so many positions in all its rows of a part of the batch."""
-    config = replace(TINY, num_hidden_layers=1, layer_types=("full_attention",))
-    runner = shared_model(config, mesh, numerics=numerics).runner
-    budget = EngineOptions(max_num_seqs=2).cache_plan(runner.model)
-    budget = replace(budget, cache_bytes=positions * budget.token_bytes)
-    return Engine(runner, None, (), budget)
+def engine_with_blocks(count: int, max_num_seqs: int = 2, runner=None, **options) -> Engine:
+    """An engine that has so many blocks for each part of the batch."""
+    runner = runner or model().runner
+    plan = EngineOptions(max_num_seqs=max_num_seqs).cache_plan(runner.model)
+    return Engine(runner, None, (), replace(plan, num_blocks=1 + count), **options)
 
 
-# With memory it grows; without, answers wait, and are prefilled again when others have ended.
+PENALIZED = {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("mesh", "numerics", "positions", "shapes"),
-    [
-        (SPLIT, "fast", 1000, [(2, 16), (2, 32)]),
-        ("1", "exact", 40, [(2, 16), (1, 24), (1, 32)]),
-    ],
+    ("mesh", "numerics", "sampling"), [(SPLIT, "fast", {}), ("1", "exact", PENALIZED)]
 )
-def test_the_cache_grows_with_answers_which_wait_where_memory_is_short(
-    mesh, numerics, positions, shapes, monkeypatch
+def test_sequences_give_way_where_blocks_run_out_and_go_on_as_they_would_have(
+    mesh, numerics, sampling
 ):
-    expected = completions(growing(mesh, numerics, 1000).run(LONG))
-    monkeypatch.setattr("meshwen.engine.limits._AHEAD", 4)
-    running = growing(mesh, numerics, positions)
-    seen, events = [], []
-    for event in running.run(LONG):
-        events.append(event)
-        seen.append(cache_shape(running))
-    assert list(dict.fromkeys(seen)) == shapes
-    for found, other in zip(completions(events), expected, strict=True):
+    runner = shared_model(ONE_LAYER, mesh, numerics=numerics).runner
+    requests = [
+        request(prompt, max_new_tokens=BLOCK + 2, logprobs=True, **sampling)
+        for prompt in PROMPTS[:3]
+    ]
+    expected = completions(engine_with_blocks(9, 4, runner).run(requests))
+    running = engine_with_blocks(3, 4, runner)  # Two sequences begin, and come to need two each.
+    events = list(running.run(requests))
+    core = running._core
+    assert core.scheduler.preemptions > 0
+    assert core.blocks.used_blocks == 0
+    for number, (found, other) in enumerate(zip(completions(events), expected, strict=True)):
         assert found.tokens == other.tokens
+        assert found.tokens == tuple(e.token for e in events if e.request == number)
         tolerance = 0 if numerics == "exact" else 1e-4
         np.testing.assert_allclose(found.logprobs, other.logprobs, rtol=0, atol=tolerance)
-
-
-def test_a_cache_that_grows_as_one_did_before_compiles_nothing(caplog, monkeypatch):
-    monkeypatch.setattr("meshwen.engine.limits._AHEAD", 4)
-
-    def compiled() -> list[str]:
-        caplog.clear()
-        with jax.log_compiles():
-            completions(growing(SPLIT, "fast", 1000).run(LONG))
-        return [r.message for r in caplog.records if "Compiling" in r.message]
-
-    compiled()
-    assert compiled() == []
 
 
 # --- Memory and limits
@@ -304,32 +297,25 @@ def test_max_model_len_limits_prompt_and_answer():
         limited.run([request(PROMPTS[2])])
 
 
-def engine_with_room_for(positions: int, max_num_seqs: int = 2) -> Engine:
-    """An engine whose cache may have so many positions in all its rows."""
-    budget = EngineOptions(max_num_seqs=max_num_seqs).cache_plan(model().runner.model)
-    small = replace(budget, cache_bytes=positions * budget.token_bytes)
-    return Engine(model().runner, None, (), small)
-
-
 SHORT = Request((1, 2), SamplingParams(temperature=0, max_new_tokens=3))
 
 
-def test_a_longer_request_than_there_is_memory_for_beside_others_waits_and_is_not_overtaken():
-    running, events = engine_with_room_for(63), []
+def test_a_prompt_that_there_are_too_few_blocks_for_waits_and_is_not_overtaken():
+    running, events = engine_with_blocks(6, max_num_seqs=4), []
     first = [running.submit(SHORT, events.append) for _ in range(2)]
     running.step()
-    long = running.submit(request(PROMPTS[2]), events.append)
+    long = running.submit(request(LONG + LONG[:10]), events.append)  # Three blocks.
     last = running.submit(SHORT, events.append)
     drain(running)
     ended = [event.request for event in events if event.completion]
     assert (sorted(ended[:2]), ended[2:]) == (first, [last, long])  # Those two at the same time.
     begun = list(dict.fromkeys(event.request for event in events))
     assert begun == [*first, long, last]
-    assert tokens_of(events)[long] == greedy(tuple(PROMPTS[2]))[0]
+    assert tokens_of(events)[long] == greedy(tuple(LONG + LONG[:10]))[0]
 
 
 def test_a_request_that_there_is_no_memory_for_at_all_is_refused_by_itself():
-    running, events = engine_with_room_for(63), []
+    running, events = engine_with_blocks(2), []
     with pytest.raises(MeshwenError, match="KV cache"):
         running.submit(request([1] * 64), events.append)
     with pytest.raises(MeshwenError, match="KV cache"):
@@ -340,43 +326,26 @@ def test_a_request_that_there_is_no_memory_for_at_all_is_refused_by_itself():
 
 
 def test_a_ceiling_that_nobody_asked_for_ends_an_answer_where_memory_does(caplog):
-    running, params = engine_with_room_for(63), {"max_new_tokens": 1000}
+    running, params = engine_with_blocks(2), {"max_new_tokens": 1000}
     with pytest.raises(MeshwenError, match="KV cache"):
         running.run([request(PROMPTS[0], **params)])
     asked = [request(p, **params, max_new_tokens_asked=False) for p in PROMPTS[:2]]
     found = completions(running.run([*asked, SHORT]))
-    assert [len(c.prompt_tokens) + len(c.tokens) for c in found] == [48, 48, 5]
+    assert [len(c.prompt_tokens) + len(c.tokens) for c in found] == [64, 64, 5]
     assert {c.finish_reason for c in found} == {"length"}
     assert [c.tokens[:STEPS] for c in found[:2]] == [greedy(tuple(p))[0] for p in PROMPTS[:2]]
     warned = [r.getMessage() for r in caplog.records if "an answer ended" in r.getMessage()]
     assert len(warned) == 1
     length = len(asked[0].prompt_tokens)
-    assert f"ended after {48 - length} of the 1000 tokens" in warned[0]
-    assert "more than 48, the prompt's included" in warned[0]
+    assert f"ended after {64 - length} of the 1000 tokens" in warned[0]
+    assert "more than 64, the prompt's included" in warned[0]
 
 
 def test_an_answer_that_its_length_ends_is_not_said_to_lack_memory(caplog):
-    running = engine_with_room_for(63)
+    running = engine_with_blocks(2)
     (found,) = completions(running.run([request(PROMPTS[0], max_new_tokens=40, max_length=8)]))
     assert (len(found.tokens), found.finish_reason) == (3, "length")
     assert not [r for r in caplog.records if "an answer ended" in r.getMessage()]
-
-
-def test_memory_that_a_long_request_took_is_given_back():
-    running, events = engine(), []
-    running.submit(request([1] * 900, max_new_tokens=1), events.append)
-    drain(running)
-    long = cache_shape(running)[1]
-    running.submit(SHORT, events.append)
-    running.step()
-    assert cache_shape(running)[1] < long
-
-
-def test_fewer_rows_than_were_asked_for_are_warned_of(caplog):
-    found = completions(engine_with_room_for(40, max_num_seqs=4).run([SHORT] * 3))
-    assert len({one.tokens for one in found}) == 1
-    (record,) = caplog.records
-    assert "has room for 2 of 3 sequences of 16 tokens" in record.getMessage()
 
 
 def test_who_fails_to_take_a_token_loses_its_own_request_alone():
@@ -395,13 +364,3 @@ def test_who_fails_to_take_a_token_loses_its_own_request_alone():
             raised += 1
     assert raised == 1
     assert tokens_of(events) == {first: greedy(tuple(PROMPTS[0]))[0]}
-
-
-def test_a_request_waits_where_there_is_no_memory_for_another_row_beside_the_old_ones():
-    running, events = engine_with_room_for(40), []  # Two rows of 16, not three.
-    for _ in range(2):
-        running.submit(SHORT, events.append)
-        running.step()
-    drain(running)
-    assert len(tokens_of(events)) == 2
-    assert cache_shape(running)[0] == 1
