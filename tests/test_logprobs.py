@@ -11,7 +11,7 @@ import pytest
 
 from mesh_model import shared_model
 from meshwen.engine.logprobs import Logprobs, prompt_logprobs_step
-from meshwen.engine.sampling import SamplerRows, SamplingMethod
+from meshwen.engine.sampling import SamplerRows, SamplingMethod, sample
 from meshwen.engine.sampling_params import SamplingParams
 from tiny_model import TINY, weights
 
@@ -60,8 +60,15 @@ def test_they_have_the_bits_of_those_that_a_token_is_drawn_with():
     hidden, _ = states(count)
     asked = [SamplingParams(logprobs=True, top_logprobs=TOP)] * count
     method = SamplingMethod.of(asked, TINY.vocab_size)
+
+    def draw(params, hidden, positions, rows, *, model):
+        logits = model.logits(params, hidden)
+        return sample(logits, rows, positions, None, TINY.vocab_size, method, model.ops)
+
+    rows = SamplerRows.filled("batch", "batch vocab")
+    drawing = runner.compiled(draw, ("batch embed", "batch", rows), "batch")
     positions = np.arange(count, dtype=np.int32)
-    drawn = runner.first(hidden, positions, SamplerRows.of(asked), None, method)
+    drawn = drawing(runner.params, hidden, positions, SamplerRows.of(asked))
     run, one = program("1")
     read = run(one.params, hidden, np.asarray(drawn.tokens), top=TOP)
     for mine, theirs in zip(read, drawn[1:], strict=True):
