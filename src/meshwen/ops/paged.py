@@ -188,6 +188,8 @@ def _gathered(
     """
     place = axes.index("S")
     some = jnp.moveaxis(blocks[tables], 1, place)  # W right before S.
+    if some.dtype == jnp.uint16:  # Of bfloat16, as a back end may hold it.
+        some = lax.bitcast_convert_type(some, jnp.bfloat16)
     shape = some.shape
     rows = some.reshape(*shape[:place], -1, *shape[place + 2 :])
     seen = jnp.arange(rows.shape[place]) < held[:, None]

@@ -107,23 +107,18 @@ class XlaOnCpu(Backend):
         write = _select if new.shape[axis + 1] == 1 else super().write
         return _of_bits(write(_bits(cache), _bits(new), start, axis))
 
+    # KV blocks of bfloat16 are held as integers: what is written is a small part of them.
+
     def write_blocks(
         self, blocks: tuple[Array, Array], new: tuple[Array, Array], slots: Int[Array, " N"]
     ) -> tuple[Array, Array]:
         """See `Backend.write_blocks`."""
-        if blocks[0].dtype != jnp.bfloat16:
-            return super().write_blocks(blocks, new, slots)
-        bits = super().write_blocks(_bits(blocks), _bits(new), slots)
-        # Else the update is fused with each of its uses, each time of a copy of all blocks.
-        return _of_bits(lax.optimization_barrier(bits))
+        held = _bits(new) if new[0].dtype == jnp.bfloat16 else new
+        return super().write_blocks(blocks, held, slots)
 
-    def copy_blocks(
-        self, blocks: Array, source: Int[Array, " n"], destination: Int[Array, " n"]
-    ) -> Array:
-        """See `Backend.copy_blocks`."""
-        if blocks.dtype != jnp.bfloat16:
-            return super().copy_blocks(blocks, source, destination)
-        return _of_bits(super().copy_blocks(_bits(blocks), source, destination))
+    def empty_blocks(self, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        """See `Backend.empty_blocks`."""
+        return super().empty_blocks(shape, jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype)
 
     def largest(self, x: Num[Array, "B N"]) -> tuple[Num[Array, "B 1"], Integer[Array, "B 1"]]:
         """The largest of each row: the block that has it, then its place there.
