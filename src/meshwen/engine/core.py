@@ -150,6 +150,8 @@ class EngineCore:
             tokens = tokens[: self._plan.longest - one.length]
             if self.blocks.extend(one.number, one.length + len(tokens)):
                 chunks[row].drafts = tokens
+            else:
+                self.speculation.refuse(one)
 
     def _deliver(self, plan: StepPlan, sampled: Sampled) -> None:
         """Gives sequences the tokens of their rows, as far as the drafts before them were right."""

@@ -14,8 +14,7 @@ from meshwen.runtime.shape_buckets import SMALLEST_BUCKET
 if TYPE_CHECKING:
     from meshwen.engine.sequence import SequenceState
 
-# The most drafts of a sequence in a step. A step writes to rows that are being prefilled, too; the
-# next chunk of the prompt, which is never shorter, overwrites it there.
+# The most drafts of a sequence in a step: with its newest token, they fill the smallest bucket.
 MOST_DRAFTS = SMALLEST_BUCKET - 1
 
 
@@ -43,7 +42,7 @@ class Drafter(Protocol):
         """
 
     def report_accepted(self, sequence: SequenceState, count: int) -> None:
-        """Called after each step in which a sequence had drafts, before it gets its tokens.
+        """Called in each step that drafts were proposed for, before the sequence gets its tokens.
 
         The other drafts were rejected: of what a drafter keeps, the first `sequence.length + count`
         positions stand.

@@ -73,6 +73,10 @@ class Speculation:
         self._drafter.report_accepted(sequence, count)
         return count
 
+    def refuse(self, sequence: SequenceState) -> None:
+        """Lets the drafter learn that a step had no room for what it has proposed."""
+        self._drafter.report_accepted(sequence, 0)
+
     def forget_ended(self) -> None:
         """Lets the drafter forget the sequences that have ended."""
         for one in [one for one in self._sequences.values() if one.ended]:
