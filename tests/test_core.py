@@ -2,85 +2,18 @@
 """The step loop over a runner that takes no time: whatever else runs, an answer is its own."""
 
 import random
-import zlib
 
-import jax
-import numpy as np
 import pytest
 
-from meshwen.cache.budget import CacheBudget
+from fake_runner import VOCAB, FakeRunner, answer, following, logprob, state
+from meshwen.cache.budget import KVCachePlan
 from meshwen.engine.core import EngineCore
 from meshwen.engine.prompt_lookup import PromptLookup
-from meshwen.engine.sampling import Sampled
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.speculation import Speculation
-from meshwen.parallel.mesh import make_mesh
-from meshwen.parallel.plan import ParallelPlan
 from sequences import sequence
-from tiny_model import ONE_LAYER
 
-
-def following(tokens) -> int:
-    """The token after others: by the first and the last three, so that answers repeat."""
-    return zlib.crc32(np.asarray([tokens[0], *tokens[-3:]], np.int64).tobytes()) % 7
-
-
-def alone(one: SequenceState) -> list[int]:
-    tokens = list(one.request.prompt_tokens)
-    while len(tokens) < len(one.request.prompt_tokens) + one.limit:
-        tokens.append(following(tokens))
-    return tokens[len(one.request.prompt_tokens) :]
-
-
-class Runner:
-    """A runner without a model, whose cache has tokens in the place of keys and values."""
-
-    score_heads = 0
-
-    def __init__(self, mesh: str):
-        self.plan = ParallelPlan(ONE_LAYER.sizes, make_mesh(mesh))
-        self.widths, self.resizes = set(), 0
-
-    def empty_cache(self, batch, length):
-        return np.full((batch, length), -1)
-
-    def resized(self, cache, batch, length):
-        self.resizes += 1
-        parts, (rows, old) = self.plan.data_devices, cache.shape
-        new = np.full((parts, batch // parts, length), -1)
-        new[:, : rows // parts, :old] = cache.reshape(parts, -1, old)
-        return new.reshape(batch, length)
-
-    def without_row(self, cache, row):
-        cache[row] = -1
-        return cache
-
-    def empty_hidden(self, batch):
-        return np.zeros(batch, np.int32)
-
-    def prefill(self, cache, hidden, token_ids, rows, start, lengths, positions):
-        parts = cache.reshape(len(rows), -1, cache.shape[1])
-        end = start + token_ids.shape[1]
-        assert end <= positions <= cache.shape[1]
-        for part, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if length > start:
-                parts[part, row, start:end] = token_ids[part]
-            if start < length <= end:
-                hidden[part] = following(parts[part, row, :length])
-        return hidden, cache
-
-    def first(self, hidden, positions, rows, penalized, method):
-        return Sampled(jax.device_put(hidden.copy()), None)
-
-    def decode(self, cache, tokens, positions, rows, penalized, method):
-        self.widths.add(tokens.shape[1])
-        assert (positions + tokens.shape[1] <= cache.shape[1]).all()
-        sampled = np.zeros_like(tokens)
-        for row, position in enumerate(positions):
-            for i, token in enumerate(tokens[row]):
-                cache[row, position + i] = token
-                sampled[row, i] = following(cache[row, : position + i + 1])
-        return Sampled(jax.device_put(sampled), None), None, cache
+BLOCK = 4
 
 
 class DraftModel:
@@ -95,10 +28,11 @@ class DraftModel:
 
     def _drafts(self, one, count):
         cached = self.cached.setdefault(one.number, [])
-        assert tuple(cached) == one.token_ids[: len(cached)]
+        assert cached == one.token_ids[: len(cached)]
         cached += one.token_ids[len(cached) :]
         for _ in range(count):
-            cached.append((following(cached) + (len(cached) % 5 == 0)) % 7)
+            wrong = len(cached) % 5 == 0
+            cached.append((following(cached, one.request.sampling.seed) + wrong) % VOCAB)
         return cached[-count:]
 
     def report_accepted(self, sequence, count):
@@ -106,15 +40,33 @@ class DraftModel:
         self.accepted.append(count)
 
     def forget(self, sequence):
-        del self.cached[sequence.number]
+        self.cached.pop(sequence.number, None)
         self.forgotten.append(sequence.number)
 
 
-def core(mesh="1", max_num_seqs=4, positions=10**6, drafts=0, drafter=None) -> EngineCore:
-    """One whose cache may have so many positions in all rows of a part."""
-    runner = Runner(mesh)
-    budget = CacheBudget(max_num_seqs, 1100, runner.plan.data_devices, 1, positions)
-    return EngineCore(runner, budget, Speculation(drafter or PromptLookup(), drafts))
+def core(
+    mesh="1",
+    seqs=4,
+    blocks=1000,
+    budget=64,
+    drafts=0,
+    drafter=None,
+    prefix_caching=True,
+    longest=1100,
+) -> EngineCore:
+    """One with so many blocks, of 4 positions, in each part of the batch."""
+    runner = FakeRunner(mesh, BLOCK)
+    plan = KVCachePlan(blocks + 1, BLOCK, 1, runner.plan.data_devices, seqs, longest)
+    speculation = Speculation(drafter or PromptLookup(), drafts)
+    return EngineCore(runner, plan, budget, prefix_caching, speculation)
+
+
+def seeded(number: int, *arguments, **options) -> SequenceState:
+    return sequence(number, *arguments, seed=number, **options)
+
+
+def alone(one: SequenceState) -> list[int]:
+    return answer(one.request.prompt_tokens, one.request.sampling.seed, one.limit)
 
 
 def finish(steps: EngineCore, *sequences: SequenceState) -> None:
@@ -126,66 +78,126 @@ def finish(steps: EngineCore, *sequences: SequenceState) -> None:
     pytest.fail("5000 steps were not enough")
 
 
+class Arrivals:
+    """Requests at random, many of whose prompts begin alike; some want several answers."""
+
+    def __init__(self, seed: int, longest: int):
+        self.draw, self.longest, self.made = random.Random(seed), longest, []
+        self._texts = [self._tokens(longest) for _ in range(3)]
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.draw.randrange(VOCAB) for _ in range(count)]
+
+    def next(self) -> list[SequenceState]:
+        if self.draw.random() > 0.2:
+            return []
+        prompt = self._tokens(self.draw.choice((1, 2, 5, 30)))
+        if self.draw.random() < 0.6:
+            prompt = self.draw.choice(self._texts)[: self.draw.randrange(120)] + prompt
+        most = self.longest - len(prompt)
+        limit = min(self.draw.choice((1, 3, 20, 100)), most)
+        scored = self.draw.random() < 0.2
+        first, *others = (
+            seeded(len(self.made) + i, prompt, limit=limit, prompt_logprobs=scored)
+            for i in range(self.draw.choice((1, 1, 1, 3)))
+        )
+        first.siblings = others
+        self.made += [first, *others]
+        return [first]
+
+    def cancel(self) -> bool:
+        running = [one for one in self.made if not one.ended]
+        if not running or self.draw.random() > 0.05:
+            return False
+        one = self.draw.choice(running)
+        for other in [one, *one.siblings]:  # Those that have not begun go with it.
+            other.cancelled = True
+        return True
+
+
+def check_logprobs(one: SequenceState) -> None:
+    """Holds those of a prompt to what follows its tokens alone."""
+    prompt = one.request.prompt_tokens
+    expected = [logprob(state(prompt[:i]), prompt[i]) for i in range(1, len(prompt))]
+    assert one.prompt_logprobs.logprobs == (None, *expected)
+
+
 @pytest.mark.parametrize(
-    ("mesh", "max_num_seqs", "positions", "drafts"),
+    ("mesh", "options"),
     [
-        ("1", 4, 10**6, 0),
-        ("1", 2, 900, 5),
-        ("data=2,model=4", 4, 10**6, 3),
-        ("data=2,model=4", 8, 1000, 0),
+        ("1", {}),
+        ("1", {"drafts": 7, "blocks": 45}),
+        ("1", {"seqs": 8, "blocks": 60, "budget": 24}),
+        ("1", {"seqs": 8, "drafts": 3, "blocks": 45, "budget": 16, "prefix_caching": False}),
+        ("1", {"seqs": 1, "blocks": 40, "drafts": 2}),
+        ("data=2,model=4", {"drafts": 3, "budget": 16}),
+        ("data=2,model=4", {"seqs": 8, "blocks": 40, "drafts": 1, "budget": 5}),
+        ("data=4", {"seqs": 4, "blocks": 50, "drafts": 2, "budget": 4}),
     ],
 )
-def test_an_answer_is_the_same_whatever_else_comes_and_goes(
-    mesh, max_num_seqs, positions, drafts, monkeypatch
-):
-    monkeypatch.setattr("meshwen.engine.limits._AHEAD", 8)  # So that rows are extended often.
-    draw, steps = random.Random(0), core(mesh, max_num_seqs, positions, drafts)
-    made: list[SequenceState] = []
-    resumed, free = set(), steps.cache.free
+def test_an_answer_is_the_same_whatever_else_comes_and_goes(mesh, options):
+    steps, few = core(mesh, **options), "blocks" in options
+    arrivals = Arrivals(0, 4 * options["blocks"] if few else 300)
+    for _ in range(150):
+        new, cancelled = arrivals.next(), arrivals.cancel()
+        steps.step(new, drop_cancelled=cancelled)
+        steps.blocks.check()
+    finish(steps, *arrivals.made)
+    done = [one for one in arrivals.made if not one.cancelled]
+    assert len(done) > 20
+    for one in done:
+        assert (one.finish_reason, one.tokens) == ("length", alone(one))
+        if one.prompt_logprobs:
+            check_logprobs(one)
+    assert steps.blocks.used_blocks == 0
+    cached = options.get("prefix_caching", True)
+    stats, running = steps.blocks.stats, options.get("seqs", 4) / steps.runner.plan.data_devices
+    assert bool(stats.cached_tokens) == cached
+    assert bool(stats.evictions) == (few and cached)
+    assert bool(steps.scheduler.preemptions) == (few and running > 1)
 
-    def freed(number, *, zero):
-        resumed.update({number} - {one.number for one in made if one.ended})
-        free(number, zero=zero)
 
-    monkeypatch.setattr(steps.cache, "free", freed)
-    for _ in range(300):
-        new = []
-        if draw.random() < 0.2:
-            prompt = [draw.randrange(7) for _ in range(draw.choice((1, 5, 30, 250, 600)))]
-            limit = min(draw.choice((1, 3, 20, 300)), 768 - len(prompt))
-            new = [sequence(len(made), prompt, limit=limit)]
-            made += new
-        running = [one for one in made if not one.ended]
-        cancel = draw.random() < 0.05 and bool(running)
-        if cancel:
-            draw.choice(running).cancelled = True
-        steps.step(new, drop_cancelled=cancel)
-    finish(steps, *made)
-    done = [one for one in made if not one.cancelled]
-    assert len(done) > 30
-    assert all(one.finish_reason == "length" for one in done)
-    assert all(one.tokens == alone(one) for one in done)
-    assert steps.runner.widths == {1, 1 + drafts}
-    assert steps.runner.resizes
-    # Where memory is short, answers wait, and are prefilled again.
-    assert bool(resumed) == (positions < 10**6)
+@pytest.mark.parametrize("mesh", ["1", "data=2"])
+def test_steps_have_few_shapes(mesh):
+    steps, arrivals = core(mesh, budget=32), Arrivals(1, 300)
+    for _ in range(200):
+        steps.step(arrivals.next())
+    parts = steps.runner.plan.data_devices
+    rows = {len(one.lengths) // parts for one in steps.runner.steps}
+    counts = {len(one.token_ids) // parts for one in steps.runner.steps}
+    assert rows <= {1, 2, 4}
+    assert counts <= {1, 2, 4, 8, 16, 24, 32}
+    assert max(counts) * parts == 32
 
 
 def test_a_core_that_was_cleared_is_as_new():
     steps = core()
-    steps.step([sequence(0, [1] * 600, limit=5), sequence(1, limit=500)])
+    steps.step([seeded(0, [1] * 600, limit=5), seeded(1, limit=500)])
     steps.clear()
-    assert (steps.scheduler.prefill, steps.cache.batch_size) == (None, 0)
-    one = sequence(2, limit=5)
+    assert (steps.scheduler.prefilled, steps.blocks.used_blocks) == (None, 0)
+    one = seeded(2, limit=5)
     steps.step([one])
     finish(steps, one)
     assert one.tokens == alone(one)
+    assert steps.blocks.stats.cached_tokens == 0
 
 
-def test_a_draft_model_learns_what_of_its_cache_stands_and_what_has_ended():
+def test_a_step_without_sequences_computes_nothing():
+    steps = core()
+    steps.step()
+    assert steps.runner.steps == []
+    one = seeded(0, limit=3)
+    steps.step([one])
+    finish(steps, one)
+    steps.step()
+    assert len(steps.runner.steps) == 3
+
+
+@pytest.mark.parametrize("blocks", [1000, 12])
+def test_a_draft_model_learns_what_of_its_cache_stands_and_what_has_ended(blocks):
     drafter = DraftModel()
-    steps = core(drafts=3, drafter=drafter)
-    made = [sequence(n, range(n + 1), limit=20 + n) for n in range(6)]
+    steps = core(drafts=3, drafter=drafter, blocks=blocks)
+    made = [seeded(n, range(n + 1), limit=20 + n) for n in range(6)]
     steps.step(made[:3])
     for _ in range(3):
         steps.step()
@@ -197,12 +209,13 @@ def test_a_draft_model_learns_what_of_its_cache_stands_and_what_has_ended():
     assert set(drafter.accepted) >= {0, 3}
     assert sorted(drafter.forgotten) == list(range(6))
     assert drafter.cached == {}
+    assert bool(steps.scheduler.preemptions) == (blocks < 1000)
 
 
 def test_a_draft_model_forgets_what_a_cleared_core_has_lost():
     drafter = DraftModel()
     steps = core(drafts=3, drafter=drafter)
-    steps.step([sequence(0, limit=50), sequence(1, limit=50)])
+    steps.step([seeded(0, limit=50), seeded(1, limit=50)])
     for _ in range(3):
         steps.step()
     assert drafter.cached
@@ -210,13 +223,37 @@ def test_a_draft_model_forgets_what_a_cleared_core_has_lost():
     assert drafter.cached == {}
 
 
-def test_an_error_of_a_callback_ends_its_sequence_and_frees_its_row():
+@pytest.mark.parametrize("room", [{"blocks": 3}, {"longest": 12}, {"longest": 13}])
+def test_drafts_end_with_the_room_for_a_sequence(room):
+    steps = core(drafts=3, drafter=DraftModel(), seqs=1, **room)
+    longest = room.get("longest", 12)
+    one = seeded(0, limit=longest - 3)
+    steps.step([one])
+    finish(steps, one)
+    assert one.tokens == alone(one)
+    assert max(inputs.lengths.max() for inputs in steps.runner.steps) == longest
+
+
+def test_an_error_of_a_callback_ends_its_sequence_and_frees_its_row_and_blocks():
     def fails(event):
         raise OSError("gone")
 
-    steps = core(max_num_seqs=1)
-    bad, good = sequence(0, limit=5, on_event=fails), sequence(1, limit=5)
+    steps = core(seqs=1)
+    bad, good = seeded(0, limit=5, on_event=fails), seeded(1, limit=5)
     steps.step([bad, good])
     finish(steps, bad, good)
     assert (len(bad.tokens), good.tokens) == (1, alone(good))
     assert [(n, str(error)) for n, error in steps.delivery.take_errors()] == [(0, "gone")]
+    assert steps.blocks.used_blocks == 0
+
+
+def test_an_answer_that_ends_where_memory_does_is_warned_of_once(caplog):
+    steps = core(seqs=2, blocks=3)
+    made = [
+        seeded(n, [1] * 7, limit=5, max_new_tokens=50, max_new_tokens_asked=False) for n in (0, 1)
+    ]
+    steps.step(made)
+    finish(steps, *made)
+    (record,) = caplog.records
+    assert "after 5 of the 50 tokens" in record.getMessage()
+    assert "no memory for a KV cache of more than 12" in record.getMessage()
