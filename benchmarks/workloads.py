@@ -91,7 +91,7 @@ class Workloads:
     def memory(self) -> Iterator[Measurement]:
         """Many short sequences and a long one."""
         arguments = {"short": 32, "short_length": 1024, "long_length": 16_384}
-        yield Measurement("resident bytes over needed", "memory", arguments)
+        yield Measurement("cache bytes over needed", "memory", arguments)
 
     def _answers(
         self, name: str, style_name: str, examples: list[Problem], limit: int

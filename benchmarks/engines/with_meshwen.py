@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """meshwen on one device, fast numerics, by what its public API has had in every version."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from stepping import Answer, Stepping, random_prompt
 
 from meshwen import AutoModelForCausalLM
@@ -49,13 +51,12 @@ class Meshwen(Stepping):
     def memory(self, short: int, short_length: int, long_length: int) -> dict[str, Any]:
         """Bytes of the KV cache, when `short` sequences and a long one are in it.
 
-        Resident bytes are those of the process: when the model is loaded, after a short request,
-        and when all sequences run, compiled programs included. Array bytes are those of arrays
-        other than the weights, which the process may have asked for and not touched. `ratio` is
-        that of the resident bytes that came since the model was loaded, to those that the tokens
-        need.
+        `ratio` is that of the cache's bytes to those that the tokens need: of all arrays beside the
+        weights, the pages that the process has touched. Resident bytes are those of the process,
+        compiled programs included: when the model is loaded, after a short request, when all
+        sequences run, and the most in between.
         """
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(self.model.params))
+        weights = {_address(leaf) for leaf in jax.tree.leaves(self.model.params)}
         loaded = _resident_bytes("VmRSS")
         self._finish([self.submit(random_prompt(64), 2)])
         warm = _resident_bytes("VmRSS")
@@ -65,18 +66,34 @@ class Meshwen(Stepping):
         self._step_until(lambda: all(one.tokens for one in answers))
         tokens = sum(one.prompt + len(one.tokens) for one in answers if not one.done)
         needed = tokens * self.model.runner.model.token_bytes
-        resident = _resident_bytes("VmRSS")
+        others = [array for array in jax.live_arrays() if _address(array) not in weights]
+        touched = sum(map(_touched_bytes, others))
         return {
-            "ratio": (resident - loaded) / needed,
+            "ratio": touched / needed,
             "running": sum(not one.done for one in answers),
             "tokens": tokens,
             "needed_bytes": needed,
-            "array_bytes": sum(array.nbytes for array in jax.live_arrays()) - weights,
+            "cache_bytes": touched,
+            "array_bytes": sum(array.nbytes for array in others),
             "resident_bytes_loaded": loaded,
             "resident_bytes_warm": warm,
-            "resident_bytes": resident,
+            "resident_bytes": _resident_bytes("VmRSS"),
             "resident_bytes_peak": _resident_bytes("VmHWM"),
         }
+
+
+def _address(array: jax.Array) -> int:
+    return array.addressable_data(0).unsafe_buffer_pointer()
+
+
+def _touched_bytes(array: jax.Array) -> int:
+    """Of the pages of an array's memory, those that the system has given to the process."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    first, end = _address(array) // page, -(-(_address(array) + array.nbytes) // page)
+    with open("/proc/self/pagemap", "rb") as pages:
+        pages.seek(8 * first)
+        entries = np.frombuffer(pages.read(8 * (end - first)), np.uint64)
+    return int(np.count_nonzero(entries >> np.uint64(63))) * page
 
 
 def _resident_bytes(which: str) -> int:
