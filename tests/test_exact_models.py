@@ -58,11 +58,15 @@ SEEDED = replace(
 )
 
 
-def run(model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int) -> dict[int, tuple]:
-    """By request: tokens and log-probabilities, the same numbers only if the same bits."""
-    engine = Engine(
-        model.runner, None, (), EngineOptions(max_num_seqs=batch).cache_plan(model.runner.model)
-    )
+def run(
+    model: Qwen2ForCausalLM, requests: Mapping[int, Request], batch: int, tokens: int = 512
+) -> dict[int, tuple]:
+    """By request: tokens and log-probabilities, the same numbers only if the same bits.
+
+    At most `batch` requests at once, in steps of at most so many `tokens`.
+    """
+    plan = EngineOptions(max_num_seqs=batch).cache_plan(model.runner.model)
+    engine = Engine(model.runner, None, (), plan, max_num_batched_tokens=tokens)
     numbers = list(requests)
     events = engine.run(list(requests.values()))
     done = {numbers[e.request]: e.completion for e in events if e.completion}
@@ -83,25 +87,25 @@ def test_the_demo_model_answers_alike_on_every_mesh_in_every_batch():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dtype", "kind", "longest"),
-    # Prompts of one bucket, for which little is compiled; and one whose prefill takes two chunks.
-    [("data=2,model=2", "float32", "sliding", 10), ("1", "bfloat16", "full", 520)],
-    ids=["on a mesh", "with a long prompt"],
+    ("mesh", "dtype", "kind", "longest", "tokens"),
+    [("data=2,model=2", "float32", "sliding", 12, 512), ("1", "bfloat16", "full", 40, 16)],
+    ids=["on a mesh", "in chunks"],
 )
-def test_an_answer_does_not_depend_on_load(mesh, dtype, kind, longest):
+def test_an_answer_does_not_depend_on_load(mesh, dtype, kind, longest, tokens):
     config = replace(ONE_LAYER, layer_types=(f"{kind}_attention",))
     runner = MeshModel(config, mesh, jnp.dtype(dtype), numerics="exact").runner
     model = Qwen2ForCausalLM(runner, None, {})
+    # Prompts of few buckets, and those that are drawn for end last: little is compiled.
     requests = {
         n: Request(
             tuple(random_tokens(config, 1, length, seed=n)[0].tolist()),
-            replace((GREEDY, SEEDED)[n % 2], max_new_tokens=2 + n % 5),
+            replace(GREEDY if length == 9 else SEEDED, max_new_tokens=2 if length == 9 else 2 + n),
         )
-        for n, length in enumerate((3, 10, 9, 5, longest, 2, 10))
+        for n, length in enumerate((9, 10, 13, 16, longest, 9, 11))
     }
     alone = {n: run(model, {n: request}, 1)[n] for n, request in requests.items()}
     order = (4, 0, 6, 2, 5, 1, 3)
-    assert run(model, {n: requests[n] for n in order}, 6) == alone
+    assert run(model, {n: requests[n] for n in order}, 6, tokens) == alone
 
 
 @pytest.mark.slow
