@@ -46,6 +46,7 @@ def requests(draw: random.Random) -> list[Request]:
         top_k=draw.choice(TOP_K),
         top_p=draw.choice((1.0, 0.9)),
         repetition_penalty=draw.choice((1.0, 1.2)),
+        frequency_penalty=draw.choice((0.0, 0.5)),
         logprobs=draw.random() < 0.5,
     )
     prompts = (range(draw.randint(length // 2, length - 2)) for _ in range(draw.randint(1, 8)))
