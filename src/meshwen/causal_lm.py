@@ -242,6 +242,46 @@ class CausalLM:
             folder, files, tensors, max_shard_bytes=most, overwrite=truth("overwrite", overwrite)
         )
 
+    def save_prefix(
+        self, path: str | PathLike[str], prompt: AnyPrompt, *, overwrite: bool = False
+    ) -> int:
+        """Writes what the KV cache holds of a prompt to a file, for `load_prefix`.
+
+        What is not in the cache is computed first. The file serves every mesh. It holds whole KV
+        blocks (32 tokens each): the rest of a prompt is computed with each answer.
+
+        Args:
+            path: the file, in a folder that is there.
+            prompt: text, token ids or a conversation, as `generate` takes it; of a conversation
+                without what begins an answer, so that longer ones begin with it.
+            overwrite: replace a file that is there.
+
+        Returns:
+            How many tokens were saved.
+
+        Raises:
+            MeshwenError: see `Engine.save_prefix`.
+        """
+        tokens = self._prompt_tokens(prompt, {"add_generation_prompt": False})
+        return self.engine.save_prefix(path, tokens, overwrite=truth("overwrite", overwrite))
+
+    def load_prefix(self, path: str | PathLike[str]) -> int:
+        """Puts a saved prefix into the KV cache: prompts that begin with it are not computed anew.
+
+        In exact numerics their answers have the bits that they have without it. Load files of your
+        own or of people whom you trust: a file says itself which text its keys and values are of.
+
+        Args:
+            path: what `save_prefix` wrote, on whatever mesh.
+
+        Returns:
+            How many tokens are in the cache now.
+
+        Raises:
+            MeshwenError: see `Engine.load_prefix`.
+        """
+        return self.engine.load_prefix(path)
+
     @own_settings()
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Array:
         """Logits of every position.
@@ -356,13 +396,18 @@ class CausalLM:
                 "chat_template_kwargs are for conversations, and this prompt is "
                 f"{'text' if isinstance(given, str) else 'token ids'}: leave them out"
             )
+        return Request(self._prompt_tokens(given, variables), params)
+
+    def _prompt_tokens(self, prompt: AnyPrompt, variables: Mapping[str, Any]) -> tuple[int, ...]:
+        """A prompt's ids; `variables` are for the chat template of a conversation."""
+        given = one_prompt(prompt)
         if isinstance(given, tuple):
-            return Request(given, params)
+            return given
         if self.tokenizer is None:
             raise MeshwenError("this model has no tokenizer: give prompts as token ids")
         if isinstance(given, str):
-            return Request(tuple(self.tokenizer.encode(given)), params)
-        return Request(tuple(self.tokenizer.encode_chat(given, **variables)), params)
+            return tuple(self.tokenizer.encode(given))
+        return tuple(self.tokenizer.encode_chat(given, **variables))
 
 
 class Qwen2ForCausalLM(CausalLM):

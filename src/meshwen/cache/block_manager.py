@@ -228,6 +228,15 @@ class BlockManager:
         self._count[own.part] -= 1
         self._pools[own.part].release(own.table)
 
+    def find(self, tokens: Sequence[int], salt: bytes) -> tuple[int, list[int]]:
+        """The part that holds most of the tokens' full blocks, and these; changes nothing.
+
+        Nothing keeps the blocks, unlike those of a sequence: they are good until the next change.
+        """
+        # With a token more, which is the one that a sequence leaves to compute.
+        _, found = self._find([*tokens, 0], _root(salt), range(len(self._pools)))
+        return max(found.items(), key=lambda item: len(item[1]))
+
     def cached_tokens_of(self, tokens: Sequence[int], salt: bytes) -> int:
         """How many of a new sequence's first tokens `begin` could find now; changes nothing."""
         _, found = self._find(

@@ -8,10 +8,10 @@ file, it wants all of its tensors in memory at once: `write_safetensors` has one
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,8 @@ INDEX = "model.safetensors.index.json"
 
 _LARGEST_HEADER = 1 << 24  # bytes: a thousand times that of Qwen2.5-72B, whose 963 tensors it names
 _LONGEST_REASON = 200  # characters: the library repeats what it has read
+# transformers wants to be told that the layout is PyTorch's.
+_OF_PYTORCH: Mapping[str, str] = {"format": "pt"}
 _ALIGNMENT = 8  # bytes of a header, so that what follows it may be mapped
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -74,10 +76,18 @@ def read_safetensors(
     or corrupt, lacks a tensor that the index promises, or has a dtype that numpy cannot show.
     """
     files = ExitStack()
-    return join_shards(shards, partial(_read_file, files=files)), files
+    return join_shards(shards, lambda path: read_file(path, files)[0]), files
 
 
-def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
+def read_file(path: Path, files: ExitStack) -> tuple[dict[str, TensorSource], Any]:
+    """The tensors of one file by name, and the metadata of its header: any JSON, None without any.
+
+    Raises MeshwenError as `read_safetensors`.
+
+    Args:
+        path: the file.
+        files: gets what closes it.
+    """
     file = MappedFile(path)
     files.callback(file.close)
     header_bytes = int.from_bytes(file.buffer[:8], "little")
@@ -94,7 +104,7 @@ def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
             f"{path} is not a whole safetensors file ({_one_line(error)}): download it again"
         ) from None
     header = parse_json(file.bytes_at(8, header_bytes).tobytes(), f"the header of {path}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors: dict[str, TensorSource] = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in _DTYPES:
@@ -111,18 +121,24 @@ def _read_file(path: Path, files: ExitStack) -> dict[str, TensorSource]:
             file=file,
             offset=8 + header_bytes + start,
         )
-    return tensors
+    return tensors, metadata
 
 
-def write_safetensors(path: Path, tensors: Sequence[TensorSource]) -> None:
+def write_safetensors(
+    path: Path, tensors: Sequence[TensorSource], metadata: Mapping[str, str] = _OF_PYTORCH
+) -> None:
     """Writes a new file of tensors, one after the other, and has it on the disk.
+
+    Args:
+        path: the file.
+        tensors: read one at a time, in order.
+        metadata: for the header.
 
     Raises:
         OSError: it is there, or cannot be written.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    # transformers wants to be told that the layout is PyTorch's.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders in Hugging Face's layout, which are whole or not there."""
+"""Checkpoint folders in Hugging Face's layout, and single files: whole or not there."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ from pathlib import Path
 from meshwen.checkpoints.base import TensorSource, shard_files
 from meshwen.checkpoints.safetensors import INDEX, SINGLE, write_safetensors
 from meshwen.common.json_files import shown, to_json
-from meshwen.common.paths import user_path
+from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
 
 CONFIG = "config.json"  # Without it, a folder is a checkpoint to nobody.
@@ -66,6 +66,46 @@ def write_checkpoint(
         _write(path, old, texts, _shards(tensors, max_shard_bytes))
     except OSError as error:  # Such as a full disk.
         raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_file(
+    path: Path, tensors: Sequence[TensorSource], metadata: Mapping[str, str], *, overwrite: bool
+) -> None:
+    """Writes one safetensors file, which is whole or not there; or, interrupted, the old one.
+
+    Args:
+        path: the file, in a folder that is there.
+        tensors: read one at a time, in order.
+        metadata: for its header.
+        overwrite: replace a file that is there.
+
+    Raises:
+        MeshwenError: `check_new_file` refuses it, or it cannot be written.
+    """
+    check_new_file(path, overwrite=overwrite)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+            unfinished = Path(folder) / path.name
+            write_safetensors(unfinished, tensors, metadata)
+            unfinished.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_new_file(path: Path, *, overwrite: bool) -> None:
+    """Refuses a file that may not be written, before there is anything to write.
+
+    Raises:
+        MeshwenError: it is there and not to be replaced, or is a folder or a device, or its folder
+            is not there.
+    """
+    if not exists(path.absolute().parent):
+        raise MeshwenError(f"cannot write {path}: its folder does not exist")
+    if exists(path) and not path.is_file():
+        raise MeshwenError(f"cannot write {path}: it is no regular file")
+    if exists(path) and not overwrite:
+        raise MeshwenError(f"{path} exists: choose another name, or give overwrite=True")
 
 
 def _write(

@@ -95,18 +95,30 @@ class EngineCore:
             self._compute(plan)
         self.speculation.forget_ended()
 
-    def _compute(self, plan: StepPlan) -> None:
+    @property
+    def cache(self) -> KVCache:
+        """The KV blocks, made when they are first asked for. Set it to what a program gives back.
+
+        A program that takes them as donated must not fail without a call of `clear`.
+        """
         if not self._cache:
             self._cache = self.runner.empty_blocks(self._plan.num_blocks)
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: KVCache) -> None:
+        self._cache = cache
+
+    def _compute(self, plan: StepPlan) -> None:
         scores = any(chunk.scored for chunk in plan)
         if not plan.samples:
             inputs = self._inputs(plan)
             asked = None if scores else np.zeros_like(inputs.asked)
-            hidden, self._cache = self.runner.forward(self._cache, inputs, asked)
+            hidden, self.cache = self.runner.forward(self.cache, inputs, asked)
             if scores:
                 score_prompts(self.runner, plan, hidden)
             # Whoever waits for the end of a step, as Ctrl-C does, waits for one, not for all.
-            jax.block_until_ready(self._cache)
+            jax.block_until_ready(self.cache)
             return
         sampler = self._batch_sampler(plan)
         if not plan.prefills:
@@ -115,13 +127,13 @@ class EngineCore:
         rows = sampler.rows_of_step({row: chunk.sequence for row, chunk, _ in plan.sampled()})
         how = rows, sampler.penalized, sampler.method
         if scores:
-            hidden, self._cache = self.runner.forward(self._cache, inputs, None)
+            hidden, self.cache = self.runner.forward(self.cache, inputs, None)
             score_prompts(self.runner, plan, hidden)
             sampled, penalized = self.runner.sample(hidden, inputs, *how)
         else:
-            sampled, penalized, self._cache = self.runner.step(self._cache, inputs, *how)
+            sampled, penalized, self.cache = self.runner.step(self.cache, inputs, *how)
         if any(plan.copies):
-            self._cache = self.runner.copied_blocks(self._cache, *copied(plan.copies))
+            self.cache = self.runner.copied_blocks(self.cache, *copied(plan.copies))
         self._sampler = self._key(plan), replace(sampler, penalized=penalized)
         self._deliver(plan, sampled)
 

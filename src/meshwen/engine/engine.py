@@ -13,18 +13,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 
 from meshwen.cache.budget import KVCachePlan
 from meshwen.common.arguments import brief
+from meshwen.common.paths import user_path
 from meshwen.engine.agreement import check_requests
 from meshwen.engine.answer_text import AnswerText
+from meshwen.engine.cache_stats import CacheStats
 from meshwen.engine.constraints import TokenConstraints
 from meshwen.engine.core import EngineCore
 from meshwen.engine.fair_lock import FairLock
+from meshwen.engine.prefixes import Prefixes
 from meshwen.engine.prompt_lookup import PromptLookup
 from meshwen.engine.request import Event, Request, check_prompt, check_sampling
 from meshwen.engine.request_table import LiveRequest, RequestTable
 from meshwen.engine.runner import ModelRunner
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.speculation import Speculation
 from meshwen.engine.stream import Stream
@@ -73,6 +78,7 @@ class Engine:
         self._core = EngineCore(  # For the thread that has the lock.
             runner, plan, max_num_batched_tokens, prefix_caching, speculation
         )
+        self._prefixes = Prefixes(self._core, plan)
         self._one_thread = runner.plan.mesh.is_multi_process
         self._lock = FairLock()
         # What follows is guarded by `_lock.changed`.
@@ -88,6 +94,16 @@ class Engine:
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its answer."""
         return self._plan.max_model_len
+
+    @property
+    def cache_plan(self) -> KVCachePlan:
+        """How many KV blocks there are, and what they have room for."""
+        return self._plan
+
+    @property
+    def cache_stats(self) -> CacheStats:
+        """How full the KV cache is, and what was found in it so far."""
+        return CacheStats.of(self._core.blocks, self._plan, self._core.scheduler.preemptions)
 
     @property
     def prefilled(self) -> tuple[int, int] | None:
@@ -190,6 +206,79 @@ class Engine:
         run = _Run(self, requests)
         return Stream(run.pull, run.close)
 
+    def save_prefix(
+        self,
+        path: str | PathLike[str],
+        prompt_tokens: Sequence[int],
+        cache_salt: str = "",
+        *,
+        overwrite: bool = False,
+    ) -> int:
+        """Writes what the KV cache holds of a prompt to a file; computes it if it is not there.
+
+        The file serves every mesh, of any block size: see `meshwen.engine.prefix_file`. Whole
+        blocks of the prompt are saved. The first call for a model reads all of its weights, for a
+        hash of them.
+
+        Args:
+            path: the file, in a folder that is there.
+            prompt_tokens: the prompt's ids.
+            cache_salt: that of the requests which are to find it.
+            overwrite: replace a file that is there.
+
+        Returns:
+            How many tokens were saved.
+
+        Raises:
+            MeshwenError: prefix caching is off, the mesh spans several processes, `check` refuses
+                the prompt, it fills no block, the file is there or cannot be written, or others'
+                requests have taken the blocks at once.
+        """
+        self._prefixes.check("save")
+        sampling = SamplingParams(max_new_tokens=1)
+        request, file = Request(tuple(prompt_tokens), sampling, cache_salt), user_path(path)
+        self.check(request, "the prompt")
+        self._prefixes.check_new(file, request, overwrite=overwrite)
+        with self._hold():
+            prefix = self._prefixes.find(request)
+        if prefix is None:
+            for event in self.run([request]):
+                if event.completion is not None and event.completion.error is not None:
+                    raise MeshwenError(event.completion.error)
+            with self._hold():
+                prefix = self._prefixes.find(request)
+        if prefix is None:
+            raise MeshwenError(
+                "other requests took the KV blocks of the prompt before it was saved: try again, "
+                "or raise kv_cache_memory"
+            )
+        self._prefixes.write(file, prefix, overwrite=overwrite)
+        return len(prefix.token_ids)
+
+    def load_prefix(self, path: str | PathLike[str]) -> int:
+        """Puts a saved prefix into the KV cache, where requests with its salt find it.
+
+        It stays until its blocks are needed for others, as every other prefix does.
+
+        Args:
+            path: what `save_prefix` wrote, for the same model in the same numerics and dtype; on
+                whatever mesh.
+
+        Returns:
+            How many tokens are in the cache now: whole blocks.
+
+        Raises:
+            MeshwenError: prefix caching is off, the mesh spans several processes, the file was
+                saved by another model, is damaged, or does not fit; nothing has changed then.
+        """
+        self._prefixes.check("load")
+        prefix = self._prefixes.read(user_path(path))
+        with self._hold():
+            self._prefixes.check_room(prefix)
+            with self._breaking_off(threading.get_ident()):
+                self._prefixes.put(prefix)
+        return len(prefix.token_ids)
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits until no step runs, and lets none begin: for other programs on the same devices.
@@ -255,10 +344,17 @@ class Engine:
 
     def _step(self, thread: int | None = None) -> None:
         """Takes a step, while the lock is held; `thread` gets itself what breaks the step off."""
-        try:
+        with self._breaking_off(thread):
             with self._lock.changed:
                 new, cancelled = self._requests.take_new()
             self._core.step(new, drop_cancelled=cancelled)
+        self._take_errors()
+
+    @contextmanager
+    def _breaking_off(self, thread: int | None) -> Iterator[None]:
+        """Ends requests and the cache, which is donated, with what raises; the lock is held."""
+        try:
+            yield
         except BaseException as error:  # An interrupt too, wherever it comes.
             self._take_errors()  # Before they are lost with the step.
             delivering = self._core.delivery.delivering
@@ -266,7 +362,6 @@ class Engine:
             with self._lock.changed:
                 self._requests.lose(error, delivering, thread)
             raise
-        self._take_errors()
 
     def _take_errors(self) -> None:
         """Ends the requests whose tokens could not be delivered: see `RequestTable.fail`."""

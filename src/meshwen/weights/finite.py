@@ -40,6 +40,11 @@ def check_finite(values: np.ndarray, dtype: np.dtype[Any], what: str) -> None:
     )
 
 
+def all_finite(values: np.ndarray) -> bool:
+    """Whether floating-point numbers are neither NaN nor infinite."""
+    return _all_below(values, np.inf)
+
+
 def _first_infinite(dtype: np.dtype[Any]) -> float:
     """The least number that rounds to infinity in a dtype: half a step above its largest."""
     info = ml_dtypes.finfo(dtype)

@@ -6,6 +6,7 @@ The inverse of `meshwen.weights.loading`, by the same `WeightLayout.positions`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -50,6 +51,19 @@ def held_tensors(params: Params, table: WeightTable) -> dict[str, TensorSource]:
             layout=layout,
         )
     return held
+
+
+def held_sha256(params: Params, table: WeightTable) -> str:
+    """SHA-256 over what a checkpoint of these weights holds: every number, the same on every mesh.
+
+    Args:
+        params, table: as `held_tensors` takes them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in held_tensors(params, table).items():
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor.read()).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
