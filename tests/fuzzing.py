@@ -31,6 +31,7 @@ from meshwen.common.contained import Contained
 from meshwen.common.json_files import parse_json
 from meshwen.common.paths import user_path
 from meshwen.engine.options import EngineOptions
+from meshwen.engine.prefix_file import Prefix, read_prefix, write_prefix
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 from meshwen.evals.problems import read_problems
@@ -44,6 +45,7 @@ from meshwen.verify.certificate_file import FORMAT as CERTIFICATE
 from meshwen.verify.certificate_file import as_json, read_certificate, with_hash
 from meshwen.verify.operations import modules
 from meshwen.verify.reference import read_golden
+from tiny_model import ONE_LAYER
 
 FINDINGS = Path(__file__).parent / "data" / "fuzz"
 
@@ -283,13 +285,25 @@ def _altered_arrays(draw: Any) -> bytes:
     return file.getvalue()
 
 
+PREFIX_OF = {"numerics": "fast", "dtype": "float32"}
+
+
+def _read_prefix(path: Path) -> None:
+    read_prefix(path, ONE_LAYER, np.dtype(np.float32), PREFIX_OF, most_tokens=64)
+
+
+def _prefix() -> bytes:
+    ids, (dtype, shape) = np.arange(32, dtype=np.int32), (np.float32, (1, 32, 2, 8))
+    prefix = Prefix(ids, np.ones(shape, dtype), np.ones(shape, dtype))
+    return _written(lambda folder: write_prefix(folder / "a", prefix, PREFIX_OF))["a"]
+
+
 def _safetensors() -> bytes:
     return _written(lambda folder: write_folder(folder, random_weights()))["model.safetensors"]
 
 
-def _altered_safetensors() -> st.SearchStrategy[bytes]:
+def _altered_safetensors(whole: bytes) -> st.SearchStrategy[bytes]:
     """Altered in its header's values, in its header's bytes, or anywhere."""
-    whole = _safetensors()
     end = 8 + int.from_bytes(whole[:8], "little")
     header, rest = whole[8:end], whole[end:]
 
@@ -450,7 +464,9 @@ def targets() -> dict[str, Target]:
     return {
         "config.json": _json(_read_config, CONFIG | {"rope_scaling": YARN}),
         "generation_config.json": _json(_read_generation_config, GENERATION),
-        "model.safetensors": Target(safetensors, _safetensors, _altered_safetensors()),
+        "model.safetensors": Target(
+            safetensors, _safetensors, _altered_safetensors(_safetensors())
+        ),
         "model.safetensors.index.json": _json(
             partial(_read_weights, "model.safetensors.index.json"), INDEX
         ),
@@ -467,6 +483,9 @@ def targets() -> dict[str, Target]:
             partial(_read_file, _read_activations),
             _activations,
             altered_bytes(_activations()) | _altered_arrays(),
+        ),
+        "prefix": Target(
+            partial(_read_file, _read_prefix), _prefix, _altered_safetensors(_prefix())
         ),
         "run-file": _lines(
             partial(_read_file, RunFile.read),

@@ -39,13 +39,13 @@ COMMANDS = {
     | PROCESSES
     | {"prompt", "model", "max_num_seqs", "max_num_batched_tokens", "prompt_lookup_num_tokens"}
     | {"system", "chat_template_kwargs", "raw", "prompts_file", "logprobs", "json", "no_stream"}
-    | {"top_logprobs", "stop_token_ids", "ignore_eos"},
+    | {"top_logprobs", "stop_token_ids", "ignore_eos", "load_prefix"},
     "chat": LOADING
     | SAMPLING
     | MEMORY
     | PROCESSES
     | {"model", "prompt_lookup_num_tokens", "system", "load"}
-    | {"chat_template_kwargs"},
+    | {"chat_template_kwargs", "load_prefix"},
     "bench": LOADING
     | PROCESSES
     | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"}

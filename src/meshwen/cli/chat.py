@@ -16,8 +16,9 @@ import typer
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
 from meshwen.cli.conversation import Conversation, load_conversation
+from meshwen.cli.files import check_readable
 from meshwen.cli.interrupt import ctrl_c
-from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
+from meshwen.cli.load import load_model, opened, put_prefix, sampling_params, settings_shown
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import ignored_fields, read_template_kwargs
 from meshwen.common.arguments import meant
@@ -67,6 +68,7 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    load_prefix: options.LoadPrefix = None,
     debug: options.Debug = False,
 ) -> None:
     """Chat with a model.
@@ -76,6 +78,7 @@ def chat(
     """
     from meshwen.tokenizer.tokenizer import Tokenizer
 
+    check_readable(load_prefix)
     variables = read_template_kwargs(chat_template_kwargs)
     if sys.stdin is None:  # Closed, as `<&-` does.
         raise MeshwenError(
@@ -93,6 +96,7 @@ def chat(
                 f"{model} has no tokenizer, so it cannot chat: give a checkpoint that has one"
             )
         loaded = load_model(checkpoint, tokenizer, replace(engine, max_num_seqs=1))
+    put_prefix(loaded, load_prefix)
     conversation = Conversation(loaded, tokenizer, sampling, before)
     conversation.template_kwargs = variables
     conversation.keeps_seed = given["seed"] is not None

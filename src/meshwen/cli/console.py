@@ -200,7 +200,7 @@ class Meter:
             yield event
 
     def summary(self) -> str:
-        """One line: time to the first token, and tokens per second.
+        """One line: time to the first token, tokens per second, and what was cached of prompts.
 
         Of one answer, the rate is that from the second token on: the first two wait for what has
         to be compiled. Of several answers it is that of the whole run.
@@ -211,8 +211,14 @@ class Meter:
         first, last = self._times[0], self._times[-1]
         text = f"first token after {first:.2f} s, {count} token{'s' * (count > 1)} in {last:.2f} s"
         if answers > 1:
-            return f"{answers} answers: {text}, {count / last:.1f} tokens/s"
-        if count < 3:
-            return text
-        rate = (count - 2) / (last - self._times[1])
-        return f"{text}; from the second on {rate:.1f} tokens/s"
+            text = f"{answers} answers: {text}, {count / last:.1f} tokens/s"
+        elif count >= 3:
+            rate = (count - 2) / (last - self._times[1])
+            text += f"; from the second on {rate:.1f} tokens/s"
+        return text + self._cached()
+
+    def _cached(self) -> str:
+        """How much of the prompts of whole answers was in the KV cache; "" for nothing."""
+        cached = sum(one.cached_tokens for one in self.completions)
+        total = sum(len(one.prompt_tokens) for one in self.completions)
+        return f"; {cached} of {total} prompt tokens cached" if cached else ""

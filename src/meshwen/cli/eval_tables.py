@@ -30,6 +30,8 @@ def print_summary(found: Mapping[str, Any], run: RunFile) -> None:
         )
     write(f"prompt style {run.settings['prompt_style']}: {run.settings['prompt_style_why']}")
     rest = f"{found['tokens']} tokens, {found['truncated']} answers cut off, {found['seconds']} s"
+    if found["prompt_tokens"]:
+        rest += f", {found['cached_tokens']} of {found['prompt_tokens']} prompt tokens cached"
     before = found["answers_from_before"]
     write(rest + f", {before} answers from before" * bool(before))
     _print_failed(run, "could not be asked, counted as wrong")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that commands write when they are done."""
+"""Files that commands read when the model is there, or write when they are done."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from meshwen.common.paths import exists
 from meshwen.errors import MeshwenError
 
 
@@ -25,6 +26,16 @@ def check_writable(path: Path | None, other_than: Iterable[Path] = ()) -> None:
     except (OSError, RuntimeError) as error:  # The name is too long, or a link leads to itself.
         reason = error.strerror if isinstance(error, OSError) else error
         raise MeshwenError(f"cannot write {path}: {reason}") from None
+
+
+def check_readable(path: Path | None) -> None:
+    """Refuses a file that is not there, before anything is run; None: there is none to read.
+
+    Raises:
+        MeshwenError: it is not there, or no file.
+    """
+    if path is not None and not (exists(path) and path.is_file()):
+        raise MeshwenError(f"cannot read {path}: there is no such file")
 
 
 def _check_writable(path: Path, other_than: Iterable[Path]) -> None:

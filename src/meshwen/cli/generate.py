@@ -12,7 +12,8 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
-from meshwen.cli.load import load_model, opened, sampling_params, settings_shown
+from meshwen.cli.files import check_readable
+from meshwen.cli.load import load_model, opened, put_prefix, sampling_params, settings_shown
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import Prompt, ignored_fields, read_prompts, read_template_kwargs
 from meshwen.common.json_files import to_json
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _ANSWER_FIELDS = {
     *("prompt_tokens", "tokens", "text", "finish_reason", "logprobs", "timings", "seed"),
     *("error", "stop_reason", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs"),
+    *("cached_tokens", "choice"),
     "model",
     "mesh",
     "dtype",
@@ -87,6 +89,7 @@ def generate(
     no_stream: Annotated[
         bool, typer.Option("--no-stream", help="Print an answer when it is complete.")
     ] = False,
+    load_prefix: options.LoadPrefix = None,
     debug: options.Debug = False,
 ) -> None:
     """Answer a prompt, or a file of prompts.
@@ -103,11 +106,13 @@ def generate(
         )
     if given["logprobs"] and not as_json:
         raise MeshwenError("--logprobs needs the JSON output: add --json")
+    check_readable(load_prefix)
     variables = read_template_kwargs(chat_template_kwargs)
     render = partial(Prompt.token_ids, raw=raw, system=system, template_kwargs=variables)
     engine.make_mesh()  # Refuses a mesh without its devices before any prompt.
     prompts = _prompts(prompt_option if prompt is None else prompt, prompts_file, as_json)
     loaded, sampling, requests = _loaded(model, engine, given, prompts, render)
+    put_prefix(loaded, load_prefix)
     show = _write_answers
     if as_json:
         show = partial(_write_json, settings=_settings(model, engine, loaded.mesh, sampling))

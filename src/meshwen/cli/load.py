@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwen.cli.console import note, progress_bar
@@ -67,7 +68,7 @@ def opened(model: str, options: EngineOptions) -> Checkpoint:
 def load_model(
     checkpoint: Checkpoint, tokenizer: Tokenizer | None, options: EngineOptions
 ) -> CausalLM:
-    """Loads a model, with a progress bar on a terminal, and notes its layout."""
+    """Loads a model, with a progress bar on a terminal, and notes its layout and its KV cache."""
     from meshwen.causal_lm import CausalLM
     from meshwen.ops.backend import XLA
     from meshwen.runtime.compilation_cache import enable_compilation_cache
@@ -89,6 +90,16 @@ def load_model(
     if rounding := rounding_note(checkpoint, options.quantization or str(options.dtype)):
         note(rounding)
     return model
+
+
+def put_prefix(model: CausalLM, path: Path | None) -> None:
+    """Puts a saved prefix into the model's KV cache, and says how long it is; None: there is none.
+
+    Raises:
+        MeshwenError: it is another model's, or damaged: see `CausalLM.load_prefix`.
+    """
+    if path is not None:
+        note(f"prefix: {model.load_prefix(path)} tokens of {path} are in the KV cache")
 
 
 def rounding_note(checkpoint: Checkpoint, kept: str) -> str | None:
@@ -142,3 +153,4 @@ def _note_layout(model: CausalLM, seconds: float) -> None:
         f"each holds {bytes_text(parallel.weights.nbytes)} of weights; "
         f"kv heads: {heads.local_key_value_heads}, {queries}"
     )
+    note(str(model.engine.cache_plan))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,6 +70,16 @@ ChatTemplateKwargs = Annotated[
         "--chat-template-kwargs",
         metavar="JSON",
         help="Variables for the chat template, such as '{\"enable_thinking\": false}'.",
+        show_default=False,
+    ),
+]
+LoadPrefix = Annotated[
+    Path | None,
+    typer.Option(
+        "--load-prefix",
+        metavar="FILE",
+        help="Put a prefix, which save_prefix of the Python API wrote, into the KV cache: prompts "
+        "that begin with it are answered sooner.",
         show_default=False,
     ),
 ]

@@ -15,7 +15,6 @@ from meshwen.cache.kv_cache import KVCache, LayerCache
 from meshwen.engine.prefix_file import Prefix
 from meshwen.engine.runner import ModelRunner
 from meshwen.models.parallel_model import ParallelModel
-from meshwen.ops.cache_layout import axes_in_order
 from meshwen.parallel.heads import PADDING
 from meshwen.weights.declaration import Params
 
@@ -33,11 +32,12 @@ class PrefixBlocks:
 
     def __init__(self, runner: ModelRunner):
         self._runner, self._parts = runner, runner.plan.data_devices
+        self._size = runner.model.backend.block_size
         self._heads = runner.plan.heads.device_key_value_heads().reshape(-1)
-        one_part = runner.cache_axes.replace("batch", "length")  # Every part gets the same.
-        self._read = runner.compiled(_read_step, (runner.cache_axes, "batch"), runner.cache_axes)
+        cache = runner.cache_axes
+        self._read = runner.compiled(_read_step, (cache, "batch"), cache)
         self._write = runner.compiled(
-            _write_step, (runner.cache_axes, "batch", one_part), runner.cache_axes, donate=(1,)
+            _write_step, (cache, "batch", "length heads head_dim"), cache, donate=(1,)
         )
 
     def read(self, cache: KVCache, part: int, table: Sequence[int], prefix: Prefix) -> None:
@@ -49,62 +49,59 @@ class PrefixBlocks:
             table: the blocks that hold the prefix; all are full.
             prefix: gets keys and values.
         """
-        places = np.array(
-            [np.flatnonzero(self._heads == h)[0] for h in range(prefix.keys.shape[2])]
-        )
-        for span, blocks in self._groups([table if i == part else () for i in range(self._parts)]):
-            found = self._read(self._runner.params, cache, blocks)
+        layout = self._runner.model.backend.cache_layout
+        places = [int(np.argmax(self._heads == head)) for head in range(prefix.keys.shape[2])]
+        mine = slice(part * _AT_ONCE, (part + 1) * _AT_ONCE)
+        for span, blocks in self._groups([table] * self._parts):
+            found = self._read(self._runner.params, cache, blocks.reshape(-1))
             for number, layer in enumerate(found):
-                for target, array, axes in self._arrays(prefix, number, layer):
-                    own = np.asarray(array)[part * _AT_ONCE : (part + 1) * _AT_ONCE]
-                    tokens = axes_in_order(own, axes, _IN_ORDER)  # type: ignore[arg-type]
-                    tokens = tokens.reshape(-1, *tokens.shape[2:])[: span.stop - span.start]
-                    target[span] = tokens[:, places, : target.shape[2]]
+                for array, axes, to in (
+                    (layer.keys, layout.keys, prefix.keys[number, span]),
+                    (layer.values, layout.values, prefix.values[number, span]),
+                ):
+                    own = np.asarray(array)[mine].view(to.dtype)  # bfloat16 may be integers there.
+                    own = own.transpose([axes.index(axis) for axis in _IN_ORDER])
+                    tokens = own.reshape(-1, *own.shape[2:])[: len(to)]
+                    to[:] = tokens[:, places, : to.shape[2]]
 
     def written(self, cache: KVCache, tables: Sequence[Sequence[int]], prefix: Prefix) -> KVCache:
         """The cache, donated, with a prefix in blocks of every part of the batch.
 
         Args:
             cache: KV blocks.
-            tables: of each part, the blocks that get the prefix: as many as it fills.
-            prefix: what does not fill a block is left out.
+            tables: of each part, the blocks that get the prefix, which fills them.
+            prefix: the same for every part.
         """
         for span, blocks in self._groups(tables):
+            slots = blocks[..., None] * self._size + np.arange(self._size, dtype=np.int32)
+            slots = np.where(blocks[..., None] == NULL_BLOCK, -1, slots).reshape(-1)
             new = tuple(
-                LayerCache(*(self._new(source[span], axes) for source, _, axes in arrays))
-                for arrays in (self._arrays(prefix, i, layer) for i, layer in enumerate(cache))
+                LayerCache(self._on_devices(keys[span]), self._on_devices(values[span]))
+                for keys, values in zip(prefix.keys, prefix.values, strict=True)
             )
-            cache = self._write(self._runner.params, cache, blocks, new)
+            cache = self._write(self._runner.params, cache, slots, new)
         return jax.block_until_ready(cache)
 
     def _groups(self, tables: Sequence[Sequence[int]]) -> Iterator[tuple[slice, np.ndarray]]:
-        """Which tokens are moved at once, and their blocks, int32 [P * _AT_ONCE]."""
-        size, count = self._runner.model.backend.block_size, max(map(len, tables))
+        """Which tokens are moved at once, and their blocks, int32 [P, _AT_ONCE]."""
+        count = len(tables[0])
         for first in range(0, count, _AT_ONCE):
-            blocks = np.full((self._parts, _AT_ONCE), NULL_BLOCK, np.int32)
-            for row, table in zip(blocks, tables, strict=True):
-                some = table[first : first + _AT_ONCE]
-                row[: len(some)] = some
             last = min(count, first + _AT_ONCE)
-            yield slice(first * size, last * size), blocks.reshape(-1)
+            blocks = np.full((self._parts, _AT_ONCE), NULL_BLOCK, np.int32)
+            blocks[:, : last - first] = [table[first:last] for table in tables]
+            yield slice(first * self._size, last * self._size), blocks
 
-    def _arrays(
-        self, prefix: Prefix, number: int, layer: LayerCache
-    ) -> Iterator[tuple[np.ndarray, Array, str]]:
-        """A layer's keys and values: of the prefix, [T, K, H], in blocks, and their axes there."""
-        layout = self._runner.model.backend.cache_layout
-        yield prefix.keys[number], layer.keys, layout.keys
-        yield prefix.values[number], layer.values, layout.values
+    def _on_devices(self, tokens: np.ndarray) -> Any:
+        """Keys or values of tokens [n, K, H] for the devices' heads: copies, and zeros as padding.
 
-    def _new(self, tokens: np.ndarray, axes: str) -> Any:
-        """Blocks of tokens [n, K, H] for the devices: with copies of heads, zeros as padding."""
-        backend, (count, _, head_dim) = self._runner.model.backend, tokens.shape
-        H, size = backend.block_head_dim(head_dim), backend.block_size
-        held = np.zeros((_AT_ONCE * size, len(self._heads), H), tokens.dtype)
+        Returns:
+            [_AT_ONCE * S, K of all devices, H]
+        """
         there = self._heads != PADDING
-        held[:count, there, :head_dim] = tokens[:, self._heads[there]]
-        blocks = held.reshape(_AT_ONCE, size, *held.shape[1:])
-        return np.ascontiguousarray(axes_in_order(blocks, _IN_ORDER, axes))  # type: ignore[arg-type]
+        shape = _AT_ONCE * self._size, len(self._heads), tokens.shape[2]
+        held = np.zeros(shape, tokens.dtype)
+        held[: len(tokens), there] = tokens[:, self._heads[there]]
+        return held
 
 
 def _read_step(params: Params, cache: KVCache, blocks: Array, *, model: ParallelModel) -> KVCache:
@@ -112,6 +109,9 @@ def _read_step(params: Params, cache: KVCache, blocks: Array, *, model: Parallel
 
 
 def _write_step(
-    params: Params, cache: KVCache, blocks: Array, new: KVCache, *, model: ParallelModel
+    params: Params, cache: KVCache, slots: Array, new: KVCache, *, model: ParallelModel
 ) -> KVCache:
-    return jax.tree.map(lambda old, one: model.backend.set_blocks(old, blocks, one), cache, new)
+    write = model.backend.write_blocks
+    return tuple(
+        LayerCache(*write(layer, some, slots)) for layer, some in zip(cache, new, strict=True)
+    )

@@ -121,10 +121,11 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         problems; answers; how many are correct; accuracy, the share of correct answers, and its 95%
         interval (Wilson's; with several samples a problem that of the problems' means, because
         answers to one problem are not independent); truncated answers; ids of those that failed;
-        tokens; and a hash of the tokens of all answers, in the order of the problems, by which runs
-        that are not at hand can be told identical. With several samples also any_correct, problems
-        with a correct answer, and majority_correct, those whose most frequent answer (the earliest,
-        of several) is correct.
+        tokens; prompt_tokens, and cached_tokens, those of them that were found in the KV cache, of
+        the answers that say so; and a hash of the tokens of all answers, in the order of the
+        problems, by which runs that are not at hand can be told identical. With several samples
+        also any_correct, problems with a correct answer, and majority_correct, those whose most
+        frequent answer (the earliest, of several) is correct.
     """
     records = list(records)
     problems: dict[int, list[Record]] = {}
@@ -140,6 +141,8 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         "truncated": sum(record["finish_reason"] == "length" for record in records),
         "failed": sorted({r["id"] for r in records if r["finish_reason"] == "error"}),
         "tokens": sum(len(record["tokens"]) for record in records),
+        "prompt_tokens": sum(record.get("prompt_tokens", 0) for record in records),
+        "cached_tokens": sum(record.get("cached_tokens", 0) for record in records),
         "tokens_sha256": _tokens_sha256(answer for some in problems.values() for answer in some),
     }
     if len(records) > len(problems):
@@ -204,6 +207,8 @@ def _record(one: Question, completion: Completion, style: PromptStyle) -> Record
         | {
             "finish_reason": completion.finish_reason,
             "logprob": math.fsum(completion.logprobs or ()),
+            "prompt_tokens": len(completion.prompt_tokens),
+            "cached_tokens": completion.cached_tokens,
             "seconds": round(completion.timings.running_seconds, 3),
         }
     )

@@ -20,7 +20,15 @@ from typing import Annotated, Any, NotRequired, Self
 from annotated_types import Ge
 from typing_extensions import TypedDict
 
-from meshwen.common.json_files import Finite, Shape, TokenId, check_shape, parse_json, to_json
+from meshwen.common.json_files import (
+    Count,
+    Finite,
+    Shape,
+    TokenId,
+    check_shape,
+    parse_json,
+    to_json,
+)
 from meshwen.common.paths import exists
 from meshwen.errors import MeshwenError
 
@@ -62,7 +70,11 @@ class _Header(TypedDict):
 
 
 class _Answer(TypedDict):
-    """What every answer has; `error` where it has no text."""
+    """What every answer has; `error` where it has no text.
+
+    Those of earlier versions do not say how long their prompts were, and how much of them was in
+    the KV cache.
+    """
 
     id: _Number
     sample: _Number
@@ -76,6 +88,8 @@ class _Answer(TypedDict):
     finish_reason: str
     elapsed: Annotated[Finite, Ge(0)]
     error: NotRequired[str]
+    prompt_tokens: NotRequired[Count]
+    cached_tokens: NotRequired[Count]
 
 
 class _Failure(TypedDict):

@@ -187,16 +187,7 @@ class Backend:
         destination: Int[Array, " n"],
     ) -> Shaped[Array, "_ _ _ _"]:
         """Blocks of which some are copies of others."""
-        return self.set_blocks(blocks, destination, blocks[source])
-
-    def set_blocks(
-        self,
-        blocks: Shaped[Array, "_ _ _ _"],
-        destination: Int[Array, " n"],
-        new: Shaped[Array, "n _ _ _"],
-    ) -> Shaped[Array, "_ _ _ _"]:
-        """Blocks of which some are `new`."""
-        return blocks.at[destination].set(new)
+        return blocks.at[destination].set(blocks[source])
 
     def empty_blocks(self, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         """KV blocks that nothing has been written to: of any numbers, NaN too."""

@@ -120,12 +120,6 @@ class XlaOnCpu(Backend):
         """See `Backend.empty_blocks`."""
         return super().empty_blocks(shape, jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype)
 
-    def set_blocks(self, blocks: Array, destination: Int[Array, " n"], new: Array) -> Array:
-        """See `Backend.set_blocks`."""
-        if blocks.dtype != jnp.bfloat16:
-            return super().set_blocks(blocks, destination, new)
-        return _of_bits(super().set_blocks(_bits(blocks), destination, _bits(new)))
-
     def largest(self, x: Num[Array, "B N"]) -> tuple[Num[Array, "B 1"], Integer[Array, "B 1"]]:
         """The largest of each row: the block that has it, then its place there.
 
