@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key/value cache: written where each sequence stands, and split over the devices."""
+"""The KV cache: rows written where each sequence stands, blocks split over the devices."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mesh_model import SMALL_7B
-from meshwen.cache.kv_cache import LayerCache, SequenceCache
+from mesh_model import SMALL_7B, shared_model
+from meshwen.cache.kv_cache import LayerCache, empty_cache
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh
+from tiny_model import ONE_LAYER
 
 BACKEND = XlaOnCpu()
 LAYOUT = BACKEND.cache_layout
@@ -40,31 +42,15 @@ def test_each_row_is_written_at_its_own_start_and_nowhere_else(starts, length, d
         found.first(11, LAYOUT), (keys[..., :11], values[:, :, :11]), strict=True
     ):
         np.testing.assert_array_equal(read, whole)
-    np.testing.assert_array_equal(found.located()[2], [0, 1, 2])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("start", "length"), [(0, 3), (0, 8), (5, 8)])
-@pytest.mark.parametrize("writes", [None, True, False])
-def test_a_chunk_of_a_prompt_is_written_into_its_row_alone(writes, start, length, dtype):
+def test_keys_and_values_as_they_are_computed_become_rows_in_the_order_of_the_layout():
     rng = np.random.default_rng(0)
-    keys = jnp.asarray(rng.standard_normal((3, 4, 2, 12)), dtype)
-    values = jnp.asarray(rng.standard_normal((3, 4, 12, 2)), dtype)
-    new_keys = jnp.asarray(rng.standard_normal((1, 4, 2, 3)), jnp.float32)
-    new_values = jnp.asarray(rng.standard_normal((1, 4, 3, 2)), jnp.float32)
-    flag = None if writes is None else jnp.asarray(writes)
-    cache = SequenceCache(LayerCache(keys, values), jnp.int32(1), flag)
-    found = cache.written(LayerCache(new_keys, new_values), jnp.asarray([start]), BACKEND)
-    if writes is not False:
-        keys = keys.at[1, :, :, start : start + 3].set(new_keys[0].astype(dtype))
-        values = values.at[1, :, start : start + 3].set(new_values[0].astype(dtype))
-    for read, whole in zip(
-        found.first(length, LAYOUT), (keys[..., :length], values[:, :, :length]), strict=True
-    ):
-        np.testing.assert_array_equal(read, whole[1:2])
-    np.testing.assert_array_equal(found.located()[2], [1])
-    np.testing.assert_array_equal(found.layer.keys, keys)
-    np.testing.assert_array_equal(found.layer.values, values)
+    keys, values = rng.standard_normal((2, 3, 5, 4, 2))  # BSKH
+    found = LayerCache.of(jnp.asarray(keys), jnp.asarray(values), LAYOUT)
+    np.testing.assert_array_equal(found.keys, np.einsum("BSKH->BKHS", jnp.asarray(keys)))
+    np.testing.assert_array_equal(found.values, np.einsum("BSKH->BKSH", jnp.asarray(values)))
+    assert found.length(LAYOUT) == 5
 
 
 def test_what_is_written_is_rounded_to_the_dtype_of_the_cache():
@@ -79,18 +65,51 @@ def test_what_is_written_is_rounded_to_the_dtype_of_the_cache():
     ("mesh", "heads"),
     [("1", 4), ("2", 2), ("4", 1), ("1x8", 1), ("8x4", 1), ("data=2,model=4", 1), ("data=2", 4)],
 )
-def test_a_device_holds_its_own_heads_of_its_own_rows(mesh, heads):
+def test_a_device_holds_its_own_heads_of_the_blocks_of_its_part(mesh, heads):
     model = ParallelModel(SMALL_7B, make_mesh(mesh), jnp.dtype(jnp.bfloat16))
-    plan, cache = model.plan, model.empty_cache(4, 10)
-    rows = 4 // plan.data_devices
+    cache, size = model.empty_blocks(3), model.backend.block_size
+    held = model.backend.block_head_dim(SMALL_7B.head_dim)
     assert len(cache) == SMALL_7B.num_hidden_layers
     a_device = 0
     for layer in cache:
-        for array, part in zip(layer, [(8, 10), (10, 8)], strict=True):
-            assert array.dtype == jnp.bfloat16
-            assert not np.asarray(array, np.float32).any()
+        for array, axes in zip(layer, _axes(model.backend), strict=True):
             shards = array.addressable_shards
-            assert len(shards) == plan.mesh.size
-            assert {s.data.shape for s in shards} == {(rows, heads, *part)}
+            assert len(shards) == model.mesh.size
+            sizes = {"B": 3, "K": heads, "S": size, "H": held}
+            assert {s.data.shape for s in shards} == {tuple(sizes[axis] for axis in axes)}
             a_device += shards[0].data.nbytes
-    assert model.token_bytes * rows * 10 == a_device
+    assert model.token_bytes * size * 3 == a_device
+
+
+@pytest.mark.parametrize("mesh", ["2", "data=2"])
+def test_an_empty_cache_of_rows_is_of_zeros_and_split(mesh):
+    model = ParallelModel(SMALL_7B, make_mesh(mesh), jnp.dtype(jnp.bfloat16), kernels=False)
+    shapes = model.cache_shapes(4, 10)
+    cache = empty_cache(shapes)
+    for layer, expected in zip(cache, shapes, strict=True):
+        for array, shape in zip(layer, expected, strict=True):
+            assert (array.shape, array.dtype) == (shape.shape, jnp.bfloat16)
+            assert array.sharding.is_equivalent_to(shape.sharding, array.ndim)
+            assert not np.asarray(array, np.float32).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_blocks_are_copied_within_each_part_bit_for_bit(dtype):
+    runner = shared_model(ONE_LAYER, "data=2", dtype).runner
+    rng = np.random.default_rng(0)
+
+    def filled(array):
+        bits = rng.bytes(array.nbytes)  # NaN too.
+        return jax.device_put(np.frombuffer(bits, array.dtype).reshape(array.shape), array.sharding)
+
+    cache = jax.tree.map(filled, runner.empty_blocks(4))
+    before = [np.array(array).view(np.uint8) for array in jax.tree.leaves(cache)]
+    # Of the second part one block less: the null block onto itself.
+    after = runner.copied_blocks(cache, np.array([1, 3, 2, 0]), np.array([2, 1, 3, 0]))
+    for old, new in zip(before, jax.tree.leaves(after), strict=True):
+        order = [0, 3, 1, 3, 4, 5, 6, 6]
+        np.testing.assert_array_equal(np.asarray(new).view(np.uint8), old[order])
+
+
+def _axes(backend) -> tuple[str, str]:
+    return backend.cache_layout.keys, backend.cache_layout.values
