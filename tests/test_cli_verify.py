@@ -3,6 +3,8 @@
 
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -30,22 +32,28 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def certificate(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("certificates") / "certificate.json"
-    assert main(["verify", "--model", model, *SHORT, "--json", str(path)]) == 0
-    return path
+def sound(model, tmp_path_factory):
+    """A run whose faults are found: its folder, with certificate.json, and what it printed."""
+    folder = tmp_path_factory.mktemp("certificates")
+    options = ["--html", folder / "report.html", "--json", folder / "certificate.json"]
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        assert main(["verify", "--model", model, *SHORT, "--self-test", *map(str, options)]) == 0
+    return folder, out.getvalue(), err.getvalue()
 
 
-def test_a_sound_model_passes_and_its_faults_are_found(model, capsys, tmp_path):
-    page, file = tmp_path / "report.html", tmp_path / "certificate.json"
-    options = ["--self-test", "--html", str(page), "--json", str(file)]
-    assert main(["verify", "--model", model, *SHORT, *options]) == 0
-    output = capsys.readouterr()
-    assert "every promise was kept" in output.out
-    assert "fast 2: within bounds" in output.err
-    found = json.loads(file.read_text())
+@pytest.fixture(scope="module")
+def certificate(sound):
+    return sound[0] / "certificate.json"
+
+
+def test_a_sound_model_passes_and_its_faults_are_found(sound):
+    folder, out, err = sound
+    assert "every promise was kept" in out
+    assert "fast 2: within bounds" in err
+    found = json.loads((folder / "certificate.json").read_text())
     assert [fault["caught"] for fault in found["self_test"]["fast 2"]] == [True] * 3
-    assert page.read_text().startswith("<!doctype html>")
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_int8_keeps_its_promises_its_faults_are_found_and_a_certificate_has_it(
@@ -59,6 +67,7 @@ def test_int8_keeps_its_promises_its_faults_are_found_and_a_certificate_has_it(
     assert "float32, int8: 2 prompts" in capsys.readouterr().out
     found = json.loads(file.read_text())
     assert (found["dtype"], found["quantization"]) == ("float32", "int8")
+    assert found["prompts"] == [[1, 2, 3], [4]]
     assert main([*run, *asked, "--numerics", "exact", "--self-test"]) == 0
     assert "every promise was kept" in capsys.readouterr().out
 
@@ -158,22 +167,18 @@ def test_other_weights_than_the_certificates_are_reported_before_anything_is_com
 
 
 def test_prompts_and_reference_outputs_come_from_files(model, capsys, tmp_path):
-    prompts, golden, file = (tmp_path / name for name in ("p.jsonl", "golden.json", "c.json"))
-    prompts.write_text('{"prompt_tokens": [1, 2, 3]}\n{"prompt_tokens": [4]}\n')
-    run = ["verify", "--model", model, *SHORT, "--json", str(file)]
-    assert main([*run, "--prompts", str(prompts)]) == 0
+    golden, file = tmp_path / "golden.json", tmp_path / "c.json"
+    cases = [{"input_ids": ids, "greedy": [0, 0, 0]} for ids in ([1, 2, 3], [4])]
+    golden.write_text(json.dumps({"cases": cases}))
+    run = ["verify", "--model", model, *SHORT, "--golden", str(golden)]
+    assert main([*run, "--json", str(file)]) == 1
+    assert "prompt 1, token 0: " in capsys.readouterr().out
     found = json.loads(file.read_text())
     assert found["prompts"] == [[1, 2, 3], [4]]
-    cases = [
-        {"input_ids": ids, "greedy": tokens}
-        for ids, tokens in zip(found["prompts"], found["tokens"], strict=True)
-    ]
+    for case, tokens in zip(cases, found["tokens"], strict=True):
+        case["greedy"] = tokens
     golden.write_text(json.dumps({"cases": cases}))
-    assert main([*run, "--golden", str(golden)]) == 0
-    cases[1]["greedy"][0] ^= 1
-    golden.write_text(json.dumps({"cases": cases}))
-    assert main([*run, "--golden", str(golden)]) == 1
-    assert "prompt 1, token 0: " in capsys.readouterr().out
+    assert main(run) == 0
 
 
 @pytest.mark.torch
