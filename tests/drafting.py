@@ -19,7 +19,7 @@ CONTEXT = 70
 
 
 class CountingRunner:
-    """A runner that notes the tokens a sequence has in each decode step."""
+    """A runner that notes the most tokens that a sequence has in each decode step."""
 
     def __init__(self, runner: ModelRunner):
         self._runner, self.steps = runner, []
@@ -28,8 +28,10 @@ class CountingRunner:
         return getattr(self._runner, name)
 
     def step(self, cache, inputs, *rest):
-        if inputs.positions.any():  # No prompt begins.
-            self.steps.append(len(inputs.token_ids))
+        starts = inputs.query_starts.reshape(self._runner.plan.data_devices, -1)
+        longest = int(np.diff(starts).max())
+        if longest == 1 or inputs.sampler_rows is not None:  # Of others there are prompts.
+            self.steps.append(longest)
         return self._runner.step(cache, inputs, *rest)
 
 

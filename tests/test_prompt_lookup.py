@@ -78,7 +78,7 @@ def test_drafts_that_are_looked_up_change_no_exact_answer():
     assert [c.tokens for c in drafted] == [c.tokens for c in plain]
     assert [c.logprobs for c in drafted] == [c.logprobs for c in plain]
     assert [c.top_logprobs for c in drafted] == [c.top_logprobs for c in plain]
-    assert {1, 6} == set(fewer)
+    assert {1, 6} <= set(fewer) <= set(range(1, 7))  # Fewer where the context ends.
     assert len(fewer) < len(steps)
 
 
