@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -170,16 +171,20 @@ def test_ctrl_c_while_a_prompt_is_read_stops_before_its_next_chunk(
     chat, capsys, monkeypatch, tmp_path
 ):
     read = []
-    prefill = ModelRunner.prefill
+    forward = ModelRunner.forward
 
     def interrupted(self, *arguments):
         read.append(self)
         if len(read) == 2:
             signal.raise_signal(signal.SIGINT)
-        return prefill(self, *arguments)
+        return forward(self, *arguments)
 
-    monkeypatch.setattr("meshwen.runtime.shape_buckets._LONGEST_CHUNK", 16)
-    monkeypatch.setattr(ModelRunner, "prefill", interrupted)
+    def in_short_steps(*arguments):
+        *others, options = arguments
+        return load_model(*others, replace(options, max_num_batched_tokens=16))
+
+    monkeypatch.setattr(ModelRunner, "forward", interrupted)
+    monkeypatch.setattr("meshwen.cli.chat.load_model", in_short_steps)
     assert chat("x" * 60, f"/save {tmp_path / 'chats'}") == 2
     output = capsys.readouterr()
     assert (len(read), output.out) == (2, "")
