@@ -20,6 +20,8 @@ from meshwen.cli.load import load_model
 from meshwen.errors import MeshwenError
 from meshwen.evals.gsm8k import summary
 from meshwen.evals.run_file import RunFile
+from meshwen.ops.backend import Backend
+from meshwen.ops.cpu import kernels
 from meshwen.runtime import memory
 from speller import load_once
 
@@ -400,7 +402,10 @@ def test_a_problem_that_does_not_fit_is_counted_as_wrong_and_the_others_are_aske
     data.write_text("\n".join([problems[0], long, problems[1]]))
     monkeypatch.setattr("meshwen.cli.eval_run.load_model", load_model)  # Looks at the free memory.
     monkeypatch.setattr("meshwen.weights.loading.free_bytes", lambda devices: 1 << 30)
-    monkeypatch.setattr(memory, "_free_host_bytes", lambda: 250_000)  # 390 positions.
+    # 4 layers of 4 heads of 8 in bfloat16, which kernels fill up to 32: 12 blocks and another.
+    token_bytes = 2 * 4 * 4 * (8 if kernels.instruction_set() is None else 32) * 2
+    free = 13 * Backend.block_size * token_bytes / 0.8
+    monkeypatch.setattr(memory, "_free_host_bytes", lambda: int(free) + 1)
     options = ("--data", data, "--max-new-tokens", 20, "--json")
     assert gsm8k("--out", tmp_path / "r.jsonl", *options) == 0
     found = json.loads(capsys.readouterr().out)
