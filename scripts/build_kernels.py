@@ -102,7 +102,16 @@ UNITS = {
         Unit("int8.c", "neon"),
     ),
 }
-_COMMON = ("ffi", "parallel", "instruction_sets", "entries", "paged", "windows", "build")
+_COMMON = (
+    "ffi",
+    "parallel",
+    "instruction_sets",
+    "entries",
+    "paged",
+    "unwritten",
+    "windows",
+    "build",
+)
 COMMON = (*(Unit(f"{name}.c") for name in _COMMON),)
 # The compiler must not decide bits: a multiplication and an addition become one operation only
 # where the sources say so.

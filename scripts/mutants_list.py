@@ -270,10 +270,24 @@ FAULTS = (
     ),
     _fault(
         "kernels: earlier passes are not rescaled",
-        "ops/cpu/csrc/attention.h",
-        "if (is_first) continue;",
-        "continue;",
+        "ops/cpu/csrc/cached.h",
+        "scales ? load(at) * all(scales[i]) : all(0.0f)",
+        "scales ? load(at) : all(0.0f)",
         "kernels",
+    ),
+    _fault(
+        "kernels: a block's later panels are its first",
+        "ops/cpu/csrc/paged.h",
+        "position % of->S / COLUMNS * COLUMNS",
+        "position % COLUMNS / COLUMNS * COLUMNS",
+        "paged_kernels",
+    ),
+    _fault(
+        "kernels: nothing behind the dimensions of a written value",
+        "ops/cpu/csrc/paged.c",
+        "memset(value + h * bytes, 0, (size_t)((H - h) * bytes));",
+        "",
+        "paged_kernels",
     ),
     _fault(
         "kernels: the last panel has a column less",

@@ -11,14 +11,12 @@
 #ifndef MESHWEN_ATTENTION_H
 #define MESHWEN_ATTENTION_H
 
+#include "cached.h"
 #include "kernels.h"
-#include "matmul.h"
 #include "softmax.h"
-#include "tile.h"
 
 #define PASS 512                // positions
 #define PANELS (PASS / COLUMNS) // of a pass
-#define SHORT_SUM 16            // dimensions: scores are large beside what tells them apart
 
 // Rows of queries that are attended to together. Those of a token stand together, token after token.
 struct queries {
@@ -31,22 +29,33 @@ struct queries {
     int64_t depth;  // dimensions of the keys that are read, of H
 };
 
-// The positions of a pass. Panels are 32 positions; of those that no row sees, places mean nothing.
+// The positions of a pass, in panels of 32. Of those that no row sees, places mean nothing.
 struct pass {
     int64_t begin;
-    const char *keys[PANELS];   // [H, 32], dimensions `keys_stride` bytes apart
-    const char *values[PANELS]; // [32, H]
+    const char *keys[PANELS + AHEAD];   // [H, 32], dimensions `keys_stride` bytes apart
+    const char *values[PANELS + AHEAD]; // [32, H]
     int64_t keys_stride, H;
     float *scores; // [12, PASS]
 };
 
-// The functions of tiles; of walking ones b goes on elsewhere after each panel.
-struct tiles {
-    tile_function *const *plain, *const *walking;
+// The micro-kernels of a dtype, by the number of rows less 1.
+struct attending {
+    scoring_function *const *score;
+    adding_function *const *add;
 };
 
 static void states_begin(struct row_state *states, int64_t rows) {
     for (int64_t i = 0; i < rows; i++) states[i] = (struct row_state){-FLT_MAX, 0.0f};
+}
+
+// What is prefetched behind the panels from `from` to `end`: values after keys.
+static void prefetch_behind(struct pass *pass, int64_t from, int64_t end) {
+    const int64_t first = (from - pass->begin) / COLUMNS;
+    const int64_t count = quotient_up(end - pass->begin, COLUMNS);
+    for (int64_t i = 0; i < AHEAD; i++) {
+        pass->keys[count + i] = pass->values[smaller(first + i, count - 1)];
+        pass->values[count + i] = pass->values[count - 1];
+    }
 }
 
 // The first pass that a token sees.
@@ -54,89 +63,57 @@ static int64_t first_pass(int64_t position, int64_t window) {
     return first_seen(position, window) / PASS * PASS;
 }
 
-// The scores of the positions `from` to `end`, and more up to whole panels.
-INLINE void score(enum operands kind, tile_function *const *tiles, const struct pass *pass,
-                  const struct queries *of, int64_t row, int64_t rows, int64_t from, int64_t end) {
-    struct tile t = {
-        .a_stride = 4 * pass->H,
-        .b_stride = pass->keys_stride,
-        .y_stride = 4 * PASS,
-        .ahead_stride = pass->keys_stride,
-    };
-    (void)kind;
-    const float *q = of->q + row * pass->H;
-    const int64_t last = (end - 1 - pass->begin) / COLUMNS;
-    for (int64_t p = (from - pass->begin) / COLUMNS; p <= last; p++) {
-        const char *keys = pass->keys[p], *ahead = pass->keys[p < last ? p + 1 : p];
-        t.y = (char *)(pass->scores + p * COLUMNS);
-        for (int64_t h = 0; h < of->depth; h += SHORT_SUM) {
-            t.a = (const char *)(q + h);
-            t.b = keys + h * t.b_stride;
-            t.x = h ? t.y : nothing;
-            t.x_stride = h ? t.y_stride : 0;
-            t.steps = smaller(of->depth - h, SHORT_SUM);
-            t.ahead = ahead + h * t.b_stride;
-            tiles[rows - 1](&t);
-        }
-    }
-}
-
-// y + weights values, of the positions `from` to `end`.
-INLINE void add_values(enum operands kind, tile_function *const *tiles, const struct pass *pass,
-                       const struct queries *of, int64_t row, int64_t rows, int64_t from, int64_t end,
-                       int is_first) {
-    const int64_t bytes = kind == FLOAT32 ? 4 : 2, H = pass->H;
-    const int64_t p = (from - pass->begin) / COLUMNS, within = from % COLUMNS;
-    struct tile t = {
-        .a = (const char *)(pass->scores + from - pass->begin),
-        .a_stride = 4 * PASS,
-        .b_stride = bytes * H,
-        .y_stride = 4 * H,
-        .x_stride = is_first ? 0 : 4 * H,
-        .steps = end - from,
-        .ahead_stride = bytes * H,
-        .next = pass->values + p + 1,
-        .turn = COLUMNS - within,
-    };
-    for (int64_t d = 0; d < H; d += COLUMNS) {
-        t.column = d * bytes;
-        t.b = pass->values[p] + within * t.b_stride + t.column;
-        t.ahead = t.b + 16 * t.b_stride;
-        t.y = (char *)(of->y + row * H + d);
-        t.x = is_first ? nothing : t.y;
-        tiles[rows - 1](&t);
-    }
-}
-
 // Adds the positions of a pass to up to 12 rows, from `row` on.
-INLINE void attend_block(enum operands kind, const struct tiles *tiles, const struct pass *pass,
+INLINE void attend_block(enum operands kind, const struct attending *by, const struct pass *pass,
                          const struct queries *of, int64_t row, int64_t rows) {
-    const int64_t H = pass->H, begin = pass->begin, position = of->start + row / of->of_token;
-    const int64_t end =
-        smaller(of->start + (row + rows - 1) / of->of_token + 1, begin + PASS);
+    const int64_t bytes = kind == FLOAT32 ? 4 : 2, H = pass->H, begin = pass->begin;
+    const int64_t position = of->start + row / of->of_token;
+    const int64_t end = smaller(of->start + (row + rows - 1) / of->of_token + 1, begin + PASS);
     const int64_t first = first_seen(position, of->window), from = larger(first, begin);
     if (from >= end) return;
-    score(kind, tiles->plain, pass, of, row, rows, from, end);
-    const int is_first = first_pass(position, of->window) == begin;
-    for (int64_t r = row; r < row + rows; r++) {
-        const int64_t last = of->start + r / of->of_token;
-        const float scale = weigh(pass->scores + (r - row) * PASS, begin, from / WIDE * WIDE,
-                                  quotient_up(end, WIDE) * WIDE, first_seen(last, of->window), last,
-                                  of->states + r);
-        if (is_first) continue;
-        for (int64_t d = 0; d < H; d += LANES)
-            store(of->y + r * H + d, load(of->y + r * H + d) * all(scale));
+    const int64_t panel = (from - begin) / COLUMNS;
+    by->score[rows - 1](&(struct scoring){
+        .q = (const char *)(of->q + row * H),
+        .q_stride = 4 * H,
+        .keys = pass->keys + panel,
+        .keys_stride = pass->keys_stride,
+        .panels = quotient_up(end - begin, COLUMNS) - panel,
+        .depth = of->depth,
+        .scores = (char *)(pass->scores + panel * COLUMNS),
+        .scores_stride = 4 * PASS,
+    });
+    float scales[MOST_ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t last = of->start + (row + r) / of->of_token;
+        scales[r] = weigh(pass->scores + r * PASS, begin, from / WIDE * WIDE,
+                          quotient_up(end, WIDE) * WIDE, first_seen(last, of->window), last,
+                          of->states + row + r);
     }
-    add_values(kind, tiles->walking, pass, of, row, rows, from, end, is_first);
+    const int is_first = first_pass(position, of->window) == begin;
+    struct adding adding = {
+        .weights = (const char *)(pass->scores + from - begin),
+        .weights_stride = 4 * PASS,
+        .values = pass->values + panel,
+        .values_stride = bytes * H,
+        .skipped = from % COLUMNS,
+        .positions = end - from,
+        .scales = is_first ? 0 : scales,
+        .y_stride = 4 * H,
+    };
+    for (int64_t d = 0; d < H; d += COLUMNS) {
+        adding.column = d * bytes;
+        adding.y = (char *)(of->y + row * H + d);
+        by->add[rows - 1](&adding);
+    }
 }
 
 // Adds the positions of a pass to all rows, in blocks that are about as large as one another.
-INLINE void attend_rows(enum operands kind, const struct tiles *tiles, const struct pass *pass,
+INLINE void attend_rows(enum operands kind, const struct attending *by, const struct pass *pass,
                         const struct queries *of) {
     const int64_t blocks = quotient_up(of->rows, MOST_ROWS);
     for (int64_t block = 0, row = 0; block < blocks; block++) {
         const int64_t rows = quotient_up(of->rows - row, blocks - block);
-        attend_block(kind, tiles, pass, of, row, rows);
+        attend_block(kind, by, pass, of, row, rows);
         row += rows;
     }
 }

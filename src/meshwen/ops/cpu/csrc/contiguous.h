@@ -24,7 +24,7 @@ INLINE void copy_keys(enum operands kind, char *to, const char *keys, int64_t be
 }
 
 // The unit of work: all queries of a key/value head, of single tokens; else all tokens of a query head.
-INLINE int attend_head(enum operands kind, const struct tiles *tiles, const struct attention *of,
+INLINE int attend_head(enum operands kind, const struct attending *by, const struct attention *of,
                        int64_t unit) {
     const int64_t bytes = kind == FLOAT32 ? 4 : 2, H = of->H, S = of->S, single = of->T == 1;
     const int64_t length = single ? of->G : of->T, head = single ? unit : unit / of->G;
@@ -60,7 +60,8 @@ INLINE int attend_head(enum operands kind, const struct tiles *tiles, const stru
             pass.keys[p] = copied ? copied + p * H * COLUMNS * bytes : keys + p * COLUMNS * bytes;
             pass.values[p] = of->values + offset + j * H * bytes;
         }
-        attend_rows(kind, tiles, &pass, &queries);
+        prefetch_behind(&pass, pass.begin, stop);
+        attend_rows(kind, by, &pass, &queries);
     }
     for (int64_t r = 0; r < length; r++)
         for (int64_t d = 0; d < H; d += LANES)

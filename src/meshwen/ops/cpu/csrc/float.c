@@ -17,12 +17,12 @@
         return multiply_panels(kind, tiles_##kind, paired_##kind, task, unit);                       \
     }
 #define ATTENTION(kind)                                                                              \
-    static const struct tiles attention_tiles_##kind = {tiles_##kind, walking_tiles_##kind};         \
+    static const struct attending attending_##kind = {score_##kind, add_##kind};                     \
     static int attention_##kind(const void *task, int64_t unit) {                                    \
-        return attend_head(kind, &attention_tiles_##kind, task, unit);                               \
+        return attend_head(kind, &attending_##kind, task, unit);                                     \
     }                                                                                                \
     static int paged_##kind(const void *task, int64_t unit) {                                        \
-        return attend_tokens(kind, &attention_tiles_##kind, task, unit);                             \
+        return attend_tokens(kind, &attending_##kind, task, unit);                                   \
     }
 
 MATMUL(FLOAT32)

@@ -54,6 +54,7 @@ struct paged_attention {
     float *y;
     const int32_t *tables;
     const struct paged_unit *units;
+    int64_t count, threads; // units; threads that may take them
     int64_t window;
     int64_t K, G, h, H, S, W;
 };

@@ -134,6 +134,7 @@ EXPORTED error *meshwen_paged_attention(call *call) {
     struct paged_unit *units = allocate(N * K * (int64_t)sizeof *units);
     if (!units) return out_of_memory(call);
     const int64_t most = larger(UNIT_ROWS / (heads / K), 1);
+    const int64_t count = make_units(units, &sequences, K, most);
     const struct paged_attention task = {
         .q = q->data,
         .keys = keys->data,
@@ -141,6 +142,8 @@ EXPORTED error *meshwen_paged_attention(call *call) {
         .y = y->data,
         .tables = tables->data,
         .units = units,
+        .count = count,
+        .threads = threads,
         .window = sequences.window,
         .K = K,
         .G = heads / K,
@@ -150,7 +153,6 @@ EXPORTED error *meshwen_paged_attention(call *call) {
         .W = sequences.W,
     };
     unit_function *function = keys->dtype == F32 ? set->floats->paged_float32 : set->floats->paged_bfloat16;
-    const int64_t count = make_units(units, &sequences, K, most);
     error *error = count ? parallel(call, function, &task, count, threads) : 0;
     release(units);
     return error;
@@ -234,10 +236,4 @@ EXPORTED error *meshwen_write_cache(call *call) {
     // A few tokens are written sooner than another thread is woken.
     return parallel(call, dtype == F32 ? write_float32 : write_bfloat16, &writes, K,
                     N * K * h < WRITTEN_ALONE ? 1 : threads);
-}
-
-// Leaves its result as the memory is.
-EXPORTED error *meshwen_unwritten(call *call) {
-    if (described(call)) return 0;
-    return counted(call, 0, 1);
 }

@@ -35,20 +35,73 @@ static void scatter(float *y, const struct queries *from, int64_t heads, int64_t
     }
 }
 
-// Where the panels are of the positions `from` to `end` of a pass.
+// Where a unit's panel of a position is in the pool, in numbers: of its keys, and of its values.
+struct place {
+    int64_t keys, values;
+};
+
+static struct place placed(const struct paged_attention *of, const struct paged_unit *unit,
+                           int64_t position) {
+    const int32_t block = of->tables[unit->sequence * of->W + position / of->S];
+    const int64_t begin = (block * of->K + unit->head) * of->H * of->S;
+    const int64_t within = position % of->S / COLUMNS * COLUMNS;
+    return (struct place){begin + within, begin + within * of->H};
+}
+
+// Finds the panels of a pass, of those of the positions from `first` to `end`.
 INLINE void locate(enum operands kind, struct pass *pass, const struct paged_attention *of,
-                   const int32_t *table, int64_t head, int64_t from, int64_t end) {
-    const int64_t bytes = kind == FLOAT32 ? 4 : 2, H = of->H, S = of->S;
-    for (int64_t j = from / COLUMNS * COLUMNS; j < end; j += COLUMNS) {
-        const int64_t panel = (j - pass->begin) / COLUMNS, within = j % S;
-        const int64_t block = (table[j / S] * of->K + head) * H * S;
-        pass->keys[panel] = of->keys + (block + within) * bytes;
-        pass->values[panel] = of->values + (block + within * H) * bytes;
+                   const struct paged_unit *unit, int64_t first, int64_t end) {
+    const int64_t bytes = kind == FLOAT32 ? 4 : 2, begin = pass->begin;
+    const int64_t from = larger(first, begin), stop = smaller(begin + PASS, end);
+    for (int64_t j = from / COLUMNS * COLUMNS; j < stop; j += COLUMNS) {
+        const struct place place = placed(of, unit, j);
+        pass->keys[(j - begin) / COLUMNS] = of->keys + place.keys * bytes;
+        pass->values[(j - begin) / COLUMNS] = of->values + place.values * bytes;
     }
+    prefetch_behind(pass, from, stop);
+}
+
+// The keys of the first panels of a unit from a position on, as far as it has them. Returns how many.
+INLINE int64_t first_keys(enum operands kind, const char **keys, const struct paged_attention *of,
+                          const struct paged_unit *unit, int64_t position) {
+    const int64_t bytes = kind == FLOAT32 ? 4 : 2, end = unit->position + unit->tokens;
+    int64_t count = 0;
+    for (; count < AHEAD && position < end; count++, position += COLUMNS)
+        keys[count] = of->keys + placed(of, unit, position).keys * bytes;
+    return count;
+}
+
+static int64_t first_of(const struct paged_attention *of, const struct paged_unit *unit) {
+    return first_seen(unit->position, of->window);
+}
+
+// The keys that are read next are prefetched while the last values are added: those of the next pass, or
+// of the unit that this thread takes next if all threads keep pace.
+INLINE void prefetch_next(enum operands kind, struct pass *pass, const struct paged_attention *of,
+                          int64_t number, int64_t end) {
+    const struct paged_unit *unit = of->units + number;
+    int64_t position = pass->begin + PASS;
+    const int64_t count = smaller(quotient_up(end - pass->begin, COLUMNS), PANELS);
+    if (position >= end) {
+        if (of->count - number <= of->threads) return;
+        unit += of->threads;
+        position = first_of(of, unit);
+    }
+    first_keys(kind, pass->values + count, of, unit, position);
+}
+
+// Prefetches the first keys of a unit.
+INLINE void prefetch_first(enum operands kind, const struct paged_attention *of,
+                           const struct paged_unit *unit) {
+    const char *keys[AHEAD];
+    const int64_t count = first_keys(kind, keys, of, unit, first_of(of, unit));
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t h = 0; h < of->h; h++)
+            PREFETCH(keys[i] + h * of->S * (kind == FLOAT32 ? 4 : 2), 3);
 }
 
 // The unit of work: all queries of a key/value head, of some tokens of a sequence.
-INLINE int attend_tokens(enum operands kind, const struct tiles *tiles,
+INLINE int attend_tokens(enum operands kind, const struct attending *by,
                          const struct paged_attention *of, int64_t number) {
     const struct paged_unit unit = of->units[number];
     const int64_t H = of->H, h = of->h, G = of->G, heads = of->K * G, rows = unit.tokens * G;
@@ -67,6 +120,7 @@ INLINE int attend_tokens(enum operands kind, const struct tiles *tiles,
         .window = of->window,
         .depth = h,
     };
+    prefetch_first(kind, of, &unit);
     const int64_t place = (unit.token * heads + unit.head * G) * h;
     gather(q, of->q + place, unit.tokens, G, heads, h, H);
     states_begin(queries.states, rows);
@@ -75,12 +129,11 @@ INLINE int attend_tokens(enum operands kind, const struct tiles *tiles,
         .H = H,
         .scores = (float *)space,
     };
-    const int32_t *table = of->tables + unit.sequence * of->W;
-    const int64_t first = first_seen(unit.position, of->window), end = unit.position + unit.tokens;
+    const int64_t first = first_of(of, &unit), end = unit.position + unit.tokens;
     for (pass.begin = first / PASS * PASS; pass.begin < end; pass.begin += PASS) {
-        locate(kind, &pass, of, table, unit.head, larger(first, pass.begin),
-               smaller(pass.begin + PASS, end));
-        attend_rows(kind, tiles, &pass, &queries);
+        locate(kind, &pass, of, &unit, first, end);
+        prefetch_next(kind, &pass, of, number, end);
+        attend_rows(kind, by, &pass, &queries);
     }
     scatter(of->y + place, &queries, heads, h, H);
     release(space);

@@ -68,13 +68,19 @@ INLINE ints seen(int64_t position, int64_t first, int64_t last) {
     return (place >= from) & (place <= to);
 }
 
+// x, and `other` at the positions from `position` on that do not lie from `first` to `last`.
+INLINE floats where_seen(int64_t position, int64_t first, int64_t last, floats x, float other) {
+    if (position >= first && position + LANES - 1 <= last) return x; // Most are of this kind.
+    return blend(seen(position, first, last), x, all(other));
+}
+
 // Turns a row's scores of the positions `from` to `to` (multiples of 16) into weights. Returns what the
 // row's result so far has to be multiplied by.
 static float weigh(float *scores, int64_t begin, int64_t from, int64_t to, int64_t first, int64_t last,
                    struct row_state *row) {
     floats top = all(-FLT_MAX);
     for (int64_t s = from; s < to; s += LANES) {
-        floats score = blend(seen(s, first, last), load(scores + s - begin), all(-FLT_MAX));
+        floats score = where_seen(s, first, last, load(scores + s - begin), -FLT_MAX);
         top = blend(score > top, score, top); // A NaN may be lost: its weight is NaN all the same.
     }
     const float before = row->largest, largest = largest_of(top, before);
@@ -84,7 +90,7 @@ static float weigh(float *scores, int64_t begin, int64_t from, int64_t to, int64
         UNROLL for (int i = 0; i < PARTS; i++) {
             float *at = scores + s - begin + i * LANES;
             floats weight = exponential(load(at) - all(largest));
-            weight = blend(seen(s + i * LANES, first, last), weight, all(0.0f));
+            weight = where_seen(s + i * LANES, first, last, weight, 0.0f);
             store(at, weight);
             sums[i] = sums[i] + weight;
         }

@@ -8,7 +8,6 @@
 #ifndef MESHWEN_TILE_H
 #define MESHWEN_TILE_H
 
-#include "kernels.h"
 #include "panels.h"
 #include "vec.h"
 
@@ -21,7 +20,7 @@ enum operands {
     FLOAT32, // a number of a with one of b
     WIDENED, // two float32 of a with a pair of bfloat16 of b, by two fused multiply-adds
     DOT,     // a pair of bfloat16 of a with one of b, by the instruction for it
-    CACHED,  // a float32 of a with a bfloat16 of b, of which 64 bytes are a row: the KV cache
+    CACHED,  // a float32 of a with a bfloat16 of b, of which 64 bytes are a row: see `cached.h`
 };
 
 // y, x and a have their rows a stride apart, b its steps; strides are in bytes.
@@ -38,10 +37,6 @@ struct tile {
     const char *ahead; // what is to be prefetched meanwhile: 128 bytes each stride
     int64_t ahead_stride;
     int64_t panel; // by how much the second panel lies behind the first
-    // Of a walking tile: where b goes on, `column` bytes behind `*next`, at step `turn` and then after
-    // every 32 steps.
-    const char *const *next;
-    int64_t turn, column;
 };
 
 typedef void tile_function(const struct tile *);
@@ -81,13 +76,40 @@ INLINE floats added(enum operands kind, floats sum, floats row, floats columns) 
     return fused(row, columns, sum);
 }
 
-INLINE void multiply(enum operands kind, int rows, int panels, int walks, const struct tile *t) {
-    const int a_bytes = kind == WIDENED ? 8 : 4;
+// A step: adds the columns at `b` times a number of each row of a, `offset` bytes from its begin.
+INLINE void add_step(enum operands kind, int rows, int vectors, floats sums[MOST_ROWS][2 * VECTORS],
+                     const char *const *a, int64_t offset, const char *b, int64_t panel) {
     const int vector_bytes = kind == CACHED ? 2 * LANES : 4 * LANES;
-    const int vectors = panels * VECTORS;
+    const int parts = kind == WIDENED ? 2 : 1;
+    floats held[2 * MOST_ROWS];
+#define ROW(i, half) all(number(a[i] + offset + 4 * (half)))
+#define COLUMNS_OF(n, half) \
+    of_columns(kind, half, b + (n) / VECTORS * panel + (n) % VECTORS * vector_bytes)
+    if (rows < vectors) { // Registers hold the fewer operands: of a,
+        UNROLL for (int i = 0; i < rows * parts; i++) held[i] = ROW(i / parts, i % parts);
+        UNROLL for (int n = 0; n < vectors; n++) {
+            UNROLL for (int half = 0; half < parts; half++) {
+                floats columns = COLUMNS_OF(n, half);
+                UNROLL for (int i = 0; i < rows; i++)
+                    sums[i][n] = added(kind, sums[i][n], held[i * parts + half], columns);
+            }
+        }
+    } else { // or of b.
+        UNROLL for (int half = 0; half < parts; half++) {
+            UNROLL for (int n = 0; n < vectors; n++) held[n] = COLUMNS_OF(n, half);
+            UNROLL for (int i = 0; i < rows; i++) {
+                floats row = ROW(i, half);
+                UNROLL for (int n = 0; n < vectors; n++)
+                    sums[i][n] = added(kind, sums[i][n], row, held[n]);
+            }
+        }
+    }
+}
+
+INLINE void multiply(enum operands kind, int rows, int panels, const struct tile *t) {
+    const int a_bytes = kind == WIDENED ? 8 : 4, vectors = panels * VECTORS;
     const char *a[MOST_ROWS];
     floats sums[MOST_ROWS][2 * VECTORS];
-    floats held[2 * MOST_ROWS];
     UNROLL for (int i = 0; i < rows; i++) {
         a[i] = t->a + i * t->a_stride;
         UNROLL for (int n = 0; n < vectors; n++) sums[i][n] = all(0.0f);
@@ -96,44 +118,14 @@ INLINE void multiply(enum operands kind, int rows, int panels, int walks, const 
     char *y = t->y;
     const int64_t steps = t->steps, b_stride = t->b_stride, ahead_stride = t->ahead_stride;
     const int64_t panel = t->panel, x_stride = t->x_stride, y_stride = t->y_stride;
-    const int parts = kind == WIDENED ? 2 : 1;
-    const char *const *next = t->next;
-    int64_t k = 0, turn = walks ? smaller(t->turn, steps) : steps;
-    for (;;) {
-        for (; k < turn; k++) {
-            UNROLL for (int p = 0; p < panels; p++) {
-                PREFETCH(ahead + p * panel, 3);
-                PREFETCH(ahead + p * panel + 64, 3);
-            }
-#define ROW(i, half) all(number(a[i] + k * a_bytes + 4 * (half)))
-#define COLUMNS_OF(n, half) \
-    of_columns(kind, half, b + (n) / VECTORS * panel + (n) % VECTORS * vector_bytes)
-            if (rows < vectors) { // Registers hold the fewer operands: of a,
-                UNROLL for (int i = 0; i < rows * parts; i++) held[i] = ROW(i / parts, i % parts);
-                UNROLL for (int n = 0; n < vectors; n++) {
-                    UNROLL for (int half = 0; half < parts; half++) {
-                        floats columns = COLUMNS_OF(n, half);
-                        UNROLL for (int i = 0; i < rows; i++)
-                            sums[i][n] = added(kind, sums[i][n], held[i * parts + half], columns);
-                    }
-                }
-            } else { // or of b.
-                UNROLL for (int half = 0; half < parts; half++) {
-                    UNROLL for (int n = 0; n < vectors; n++) held[n] = COLUMNS_OF(n, half);
-                    UNROLL for (int i = 0; i < rows; i++) {
-                        floats row = ROW(i, half);
-                        UNROLL for (int n = 0; n < vectors; n++)
-                            sums[i][n] = added(kind, sums[i][n], row, held[n]);
-                    }
-                }
-            }
-            b += b_stride;
-            ahead += ahead_stride;
+    for (int64_t k = 0; k < steps; k++) {
+        UNROLL for (int p = 0; p < panels; p++) {
+            PREFETCH(ahead + p * panel, 3);
+            PREFETCH(ahead + p * panel + 64, 3);
         }
-        if (!walks || k == steps) break;
-        b = *next++ + t->column;
-        ahead = b + 16 * ahead_stride;
-        turn = smaller(turn + COLUMNS, steps);
+        add_step(kind, rows, vectors, sums, a, k * a_bytes, b, panel);
+        b += b_stride;
+        ahead += ahead_stride;
     }
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int n = 0; n < vectors; n++) {
@@ -160,30 +152,27 @@ INLINE void multiply_parts(tile_function *const *single, int most, int rows, con
     }
 }
 
-// A function for every number of rows of one panel, walking or not, and of few rows of two.
-#define SINGLE(name, kind, walks, rows)                                                              \
-    static void name##_##kind##_##rows(const struct tile *t) {                                       \
+// A function for every number of rows of one panel, and of few rows of two.
+#define SINGLE(kind, rows)                                                                           \
+    static void tile_##kind##_##rows(const struct tile *t) {                                         \
         if (rows <= most_rows(kind))                                                                 \
-            multiply(kind, rows <= most_rows(kind) ? rows : 1, 1, walks, t);                         \
+            multiply(kind, rows <= most_rows(kind) ? rows : 1, 1, t);                                \
         else                                                                                         \
-            multiply_parts(name##s_##kind, most_rows(kind), rows, t);                                \
+            multiply_parts(tiles_##kind, most_rows(kind), rows, t);                                  \
     }
 #define PAIRED(kind, rows)                                                                           \
     static void paired_##kind##_##rows(const struct tile *t) {                                       \
-        multiply(kind, rows <= PAIRED_MR ? rows : 1, 2, 0, t);                                       \
+        multiply(kind, rows <= PAIRED_MR ? rows : 1, 2, t);                                          \
     }
-#define FUNCTIONS(name, kind, walks)                                                                 \
-    static tile_function *const name##s_##kind[MOST_ROWS];                                           \
-    SINGLE(name, kind, walks, 1) SINGLE(name, kind, walks, 2) SINGLE(name, kind, walks, 3)           \
-    SINGLE(name, kind, walks, 4) SINGLE(name, kind, walks, 5) SINGLE(name, kind, walks, 6)           \
-    SINGLE(name, kind, walks, 7) SINGLE(name, kind, walks, 8) SINGLE(name, kind, walks, 9)           \
-    SINGLE(name, kind, walks, 10) SINGLE(name, kind, walks, 11) SINGLE(name, kind, walks, 12)        \
-    static tile_function *const name##s_##kind[MOST_ROWS] = {                                        \
-        name##_##kind##_1, name##_##kind##_2,  name##_##kind##_3,  name##_##kind##_4,                \
-        name##_##kind##_5, name##_##kind##_6,  name##_##kind##_7,  name##_##kind##_8,                \
-        name##_##kind##_9, name##_##kind##_10, name##_##kind##_11, name##_##kind##_12};
-#define SINGLES(kind) FUNCTIONS(tile, kind, 0)
-#define WALKING(kind) FUNCTIONS(walking_tile, kind, 1)
+#define SINGLES(kind)                                                                                \
+    static tile_function *const tiles_##kind[MOST_ROWS];                                             \
+    SINGLE(kind, 1) SINGLE(kind, 2) SINGLE(kind, 3) SINGLE(kind, 4)                                  \
+    SINGLE(kind, 5) SINGLE(kind, 6) SINGLE(kind, 7) SINGLE(kind, 8)                                  \
+    SINGLE(kind, 9) SINGLE(kind, 10) SINGLE(kind, 11) SINGLE(kind, 12)                               \
+    static tile_function *const tiles_##kind[MOST_ROWS] = {                                          \
+        tile_##kind##_1, tile_##kind##_2,  tile_##kind##_3,  tile_##kind##_4,                        \
+        tile_##kind##_5, tile_##kind##_6,  tile_##kind##_7,  tile_##kind##_8,                        \
+        tile_##kind##_9, tile_##kind##_10, tile_##kind##_11, tile_##kind##_12};
 #define PAIREDS(kind)                                                                                \
     PAIRED(kind, 1) PAIRED(kind, 2) PAIRED(kind, 3)                                                  \
     PAIRED(kind, 4) PAIRED(kind, 5) PAIRED(kind, 6)                                                  \
@@ -195,10 +184,6 @@ SINGLES(FLOAT32)
 PAIREDS(FLOAT32)
 SINGLES(WIDENED)
 PAIREDS(WIDENED)
-// The KV cache: keys lie in panels, values are walked through.
-WALKING(FLOAT32)
-SINGLES(CACHED)
-WALKING(CACHED)
 #if defined(MESHWEN_DOT)
 SINGLES(DOT)
 PAIREDS(DOT)
