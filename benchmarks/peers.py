@@ -102,7 +102,7 @@ def start_ours(
 ) -> Engine:
     """A process with meshwen, of this environment or of another version's source folder."""
     # XLA says in pages what features of the CPU a kept program does not ask for.
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3"} | os.environ
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     if source is not None:
         environment["PYTHONPATH"] = str(source.resolve())
     command = [sys.executable, WORKER, "with_meshwen", model, dtype, str(sequences)]

@@ -19,7 +19,9 @@ rounds. In `decode` and `prefill` all engines are loaded before the first measur
 turns; in the others each measurement has a process of its own, so that nothing is cached before.
 Programs are compiled before anything counts. Nothing else should run. `--ours NAME=SOURCE` is a
 version's source folder, its kernels compiled (`make kernels`); without any it is the package that
-is installed. GSM8K is a folder with test.jsonl and train.jsonl.
+is installed. GSM8K is a folder with test.jsonl and train.jsonl. Of the peers, vllm, openvino and
+openvino-q4_0 can all but `memory`, transformers `answers` and a new prompt; what an engine cannot
+is an error in its line.
 """
 
 import argparse
