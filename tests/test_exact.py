@@ -155,12 +155,11 @@ def test_a_longer_cache_changes_nothing(dtype):
     assert_same_bits(found[1], found[0])
 
 
-@every_dtype
-def test_one_step_of_any_batch_has_the_bits_of_the_whole(dtype):
+def test_one_step_of_any_batch_has_the_bits_of_the_whole():
     token_ids = random_tokens(HEADS_28, 13, 1)
-    whole = exact(HEADS_28, "1", dtype).logits(token_ids)
+    whole = exact(HEADS_28, "1", jnp.bfloat16).logits(token_ids)
     for batch in (1, 5):
-        found = exact(HEADS_28, "8x4", dtype).logits(token_ids[:batch])
+        found = exact(HEADS_28, "8x4", jnp.bfloat16).logits(token_ids[:batch])
         assert_same_bits(found, whole[:batch])
 
 
