@@ -16,6 +16,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from meshwen import Qwen2ForCausalLM
 from meshwen.cli import chat as chat_module
 from meshwen.cli import main
 from meshwen.cli.conversation import Conversation
@@ -59,6 +60,19 @@ def said(*messages):
 
 def saved(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_chat_begins_with_a_saved_prefix(chat, speller, tmp_path, capsys):
+    file, system = tmp_path / "file", "y" * 64
+    model = Qwen2ForCausalLM.from_pretrained(speller, dtype="float32")
+    assert model.save_prefix(file, [{"role": "system", "content": system}]) == 64
+    arguments = ["--dtype", "float32", "--load-prefix", str(file)]
+    assert chat("hi", arguments=["--system", system, *arguments]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{ANSWER}\n"
+    assert f"prefix: 64 tokens of {file} are in the KV cache" in output.err
+    assert chat("hi", arguments=[*arguments, "--no-prefix-caching"]) == 2
+    assert "cannot load a prefix without prefix caching" in capsys.readouterr().err
 
 
 def test_turns_are_remembered_saved_and_taken_up_again(chat, capsys, tmp_path):

@@ -64,6 +64,22 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
         assert len(one["tokens"]) > 5
 
 
+def test_a_file_of_a_version_that_counted_no_prompt_tokens_goes_on(tmp_path, capsys):
+    out, older = tmp_path / "run.jsonl", tmp_path / "older.jsonl"
+    assert gsm8k("--out", out, "--limit", 2) == 0
+    assert "prompt tokens cached" in capsys.readouterr().out
+    head, *answers = [json.loads(line) for line in out.read_text().splitlines()]
+    for one in answers:
+        del one["prompt_tokens"], one["cached_tokens"]
+    older.write_text("".join(f"{json.dumps(line)}\n" for line in (head, *answers)))
+    assert gsm8k("--out", older, "--limit", 2, "--resume") == 0
+    assert "prompt tokens cached" not in capsys.readouterr().out
+    assert gsm8k("--out", older, "--limit", 3, "--resume", "--json") == 0
+    records = RunFile.read(older).records
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt_tokens"] == records[2, 0]["prompt_tokens"]
+
+
 def test_a_mesh_or_a_file_that_is_refused_is_before_any_answer(tmp_path, monkeypatch, capsys):
     def unexpected(*_, **__):
         raise AssertionError("a model was loaded")
@@ -328,6 +344,11 @@ def test_samples_differ_and_are_counted_by_problem(tmp_path, capsys):
     assert len({tuple(one["tokens"]) for one in records.values()}) > 4
     assert (found["problems"], found["answers"]) == (4, 12)
     assert found["correct"] == sum(one["correct"] for one in records.values())
+    for (_, sample), one in records.items():  # All but the first token behind the last whole block.
+        assert sample == 0 or one["cached_tokens"] == (one["prompt_tokens"] - 1) // 32 * 32 > 0
+    cached = sum(one["cached_tokens"] for one in records.values())
+    prompts = sum(one["prompt_tokens"] for one in records.values())
+    assert (found["cached_tokens"], found["prompt_tokens"]) == (cached, prompts)
     right = [[records[problem, k]["correct"] for k in range(3)] for problem in range(4)]
     assert found["any_correct"] == sum(map(any, right))
     # The first sample is the only one of a run of one.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mesh_model import with_nan
+from meshwen import Qwen2ForCausalLM
 from meshwen.cli import main
 from meshwen.errors import MeshwenError
 from speller import (
@@ -61,6 +62,7 @@ def test_a_new_process_streams_whole_characters_on_a_simulated_mesh(speller, tmp
     assert "mesh: 1x8, 8 simulated cpu devices" in notes
     assert "kv heads: 1, query heads: 1 (2 of the mesh's 8 are padding)" in notes
     assert "rounded from float32 to bfloat16" in notes
+    assert "KV cache: 40 blocks of 32 tokens" in notes  # Of 8 sequences of 160.
     assert "first token after" in notes
 
 
@@ -69,6 +71,24 @@ def test_pieces_come_one_by_one(speller, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "write", pieces.append)
     assert main(["generate", "hi", "--model", speller, "--dtype", "float32"]) == 0
     assert [piece for piece in pieces if piece] == [*ANSWER, "\n"]
+
+
+def test_a_saved_prefix_is_found_by_the_prompts_that_begin_with_it(speller, tmp_path, capsys):
+    file, system = tmp_path / "file", "z" * 64
+    model = Qwen2ForCausalLM.from_pretrained(speller, dtype="float32")
+    assert model.save_prefix(file, [{"role": "system", "content": system}]) == 64
+    arguments = ["--model", speller, "--dtype", "float32", "--system", system, "--json"]
+    assert main(["generate", "hi", *arguments, "--load-prefix", str(file)]) == 0
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    assert (found["text"], found["cached_tokens"]) == (ANSWER, 64)
+    assert f"prefix: 64 tokens of {file} are in the KV cache" in output.err
+    assert f"; 64 of {len(found['prompt_tokens'])} prompt tokens cached" in output.err
+    assert main(["generate", "hi", *arguments, "--load-prefix", str(tmp_path / "no")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    arguments += ["--dtype", "bfloat16", "--load-prefix", str(file)]
+    assert main(["generate", "hi", *arguments]) == 2
+    assert 'was saved with dtype "float32", this model has "bfloat16"' in capsys.readouterr().err
 
 
 def test_a_seed_that_nobody_gave_is_printed_and_draws_the_same_again(speller, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mesh_model import random_tokens, shared_model
+from meshwen.engine.cache_stats import CacheStats
 from meshwen.engine.engine import Engine, QueueFullError
 from meshwen.engine.options import EngineOptions
 from meshwen.engine.request import Event, Request
@@ -243,7 +244,12 @@ def test_what_prompts_begin_with_is_computed_once(caching):
     prompts = [tuple(LONG[:40]), tuple(LONG[:36]), tuple(LONG[:40])]  # A block and some more.
     found = [completions(running.run([request(p)]))[0].tokens for p in prompts]
     assert found == [greedy(p)[0] for p in prompts]
-    assert running._core.blocks.stats.cached_tokens == (2 * BLOCK if caching else 0)
+    queried, cached = (40 + 36 + 40, 2 * BLOCK) if caching else (0, 0)
+    # Room for 4 sequences of 1100 tokens.
+    assert running.cache_stats == CacheStats(0, 4 * 35, queried, cached, 0, 0)
+    with running.run([request(PROMPTS[0], max_new_tokens=9)]) as events:
+        next(events)
+        assert running.cache_stats.used_blocks == 1
 
 
 def engine_with_blocks(count: int, max_num_seqs: int = 2, runner=None, **options) -> Engine:
@@ -271,7 +277,7 @@ def test_sequences_give_way_where_blocks_run_out_and_go_on_as_they_would_have(
     running = engine_with_blocks(3, 4, runner)  # Two sequences begin, and come to need two each.
     events = list(running.run(requests))
     core = running._core
-    assert core.scheduler.preemptions > 0
+    assert running.cache_stats.preemptions == core.scheduler.preemptions > 0
     assert core.blocks.used_blocks == 0
     for number, (found, other) in enumerate(zip(completions(events), expected, strict=True)):
         assert found.tokens == other.tokens

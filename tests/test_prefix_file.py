@@ -271,8 +271,8 @@ def test_what_is_no_whole_file_is_refused(saved, tmp_path, untouched):
         ({"config": replace(ONE_LAYER, rms_norm_eps=1e-5)}, "config_sha256"),
         ({"config": replace(ONE_LAYER, max_position_embeddings=1000)}, "config_sha256"),
         ({"numerics": "fast"}, "numerics"),
-        ({"dtype": BFLOAT16}, "weights_sha256"),
-        ({"quantization": "int8"}, "weights_sha256"),
+        ({"dtype": BFLOAT16}, "dtype"),
+        ({"quantization": "int8"}, "quantization"),
     ],
 )
 def test_a_prefix_of_another_model_is_refused(saved, how, name):

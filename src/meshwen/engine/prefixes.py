@@ -159,7 +159,6 @@ def made_by(runner: ModelRunner) -> dict[str, str]:
     config = {name: v for name, v in runner.config.to_dict().items() if name not in _NO_PART}
     found = {
         "config_sha256": hashlib.sha256(to_json(config, sort_keys=True).encode()).hexdigest(),
-        "weights_sha256": held_sha256(runner.params, model.weights),
         "numerics": model.numerics,
         "dtype": str(runner.dtype),
         "quantization": model.quantization or "none",
@@ -171,4 +170,5 @@ def made_by(runner: ModelRunner) -> dict[str, str]:
             "matmuls_by": f"{model.matmuls_by} on {platform}",
             "jax": jax.__version__,
         }
-    return found
+    # The last, as whatever else differs makes other weights too.
+    return found | {"weights_sha256": held_sha256(runner.params, model.weights)}
