@@ -134,8 +134,23 @@ def empty_blocks(shapes: KVCache, backend: Backend) -> KVCache:
 def copied_blocks(
     cache: KVCache, source: Int32[Array, " n"], destination: Int32[Array, " n"], backend: Backend
 ) -> KVCache:
-    """The cache with some blocks as copies of others; on each device under `shard_map`."""
-    return jax.tree.map(lambda blocks: backend.copy_blocks(blocks, source, destination), cache)
+    """The cache with some blocks as copies of others; on each device under `shard_map`.
+
+    Written as tokens are, which every back end does in place.
+    """
+    layout, size = backend.cache_layout, backend.block_size
+    slots = (destination[:, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(-1)
+
+    def tokens(blocks: Array, axes: str) -> Array:
+        """[n * S, K, H]"""
+        some = axes_in_order(blocks[source], axes, _COMPUTED)
+        return some.reshape(-1, *some.shape[2:])
+
+    def copied(layer: LayerCache) -> LayerCache:
+        new = tokens(layer.keys, layout.keys), tokens(layer.values, layout.values)
+        return LayerCache(*backend.write_blocks(layer, new, slots))
+
+    return tuple(map(copied, cache))
 
 
 def cache_bytes_per_token(layers: int, heads: int, head_dim: int, dtype: jnp.dtype) -> int:

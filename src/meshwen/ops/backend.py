@@ -180,15 +180,6 @@ class Backend:
         """H of KV blocks, of at least the model's: what is behind that is of no account."""
         return head_dim
 
-    def copy_blocks(
-        self,
-        blocks: Shaped[Array, "_ _ _ _"],
-        source: Int[Array, " n"],
-        destination: Int[Array, " n"],
-    ) -> Shaped[Array, "_ _ _ _"]:
-        """Blocks of which some are copies of others."""
-        return blocks.at[destination].set(blocks[source])
-
     def empty_blocks(self, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         """KV blocks that nothing has been written to: of any numbers, NaN too."""
         return jnp.zeros(shape, dtype)

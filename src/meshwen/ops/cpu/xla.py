@@ -116,14 +116,6 @@ class XlaOnCpu(Backend):
         held = _bits(new) if new[0].dtype == jnp.bfloat16 else new
         return super().write_blocks(blocks, held, slots)
 
-    def copy_blocks(
-        self, blocks: Array, source: Int[Array, " n"], destination: Int[Array, " n"]
-    ) -> Array:
-        """See `Backend.copy_blocks`; those that kernels read are of bfloat16 itself."""
-        if blocks.dtype != jnp.bfloat16:
-            return super().copy_blocks(blocks, source, destination)
-        return _of_bits(super().copy_blocks(_bits(blocks), source, destination))
-
     def empty_blocks(self, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         """See `Backend.empty_blocks`."""
         return super().empty_blocks(
