@@ -173,33 +173,44 @@ void attention_frame(struct frame *frame, struct attention of, enum side side) {
     frame_ready(frame);
 }
 
-// A token's attention of one head, and the bound on its errors.
-static void check_token(const struct frame *frame, struct attention of, int64_t b, int64_t n,
-                        int64_t t) {
-    const int64_t H = of.H, S = of.S;
-    const int64_t query = ((b * of.K * of.G + n) * of.T + t) * H;
-    const int64_t head = ((const int32_t *)frame->buffers[3].data)[b] * of.K + n / of.G;
-    const int64_t last = ((const int32_t *)frame->buffers[4].data)[b] + t;
+// A row of queries, and the positions that it sees. The first three buffers of a frame are queries, keys
+// and values, the last is the result.
+struct row {
+    int64_t query;            // place of its first number
+    int64_t k, K, h, H, S;    // key/value head, of how many; dimensions, of how many; positions of a block
+    const int32_t *table;     // blocks
+    int64_t first, last;
+};
+
+// Where the number of a position and dimension is, of keys and of values.
+static int64_t key_place(const struct row *row, int64_t s, int64_t h) {
+    return ((row->table[s / row->S] * row->K + row->k) * row->H + h) * row->S + s % row->S;
+}
+static int64_t value_place(const struct row *row, int64_t s, int64_t h) {
+    return ((row->table[s / row->S] * row->K + row->k) * row->S + s % row->S) * row->H + h;
+}
+
+// A row's attention, and the bound on its errors.
+static void check_row(const struct frame *frame, struct row row) {
     double scores[4096], largest = -DBL_MAX, error = 0, weights = 0;
-    CHECK(S <= 4096, "no room for %d scores", (int)S);
-    const int64_t first = larger(last + 1 - of.window, 0);
+    const int64_t first = row.first, last = row.last;
+    CHECK(last < 4096, "no room for %d scores", (int)last);
     for (int64_t s = first; s <= last; s++) {
         double sizes = scores[s] = 0;
-        for (int64_t h = 0; h < H; h++) {
-            const double product =
-                number(frame, 0, query + h) * number(frame, 1, (head * H + h) * S + s);
+        for (int64_t h = 0; h < row.h; h++) {
+            const double product = number(frame, 0, row.query + h) * number(frame, 1, key_place(&row, s, h));
             scores[s] += product;
             sizes += fabs(product);
         }
         largest = fmax(largest, scores[s]);
-        error = fmax(error, (double)(H + 2) * ROUNDING * sizes);
+        error = fmax(error, (double)(row.h + 2) * ROUNDING * sizes);
     }
     for (int64_t s = first; s <= last; s++) weights += exp(scores[s] - largest);
-    for (int64_t h = 0; h < H; h++) {
+    for (int64_t h = 0; h < row.h; h++) {
         double sum = 0, sizes = 0;
         for (int64_t s = first; s <= last; s++) {
             const double product =
-                exp(scores[s] - largest) / weights * number(frame, 2, (head * S + s) * H + h);
+                exp(scores[s] - largest) / weights * number(frame, 2, value_place(&row, s, h));
             sum += product;
             sizes += fabs(product);
         }
@@ -207,16 +218,107 @@ static void check_token(const struct frame *frame, struct attention of, int64_t 
         // exponentials, a few roundings of each and of the largest, and the additions.
         const double bound =
             sizes * (2 * error + (double)(2 * (last - first) + 64) * ROUNDING) + SMALLEST;
-        const double found = ((const float *)frame->buffers[6].data)[query + h];
-        CHECK(fabs(found - sum) <= bound, "y[%d, %d, %d, %d] is %.9g, not %.9g", (int)b, (int)n,
-              (int)t, (int)h, found, sum);
+        const double found = number(frame, frame->count - 1, row.query + h);
+        CHECK(fabs(found - sum) <= bound, "y[%d] is %.9g, not %.9g", (int)(row.query + h), found, sum);
     }
 }
 
+// A sequence is in one block of all positions.
 void attention_check(const struct frame *frame, struct attention of) {
-    for (int64_t b = 0; b < of.B; b++)
-        for (int64_t n = 0; n < of.K * of.G; n++)
-            for (int64_t t = 0; t < of.T; t++) check_token(frame, of, b, n, t);
+    const int32_t *rows = frame->buffers[3].data, *starts = frame->buffers[4].data;
+    for (int64_t i = 0; i < of.B * of.K * of.G * of.T; i++) {
+        const int64_t t = i % of.T, n = i / of.T % (of.K * of.G), b = i / of.T / (of.K * of.G);
+        const int64_t last = starts[b] + t, first = larger(last + 1 - of.window, 0);
+        check_row(frame, (struct row){i * of.H, n / of.G, of.K, of.H, of.H, of.S, rows + b, first, last});
+    }
+}
+
+void paged_frame(struct frame *frame, struct paged of, enum side side) {
+    int64_t N = 2, W = 1; // Two tokens are of no sequence.
+    for (int r = 0; r < SEQUENCES; r++) {
+        N += of.tokens[r];
+        W = larger(W, of.lengths[r] / of.S + 2);
+    }
+    const int64_t R = SEQUENCES, P = R * W, heads = of.K * of.G, starts_count = R + 1, one = 1;
+    state = (uint32_t)(N * 3 + heads * 5 + of.h * 7 + of.S * 11);
+    frame_buffer(frame, F32, side, 3, (int64_t[]){N, heads, of.h});
+    for (int64_t i = 0; i < N * heads * of.h; i++) put(frame, 0, i, random_number());
+    buffer4(frame, of.dtype, side, P, of.K, of.H, of.S);
+    buffer4(frame, of.dtype, side, P, of.K, of.S, of.H);
+    int32_t *starts = frame_buffer(frame, S32, side, 1, &starts_count);
+    int32_t *lengths = frame_buffer(frame, S32, side, 1, &R);
+    int32_t *tables = frame_buffer(frame, S32, side, 2, (int64_t[]){R, W}); // -1 where nothing is needed
+    starts[0] = 0;
+    for (int64_t r = 0; r < R; r++) {
+        starts[r + 1] = starts[r] + (int32_t)of.tokens[r];
+        lengths[r] = (int32_t)of.lengths[r];
+        if (!of.tokens[r]) continue;
+        for (int64_t s = larger(of.lengths[r] - of.tokens[r] + 1 - of.window, 0); s < of.lengths[r]; s++) {
+            tables[r * W + s / of.S] = (int32_t)(P - 1 - (s / of.S * R + r));
+            for (int64_t i = 0; i < of.K * of.h; i++) { // All that no token sees stays NaN.
+                const int64_t k = i / of.h, h = i % of.h;
+                const struct row row = {0, k, of.K, of.h, of.H, of.S, tables + r * W, 0, 0};
+                put(frame, 1, key_place(&row, s, h), random_number());
+                put(frame, 2, value_place(&row, s, h), random_number());
+            }
+        }
+    }
+    *(int32_t *)frame_buffer(frame, S32, side, 1, &one) = (int32_t)of.window;
+    frame_buffer(frame, F32, side, 3, (int64_t[]){N, heads, of.h});
+    frame_ready(frame);
+}
+
+void paged_check(const struct frame *frame, struct paged of) {
+    const int64_t heads = of.K * of.G, W = frame->dims[5][1], N = frame->dims[0][0];
+    const int32_t *tables = frame->buffers[5].data;
+    int64_t n = 0;
+    for (int64_t r = 0; r < SEQUENCES; r++)
+        for (int64_t t = 0; t < of.tokens[r]; t++, n++)
+            for (int64_t head = 0; head < heads; head++) {
+                const int64_t last = of.lengths[r] - of.tokens[r] + t;
+                const int64_t first = larger(last + 1 - of.window, 0);
+                check_row(frame, (struct row){(n * heads + head) * of.h, head / of.G, of.K, of.h, of.H,
+                                              of.S, tables + r * W, first, last});
+            }
+    for (int64_t i = n * heads * of.h; i < N * heads * of.h; i++)
+        CHECK(number(frame, 7, i) == 0, "a token of no sequence has y[%d] = %g", (int)i, number(frame, 7, i));
+}
+
+void writes_frame(struct frame *frame, struct writes of, enum side side) {
+    state = (uint32_t)(of.N * 3 + of.K * 5 + of.h * 7 + of.S);
+    frame->in_place = 2;
+    buffer4(frame, of.dtype, side, of.P, of.K, of.H, of.S);
+    buffer4(frame, of.dtype, side, of.P, of.K, of.S, of.H);
+    for (int n = 2; n < 4; n++) {
+        frame_buffer(frame, of.dtype, side, 3, (int64_t[]){of.N, of.K, of.h});
+        for (int64_t i = 0; i < of.N * of.K * of.h; i++) put(frame, n, i, random_number());
+    }
+    int32_t *slots = frame_buffer(frame, S32, side, 1, &of.N);
+    for (int64_t n = 0; n < of.N; n++)
+        slots[n] = n % 5 == 3 ? -1 : (int32_t)(of.P * of.S - 1 - n * 7 % (of.P * of.S));
+    frame_ready(frame);
+}
+
+// Every number of the pool: of the last token that was written there, or as it was.
+void writes_check(const struct frame *frame, struct writes of) {
+    const int32_t *slots = frame->buffers[4].data;
+    for (int64_t slot = 0; slot < of.P * of.S; slot++) {
+        int64_t token = -1;
+        for (int64_t n = 0; n < of.N; n++)
+            if (slots[n] == slot) token = n;
+        const int32_t block = (int32_t)(slot / of.S);
+        for (int64_t i = 0; i < of.K * of.H; i++) {
+            const int64_t k = i / of.H, h = i % of.H, from = (token * of.K + k) * of.h + h;
+            const struct row row = {0, k, of.K, of.h, of.H, of.S, &block, 0, 0};
+            for (int n = 0; n < 2; n++) {
+                const int64_t place = n ? value_place(&row, slot % of.S, h) : key_place(&row, slot % of.S, h);
+                const double found = number(frame, n, place);
+                const double expected = h < of.h && token >= 0 ? number(frame, 2 + n, from) : 0;
+                CHECK(token < 0 ? isnan(found) : found == expected, "slot %d, dimension %d: %g",
+                      (int)slot, (int)i, found);
+            }
+        }
+    }
 }
 
 static const char *const kinds[KINDS] = {"float32", "float32 and bfloat16", "bfloat16", "int8"};
@@ -245,6 +347,34 @@ void run_attention(const char *set, int64_t threads, struct attention of, enum s
     const XLA_FFI_Error *error = frame_call(&frame, meshwen_attention);
     CHECK(!error, "refused: %s", error->message);
     attention_check(&frame, of);
+    frame_end(&frame);
+}
+
+void run_paged(const char *set, int64_t threads, struct paged of, enum side side) {
+    at("%s, %s, %d threads: paged K %d G %d h %d H %d S %d window %d, %d of %d, %d of %d, %d of %d, guarded "
+       "at %s",
+       set, of.dtype == F32 ? "float32" : "bfloat16", (int)threads, (int)of.K, (int)of.G, (int)of.h,
+       (int)of.H, (int)of.S, (int)of.window, (int)of.tokens[0], (int)of.lengths[0], (int)of.tokens[1],
+       (int)of.lengths[1], (int)of.tokens[2], (int)of.lengths[2], side ? "the begin" : "the end");
+    struct frame frame;
+    frame_begin(&frame, set, threads);
+    paged_frame(&frame, of, side);
+    const XLA_FFI_Error *error = frame_call(&frame, meshwen_paged_attention);
+    CHECK(!error, "refused: %s", error->message);
+    paged_check(&frame, of);
+    frame_end(&frame);
+}
+
+void run_writes(const char *set, int64_t threads, struct writes of, enum side side) {
+    at("%s, %s, %d threads: writes P %d K %d h %d H %d S %d N %d, guarded at %s", set,
+       of.dtype == F32 ? "float32" : "bfloat16", (int)threads, (int)of.P, (int)of.K, (int)of.h,
+       (int)of.H, (int)of.S, (int)of.N, side ? "the begin" : "the end");
+    struct frame frame;
+    frame_begin(&frame, set, threads);
+    writes_frame(&frame, of, side);
+    const XLA_FFI_Error *error = frame_call(&frame, meshwen_write_cache);
+    CHECK(!error, "refused: %s", error->message);
+    writes_check(&frame, of);
     frame_end(&frame);
 }
 

@@ -127,6 +127,36 @@ static void attentions(const char *set, XLA_FFI_DataType dtype) {
     }
 }
 
+// Key/value heads, query heads of each, head_dim, that of the pool, positions of a block, window, and of
+// two sequences the length and the tokens.
+static const int64_t PAGED[][10] = {
+    {2, 7, 64, 64, 32, INT32_MAX, 70, 1, 9, 1},
+    {1, 2, 64, 64, 32, INT32_MAX, 40, 40, 1100, 5},
+    {2, 1, 40, 64, 96, 300, 1033, 33, 1, 1},
+};
+
+static void paged(const char *set, XLA_FFI_DataType dtype) {
+    const struct range range = {"", -4, 1};
+    for (int i = 0; i < COUNT(PAGED); i++) {
+        const int64_t *of = PAGED[i], K = of[0], heads = K * of[1], H = of[3], S = of[4];
+        const int64_t N = of[7] + of[9], W = 35, P = 2 * W, one = 1, two = 2, three = 3;
+        struct frame frame;
+        frame_begin(&frame, set, 4);
+        filled(&frame, F32, 0xFFFFFFFF, range, 3, (int64_t[]){N, heads, of[2]});
+        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){P, K, H, S});
+        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){P, K, S, H});
+        int32_t *starts = frame_buffer(&frame, S32, AT_END, 1, &three);
+        int32_t *lengths = frame_buffer(&frame, S32, AT_END, 1, &two);
+        int32_t *tables = frame_buffer(&frame, S32, AT_END, 2, (int64_t[]){2, W});
+        starts[0] = 0, starts[1] = (int32_t)of[7], starts[2] = (int32_t)N;
+        lengths[0] = (int32_t)of[6], lengths[1] = (int32_t)of[8];
+        for (int n = 0; n < P; n++) tables[n] = (int32_t)(P - 1 - n);
+        *(int32_t *)frame_buffer(&frame, S32, AT_END, 1, &one) = (int32_t)of[5];
+        frame_buffer(&frame, F32, AT_END, 3, (int64_t[]){N, heads, of[2]});
+        call(&frame, meshwen_paged_attention);
+    }
+}
+
 int main(void) {
     pool_start(3);
     for (int i = 0; meshwen_instruction_set(i); i++) {
@@ -146,6 +176,9 @@ int main(void) {
             begin();
             attentions(set, dtypes[d].dtype);
             print(set, "attention", dtypes[d].name, "near");
+            begin();
+            paged(set, dtypes[d].dtype);
+            print(set, "paged_attention", dtypes[d].name, "near");
         }
     }
     pool_wait();

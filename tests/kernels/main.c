@@ -16,6 +16,8 @@ static const struct {
     {"fork", test_fork}, // while no thread of a test has ended: its stack is libc's to keep
     {"products", test_products},
     {"attention", test_attention},
+    {"paged", test_paged},
+    {"writes", test_writes},
     {"wrong_sizes", test_wrong_sizes},
     {"wrong_buffers", test_wrong_buffers},
     {"wrong_attributes", test_wrong_attributes},

@@ -10,7 +10,7 @@
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 #define INVALID XLA_FFI_Error_Code_INVALID_ARGUMENT
 
-enum { MATMUL, MATMUL_BFLOAT16, MATMUL_INT8, ATTENTION, ENTRIES };
+enum { MATMUL, MATMUL_BFLOAT16, MATMUL_INT8, ATTENTION, PAGED, WRITES, ENTRIES };
 
 // The last instruction set: there is one on every processor.
 static const char *some_set(void) {
@@ -24,6 +24,14 @@ static XLA_FFI_Handler *begin(struct frame *frame, int entry) {
     if (entry == ATTENTION) {
         attention_frame(frame, (struct attention){F32, 2, 2, 3, 5, 32, 3, 64, 40, 0}, AT_END);
         return meshwen_attention;
+    }
+    if (entry == PAGED) {
+        paged_frame(frame, (struct paged){F32, 2, 3, 20, 32, 32, 40, {70, 9, 33}, {5, 0, 1}}, AT_END);
+        return meshwen_paged_attention;
+    }
+    if (entry == WRITES) {
+        writes_frame(frame, (struct writes){F32, 3, 2, 20, 32, 32, 7}, AT_END);
+        return meshwen_write_cache;
     }
     static const struct product products[] = {
         {FLOAT32, 5, 6, 33, 0}, {WIDENED, 5, 6, 33, 0}, {INT8, 5, 2, 33, 0}};
@@ -45,7 +53,13 @@ static const int64_t SIZES[] = {
     ((int64_t)1 << 32) + 2, (int64_t)1 << 40, (int64_t)1 << 58, (int64_t)1 << 62, INT64_MAX,
 };
 
-// One size of one buffer; a column more or less of the result would be a matmul as well.
+// Whether an axis may have other sizes: columns of a matmul's result, and blocks of a table.
+static int is_free(const struct frame *frame, int entry, int buffer, int axis) {
+    if (entry == PAGED) return buffer == 5 && axis == 1;
+    return entry < ATTENTION && buffer == frame->count - 1 && axis == 1;
+}
+
+// One size of one buffer.
 static void one_size(int entry, int buffer, int axis, int64_t size) {
     struct frame frame;
     XLA_FFI_Handler *handler = begin(&frame, entry);
@@ -61,8 +75,11 @@ static void each_size(void) {
         for (int buffer = 0; buffer < frame.count; buffer++)
             for (int axis = 0; axis < frame.buffers[buffer].rank; axis++) {
                 const int64_t size = frame.dims[buffer][axis];
-                const int free = entry != ATTENTION && buffer == frame.count - 1 && axis == 1;
-                for (int i = 0; i < COUNT(SIZES); i++) one_size(entry, buffer, axis, SIZES[i]);
+                const int free = is_free(&frame, entry, buffer, axis);
+                for (int i = 0; i < COUNT(SIZES); i++)
+                    if (!free || entry != PAGED || SIZES[i] <= 0 || SIZES[i] > (int64_t)1 << 48)
+                        one_size(entry, buffer, axis, SIZES[i]);
+                if (free && entry == PAGED) continue;
                 one_size(entry, buffer, axis, free ? 32 : size - 1);
                 one_size(entry, buffer, axis, free ? 65 : size + 1);
                 if (size > 1) one_size(entry, buffer, axis, free ? 66 : 2 * size);
@@ -134,6 +151,46 @@ static void agreeing_sizes(void) {
         {ATTENTION, {7, 10, END}, {positions, positions}}, // more than int32 counts
         {ATTENTION, {7, 10, END}, {big, big}},
         {ATTENTION, {4, 5, 7, 8, 9, 10}, {0, 0, big, 0, 0, big}},
+        // q [N, heads, h], keys [P, K, H, S], values [P, K, S, H], starts, lengths, tables, window, y.
+        {PAGED, {0, 28, END}, {-1, -1}},
+        {PAGED, {0, 28, END}, {5, 5}}, // fewer tokens than sequences have
+        {PAGED, {0, 28, END}, {big, big}},
+        {PAGED, {1, 29, END}, {7, 7}}, // heads that do not share 2
+        {PAGED, {1, 29, END}, {-6, -6}},
+        {PAGED, {1, 29, END}, {big, big}},
+        {PAGED, {2, 30, END}, {33, 33}}, // more dimensions than the pool's
+        {PAGED, {2, 30, END}, {-1, -1}},
+        {PAGED, {4, 8, END}, {0, 0}}, // blocks
+        {PAGED, {4, 8, END}, {1, 1}},
+        {PAGED, {4, 8, END}, {-3, -3}},
+        {PAGED, {5, 9, END}, {0, 0}},
+        {PAGED, {5, 9, END}, {4, 4}}, // of which 6 heads are no multiple
+        {PAGED, {5, 9, END}, {big, big}},
+        {PAGED, {6, 11, END}, {0, 0}},
+        {PAGED, {6, 11, END}, {31, 31}},
+        {PAGED, {6, 11, END}, {-32, -32}},
+        {PAGED, {7, 10, END}, {0, 0}},
+        {PAGED, {7, 10, END}, {33, 33}},
+        {PAGED, {7, 10, END}, {-32, -32}},
+        {PAGED, {7, 10, END}, {big, big}},
+        {PAGED, {12, 16, 20, END}, {0, -1, -1}}, // sequences
+        {PAGED, {12, 16, 20, END}, {big + 1, big, big}},
+        {PAGED, {12, 16, 20, END}, {INT64_MIN, most, most}},
+        // keys, values, new keys [N, K, h], new values, slots.
+        {WRITES, {0, 4, END}, {0, 0}},
+        {WRITES, {0, 4, END}, {2, 2}}, // fewer blocks than slots say
+        {WRITES, {0, 4, END}, {-3, -3}},
+        {WRITES, {1, 5, 9, 13, END}, {-2, -2, -2, -2}},
+        {WRITES, {1, 5, 9, 13, END}, {big, big, big, big}},
+        {WRITES, {2, 7, END}, {0, 0}},
+        {WRITES, {2, 7, END}, {31, 31}},
+        {WRITES, {3, 6, END}, {0, 0}},
+        {WRITES, {3, 6, END}, {33, 33}},
+        {WRITES, {3, 6, END}, {big, big}},
+        {WRITES, {8, 12, 16, END}, {-1, -1, -1}},
+        {WRITES, {8, 12, 16, END}, {big, big, big}},
+        {WRITES, {10, 14, END}, {33, 33}}, // more dimensions than the pool's
+        {WRITES, {10, 14, END}, {-1, -1}},
     };
     for (int i = 0; i < COUNT(cases); i++) {
         struct frame frame;
@@ -275,20 +332,31 @@ static void no_dot(const char *set, int has_bf16_dot) {
     refused(&frame, meshwen_matmul);
 }
 
-// Numbers in buffers that lead out of the cache: 3 rows, 64 positions, 5 tokens.
+// Numbers in buffers that lead out of the cache: 3 rows, 64 positions, 5 tokens; or 12 blocks, of 5
+// tokens of 70 positions, of none, of one of 33, which is the second last; or 96 slots.
 void test_wrong_places(void) {
     static const struct {
-        int buffer, place;
+        int entry, buffer, place;
         int32_t value;
     } cases[] = {
-        {3, 0, -1}, {3, 1, -1}, {3, 0, 3},         {3, 1, 3},  {3, 1, INT32_MAX}, {3, 0, INT32_MIN},
-        {4, 0, -1}, {4, 1, 60}, {4, 0, INT32_MAX}, {4, 1, 64}, {4, 1, INT32_MIN}, {5, 0, 0},
-        {5, 0, -1}, {5, 0, INT32_MIN},
+        {ATTENTION, 3, 0, -1}, {ATTENTION, 3, 1, -1}, {ATTENTION, 3, 0, 3}, {ATTENTION, 3, 1, 3},
+        {ATTENTION, 3, 1, INT32_MAX}, {ATTENTION, 3, 0, INT32_MIN}, {ATTENTION, 4, 0, -1},
+        {ATTENTION, 4, 1, 60}, {ATTENTION, 4, 0, INT32_MAX}, {ATTENTION, 4, 1, 64},
+        {ATTENTION, 4, 1, INT32_MIN}, {ATTENTION, 5, 0, 0}, {ATTENTION, 5, 0, -1},
+        {ATTENTION, 5, 0, INT32_MIN}, {PAGED, 3, 0, -1}, {PAGED, 3, 0, 6},
+        {PAGED, 3, 0, INT32_MIN}, {PAGED, 3, 1, 6}, {PAGED, 3, 1, INT32_MAX}, {PAGED, 3, 2, 4},
+        {PAGED, 3, 3, 9}, {PAGED, 3, 3, 4}, {PAGED, 3, 3, INT32_MAX}, {PAGED, 4, 0, 4},
+        {PAGED, 4, 0, -1}, {PAGED, 4, 0, 129}, {PAGED, 4, 0, INT32_MAX}, {PAGED, 4, 0, INT32_MIN},
+        {PAGED, 4, 1, -1}, {PAGED, 4, 1, 129}, {PAGED, 4, 2, 0}, {PAGED, 5, 0, -1},
+        {PAGED, 5, 0, 12}, {PAGED, 5, 2, 12}, {PAGED, 5, 9, 12}, {PAGED, 5, 9, -1},
+        {PAGED, 5, 9, INT32_MIN}, {PAGED, 5, 8, INT32_MAX}, {PAGED, 6, 0, 0}, {PAGED, 6, 0, -1},
+        {PAGED, 6, 0, INT32_MIN}, {WRITES, 4, 0, 96}, {WRITES, 4, 6, 96}, {WRITES, 4, 3, -2},
+        {WRITES, 4, 6, INT32_MAX}, {WRITES, 4, 0, INT32_MIN},
     };
     for (int i = 0; i < COUNT(cases); i++) {
         struct frame frame;
-        XLA_FFI_Handler *handler = begin(&frame, ATTENTION);
-        at("attention: buffer %d has %d", cases[i].buffer, cases[i].value);
+        XLA_FFI_Handler *handler = begin(&frame, cases[i].entry);
+        at("entry %d: buffer %d has %d", cases[i].entry, cases[i].buffer, cases[i].value);
         unprotect(&frame.memory[cases[i].buffer]);
         ((int32_t *)frame.buffers[cases[i].buffer].data)[cases[i].place] = cases[i].value;
         refused(&frame, handler);
@@ -298,7 +366,9 @@ void test_wrong_places(void) {
 
 // XLA asks for the version before it calls, with a frame that has nothing else.
 void test_version(void) {
-    XLA_FFI_Handler *const handlers[] = {meshwen_matmul, meshwen_matmul_int8, meshwen_attention};
+    XLA_FFI_Handler *const handlers[] = {meshwen_matmul,          meshwen_matmul_int8,
+                                         meshwen_attention,       meshwen_paged_attention,
+                                         meshwen_write_cache,     meshwen_unwritten};
     for (int i = 0; i < COUNT(handlers); i++) {
         // What is behind the traits, early versions of XLA have not.
         union {

@@ -73,5 +73,43 @@ static void attentions(const char *set, int has_bf16_dot) {
     for (int i = 0; i < 2 * COUNT(EMPTY); i++) run_attention(set, 8, EMPTY[i / 2], i % 2);
 }
 
+static const struct paged PAGED[] = {
+    // K, G, h, H, S, window, lengths, tokens
+    {F32, 1, 1, 32, 32, 32, INT32_MAX, {1, 32, 33}, {1, 1, 1}},
+    {F32, 2, 7, 64, 64, 32, INT32_MAX, {600, 0, 64}, {1, 0, 1}},  // two passes, no sequence
+    {F32, 2, 3, 40, 64, 32, 5, {70, 9, 1030}, {9, 9, 1}},         // fewer dimensions than the pool's
+    {F32, 1, 2, 1, 32, 96, 513, {544, 97, 96}, {3, 1, 96}},       // blocks of more than a panel
+    {F32, 1, 13, 17, 32, 64, INT32_MAX, {40, 0, 0}, {40, 0, 0}},  // rows of a token in two blocks of rows
+    {F32, 3, 1, 32, 96, 32, 1, {530, 2, 512}, {130, 2, 1}},       // several units, windows of one
+    {F32, 1, 100, 32, 32, 32, INT32_MAX, {33, 3, 0}, {2, 3, 0}},  // a unit has a token
+};
+static const struct writes WRITES[] = {
+    // P, K, h, H, S, N
+    {F32, 1, 1, 1, 32, 32, 1},  {F32, 3, 2, 64, 64, 32, 40},  {F32, 2, 3, 40, 64, 96, 300},
+    {F32, 4, 4, 64, 64, 32, 130}, {F32, 2, 1, 32, 32, 32, 0}, {F32, 0, 1, 32, 32, 32, 0},
+    {F32, 2, 0, 32, 32, 32, 5},
+};
+
+static void paged(const char *set, int has_bf16_dot) {
+    (void)has_bf16_dot;
+    for (int i = 0; i < 2 * COUNT(PAGED); i++)
+        for (int side = 0; side < SIDES; side++) {
+            struct paged of = PAGED[i / 2];
+            of.dtype = i & 1 ? BF16 : F32;
+            run_paged(set, i % 3 ? 8 : 1, of, side);
+        }
+}
+
+void test_paged(void) { with_each_set(paged); }
+
+void test_writes(void) {
+    for (int i = 0; i < 2 * COUNT(WRITES); i++)
+        for (int side = 0; side < SIDES; side++) {
+            struct writes of = WRITES[i / 2];
+            of.dtype = i & 1 ? BF16 : F32;
+            run_writes("portable", i % 3 ? 8 : 1, of, side);
+        }
+}
+
 void test_products(void) { with_each_set(products); }
 void test_attention(void) { with_each_set(attentions); }

@@ -9,6 +9,8 @@
 
 void test_products(void);
 void test_attention(void);
+void test_paged(void);
+void test_writes(void);
 void test_wrong_sizes(void);
 void test_wrong_buffers(void);
 void test_wrong_attributes(void);

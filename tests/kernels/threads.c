@@ -20,23 +20,36 @@ static const struct product PRODUCTS[] = {
     {INT8, 1024, 1, 65, 0}, // so many rows that threads share their quantisation
 };
 static const struct attention ATTENTION = {F32, 2, 2, 3, 5, 32, 2, 64, 40, 0};
-#define CALLS 4
-#define INT8_CALL 2
+static const struct paged PAGED = {BF16, 2, 3, 40, 64, 32, 40, {70, 33, 9}, {5, 1, 0}};
+static const struct writes WRITES = {BF16, 4, 4, 64, 64, 32, 128}; // so many that threads share them
+enum { INT8_CALL = 2, ATTENTION_CALL, PAGED_CALL, WRITES_CALL, CALLS };
 
 static XLA_FFI_Handler *begin_call(struct frame *frame, const char *set, int call) {
     at("%s: call %d", set, call);
     frame_begin(frame, set, 8);
-    if (call == CALLS - 1) {
+    if (call == ATTENTION_CALL) {
         attention_frame(frame, ATTENTION, AT_END);
         return meshwen_attention;
+    }
+    if (call == PAGED_CALL) {
+        paged_frame(frame, PAGED, AT_END);
+        return meshwen_paged_attention;
+    }
+    if (call == WRITES_CALL) {
+        writes_frame(frame, WRITES, AT_END);
+        return meshwen_write_cache;
     }
     product_frame(frame, PRODUCTS[call], AT_END);
     return product_entry(PRODUCTS[call]);
 }
 
 static void check_call(const struct frame *frame, int call) {
-    if (call == CALLS - 1)
+    if (call == ATTENTION_CALL)
         attention_check(frame, ATTENTION);
+    else if (call == PAGED_CALL)
+        paged_check(frame, PAGED);
+    else if (call == WRITES_CALL)
+        writes_check(frame, WRITES);
     else
         product_check(frame, PRODUCTS[call]);
 }
@@ -144,16 +157,19 @@ void test_fork(void) { with_each_set(forked); }
 static void call_rounding(const char *set, int call, unsigned mode) {
     struct frame frame;
     struct product of = PRODUCTS[call % 3];
-    of.tiny = call < CALLS - 1;
-    at("%s: call %d in mode %x", set, call, mode);
-    frame_begin(&frame, set, 8);
-    if (of.tiny)
+    XLA_FFI_Handler *entry;
+    of.tiny = call < ATTENTION_CALL;
+    if (of.tiny) {
+        frame_begin(&frame, set, 8);
         product_frame(&frame, of, AT_END);
-    else
-        attention_frame(&frame, ATTENTION, AT_END);
+        entry = product_entry(of);
+    } else {
+        entry = begin_call(&frame, set, call);
+    }
+    at("%s: call %d in mode %x", set, call, mode);
     const unsigned before = _mm_getcsr();
     _mm_setcsr(mode);
-    const XLA_FFI_Error *error = frame_call(&frame, of.tiny ? product_entry(of) : meshwen_attention);
+    const XLA_FFI_Error *error = frame_call(&frame, entry);
     const unsigned after = _mm_getcsr();
     _mm_setcsr(before);
     CHECK(!error, "refused: %s", error->message);
@@ -161,7 +177,7 @@ static void call_rounding(const char *set, int call, unsigned mode) {
     if (of.tiny)
         product_check(&frame, of);
     else
-        attention_check(&frame, ATTENTION);
+        check_call(&frame, call);
     frame_end(&frame);
 }
 

@@ -201,21 +201,28 @@ void *frame_buffer(struct frame *frame, XLA_FFI_DataType dtype, enum side side, 
     return frame->memory[n].data;
 }
 
+// The first buffer that is a result, and how many are.
+static int first_result(const struct frame *frame) { return frame->in_place ? 0 : frame->count - 1; }
+static int result_count(const struct frame *frame) { return frame->in_place ? frame->in_place : 1; }
+
 void frame_ready(struct frame *frame) {
-    const int arguments = frame->count - 1;
+    const int arguments = frame->in_place ? frame->count : frame->count - 1;
+    const int first = first_result(frame), results = result_count(frame);
     for (int i = 0; i < arguments; i++) {
-        protect(&frame->memory[i]);
+        if (i >= frame->in_place) protect(&frame->memory[i]);
         frame->pointers[i] = &frame->buffers[i];
         frame->argument_types[i] = XLA_FFI_ArgType_BUFFER;
     }
-    frame->results[0] = frame->results[1] = &frame->buffers[arguments];
-    frame->result_types[0] = frame->result_types[1] = XLA_FFI_RetType_BUFFER;
+    for (int i = 0; i < 3; i++) { // One more than there are, for calls that say so.
+        frame->results[i] = &frame->buffers[first + (i < results ? i : 0)];
+        frame->result_types[i] = XLA_FFI_RetType_BUFFER;
+    }
     frame->call.args = (XLA_FFI_Args){.struct_size = XLA_FFI_Args_STRUCT_SIZE,
                                       .size = arguments,
                                       .types = frame->argument_types,
                                       .args = frame->pointers};
     frame->call.rets = (XLA_FFI_Rets){.struct_size = XLA_FFI_Rets_STRUCT_SIZE,
-                                      .size = 1,
+                                      .size = results,
                                       .types = frame->result_types,
                                       .rets = frame->results};
 }
@@ -228,9 +235,10 @@ XLA_FFI_Error *frame_call(struct frame *frame, XLA_FFI_Handler *entry) {
 }
 
 int frame_untouched(const struct frame *frame) {
-    const struct guarded *result = &frame->memory[frame->count - 1];
-    for (size_t i = 0; i < result->bytes; i++)
-        if (result->data[i] != (char)0xFF) return 0;
+    const int first = first_result(frame);
+    for (int n = first; n < first + result_count(frame); n++)
+        for (size_t i = 0; i < frame->memory[n].bytes; i++)
+            if (frame->memory[n].data[i] != (char)0xFF) return 0;
     return 1;
 }
 

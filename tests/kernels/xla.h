@@ -17,6 +17,9 @@
 XLA_FFI_Error *meshwen_matmul(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_matmul_int8(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_attention(XLA_FFI_CallFrame *);
+XLA_FFI_Error *meshwen_paged_attention(XLA_FFI_CallFrame *);
+XLA_FFI_Error *meshwen_write_cache(XLA_FFI_CallFrame *);
+XLA_FFI_Error *meshwen_unwritten(XLA_FFI_CallFrame *);
 const char *meshwen_instruction_set(int number);
 int meshwen_supported(int number);
 int meshwen_has_bf16_dot(int number);
@@ -49,18 +52,19 @@ void pool_run_late(void);
 // Waits until all that was scheduled is done.
 void pool_wait(void);
 
-// A call: the arguments, one after the other, and the result as the last.
-#define MOST_BUFFERS 7
+// A call: the arguments, one after the other, and the result as the last; or the first arguments are
+// written in place, and are the results.
+#define MOST_BUFFERS 8
 struct frame {
     XLA_FFI_CallFrame call;
     XLA_FFI_Buffer buffers[MOST_BUFFERS];
     int64_t dims[MOST_BUFFERS][5];
     struct guarded memory[MOST_BUFFERS];
-    int count;
+    int count, in_place; // buffers; how many of the arguments are results
     void *pointers[MOST_BUFFERS];
     XLA_FFI_ArgType argument_types[MOST_BUFFERS];
-    XLA_FFI_RetType result_types[2];
-    void *results[2];
+    XLA_FFI_RetType result_types[3];
+    void *results[3];
     XLA_FFI_ByteSpan names[2], set;
     XLA_FFI_ByteSpan *name_pointers[2];
     XLA_FFI_AttrType attribute_types[2];
@@ -73,10 +77,10 @@ void frame_begin(struct frame *frame, const char *set, int64_t threads);
 // Adds a buffer against a guard page, and returns its memory.
 void *frame_buffer(struct frame *frame, XLA_FFI_DataType dtype, enum side side, int rank,
                    const int64_t *dims);
-// The last buffer is the result; the others may only be read from here on.
+// What is no result may only be read from here on.
 void frame_ready(struct frame *frame);
 XLA_FFI_Error *frame_call(struct frame *frame, XLA_FFI_Handler *entry);
-// Whether the result has the bytes that it had before the call.
+// Whether the results have the bytes that they had before the call.
 int frame_untouched(const struct frame *frame);
 // Checks the canaries, and gives the buffers back.
 void frame_end(struct frame *frame);
