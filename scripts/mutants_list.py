@@ -1303,4 +1303,40 @@ FAULTS = (
         "total = found[table].array",
         "training",
     ),
+    # --- Prefixes in files
+    _fault(
+        "prefix file: heads in the order of places, not of the model",
+        "engine/prefix_blocks.py",
+        "held[: len(tokens), there] = tokens[:, self._heads[there]]",
+        "held[: len(tokens), there] = tokens[:, np.arange(there.sum()) % tokens.shape[1]]",
+        "prefix_file",
+    ),
+    _fault(
+        "prefix file: one part of the batch gets the blocks of another",
+        "engine/prefix_blocks.py",
+        "blocks[:, : last - first] = [table[first:last] for table in tables]",
+        "blocks[:, : last - first] = tables[0][first:last][::-1]",
+        "prefix_file",
+    ),
+    _fault(
+        "prefix file: weights are not compared",
+        "engine/prefixes.py",
+        'return found | {"weights_sha256": held_sha256(runner.params, model.weights)}',
+        "return found",
+        "prefix_file",
+    ),
+    _fault(
+        "prefix file: its content is not held to its hash",
+        "engine/prefix_file.py",
+        'if prefix.sha256() != header["content_sha256"]:',
+        "if False:",
+        "prefix_file",
+    ),
+    _fault(
+        "prefix file: a cache that broke off is used on",
+        "engine/engine.py",
+        "with self._breaking_off(threading.get_ident()):",
+        "if True:",
+        "prefix_file",
+    ),
 )
