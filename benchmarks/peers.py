@@ -83,7 +83,10 @@ class Engine:
     def measure(self, what: str, arguments: Mapping[str, Any] | list | tuple) -> Any:
         """What the engine's method of that name returns. Raises MeasurementError."""
         assert self.process.stdin
-        print(json.dumps({what: arguments}), file=self.process.stdin, flush=True)
+        try:
+            print(json.dumps({what: arguments}), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            raise MeasurementError("it stopped before") from None
         answer = self._answer()
         if "error" in answer:
             raise MeasurementError(answer["error"])
@@ -93,7 +96,8 @@ class Engine:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{' '.join(map(str, self.process.args))} stopped")
+            command = " ".join(map(str, self.process.args))
+            raise MeasurementError(f"{command} stopped with status {self.process.wait()}")
         return json.loads(line)
 
 

@@ -41,6 +41,7 @@ TOGETHER = ("decode", "prefill")  # All engines are loaded at once.
 SCENARIOS = (*TOGETHER, "chat", "few_shot", "answers", "arrivals", "memory")
 SEQUENCES = 32  # at once
 Start = Callable[[ExitStack], Engine]
+Found = dict[str, Any]
 Rows = dict[tuple[str, str], dict[str, float]]  # Of scenario and measurement, by engine.
 
 
@@ -87,7 +88,7 @@ def starts(options: argparse.Namespace, scenario: str, dtype: str) -> dict[str, 
 
 def together(
     engines: dict[str, Start], measurements: list[Measurement], rounds: int
-) -> Iterator[tuple[str, Measurement, dict[str, Any]]]:
+) -> Iterator[tuple[str, Measurement, Found]]:
     """All measurements in turns: each round of one has every engine once."""
     with ExitStack() as stack:
         running = {name: start(stack) for name, start in engines.items()}
@@ -99,13 +100,18 @@ def together(
 
 def one_by_one(
     engines: dict[str, Start], measurements: list[Measurement], rounds: int
-) -> Iterator[tuple[str, Measurement, dict[str, Any]]]:
+) -> Iterator[tuple[str, Measurement, Found]]:
     """The same, with a new process for each."""
     for one in measurements:
         for number in range(rounds):
             for name in in_turn(list(engines), number):
                 with ExitStack() as stack:
-                    yield name, one, measured(engines[name](stack), one)
+                    try:
+                        engine = engines[name](stack)
+                    except MeasurementError as error:
+                        yield name, one, {"error": str(error)}
+                        continue
+                    yield name, one, measured(engine, one)
 
 
 def in_turn(names: list[str], number: int) -> list[str]:
@@ -113,7 +119,7 @@ def in_turn(names: list[str], number: int) -> list[str]:
     return names[:: -1 if number % 2 else 1]
 
 
-def measured(engine: Engine, one: Measurement) -> dict[str, Any]:
+def measured(engine: Engine, one: Measurement) -> Found:
     try:
         found = engine.measure(one.method, one.arguments)
     except MeasurementError as error:

@@ -157,7 +157,7 @@ class Stepping(ABC):
             "tokens_per_second": tokens / seconds,
             "prompt_tokens": read,
             "cached_tokens": known,
-            "computed_tokens": read if known is None else read - known,
+            "computed_tokens": None if known is None else read - known,
             "first_tokens_seconds": max(one.times[0] for one in answers) - began,
         }
 

@@ -37,7 +37,7 @@ class Meshwen(Stepping):
             if done is not None:
                 if done.error:
                     raise RuntimeError(done.error)
-                answer.done, answer.cached = True, getattr(done, "cached_tokens", None)
+                answer.done, answer.cached = True, getattr(done, "cached_tokens", 0)
 
         answer.number = self.engine.submit(Request(tuple(prompt), sampling), on_event)
         return answer
