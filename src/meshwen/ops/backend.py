@@ -140,8 +140,8 @@ class Backend:
     def attend_blocks(
         self,
         q: Float32[Array, "N heads H"],
-        keys: Float[Array, "_ _ _ _"],
-        values: Float[Array, "_ _ _ _"],
+        keys: Shaped[Array, "_ _ _ _"],
+        values: Shaped[Array, "_ _ _ _"],
         mask: PagedMask,
         exp: Callable[[Array], Array],
         *,
@@ -161,10 +161,10 @@ class Backend:
 
     def write_blocks(
         self,
-        blocks: tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]],
-        new: tuple[Float[Array, "N K H"], Float[Array, "N K H"]],
+        blocks: tuple[Shaped[Array, "_ _ _ _"], Shaped[Array, "_ _ _ _"]],
+        new: tuple[Shaped[Array, "N K H"], Shaped[Array, "N K H"]],
         slots: Int[Array, " N"],
-    ) -> tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]]:
+    ) -> tuple[Shaped[Array, "_ _ _ _"], Shaped[Array, "_ _ _ _"]]:
         """KV blocks, keys and values, with those of tokens, of the same dtype, at their places.
 
         Args:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Shaped
 
 from meshwen.ops.attention import CausalMask
 from meshwen.ops.backend import Backend
@@ -93,8 +93,8 @@ class Ops:
     def attend_blocks(
         self,
         q: Float32[Array, "N heads H"],
-        keys: Float[Array, "_ _ _ _"],
-        values: Float[Array, "_ _ _ _"],
+        keys: Shaped[Array, "_ _ _ _"],
+        values: Shaped[Array, "_ _ _ _"],
         mask: PagedMask,
     ) -> Float32[Array, "N heads H"]:
         """Attention to KV blocks: see `Backend.attend_blocks`."""

@@ -105,8 +105,8 @@ def written(
 
 def attention(
     q: Float32[Array, "N heads H"],
-    keys: Float[Array, "_ _ _ _"],
-    values: Float[Array, "_ _ _ _"],
+    keys: Shaped[Array, "_ _ _ _"],
+    values: Shaped[Array, "_ _ _ _"],
     mask: PagedMask,
     mask_array: Callable[[Array, Any, int], Array | None],
     layout: CacheLayout,
@@ -177,7 +177,7 @@ def _rows(starts: Int32[Array, " R1"], count: int) -> Int32[Array, " {count}"]:
 
 
 def _gathered(
-    blocks: Float[Array, "_ _ _ _"],
+    blocks: Shaped[Array, "_ _ _ _"],
     tables: Int32[Array, "C W"],
     held: Int32[Array, " C"],
     axes: str,
