@@ -62,26 +62,28 @@ def step_inputs(
         tables: int32 [P*R, W], the rows' block tables.
         every: sample after every token: B is N.
     """
-    P = len(parts)
+    P, width = len(parts), count if every else rows
     token_ids, positions = np.zeros((P, count), np.int32), np.zeros((P, count), np.int32)
     counts, lengths = np.zeros((P, rows + 1), np.int32), np.zeros((P, rows), np.int32)
-    asked = np.full((P, count if every else rows), -1, np.int32)
-    sampler_rows = np.zeros((P, count), np.int32)
+    asked, sampler_rows = np.full((P, width), -1, np.int32), np.zeros((P, width), np.int32)
     for part, some in enumerate(parts):
-        end = 0
+        ids: list[int] = []  # Lists grow faster than small slices of arrays are assigned.
+        places: list[int] = []
+        owners: list[int] = []
         last: dict[int, int] = {}
-        for row, start, ids, samples, after in some:
-            first, end = end, end + len(ids)
-            last[row] = end - 1
-            token_ids[part, first:end] = ids
-            positions[part, first:end] = np.arange(start, start + len(ids))
-            if ids_count := len(ids):
-                counts[part, row + 1], lengths[part, row] = ids_count, start + ids_count
-            sampler_rows[part, first:end] = row
-            if every:
-                asked[part, first:end] = np.arange(first, end)
-            elif samples:
+        for row, start, tokens, samples, after in some:
+            ids.extend(tokens)
+            places.extend(range(start, start + len(tokens)))
+            owners.extend([row] * len(tokens))
+            last[row] = len(ids) - 1
+            if len(tokens):
+                counts[part, row + 1], lengths[part, row] = len(tokens), start + len(tokens)
+            if samples and not every:
                 asked[part, row] = last[row if after is None else after]
+        end = len(ids)
+        token_ids[part, :end], positions[part, :end] = ids, places
+        if every:
+            asked[part, :end], sampler_rows[part, :end] = np.arange(end), owners
     return StepInputs(
         token_ids.reshape(-1),
         positions.reshape(-1),

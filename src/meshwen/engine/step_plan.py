@@ -122,8 +122,9 @@ class StepPlan:
 
     def by_row(self) -> dict[int, Chunk]:
         """The chunks by row of the whole batch: part * R + row."""
+        R = self.row_bucket
         return {
-            part * self.row_bucket + chunk.row: chunk
+            part * R + chunk.row: chunk
             for part, chunks in enumerate(self.chunks)
             for chunk in chunks
         }
