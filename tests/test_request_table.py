@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from meshwen.engine.request_table import LiveRequest, RequestTable
+from meshwen.engine.sequence import SequenceState
 from meshwen.errors import MeshwenError
 from sequences import sequence
 
@@ -14,7 +15,7 @@ def table(*requests: tuple[object, int]) -> RequestTable:
     """Requests 0, 1, ... of runs and threads, that a step has taken."""
     made = RequestTable()
     for run, thread in requests:
-        made.add(LiveRequest(sequence(made.next_number()), run, thread))
+        made.add(LiveRequest((sequence(made.next_number(1)),), run, thread))
     made.take_new()
     return made
 
@@ -27,26 +28,62 @@ def run() -> SimpleNamespace:
 
 def test_requests_are_numbered_and_left_for_the_next_step_once():
     made = RequestTable()
-    one = sequence(made.next_number())
-    made.add(LiveRequest(one, None, 1))
-    assert (one.number, made.next_number(), made.waiting, made.busy) == (0, 1, 1, True)
+    one = sequence(made.next_number(1))
+    made.add(LiveRequest((one,), None, 1))
+    assert (one.number, made.next_number(2), made.waiting, made.busy) == (0, 1, 1, True)
+    assert made.next_number(1) == 3
     assert made.take_new() == ([one], False)
     assert made.take_new() == ([], False)
     one.timer.begin()
     assert made.waiting == 0
+    made.finish(0)
+    assert made.busy  # It has not ended.
+    one.finish_reason = "stop"
     made.finish(0)
     assert not made.busy
 
 
 def test_a_cancelled_request_is_for_the_next_step_to_drop():
     made = table((None, 1), (None, 1))
-    one = made.live[0].sequence
+    [one] = made.live[0].sequences
     made.cancel(0)
     made.cancel(0)
     made.cancel(7)
     assert (one.cancelled, sorted(made.live)) == (True, [1])
     assert made.take_new() == ([], True)
     assert made.take_new() == ([], False)
+
+
+def several(made: RequestTable, count: int) -> list[SequenceState]:
+    """The answers of a request, all but the first of which begin with it."""
+    number = made.next_number(count)
+    answers = [sequence(number + choice) for choice in range(count)]
+    for choice, one in enumerate(answers):
+        one.choice = choice
+    answers[0].siblings += answers[1:]
+    made.add(LiveRequest(tuple(answers), None, 1))
+    return answers
+
+
+def test_a_request_of_several_answers_is_finished_with_the_last_of_them():
+    made = RequestTable()
+    answers = several(made, 3)
+    assert made.take_new() == (answers[:1], False)
+    for one in answers:
+        assert made.busy
+        one.finish_reason = "length"
+        made.finish(0)
+    assert not made.busy
+
+
+def test_an_interrupt_lets_the_answers_wait_that_have_not_ended():
+    made = RequestTable()
+    answers = several(made, 4)
+    made.take_new()
+    answers[0].siblings[:] = answers[3:]  # The others have begun.
+    answers[1].finish_reason = "stop"
+    made.lose(KeyboardInterrupt(), None, thread=1)
+    assert made.take_new() == ([answers[0], answers[2]], False)
 
 
 def test_all_requests_of_a_run_are_cancelled():
@@ -74,8 +111,8 @@ def test_an_error_of_a_runs_request_goes_to_the_run():
 def test_an_error_ends_what_a_step_had_taken_and_says_so_to_all_but_its_own_thread():
     mine = run()
     made = table((mine, 1), (None, 2), (None, 3))
-    new = sequence(made.next_number())
-    made.add(LiveRequest(new, None, 2))
+    new = sequence(made.next_number(1))
+    made.add(LiveRequest((new,), None, 2))
     error = ZeroDivisionError()
     made.lose(error, delivering=1, thread=3)
     assert list(made.live) == [3]
@@ -89,7 +126,7 @@ def test_an_error_ends_what_a_step_had_taken_and_says_so_to_all_but_its_own_thre
 @pytest.mark.parametrize("delivering", [None, 1])
 def test_an_interrupt_lets_all_wait_again_but_for_the_one_whose_token_was_delivered(delivering):
     made = table((run(), 1), (None, 2), (None, 3))
-    made.add(LiveRequest(sequence(made.next_number()), None, 2))
+    made.add(LiveRequest((sequence(made.next_number(1)),), None, 2))
     made.lose(KeyboardInterrupt(), delivering, thread=3)
     left = [n for n in range(4) if n != delivering]
     assert list(made.live) == left
