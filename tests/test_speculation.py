@@ -36,10 +36,6 @@ class Constant:
         self.forgotten.append(sequence.number)
 
 
-def anywhere(position):
-    return True
-
-
 def sampler(penalize=False, constrained=False):
     return SimpleNamespace(method=SimpleNamespace(penalize=penalize), constrained=constrained)
 
@@ -47,31 +43,29 @@ def sampler(penalize=False, constrained=False):
 def test_each_row_gets_what_the_drafter_proposes():
     drafter = Constant()
     running = {0: sequence(0), 3: sequence(1)}
-    found = Speculation(drafter, 2).drafts(running, 4, anywhere, sampler())
+    found = Speculation(drafter, 2).drafts(running, 4, sampler())
     assert found == {0: (7, 8), 3: (7, 8)}
     assert drafter.asked == [([0, 3], 2)]
-    assert Speculation(Constant(()), 2).drafts(running, 4, anywhere, sampler()) == {}
+    assert Speculation(Constant(()), 2).drafts(running, 4, sampler()) == {}
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "rows", "length", "options", "any_drafts"),
+    ("num_tokens", "rows", "options", "any_drafts"),
     [
-        (3, 8, 100, {}, True),
-        (0, 8, 100, {}, False),
-        (3, 9, 100, {}, False),  # 36 tokens.
-        (3, 8, 100, {"penalize": True}, False),
-        (3, 8, 100, {"constrained": True}, False),
-        (3, 8, 6, {}, True),  # The newest token is at position 2, the last draft at 5.
-        (3, 8, 5, {}, False),
+        (3, 8, {}, True),
+        (0, 8, {}, False),
+        (3, 9, {}, False),  # 36 tokens.
+        (3, 8, {"penalize": True}, False),
+        (3, 8, {"constrained": True}, False),
     ],
 )
 def test_there_are_no_drafts_where_they_cannot_or_should_not_be(
-    num_tokens, rows, length, options, any_drafts
+    num_tokens, rows, options, any_drafts
 ):
     drafter = Constant()
     speculation = Speculation(drafter, num_tokens)
     running = {0: sequence()}
-    found = speculation.drafts(running, rows, lambda n: n < length, sampler(**options))
+    found = speculation.drafts(running, rows, sampler(**options))
     assert bool(found) == bool(drafter.asked) == any_drafts
 
 
@@ -85,6 +79,12 @@ def test_drafts_count_up_to_the_first_wrong_one(sampled, accepted):
     assert drafter.reported == [(4, accepted)]
 
 
+def test_the_drafter_learns_of_drafts_that_there_was_no_room_for():
+    drafter = Constant()
+    Speculation(drafter, 3).refuse(sequence(4))
+    assert drafter.reported == [(4, 0)]
+
+
 def test_nothing_is_reported_of_a_row_without_drafts():
     drafter = Constant()
     assert Speculation(drafter, 3).accept(sequence(), (), (7, 8, 9, 1)) == 0
@@ -94,7 +94,7 @@ def test_nothing_is_reported_of_a_row_without_drafts():
 def test_the_drafter_forgets_each_sequence_that_it_was_given_once():
     drafter = Constant()
     speculation, running = Speculation(drafter, 2), {n: sequence(n) for n in range(4)}
-    speculation.drafts({n: running[n] for n in range(3)}, 4, anywhere, sampler())
+    speculation.drafts({n: running[n] for n in range(3)}, 4, sampler())
     speculation.forget_ended()
     assert drafter.forgotten == []
     running[1].cancelled = running[3].cancelled = True
