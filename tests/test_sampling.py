@@ -427,7 +427,9 @@ def test_the_reference_keeps_what_transformers_keeps(filters):
     process = pytest.importorskip("transformers.generation.logits_process")
     params = params_of(**{"temperature": 1.0} | filters)
     logits = some_logits(20)
-    steps = [
+    biases = {(token,): bias for token, bias in params.logit_bias}
+    steps = [process.SequenceBiasLogitsProcessor(biases)] if biases else []
+    steps += [
         process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
         process.TemperatureLogitsWarper(float(params.temperature)),
     ]
