@@ -113,20 +113,34 @@ def function_digests() -> Digests:
     for of, numbers in inputs().items():
         for name, result in called(jnp.array(numbers)).items():
             found[f"{name}, {of}"] = digest(*jax.tree.leaves(result))
-    sampled = compile(lambda logits: {n: _sample(logits, *how, ops) for n, how in _sampled()})
-    for name, (tokens, logprobs) in sampled(_logits()).items():
-        found[f"tokens, {name}"] = digest(tokens)
-        found[f"log-probabilities, {name}"] = digest(logprobs)
+    found |= sampler_digests(ops)
     for name in ("qwen2.5-0.5b", "qwen2.5-7b"):
         config = preset(name)
         found[f"rotary, {name}"] = digest(*inverse_frequencies(config)[:1], *mean_rotation(config))
     return found
 
 
+def sampler_digests(ops: Ops) -> Digests:
+    """Of tokens that are drawn in several ways, and of their log-probabilities."""
+
+    @partial(jax.jit, compiler_options=ops.backend.compiler_options(True))
+    def sampled(logits: jax.Array) -> dict[str, sampling.Sampled]:
+        return {name: _sample(logits, *how, ops) for name, how in _sampled()}
+
+    found = {}
+    for name, one in sampled(sampler_logits()).items():
+        found[f"tokens, {name}"] = digest(one.tokens)
+        found[f"log-probabilities, {name}"] = digest(one.logprobs)
+        if one.top_ids is not None:
+            found[f"likeliest, {name}"] = digest(one.top_ids, one.top_logprobs)
+    return found
+
+
 _ROWS, _VOCABULARY = 16, 4096
 
 
-def _logits() -> jax.Array:
+def sampler_logits() -> jax.Array:
+    """Those that tokens are drawn from: float32 [rows, vocabulary]."""
     logits = numbers(9, (_ROWS, _VOCABULARY), (-6, 3))
     logits[:, 1::2] = logits[:, ::2]  # Equal ones, whose order is that of their ids.
     return jnp.array(logits)
@@ -134,7 +148,7 @@ def _logits() -> jax.Array:
 
 def _sampled() -> Iterator[tuple[str, tuple[SamplerRows, SamplingMethod]]]:
     settings = {
-        "greedy": {"temperature": 0.0},
+        "greedy": {"temperature": 0.0, "top_logprobs": 5},
         "by noise": {"temperature": 0.7},
         "of some": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
         "of all": {"temperature": 1.0, "top_p": 0.95},
