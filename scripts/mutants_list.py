@@ -436,7 +436,7 @@ FAULTS = (
     _fault(
         "engine: the parts of a batch are mixed up",
         "engine/step_plan.py",
-        "part * self.row_bucket + chunk.row: chunk",
+        "part * R + chunk.row: chunk",
         "part + len(self.chunks) * chunk.row: chunk",
         "engine",
         "engine_batching",
