@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mesh_model import SMALL_7B, shared_model
-from meshwen.cache.kv_cache import LayerCache, empty_cache
+from meshwen.cache.kv_cache import LayerCache
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.cpu.xla import XlaOnCpu
 from meshwen.parallel.mesh import make_mesh
@@ -79,18 +79,6 @@ def test_a_device_holds_its_own_heads_of_the_blocks_of_its_part(mesh, heads):
             assert {s.data.shape for s in shards} == {tuple(sizes[axis] for axis in axes)}
             a_device += shards[0].data.nbytes
     assert model.token_bytes * size * 3 == a_device
-
-
-@pytest.mark.parametrize("mesh", ["2", "data=2"])
-def test_an_empty_cache_of_rows_is_of_zeros_and_split(mesh):
-    model = ParallelModel(SMALL_7B, make_mesh(mesh), jnp.dtype(jnp.bfloat16), kernels=False)
-    shapes = model.cache_shapes(4, 10)
-    cache = empty_cache(shapes)
-    for layer, expected in zip(cache, shapes, strict=True):
-        for array, shape in zip(layer, expected, strict=True):
-            assert (array.shape, array.dtype) == (shape.shape, jnp.bfloat16)
-            assert array.sharding.is_equivalent_to(shape.sharding, array.ndim)
-            assert not np.asarray(array, np.float32).any()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])

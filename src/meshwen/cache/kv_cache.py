@@ -106,15 +106,6 @@ def cache_shapes(
     return tuple(LayerCache(shape(layout.keys), shape(layout.values)) for _ in range(layers))
 
 
-def empty_cache(shapes: KVCache) -> KVCache:
-    """A cache of such shapes, of zeros, made in place."""
-
-    def cache() -> KVCache:
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
-    return Jitted(cache, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
-
-
 def empty_blocks(shapes: KVCache, backend: Backend) -> KVCache:
     """KV blocks of such shapes that nothing has been written to, made in place."""
 
