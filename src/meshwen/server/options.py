@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ServerOptions`: how a model is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshwen.common.option_fields import documented, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How a model is served; `meshwen serve` has an option for each."""
+
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0: every network.")
+    port: int = option(8000, "TCP port; 0: any that is free.", type=int, least=0, most=65535)
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "Name of the model for clients, the first in answers. Default: that of --model.",
+        many=True,
+    )
+    max_queue: int = option(
+        1024, "Requests that may wait; further ones are refused with 503.", type=int, least=0
+    )
+
+
+documented(ServerOptions, "Attributes, with their defaults")(ServerOptions)
