@@ -216,10 +216,13 @@ class Sequences:
 
     def is_peeked_at(self, _):
         tokens, salt, before = self.some_tokens(), self.some_salt(), self.state()
-        found = self.blocks.cached_tokens_of(tokens, salt)
+        part, found = self.blocks.find(tokens, salt)
         assert self.state() == before
-        assert found <= max(self.cached(tokens, salt, part) for part in range(PARTS))
-        self.seen["peeked"] += found > 0
+        assert len(found) * SIZE <= self.cached([*tokens, 0], salt, part)
+        for index, block in enumerate(found):
+            content = [(salt, *tokens[: index * SIZE + n + 1]) for n in range(SIZE)]
+            assert self.written[part][block] == content
+        self.seen["peeked"] += len(found) > 0
 
 
 @pytest.mark.parametrize("seed", range(8))

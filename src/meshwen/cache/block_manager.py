@@ -237,13 +237,6 @@ class BlockManager:
         _, found = self._find([*tokens, 0], _root(salt), range(len(self._pools)))
         return max(found.items(), key=lambda item: len(item[1]))
 
-    def cached_tokens_of(self, tokens: Sequence[int], salt: bytes) -> int:
-        """How many of a new sequence's first tokens `begin` could find now; changes nothing."""
-        _, found = self._find(
-            tokens if self.prefix_caching else (), _root(salt), range(len(self._pools))
-        )
-        return max(map(len, found.values())) * self.block_size
-
     def check(self) -> None:
         """Holds everything to its invariants, for tests; takes time for every block.
 
