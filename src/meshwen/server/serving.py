@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meshwen.engine.cache_stats import CacheStats
 from meshwen.models.config import ModelConfig
 from meshwen.server.engine_thread import EngineThread
+from meshwen.server.layout import Layout
 from meshwen.server.options import ServerOptions
 from meshwen.tokenizer.tokenizer import Tokenizer
 
@@ -27,6 +29,8 @@ class Serving:
         fingerprint: `system_fingerprint`: what decides the bits of an answer.
         options: how it is served.
         created: when, in seconds since 1970.
+        layout: how it lies on its mesh; None: it is not known.
+        cache_stats: says how full the KV cache is; None: it is not known.
     """
 
     engine: EngineThread
@@ -38,3 +42,5 @@ class Serving:
     fingerprint: str
     options: ServerOptions
     created: int
+    layout: Layout | None = None
+    cache_stats: Callable[[], CacheStats] | None = None
