@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import httpx
@@ -63,6 +64,16 @@ def top_logprobs(token: int, count: int) -> tuple[tuple[int, float], ...]:
     return tuple((token + i, -(1 + i) / 16) for i in range(count))
 
 
+def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
+    """Makes a test of a coroutine function; it fails when it hangs."""
+
+    @wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 3 * PATIENCE))
+
+    return run
+
+
 @dataclass
 class _Answer:
     """One choice of a request that is being answered."""
@@ -83,14 +94,16 @@ class ScriptedEngine:
         requests: those that were submitted.
         cancelled: the numbers of those that were cancelled.
         steps: how many were taken.
+        slots: answers that get a token in a step.
         go: cleared, the next step waits until it is set.
+        pause: seconds that a step takes.
         failure: what the next step raises, once; all requests are lost then.
         cached_tokens: what completions say of their prompts.
     """
 
     def __init__(self, script: Script = "Hello!", slots: int = 8):
         self._script = script if callable(script) else lambda request, choice: script
-        self._slots = slots
+        self.slots = slots
         self._live: list[_Answer] = []
         self._next = 0
         self.requests: list[Request] = []
@@ -98,6 +111,7 @@ class ScriptedEngine:
         self.steps = self.cached_tokens = 0
         self.go = threading.Event()
         self.go.set()
+        self.pause = 0.0
         self.failure: Exception | None = None
 
     @property
@@ -106,8 +120,9 @@ class ScriptedEngine:
 
     @property
     def waiting(self) -> int:
-        numbers = dict.fromkeys(one.number for one in self._live)
-        return len(numbers) - len(dict.fromkeys(one.number for one in self._live[: self._slots]))
+        live = list(self._live)
+        begun = {one.number for one in live[: self.slots]}
+        return len({one.number for one in live} - begun)
 
     def unfinished(self, number: int) -> bool:
         return any(one.number == number for one in self._live)
@@ -133,12 +148,13 @@ class ScriptedEngine:
 
     def step(self) -> None:
         assert self.go.wait(PATIENCE)
+        time.sleep(self.pause)
         self.steps += 1
         if self.failure is not None:
             failure, self.failure = self.failure, None
             self._live.clear()
             raise failure
-        for one in self._live[: self._slots]:
+        for one in self._live[: self.slots]:
             event = self._event(one)
             if event.completion is not None:
                 self._live.remove(one)
@@ -285,7 +301,7 @@ async def serving(
     """
     engine = script if isinstance(script, ScriptedEngine) else ScriptedEngine(script)
     given = ServerOptions(**options)
-    thread = EngineThread(engine, given.max_queue)
+    thread = EngineThread(engine, given.max_queue, engine.slots)
     thread.start()
     shared = Serving(
         engine=thread,

@@ -115,6 +115,15 @@ class Engine:
         """Whether a request waits or runs, or `step` has something to raise."""
         return self._requests.busy
 
+    @property
+    def waiting(self) -> int:
+        """Requests whose computation has not begun."""
+        return self._requests.waiting
+
+    def unfinished(self, number: int) -> bool:
+        """Whether a request that was submitted waits or runs."""
+        return number in self._requests.live
+
     def check(self, request: Request, name: str) -> None:
         """Refuses a request that the engine cannot answer.
 

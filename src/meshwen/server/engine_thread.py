@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine in a thread of its own, for the coroutines of one event loop.
 
-The thread alone calls the engine. Between two steps it takes what the event loop has asked for
-since, in order; after a step it hands all of the step's events over at once. So no step blocks the
-event loop, and no request waits for another's coroutine.
+The thread alone computes. Between two steps it takes what the event loop has asked for since, in
+order; after a step it hands all of the step's events over at once. So no step blocks the event
+loop, and no request waits for another's coroutine.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 from meshwen.engine.request import Event, Request
@@ -22,6 +21,12 @@ from meshwen.errors import MeshwenError
 from meshwen.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
+
+_UNHEALTHY = 3  # Steps that failed one after the other.
+
+# Told of a request when it is asked for; what it returns, of the events of each step that has some.
+Meter = Callable[[Request], Callable[[list[Event]], None]]
+_Found = list[Event] | ApiError | None
 
 
 class Stepping(Protocol):
@@ -31,8 +36,15 @@ class Stepping(Protocol):
     def busy(self) -> bool:
         """Whether there is something to compute."""
 
+    @property
+    def waiting(self) -> int:
+        """Requests whose computation has not begun; any thread may ask."""
+
+    def unfinished(self, number: int) -> bool:
+        """Whether a request waits or runs."""
+
     def check(self, request: Request, name: str) -> None:
-        """Refuses a request that cannot be answered."""
+        """Refuses a request that cannot be answered; any thread may call it, at any time."""
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
         """Takes a request."""
@@ -50,11 +62,14 @@ class Answers:
     Attributes:
         begun: a token has come.
         ended: the last one has, or an error.
+        dropped: nobody waits for them any more.
     """
 
-    def __init__(self) -> None:
-        self.begun = self.ended = False
-        self._steps: asyncio.Queue[list[Event] | ApiError | None] = asyncio.Queue()
+    def __init__(self, request: Request, meter: Callable[[list[Event]], None]) -> None:
+        self.request = request
+        self.begun = self.ended = self.dropped = False
+        self._meter = meter
+        self._steps: asyncio.Queue[_Found] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         """Yields the events of each step that has some, up to the last answer's last token.
@@ -67,10 +82,13 @@ class Answers:
                 raise found
             yield found
 
-    def put(self, found: list[Event] | ApiError | None) -> None:
+    def put(self, found: _Found) -> None:
         """Adds the events of a step; an error or None is the last. For the event loop's thread."""
-        self.begun |= isinstance(found, list)
-        self.ended |= not isinstance(found, list)
+        if isinstance(found, list):
+            self.begun = True
+            self._meter(found)
+        else:
+            self.ended = True
         self._steps.put_nowait(found)
 
 
@@ -78,35 +96,57 @@ class EngineThread:
     """Runs an engine for the coroutines of the event loop that calls `start`.
 
     Args:
-        engine: the engine, which nobody else may call from now on.
-        max_queue: requests that may wait; further ones are refused.
+        engine: the engine, of which nobody else may call more than `check` from now on.
+        max_queue: answers that may wait beyond `slots`; requests for more are refused.
+        slots: answers that are computed at the same time.
+        meter: is told of all requests and events, in the event loop.
 
     Attributes:
         failures: steps that broke off.
     """
 
-    def __init__(self, engine: Stepping, max_queue: int):
-        self._engine, self._max_queue = engine, max_queue
+    def __init__(
+        self,
+        engine: Stepping,
+        max_queue: int,
+        slots: int = 1,
+        meter: Meter = lambda request: lambda events: None,
+    ):
+        self._engine, self._room, self._meter = engine, max_queue + slots, meter
+        self._max_queue = max_queue
         self._open: set[Answers] = set()  # The event loop's: somebody waits for them.
-        self._tasks: deque[Callable[[], None]] = deque()  # For the thread, in order.
+        self._asked = 0  # Requests.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = asyncio.Event()
+        # What both share. A task is a request to submit, or None to cancel what was submitted.
         self._wake = threading.Condition()
+        self._tasks: deque[tuple[Answers, Request | None]] = deque()
         self._closing = False
-        # What follows is the thread's.
+        # What follows is the thread's; the event loop reads the numbers.
+        self._taken = self._failed_in_a_row = self.failures = 0
         self._submitted: dict[Answers, tuple[int, int]] = {}  # Number, and unfinished choices.
         self._outbox: dict[Answers, list[Event]] = {}  # Events of this step.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.failures = 0
 
     @property
     def waiting(self) -> int:
-        """Requests that no token has come of yet."""
-        return sum(not one.begun for one in self._open)
+        """Requests whose computation has not begun."""
+        return min(self._unfinished, self._asked - self._taken + self._engine.waiting)
 
     @property
     def running(self) -> int:
-        """Requests that a token has come of, and that are unfinished."""
-        return sum(one.begun and not one.ended for one in self._open)
+        """Requests that are being computed."""
+        return self._unfinished - self.waiting
+
+    @property
+    def _unfinished(self) -> int:
+        return sum(not one.ended for one in self._open)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs, and not every one of the last steps has failed."""
+        alive = self._thread.is_alive() and not self._closing
+        return alive and self._failed_in_a_row < _UNHEALTHY
 
     def start(self) -> None:
         """Starts the thread; call it in the event loop."""
@@ -118,8 +158,8 @@ class EngineThread:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        if self._loop is not None:
+            await self._ended.wait()
 
     @asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[Answers]:
@@ -130,56 +170,77 @@ class EngineThread:
             ApiError: too many requests wait, or the thread is closing: 503.
         """
         self._engine.check(request, "the prompt")
-        if self._closing:
-            raise ApiError(503, "the server is shutting down")
-        if self.waiting >= self._max_queue:
-            raise ApiError(
-                503,
-                f"{self._max_queue} requests wait already; try again later",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
-        answers = Answers()
+        self._check_room(request.sampling.n)
+        answers = Answers(request, self._meter(request))
+        self._ask(answers, request)
         self._open.add(answers)
-        self._ask(partial(self._submit, request, answers))
+        self._asked += 1
         try:
             yield answers
         finally:
             self._open.discard(answers)
+            answers.dropped = True
             if not answers.ended:
-                self._ask(partial(self._cancel, answers))
+                with suppress(ApiError):
+                    self._ask(answers, None)
 
-    def _ask(self, task: Callable[[], None]) -> None:
-        """Has the thread do something before its next step."""
+    def _check_room(self, choices: int) -> None:
+        """Refuses more answers than may wait; one request may have any number of them."""
+        unfinished = sum(one.request.sampling.n for one in self._open if not one.ended)
+        if unfinished and unfinished + choices > self._room:
+            raise ApiError(
+                503,
+                f"as many requests wait as may ({self._max_queue}); try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+
+    def _ask(self, answers: Answers, request: Request | None) -> None:
+        """Has the thread submit a request, or cancel it, before its next step."""
         with self._wake:
-            self._tasks.append(task)
+            if self._closing:
+                raise _shutting_down()
+            self._tasks.append((answers, request))
             self._wake.notify()
 
     def _run(self) -> None:
         """The thread: what was asked for, then a step, again and again."""
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._tasks or self._closing or self._engine.busy)
-                if self._closing:
-                    break
-            while self._tasks:
-                self._tasks.popleft()()
-            if self._engine.busy:
-                self._step()
-        self._end_all(ApiError(503, "the server is shutting down"))
-
-    def _step(self) -> None:
         try:
-            self._engine.step()
-        except Exception:
-            logger.exception("a step of the engine failed")
+            while self._has_work():
+                self._take_tasks()
+                if self._engine.busy:
+                    self._step()
+        except BaseException:
+            logger.exception("the engine's thread failed")
             self.failures += 1
-            self._send_outbox()
-            self._end_all(ApiError(500, "the engine failed; the server's log says why"))
-        self._send_outbox()
+        with self._wake:
+            self._closing = True  # From now on nothing is added to the tasks.
+        left = [*self._submitted, *(one for one, request in self._tasks if request is not None)]
+        self._send([(answers, _shutting_down()) for answers in left])
+        self._call_loop(self._ended.set)
+
+    def _has_work(self) -> bool:
+        """Waits until there is something to do; False: the thread is to end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._tasks or self._closing or self._engine.busy)
+            return not self._closing
+
+    def _take_tasks(self) -> None:
+        while self._tasks:
+            answers, request = self._tasks.popleft()
+            if request is None:
+                self._cancel(answers)
+            else:
+                self._submit(request, answers)
+                self._taken += 1
 
     def _submit(self, request: Request, answers: Answers) -> None:
+        if answers.dropped:
+            return
+
         def on_event(event: Event) -> None:
+            if answers not in self._submitted:  # It was cancelled.
+                return
             self._outbox.setdefault(answers, []).append(event)
             if event.completion is not None:
                 number, left = self._submitted[answers]
@@ -189,35 +250,63 @@ class EngineThread:
             number = self._engine.submit(request, on_event)
         except MeshwenError as error:
             self._send([(answers, ApiError(400, str(error)))])
+        except Exception:
+            logger.exception("a request could not be submitted")
+            self._send([(answers, _failed())])
         else:
             self._submitted[answers] = number, request.sampling.n
 
     def _cancel(self, answers: Answers) -> None:
         number, _ = self._submitted.pop(answers, (None, 0))
+        self._outbox.pop(answers, None)
         if number is not None:
             self._engine.cancel(number)
 
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except Exception:
+            logger.exception("a step of the engine failed")
+            self.failures += 1
+            self._failed_in_a_row += 1
+            self._send_outbox()
+            self._end_lost()
+        else:
+            self._failed_in_a_row = 0
+            self._send_outbox()
+
     def _send_outbox(self) -> None:
         """Hands over the events of a step, in one call of the event loop."""
-        sent: list[tuple[Answers, list[Event] | ApiError | None]] = []
+        sent: list[tuple[Answers, _Found]] = []
         for answers, events in self._outbox.items():
             sent.append((answers, events))
-            if answers in self._submitted and not self._submitted[answers][1]:
+            if not self._submitted[answers][1]:
                 del self._submitted[answers]
                 sent.append((answers, None))
         self._outbox.clear()
         self._send(sent)
 
-    def _end_all(self, error: ApiError) -> None:
-        self._send([(answers, error) for answers in self._submitted])
-        self._submitted.clear()
+    def _end_lost(self) -> None:
+        """Ends the requests that a failed step has taken with it: one, or all that ran."""
+        unfinished = self._engine.unfinished
+        lost = [one for one, (number, _) in self._submitted.items() if not unfinished(number)]
+        for answers in lost:
+            del self._submitted[answers]
+        self._send([(answers, _failed()) for answers in lost])
 
-    def _send(self, found: list[tuple[Answers, list[Event] | ApiError | None]]) -> None:
-        assert self._loop is not None
+    def _send(self, found: list[tuple[Answers, _Found]]) -> None:
         if found:
-            self._loop.call_soon_threadsafe(_put, found)
+            self._call_loop(lambda: [answers.put(one) for answers, one in found])
+
+    def _call_loop(self, function: Callable[[], object]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+            self._loop.call_soon_threadsafe(function)
 
 
-def _put(found: list[tuple[Answers, list[Event] | ApiError | None]]) -> None:
-    for answers, one in found:
-        answers.put(one)
+def _failed() -> ApiError:
+    return ApiError(500, "the engine failed; the server's log says why")
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", headers={"Retry-After": "5"})
