@@ -19,6 +19,9 @@ ProgramName = Literal["logits", "prefill", "decode"]
 Profile = Literal["native", "portable"]
 Output = Literal["logits", "tokens"]
 Platform = Literal["cpu", "tpu", "cuda", "rocm"]
+# Of a served model's answers: see `meshwen.server`.
+ToolCallParser = Literal["qwen2_5", "qwen_coder_fenced", "none"]
+ReasoningParser = Literal["auto", "think", "none"]
 
 DTYPES: tuple[DType, ...] = get_args(DType)
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
@@ -29,6 +32,8 @@ PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
 PROFILES: tuple[Profile, ...] = get_args(Profile)
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 PLATFORMS: tuple[Platform, ...] = get_args(Platform)
+TOOL_CALL_PARSERS: tuple[ToolCallParser, ...] = get_args(ToolCallParser)
+REASONING_PARSERS: tuple[ReasoningParser, ...] = get_args(ReasoningParser)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshwen.common.choices import (
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
+    ReasoningParser,
+    ToolCallParser,
+)
 from meshwen.common.option_fields import documented, option
 
 
@@ -21,6 +27,19 @@ class ServerOptions:
     )
     max_queue: int = option(
         1024, "Requests that may wait; further ones are refused with 503.", type=int, least=0
+    )
+    tool_call_parser: ToolCallParser = option(
+        "qwen2_5",
+        "How the model writes tool calls. qwen2_5: as <tool_call>{JSON}</tool_call>. "
+        "qwen_coder_fenced: so, or as a fenced block of JSON, as Qwen2.5-Coder may. none: nothing "
+        "is a call.",
+        choices=TOOL_CALL_PARSERS,
+    )
+    reasoning_parser: ReasoningParser = option(
+        "auto",
+        "How the model writes what it thinks before it answers. think: as <think>...</think>. "
+        "none: not apart. auto: think, where the chat template has </think>.",
+        choices=REASONING_PARSERS,
     )
 
 

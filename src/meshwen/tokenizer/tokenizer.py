@@ -158,6 +158,11 @@ class Tokenizer:
         """Whether the checkpoint has one, of whatever name."""
         return bool(self._chat_template.names)
 
+    @property
+    def chat_templates(self) -> tuple[str, ...]:
+        """The text of the checkpoint's chat templates."""
+        return tuple(self._chat_template.content[0].values())
+
     def id_to_token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an id beyond the vocabulary."""
         return self._tokens.get(whole_number("a token id", token_id))
