@@ -223,7 +223,7 @@ class _Call:
             return self._begin(char)
         if depth == 1 and state == "string" and after == "colon":
             return self._named(json.loads(self._read))
-        if self._json.depth == 1 and after == "after" and state != "after":
+        if (self._json.depth, after) == (1, "after") and (depth == 2 or state != "after"):
             return self._end()
         if after == "next name" and depth == 1:
             self._member = None
