@@ -414,8 +414,8 @@ FAULTS = (
     ),
     _fault(
         "engine: who closes a stream wakes nobody",
-        "engine/engine.py",
-        "            self._numbers.clear()\n            self._engine._lock.changed.notify_all()",
+        "engine/engine_run.py",
+        "            self._numbers.clear()\n            self._shared.lock.changed.notify_all()",
         "            self._numbers.clear()",
         "engine_threads",
     ),
@@ -564,7 +564,7 @@ FAULTS = (
     ),
     _fault(
         "engine: what a callback raised is lost with an interrupted step",
-        "engine/engine.py",
+        "engine/shared_core.py",
         "            self._take_errors()  # Before they are lost with the step.\n",
         "",
         "engine_threads",
@@ -1335,7 +1335,7 @@ FAULTS = (
     _fault(
         "prefix file: a cache that broke off is used on",
         "engine/engine.py",
-        "with self._breaking_off(threading.get_ident()):",
+        "with self._shared.breaking_off(threading.get_ident()):",
         "if True:",
         "prefix_file",
     ),

@@ -35,7 +35,7 @@ def tokens(events) -> list[tuple[int, ...]]:
 
 def queued(shared: Engine, count: int) -> None:
     """Waits until so many callers wait for the lock, or hold it."""
-    wait_until(lambda: len(shared._lock._queue) == count)
+    wait_until(lambda: len(shared._shared.lock._queue) == count)
 
 
 # --- The right tokens
@@ -346,7 +346,7 @@ def test_a_callback_may_submit_and_is_refused_a_step():
 
 def test_a_mesh_of_several_processes_is_for_one_thread():
     shared = engine()
-    shared._one_thread = True  # As where `plan.mesh.is_multi_process`.
+    shared._shared.one_thread = True  # As where `plan.mesh.is_multi_process`.
     events = shared.run([request(PROMPTS[0])])
     first = next(events)
     others = (

@@ -9,28 +9,23 @@ own while any of them waits.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from os import PathLike
 
 from meshwen.cache.budget import KVCachePlan
 from meshwen.common.arguments import brief
 from meshwen.common.paths import user_path
 from meshwen.engine.agreement import check_requests
-from meshwen.engine.answer_text import AnswerText
 from meshwen.engine.cache_stats import CacheStats
-from meshwen.engine.constraints import TokenConstraints
 from meshwen.engine.core import EngineCore
-from meshwen.engine.fair_lock import FairLock
+from meshwen.engine.engine_run import EngineRun
 from meshwen.engine.prefixes import Prefixes
 from meshwen.engine.prompt_lookup import PromptLookup
 from meshwen.engine.request import Event, Request, check_prompt, check_sampling
-from meshwen.engine.request_table import LiveRequest, RequestTable
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
-from meshwen.engine.sequence import SequenceState
+from meshwen.engine.shared_core import SharedCore
 from meshwen.engine.speculation import Speculation
 from meshwen.engine.stream import Stream
 from meshwen.errors import MeshwenError
@@ -71,19 +66,14 @@ class Engine:
         prefix_caching: bool = True,
         speculation: Speculation | None = None,
     ):
-        self._config, self._tokenizer = runner.config, tokenizer
-        self._eos = frozenset(eos_token_ids)
+        self._config = runner.config
         self._plan, self._max_waiting = plan, max_waiting
         speculation = speculation or Speculation(PromptLookup(), 0)
         self._core = EngineCore(  # For the thread that has the lock.
             runner, plan, max_num_batched_tokens, prefix_caching, speculation
         )
         self._prefixes = Prefixes(self._core, plan)
-        self._one_thread = runner.plan.mesh.is_multi_process
-        self._lock = FairLock()
-        # What follows is guarded by `_lock.changed`.
-        self._requests = RequestTable()
-        self._last_thread: int | None = None  # That called.
+        self._shared = SharedCore(self._core, tokenizer, frozenset(eos_token_ids))
 
     @property
     def config(self) -> ModelConfig:
@@ -113,16 +103,16 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or `step` has something to raise."""
-        return self._requests.busy
+        return self._shared.requests.busy
 
     @property
     def waiting(self) -> int:
         """Requests whose computation has not begun."""
-        return self._requests.waiting
+        return self._shared.requests.waiting
 
     def unfinished(self, number: int) -> bool:
         """Whether a request that was submitted waits or runs."""
-        return number in self._requests.live
+        return number in self._shared.requests.live
 
     def check(self, request: Request, name: str) -> None:
         """Refuses a request that the engine cannot answer.
@@ -156,13 +146,13 @@ class Engine:
             MeshwenError: `check` refuses the request.
         """
         self.check(request, "the prompt")
-        with self._lock.changed:
-            self._check_thread()
-            if self._requests.waiting >= self._max_waiting:
+        with self._shared.lock.changed:
+            self._shared.check_thread()
+            if self._shared.requests.waiting >= self._max_waiting:
                 raise QueueFullError(f"{self._max_waiting} requests wait already; try again later")
-            if self._one_thread:
+            if self._shared.one_thread:
                 check_requests([request])
-            return self._add(request, on_event, None)
+            return self._shared.add(request, on_event, None)
 
     def cancel(self, number: int) -> None:
         """Drops a request that was submitted, waiting or running; no event reports it.
@@ -170,11 +160,11 @@ class Engine:
         Its row of the cache is free for the next step. An event that another thread is delivering
         at this moment may still come.
         """
-        with self._lock.changed:
-            self._check_thread()
-            live = self._requests.live.get(number)
+        with self._shared.lock.changed:
+            self._shared.check_thread()
+            live = self._shared.requests.live.get(number)
             if live is not None and live.run is None:
-                self._requests.cancel(number)
+                self._shared.requests.cancel(number)
 
     def step(self) -> None:
         """Waits for the lock, then takes a step: a chunk of a prompt, and a token of each answer.
@@ -187,10 +177,10 @@ class Engine:
                 MeshwenError says so.
             KeyboardInterrupt: the requests stay, but for one whose event was being delivered.
         """
-        with self._hold():
-            self._step(threading.get_ident())
-            with self._lock.changed:
-                errors = self._requests.take_errors()
+        with self._shared.hold():
+            self._shared.step(threading.get_ident())
+            with self._shared.lock.changed:
+                errors = self._shared.requests.take_errors()
         if errors:
             for other in errors[1:]:
                 errors[0].add_note(f"another request failed too: {other!r}")
@@ -212,7 +202,7 @@ class Engine:
         requests = list(requests)
         for number, request in enumerate(requests, start=1):
             self.check(request, f"prompt {number}")
-        run = _Run(self, requests)
+        run = EngineRun(self._shared, requests)
         return Stream(run.pull, run.close)
 
     def save_prefix(
@@ -248,13 +238,13 @@ class Engine:
         request, file = Request(tuple(prompt_tokens), sampling, cache_salt), user_path(path)
         self.check(request, "the prompt")
         self._prefixes.check_new(file, request, overwrite=overwrite)
-        with self._hold():
+        with self._shared.hold():
             prefix = self._prefixes.find(request)
         if prefix is None:
             for event in self.run([request]):
                 if event.completion is not None and event.completion.error is not None:
                     raise MeshwenError(event.completion.error)
-            with self._hold():
+            with self._shared.hold():
                 prefix = self._prefixes.find(request)
         if prefix is None:
             raise MeshwenError(
@@ -282,9 +272,9 @@ class Engine:
         """
         self._prefixes.check("load")
         prefix = self._prefixes.read(user_path(path))
-        with self._hold():
+        with self._shared.hold():
             self._prefixes.check_room(prefix)
-            with self._breaking_off(threading.get_ident()):
+            with self._shared.breaking_off(threading.get_ident()):
                 self._prefixes.put(prefix)
         return len(prefix.token_ids)
 
@@ -295,165 +285,5 @@ class Engine:
         Two programs with collectives that are launched at once may reach the devices in different
         orders, and would then wait for each other.
         """
-        with self._hold():
+        with self._shared.hold():
             yield
-
-    @contextmanager
-    def _hold(self, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        with self._lock.changed:
-            self._check_thread()
-        with self._lock.hold(unless) as held:
-            yield held
-
-    def _check_thread(self) -> None:
-        thread = threading.get_ident()
-        others = self._requests.live or self._lock.held_by_another_thread
-        if self._one_thread and thread != self._last_thread and others:
-            raise MeshwenError(
-                "the mesh spans several processes, which must all make the same calls in the same "
-                "order: call the model from one thread"
-            )
-        self._last_thread = thread
-
-    def _add(self, request: Request, on_event: Callable[[Event], None], run: _Run | None) -> int:
-        answers = request.sampling.n
-        number = self._requests.next_number(answers)
-
-        def finish_and_report(event: Event) -> None:
-            if event.completion is not None:
-                with self._lock.changed:
-                    self._requests.finish(number)
-            on_event(event)
-
-        first, *others = (
-            self._answer(request.answer(choice), number, choice, finish_and_report)
-            for choice in range(answers)
-        )
-        first.siblings += others
-        self._requests.add(LiveRequest((first, *others), run, threading.get_ident()))
-        return number
-
-    def _answer(
-        self, request: Request, number: int, choice: int, on_event: Callable[[Event], None]
-    ) -> SequenceState:
-        """One answer of a request."""
-        limit = self._core.limits.answer_tokens(request)
-        eos = frozenset() if request.sampling.ignore_eos else self._eos
-        return SequenceState(
-            number + choice,
-            request,
-            limit,
-            eos,
-            on_event,
-            AnswerText(self._tokenizer, request.sampling.stop),
-            TokenConstraints.of(request, limit, eos, self.config.vocab_size),
-            request.cache_salt.encode("utf-8", "surrogatepass"),
-            choice=choice,
-        )
-
-    def _step(self, thread: int | None = None) -> None:
-        """Takes a step, while the lock is held; `thread` gets itself what breaks the step off."""
-        with self._breaking_off(thread):
-            with self._lock.changed:
-                new, cancelled = self._requests.take_new()
-            self._core.step(new, drop_cancelled=cancelled)
-        self._take_errors()
-
-    @contextmanager
-    def _breaking_off(self, thread: int | None) -> Iterator[None]:
-        """Ends requests and the cache, which is donated, with what raises; the lock is held."""
-        try:
-            yield
-        except BaseException as error:  # An interrupt too, wherever it comes.
-            self._take_errors()  # Before they are lost with the step.
-            delivering = self._core.delivery.delivering
-            self._core.clear()
-            with self._lock.changed:
-                self._requests.lose(error, delivering, thread)
-            raise
-
-    def _take_errors(self) -> None:
-        """Ends the requests whose tokens could not be delivered: see `RequestTable.fail`."""
-        with self._lock.changed:
-            for number, error in self._core.delivery.take_errors():
-                self._requests.fail(number, error)
-
-
-class _Run:
-    """The requests of one call of `Engine.run`, and those of their events that were not fetched."""
-
-    def __init__(self, engine: Engine, requests: Sequence[Request]):
-        self._engine = engine
-        self._requests: Sequence[Request] | None = requests  # None once they are submitted.
-        self._numbers: dict[int, int] = {}  # The engine's, of unfinished requests, to the caller's.
-        self._left: dict[int, int] = {}  # Of each of these its unfinished answers.
-        self._events: deque[Event] = deque()
-        self.failure: MeshwenError | None = None
-
-    def pull(self) -> Event | None:
-        """Waits for the next event, taking steps while it has the lock; None: there are no more.
-
-        Raises:
-            MeshwenError: the requests were lost, or a token of one could not be delivered.
-            BaseException: this thread's step broke off.
-        """
-        changed = self._engine._lock.changed
-        with changed:
-            self._engine._check_thread()
-        try:
-            with changed:
-                self._submit()
-            while True:
-                with changed:
-                    if self._ready():
-                        return self._take()
-                with self._engine._hold(unless=self._ready) as held:
-                    if held:
-                        self._engine._step()
-        except BaseException:
-            self.close()
-            raise
-
-    def _submit(self) -> None:
-        """Submits the requests, the first time."""
-        requests, self._requests = self._requests, None
-        if requests and self._engine._one_thread:
-            check_requests(requests)
-        for number, request in enumerate(requests or ()):
-            added = self._engine._add(request, self._events.append, self)
-            self._numbers[added], self._left[added] = number, request.sampling.n
-
-    def close(self) -> None:
-        """Cancels what is unfinished; who waits in `pull` gets None."""
-        with self._engine._lock.changed:
-            # Not by `_numbers`: an interrupt may have come before a request's was noted.
-            self._engine._requests.cancel_run(self)
-            self._requests, self.failure = None, None
-            self._numbers.clear()
-            self._engine._lock.changed.notify_all()
-
-    def fail(self, number: int, error: Exception) -> None:
-        """Ends the run when its events so far are fetched; its first failure is the one raised."""
-        mine = self._numbers.get(number)  # None: an interrupt ended the run as it began.
-        if mine is not None and self.failure is None:
-            self.failure = MeshwenError(
-                f"prompt {mine + 1}: a token of its answer could not be delivered: {brief(error)}"
-            )
-            self.failure.__cause__ = error
-
-    def _ready(self) -> bool:
-        return bool(self._events or self.failure or not self._numbers)
-
-    def _take(self) -> Event | None:
-        if not self._numbers:
-            return None
-        if not self._events:
-            assert self.failure
-            raise self.failure
-        event = self._events.popleft()
-        number = self._numbers[event.request]
-        if event.completion is not None:
-            self._left[event.request] -= 1
-            if not self._left[event.request]:
-                del self._numbers[event.request], self._left[event.request]
-        return replace(event, request=number)
