@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike, fsdecode
 from pathlib import Path
@@ -19,18 +19,18 @@ from jax.typing import ArrayLike
 from meshwen.checkpoints import Checkpoint, open_checkpoint
 from meshwen.checkpoints.generation_config import check_generation_config
 from meshwen.checkpoints.writing import write_checkpoint
-from meshwen.common.arguments import brief, one_prompt, several_prompts, truth
+from meshwen.common.arguments import brief, several_prompts, truth
 from meshwen.common.json_files import to_json
 from meshwen.common.option_fields import check_names, documented
 from meshwen.common.units import bytes_number
 from meshwen.engine.agreement import check_model
 from meshwen.engine.engine import Engine
-from meshwen.engine.generation_config import unsupported
 from meshwen.engine.options import EngineKeywords, EngineOptions
 from meshwen.engine.prompt_lookup import PromptLookup
+from meshwen.engine.prompts import AnyPrompt, Prompts
 from meshwen.engine.request import Completion, Event, Request
 from meshwen.engine.runner import ModelRunner
-from meshwen.engine.sampling_params import SamplingParams, with_fresh_seed
+from meshwen.engine.sampling_params import SamplingParams
 from meshwen.engine.speculation import Speculation
 from meshwen.engine.stream import Stream
 from meshwen.engine.token_batch import TokenBatch
@@ -38,13 +38,9 @@ from meshwen.errors import MeshwenError
 from meshwen.parallel.distributed import to_host
 from meshwen.parallel.mesh import mesh_label
 from meshwen.runtime.jax_settings import own_settings
-from meshwen.tokenizer.chat_template import check_template_kwargs
 from meshwen.tokenizer.tokenizer import Tokenizer
 from meshwen.weights.loading import Progress, dummy_params, load_params
 from meshwen.weights.saving import held_tensors
-
-# Text, token ids, or the messages of a conversation.
-AnyPrompt = str | Iterable[int] | Sequence[Mapping[str, Any]]
 
 
 class CausalLM:
@@ -80,7 +76,9 @@ class CausalLM:
         self.tokenizer = tokenizer
         check_generation_config(dict(generation_config), "generation_config")
         self.generation_config = MappingProxyType(dict(generation_config))
-        self._warned: set[str] = set()
+        self._prompts = Prompts(
+            tokenizer, self.generation_config, fresh_seeds=not self.mesh.is_multi_process
+        )
         self.runner = runner
         self.engine = Engine(
             runner,
@@ -262,7 +260,7 @@ class CausalLM:
         Raises:
             MeshwenError: see `Engine.save_prefix`.
         """
-        tokens = self._prompt_tokens(prompt, {"add_generation_prompt": False})
+        tokens = self._prompts.token_ids(prompt, {"add_generation_prompt": False})
         return self.engine.save_prefix(path, tokens, overwrite=truth("overwrite", overwrite))
 
     def load_prefix(self, path: str | PathLike[str]) -> int:
@@ -382,32 +380,7 @@ class CausalLM:
 
         What would change tokens and is not supported of them is warned of once.
         """
-        variables = check_template_kwargs(chat_template_kwargs or {})
-        params = SamplingParams.from_generation_config(self.generation_config, **sampling)
-        if sampling.get("seed") is None and not self.mesh.is_multi_process:
-            params = with_fresh_seed(params)
-        lost = unsupported(self.generation_config, greedy=params.temperature == 0)
-        if lost and lost not in self._warned:
-            self._warned.add(lost)
-            warnings.warn(f"generation_config: {lost}", stacklevel=2)
-        given = one_prompt(prompt)
-        if variables and isinstance(given, tuple | str):
-            raise MeshwenError(
-                "chat_template_kwargs are for conversations, and this prompt is "
-                f"{'text' if isinstance(given, str) else 'token ids'}: leave them out"
-            )
-        return Request(self._prompt_tokens(given, variables), params)
-
-    def _prompt_tokens(self, prompt: AnyPrompt, variables: Mapping[str, Any]) -> tuple[int, ...]:
-        """A prompt's ids; `variables` are for the chat template of a conversation."""
-        given = one_prompt(prompt)
-        if isinstance(given, tuple):
-            return given
-        if self.tokenizer is None:
-            raise MeshwenError("this model has no tokenizer: give prompts as token ids")
-        if isinstance(given, str):
-            return tuple(self.tokenizer.encode(given))
-        return tuple(self.tokenizer.encode_chat(given, **variables))
+        return self._prompts.request(prompt, chat_template_kwargs or {}, sampling)
 
 
 class Qwen2ForCausalLM(CausalLM):
