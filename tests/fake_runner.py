@@ -71,15 +71,15 @@ class FakeRunner:
                 array[part, new] = array[part, old]
         return cache
 
-    def forward(self, cache, inputs, asked):
+    def forward(self, cache, inputs):
         states = self._states(cache, inputs)
-        if asked is None:
-            return states.reshape(-1), cache
-        assert asked.min() >= 0
-        return np.take_along_axis(states, *self._split(asked), axis=1).reshape(-1), cache
+        if inputs.asked is not None:
+            asked = np.maximum(*self._split(inputs.asked), 0)
+            states = np.take_along_axis(states, asked, axis=1)
+        return states.reshape(-1), cache
 
     def step(self, cache, inputs, rows, penalized, method):
-        states, cache = self.forward(cache, inputs, None)
+        states, cache = self.forward(cache, inputs.of_all())
         return self._sampled(states, inputs, rows), penalized, cache
 
     def sample(self, hidden, inputs, rows, penalized, method):

@@ -112,7 +112,7 @@ class MeshModel:
         token_ids = np.asarray(token_ids, np.int32)
         inputs, blocks = self.inputs(token_ids, start, cache), len(cache[0].keys)
         compiled = self.compiled(*token_ids.shape, blocks=blocks)
-        out, cache = compiled(self.params, cache, *inputs[:5])
+        out, cache = compiled(self.params, cache, inputs.of_all())
         return np.asarray(out).reshape(*token_ids.shape, -1), cache
 
     def inputs(self, token_ids: np.ndarray, start, cache: KVCache) -> StepInputs:
@@ -149,19 +149,18 @@ class MeshModel:
             else:
                 cache = self.runner.empty_blocks(blocks // self.plan.data_devices)
                 inputs = self.inputs(tokens, np.zeros(batch, np.int32), cache)
-                where = ("batch", "batch", "batch", "batch", "batch length")
                 program = self.runner.compiled(
                     _paged_logits_step,
-                    (self.runner.cache_axes, *where),
+                    (self.runner.cache_axes, "batch"),
                     ("batch vocab", self.runner.cache_axes),
                 )
-                lowered = program.lower(self.params, cache, *inputs[:5])
+                lowered = program.lower(self.params, cache, inputs.of_all())
             self._compiled[key] = lowered.compile()
         return self._compiled[key]
 
 
-def _paged_logits_step(params, cache, *where, model):
-    x, cache = steps.forward_step(params, cache, *where, None, model=model)
+def _paged_logits_step(params, cache, inputs, model):
+    x, cache = steps.forward_step(params, cache, inputs, model=model)
     return model.logits(params, x), cache
 
 

@@ -410,7 +410,7 @@ def test_a_step_consumes_the_cache_it_is_given():
     assert tokens.is_deleted()
     assert all(array.is_deleted() for array in jax.tree.leaves(cache))
     inputs = one_sequence(1, 1, start=3)
-    hidden, last = runner.forward(after, inputs, inputs.asked)
+    hidden, last = runner.forward(after, inputs)
     assert all(array.is_deleted() for array in jax.tree.leaves(after))
     alive = jax.tree.leaves((sampled, seen_after, hidden, last, runner.params))
     assert not any(array.is_deleted() for array in alive)
@@ -426,8 +426,7 @@ def test_a_step_copies_no_layer_of_the_cache(tokens, dtype, kernel, head_dim, mo
         monkeypatch.setattr("meshwen.ops.cpu.kernels.instruction_set", lambda: None)
     runner = MeshModel(replace(ONE_LAYER, head_dim=head_dim), "1", dtype=dtype).runner
     cache, inputs = runner.empty_blocks(9), one_sequence(tokens, tokens, blocks=3)
-    arguments = (runner.params, cache, *inputs[:5], inputs.asked)
-    program = runner.forward_program.lower(*arguments).compile().as_text()
+    program = runner.forward_program.lower(runner.params, cache, inputs).compile().as_text()
     assert ("meshwen_paged_attention" in program) == kernel
     for array in cache[0]:
         shape = rf"\[{','.join(map(str, array.shape))}\]"
@@ -459,7 +458,7 @@ def test_the_sampler_gathers_its_candidates_only(mesh, rows_a_device, sampling, 
         parts, rows_a_device, rows_a_device, tables_in_order(len(parts), rows_a_device, 1)
     )
     lowered = runner.sampling_program.lower(
-        runner.params, runner.empty_blocks(5), *inputs, rows, None, method=method
+        runner.params, runner.empty_blocks(5), inputs, rows, None, method=method
     )
     gathered = _GATHER.findall(lowered.compile().as_text())
     shape = f"{rows_a_device},{runner.plan.model_devices * candidates}"

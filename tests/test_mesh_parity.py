@@ -129,14 +129,12 @@ def test_prefill_communicates_no_more_and_decoding_only_its_best_tokens(mesh):
     expected = [("all-reduce", n)] * (2 * SMALL_7B.num_hidden_layers + 1)
     start = np.zeros(BATCH, np.int32)
     prompts = model.inputs(np.zeros((BATCH, CHUNK), np.int32), start, cache)
-    prefill = runner.forward_program.lower(
-        runner.params, cache, *prompts[:5], np.maximum(prompts.asked, 0)
-    )
+    prefill = runner.forward_program.lower(runner.params, cache, prompts)
     assert collectives(prefill.compile().as_text()) == expected
     greedy = [SamplingParams()] * BATCH
     method, rows = SamplingMethod.of(greedy, SMALL_7B.vocab_size), SamplerRows.of(greedy)
     tokens = model.inputs(start[:, None], start, cache)
-    decode = runner.sampling_program.lower(runner.params, cache, *tokens, rows, None, method=method)
+    decode = runner.sampling_program.lower(runner.params, cache, tokens, rows, None, method=method)
     # The likeliest token of each part of the vocabulary: its logit and its id.
     assert collectives(decode.compile().as_text()) == expected + [("all-gather", n)] * 2
 

@@ -4,6 +4,7 @@
 import gc
 import sys
 import weakref
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -54,6 +55,20 @@ def test_each_shape_and_static_value_has_a_program_of_its_own():
     assert len(table) == 3
     other(x, axis=1)
     assert len(table) == 4
+
+
+class Pair(NamedTuple):
+    left: np.ndarray
+    right: np.ndarray | None
+
+
+def test_each_shape_of_a_named_tuples_fields_has_a_program_of_its_own():
+    table = ProgramTable(9)
+    first = ShapedProgram(table, lambda: Jitted(lambda pair: pair.left))
+    x = np.ones(3, np.float32)
+    for right in (None, x, x[:2], None):
+        first(Pair(x, right))
+    assert len(table) == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

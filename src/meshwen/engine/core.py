@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import jax
-import numpy as np
 
 from meshwen.cache.block_manager import BlockManager
 from meshwen.cache.budget import KVCachePlan
@@ -113,8 +112,8 @@ class EngineCore:
         scores = any(chunk.scored for chunk in plan)
         if not plan.samples:
             inputs = self._inputs(plan)
-            asked = None if scores else np.zeros_like(inputs.asked)
-            hidden, self.cache = self.runner.forward(self.cache, inputs, asked)
+            inputs = inputs.of_all() if scores else inputs
+            hidden, self.cache = self.runner.forward(self.cache, inputs)
             if scores:
                 score_prompts(self.runner, plan, hidden)
             # Whoever waits for the end of a step, as Ctrl-C does, waits for one, not for all.
@@ -127,7 +126,7 @@ class EngineCore:
         rows = sampler.rows_of_step({row: chunk.sequence for row, chunk, _ in plan.sampled()})
         how = rows, sampler.penalized, sampler.method
         if scores:
-            hidden, self.cache = self.runner.forward(self.cache, inputs, None)
+            hidden, self.cache = self.runner.forward(self.cache, inputs.of_all())
             score_prompts(self.runner, plan, hidden)
             sampled, penalized = self.runner.sample(hidden, inputs, *how)
         else:

@@ -50,26 +50,25 @@ class ModelRunner:
         self.logits_program = self.compiled(
             steps.logits_step, ("batch length",), "batch length vocab"
         )
-        where = ("batch", "batch", "batch", "batch", "batch length")
         self.forward_program = self.compiled(
             steps.forward_step,
-            (self.cache_axes, *where, "batch"),
+            (self.cache_axes, "batch"),
             ("batch embed", self.cache_axes),
             donate=(1,),
         )
         self.sampling_program = self.compiled(
             steps.sampling_step,
-            (self.cache_axes, *where, "batch", "batch", _ROWS, "batch vocab"),
+            (self.cache_axes, "batch", _ROWS, "batch vocab"),
             ("batch", "batch vocab", self.cache_axes),
             static="method",
-            donate=(1, 10),
+            donate=(1, 4),
         )
         self.sample_program = self.compiled(
             steps.sample_step,
-            ("batch embed", "batch", "batch", _ROWS, "batch vocab"),
+            ("batch embed", "batch", _ROWS, "batch vocab"),
             ("batch", "batch vocab"),
             static="method",
-            donate=(5,),
+            donate=(4,),
         )
         self._logprobs = self.compiled(
             prompt_logprobs_step, ("batch embed", "batch"), "batch", static="top"
@@ -129,18 +128,18 @@ class ModelRunner:
         """
         return self.logits_program(self.params, token_ids)
 
-    def forward(self, cache: KVCache, inputs: StepInputs, asked: ArrayLike | None) -> Any:
+    def forward(self, cache: KVCache, inputs: StepInputs) -> Any:
         """Takes tokens of sequences into the cache.
 
         Args:
             cache: KV blocks, donated.
             inputs: the tokens.
-            asked: int32 [P*B], indices of a part's tokens; None: all N.
 
         Returns:
-            The final hidden states of the tokens asked for, float32 [P*B, D], and the cache.
+            The final hidden states of the tokens asked for, float32 [P*B, D], or of all N; and the
+            cache.
         """
-        return self.forward_program(self.params, cache, *inputs[:5], asked)
+        return self.forward_program(self.params, cache, inputs)
 
     def step(
         self,
@@ -163,7 +162,7 @@ class ModelRunner:
         Returns:
             What follows each token asked for, [P*B], `penalized` with these, and the cache.
         """
-        return self.sampling_program(self.params, cache, *inputs, rows, penalized, method=method)
+        return self.sampling_program(self.params, cache, inputs, rows, penalized, method=method)
 
     def sample(
         self,
@@ -180,9 +179,7 @@ class ModelRunner:
             inputs, rows, penalized, method: as `step` takes them; there are no drafts.
         """
         assert inputs.sampler_rows is None
-        return self.sample_program(
-            self.params, hidden, inputs.positions, inputs.asked, rows, penalized, method=method
-        )
+        return self.sample_program(self.params, hidden, inputs, rows, penalized, method=method)
 
     def logprobs(self, hidden: Array, targets: ArrayLike, top: int) -> Logprobs:
         """Log-probabilities of tokens that follow others.

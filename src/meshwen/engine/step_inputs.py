@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,16 +14,34 @@ from meshwen.runtime.shape_buckets import power_of_two
 class StepInputs(NamedTuple):
     """A step's tokens as programs take them: of each of the P parts of the batch equally many.
 
-    Indices and block numbers are a part's own; axes say what one part has.
+    Indices and block numbers are a part's own; axes say what one part has. Each device's step gets
+    those of its part.
+
+    Attributes:
+        token_ids: int32 [P*N].
+        positions, query_starts, lengths, tables: int32 [P*N], [P*(R+1)], [P*R], [P*R, W]: see
+            `meshwen.ops.paged.PagedTokens`.
+        asked: int32 [P*B], the tokens after which one is sampled; -1: none. None: all, and nothing
+            is sampled.
+        sampler_rows: int32 [P*B], their sequences; None: each row's own, B = R.
     """
 
-    token_ids: np.ndarray  # int32 [P*N]
-    positions: np.ndarray  # int32 [P*N]
-    query_starts: np.ndarray  # int32 [P*(R+1)]
-    lengths: np.ndarray  # int32 [P*R]
-    tables: np.ndarray  # int32 [P*R, W]
-    asked: np.ndarray  # int32 [P*B], the tokens after which one is sampled; -1: none
-    sampler_rows: np.ndarray | None  # int32 [P*B], their sequences; None: each row's own, B = R
+    token_ids: Any
+    positions: Any
+    query_starts: Any
+    lengths: Any
+    tables: Any
+    asked: Any
+    sampler_rows: Any
+
+    @property
+    def where(self) -> tuple[Any, Any, Any, Any]:
+        """Where the tokens are, and what they see: positions, query_starts, lengths, tables."""
+        return self[1:5]
+
+    def of_all(self) -> StepInputs:
+        """The same tokens, all of which are asked for."""
+        return self._replace(asked=None, sampler_rows=None)
 
 
 class RowTokens(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int32
 from meshwen.cache.kv_cache import KVCache
 from meshwen.engine.penalties import Penalized, mark_penalized
 from meshwen.engine.sampling import NO_TOKEN, Sampled, SamplerRows, SamplingMethod, sample
+from meshwen.engine.step_inputs import StepInputs
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.ops.attention import RowTokens
 from meshwen.ops.paged import PagedTokens
@@ -30,39 +31,30 @@ def logits_step(
 def forward_step(
     params: Params,
     cache: KVCache,
-    token_ids: Int32[Array, " N"],
-    positions: Int32[Array, " N"],
-    query_starts: Int32[Array, " R1"],
-    lengths: Int32[Array, " R"],
-    tables: Int32[Array, "R W"],
-    asked: Int32[Array, " B"] | None,
+    inputs: StepInputs,
     *,
     model: ParallelModel,
 ) -> tuple[Float32[Array, "asked D"], KVCache]:
-    """Final hidden states of some tokens of sequences, and the cache with all of them.
+    """Final hidden states of tokens of sequences, and the cache with all of them.
+
+    The states are those of the tokens asked for (where none is, of any), or of all.
 
     Args:
         params: this device's weights.
         cache: KV blocks.
-        token_ids: of the tokens.
-        positions, query_starts, lengths, tables: see `meshwen.ops.paged.PagedTokens`.
-        asked: indices of the tokens whose states are asked for, at least 0; None: all.
+        inputs: the tokens.
         model: the model.
     """
-    tokens = PagedTokens.of(positions, query_starts, lengths, tables, model.backend.block_size)
-    return model.hidden_states(params, token_ids, tokens, cache, last=asked)
+    token_ids, asked = inputs.token_ids, inputs.asked
+    index = None if asked is None else jnp.maximum(asked, 0)
+    tokens = PagedTokens.of(*inputs.where, model.backend.block_size)
+    return model.hidden_states(params, token_ids, tokens, cache, last=index)
 
 
 def sampling_step(
     params: Params,
     cache: KVCache,
-    token_ids: Int32[Array, " N"],
-    positions: Int32[Array, " N"],
-    query_starts: Int32[Array, " R1"],
-    lengths: Int32[Array, " R"],
-    tables: Int32[Array, "R W"],
-    asked: Int32[Array, " B"],
-    sampler_rows: Int32[Array, " B"] | None,
+    inputs: StepInputs,
     rows: SamplerRows,
     penalized: Penalized | None,
     *,
@@ -70,24 +62,15 @@ def sampling_step(
     model: ParallelModel,
 ) -> tuple[Sampled, Penalized | None, KVCache]:
     """The tokens that follow some tokens of sequences: see `ModelRunner.step`."""
-    index = jnp.maximum(asked, 0)
-    x, cache = forward_step(
-        params, cache, token_ids, positions, query_starts, lengths, tables, index, model=model
-    )
-    following = positions[index] + 1
-    if sampler_rows is not None:
-        rows = jax.tree.map(lambda parameter: parameter[sampler_rows], rows)
-    sampled, penalized = _sampled(
-        params, x, following, asked, rows, penalized, method=method, model=model
-    )
+    x, cache = forward_step(params, cache, inputs, model=model)
+    sampled, penalized = _sampled(params, x, inputs, rows, penalized, method=method, model=model)
     return sampled, penalized, cache
 
 
 def sample_step(
     params: Params,
     hidden: Float32[Array, "N D"],
-    positions: Int32[Array, " N"],
-    asked: Int32[Array, " B"],
+    inputs: StepInputs,
     rows: SamplerRows,
     penalized: Penalized | None,
     *,
@@ -95,23 +78,25 @@ def sample_step(
     model: ParallelModel,
 ) -> tuple[Sampled, Penalized | None]:
     """What `sampling_step` samples, from the final hidden states of all tokens of a step."""
-    index = jnp.maximum(asked, 0)
-    x, following = hidden[index], positions[index] + 1
-    return _sampled(params, x, following, asked, rows, penalized, method=method, model=model)
+    x = hidden[jnp.maximum(inputs.asked, 0)]
+    return _sampled(params, x, inputs, rows, penalized, method=method, model=model)
 
 
 def _sampled(
     params: Params,
     x: Float32[Array, "B D"],
-    positions: Int32[Array, " B"],
-    asked: Int32[Array, " B"],
+    inputs: StepInputs,
     rows: SamplerRows,
     penalized: Penalized | None,
     *,
     method: SamplingMethod,
     model: ParallelModel,
 ) -> tuple[Sampled, Penalized | None]:
-    """The token at each position, which follows hidden states."""
+    """What follows the tokens asked for, whose hidden states are x."""
+    asked = inputs.asked
+    positions = inputs.positions[jnp.maximum(asked, 0)] + 1
+    if inputs.sampler_rows is not None:
+        rows = jax.tree.map(lambda parameter: parameter[inputs.sampler_rows], rows)
     vocab_size, logits = model.config.vocab_size, model.logits(params, x)
     sampled = sample(logits, rows, positions, penalized, vocab_size, method, model.ops)
     if penalized is not None:

@@ -73,11 +73,15 @@ class ShapedProgram:
 
 
 def _shape(argument: Any) -> Hashable:
-    """That of a pytree's first array: those of its other arrays follow from it.
+    """Those of a named tuple's fields; of another pytree its first array's: others follow from it.
 
     Where they do not, one function has several programs, which are kept or dropped together.
     """
-    while isinstance(argument, dict | tuple) and argument:  # Not `leaves`: weights have hundreds.
-        argument = next(iter(argument.values() if isinstance(argument, dict) else argument))
+    if hasattr(argument, "shape"):
+        return argument.shape
+    if hasattr(argument, "_fields"):
+        return tuple(map(_shape, argument))
+    if isinstance(argument, dict | tuple) and argument:  # Not `leaves`: weights have hundreds.
+        return _shape(next(iter(argument.values() if isinstance(argument, dict) else argument)))
     leaves = jax.tree.leaves(argument)
     return getattr(leaves[0], "shape", leaves[0]) if leaves else None

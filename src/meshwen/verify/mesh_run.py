@@ -131,7 +131,7 @@ class MeshRun:
         params, fed, lengths = self.runner.params, self.workload.fed(), self.workload.lengths
         inputs, cache, found = self._prompts(), self._empty_cache(), []
         for step in range(self.workload.steps):
-            hidden, cache = self.runner.forward(cache, inputs, inputs.asked)
+            hidden, cache = self.runner.forward(cache, inputs)
             found.append(self._head(params, hidden))
             found[-1].block_until_ready()
             inputs = self._one_each(fed[:, step], lengths + step)
@@ -147,7 +147,7 @@ class MeshRun:
         for step in range(self.workload.steps - 1):
             tokens = found[-1] if fed is None else fed[:, step]
             inputs = self._one_each(tokens, lengths + step)
-            sampled, _, cache = self._decode(params, cache, *inputs, rows, None)
+            sampled, _, cache = self._decode(params, cache, inputs, rows, None)
             found.append(to_host(sampled.tokens))
         return np.stack(found, axis=1)
 
@@ -177,6 +177,6 @@ class MeshRun:
         row = np.zeros(self.workload.rows, np.int32)
         inputs, rows = self._one_each(row, row), self._sampler_rows
         lowered: jax.stages.Lowered = self.runner.sampling_program.lower(
-            self.runner.params, self._empty_cache(), *inputs, rows, None, method=self._method
+            self.runner.params, self._empty_cache(), inputs, rows, None, method=self._method
         )
         return lowered.compile()
