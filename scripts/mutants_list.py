@@ -732,7 +732,7 @@ FAULTS = (
     _fault(
         "blocks: those to stay free are given out",
         "cache/block_manager.py",
-        "total - len(cached)) >= reserve",
+        "total - len(cached)) >= parts[part]",
         "total - len(cached)) >= 0",
         "block_manager",
         "block_contents",

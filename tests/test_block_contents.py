@@ -109,13 +109,13 @@ class Sequences:
             found += SIZE
         return found if self.prefix_caching else 0
 
-    def begin(self, sequence, tokens, salt, reserve, use_cached, parts):
+    def begin(self, sequence, tokens, salt, use_cached, parts):
         before, free = self.state(), {part: self.free_blocks(part) for part in parts}
         blocks = -(-len(tokens) // SIZE)
-        placement = self.blocks.begin(sequence, tokens, salt, reserve, use_cached, parts)
+        placement = self.blocks.begin(sequence, tokens, salt, use_cached, parts)
         if placement is None:
             self.seen["no room"] += 1
-            assert all(count - blocks < reserve for count in free.values())
+            assert all(count - blocks < parts[part] for part, count in free.items())
             assert self.state() == before
             return
         part, cached = placement
@@ -124,21 +124,22 @@ class Sequences:
         self.tokens[sequence], self.salt[sequence] = [*tokens], salt
         self.done[sequence] = cached
         assert len(self.blocks.table(sequence)) == blocks
-        assert self.free_blocks(part) >= reserve
+        assert self.free_blocks(part) >= parts[part]
         found = {p: self.cached(tokens, salt, p) if use_cached else 0 for p in parts}
         assert cached <= found[part]
         if self.blocks.stats.evictions == self.evictions:
             self.seen["found"] += cached > 0
             assert cached == found[part]
-            if all(count - blocks >= reserve for count in free.values()):  # Any part would do.
+            if all(count - blocks >= parts[p] for p, count in free.items()):  # Any part would do.
                 assert cached == max(found.values())
         else:
             self.seen["found after evictions"] += cached > 0
 
     def begins(self, _):
-        reserve, use_cached = self.draw.choice([0, 0, 1, 3]), self.draw.random() < 0.9
-        parts = self.draw.choice([[0, 1], [0], [1]])
-        self.begin(self.new(), self.some_tokens(), self.some_salt(), reserve, use_cached, parts)
+        use_cached = self.draw.random() < 0.9
+        among = self.draw.choice([[0, 1], [0], [1]])
+        parts = {part: self.draw.choice([0, 0, 1, 3]) for part in among}
+        self.begin(self.new(), self.some_tokens(), self.some_salt(), use_cached, parts)
 
     def is_computed(self, sequence):
         if sequence is None:
@@ -207,7 +208,7 @@ class Sequences:
         tokens, salt = self.tokens[sequence], self.salt[sequence]
         self.ends(sequence)
         if tokens:
-            self.begin(sequence, tokens, salt, 0, True, range(PARTS))
+            self.begin(sequence, tokens, salt, True, dict.fromkeys(range(PARTS), 0))
 
     def is_cleared(self, _):
         self.seen["cleared"] += 1

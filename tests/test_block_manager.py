@@ -56,7 +56,7 @@ def test_where_no_block_is_free_nothing_changes():
     assert not blocks.extend(0, 13)
     assert blocks.begin(1, PROMPT[:5], b"") is None
     assert (len(blocks.table(0)), blocks.free_blocks(0)) == (2, 1)
-    assert blocks.begin(1, PROMPT[:4], b"", reserve=1) is None
+    assert blocks.begin(1, PROMPT[:4], b"", parts={0: 1}) is None
     assert blocks.begin(1, PROMPT[:4], b"") == (0, 0)
     blocks.check()
 
@@ -141,7 +141,7 @@ def test_cached_blocks_count_as_free_until_they_are_taken():
     assert blocks.free_blocks(0) == 4
     # Two of the four are the prefix, so only two are left for the rest.
     assert blocks.begin(0, [*PROMPT[:8], *range(9)], b"") is None
-    assert blocks.begin(0, [*PROMPT[:8], *range(8)], b"", reserve=1) is None
+    assert blocks.begin(0, [*PROMPT[:8], *range(8)], b"", parts={0: 1}) is None
     assert blocks.begin(0, [*PROMPT[:8], *range(8)], b"") == (0, 8)
     assert blocks.free_blocks(0) == 0
     blocks.check()
@@ -159,22 +159,30 @@ def test_the_beginning_of_a_prefix_is_evicted_last():
 def test_the_part_with_most_of_it_cached_is_chosen_then_the_emptiest():
     blocks = manager(parts=3)
     assert [blocks.begin(n, [n] * 8, b"").part for n in range(3)] == [0, 1, 2]
-    assert blocks.begin(3, [3] * 8, b"", parts=[1, 2]).part == 1
+    assert blocks.begin(3, [3] * 8, b"", parts={1: 0, 2: 0}).part == 1
     assert blocks.begin(4, [4] * 9, b"").part == 0
-    ran(blocks, 5, PROMPT, parts=[1])
+    ran(blocks, 5, PROMPT, parts={1: 0})
     assert ran(blocks, 6, PROMPT) == (1, 8)
-    assert ran(blocks, 7, PROMPT, parts=[0, 2]) == (2, 0)
-    assert blocks.begin(8, PROMPT, b"", parts=[]) is None
+    assert ran(blocks, 7, PROMPT, parts={0: 0, 2: 0}) == (2, 0)
+    assert blocks.begin(8, PROMPT, b"", parts={}) is None
     # Where the one with the prefix has no room, another has.
     assert blocks.extend(1, 4 * (2 + blocks.free_blocks(1)))
     assert ran(blocks, 9, PROMPT) == (2, 8)
 
 
+def test_each_part_keeps_as_many_blocks_free_as_it_must():
+    blocks = manager(parts=2, num_blocks=4)
+    assert blocks.begin(0, [0] * 8, b"", parts={0: 2, 1: 2}) is None
+    assert blocks.begin(0, [0] * 8, b"", parts={0: 2, 1: 1}) == (1, 0)
+    assert blocks.begin(1, [1] * 8, b"", parts={0: 1, 1: 0}) == (0, 0)
+    blocks.check()
+
+
 def test_equally_many_free_blocks_leave_it_to_the_fewest_sequences():
     blocks = manager(parts=2)
-    blocks.begin(0, [0] * 4, b"", parts=[0])
-    blocks.begin(1, [1] * 4, b"", parts=[0])
-    blocks.begin(2, [2] * 8, b"", parts=[1])
+    blocks.begin(0, [0] * 4, b"", parts={0: 0})
+    blocks.begin(1, [1] * 4, b"", parts={0: 0})
+    blocks.begin(2, [2] * 8, b"", parts={1: 0})
     assert blocks.begin(3, [3] * 4, b"").part == 1
     blocks.free(0)
     blocks.free(1)

@@ -208,6 +208,18 @@ def test_a_part_without_a_free_row_takes_no_request_though_it_has_its_prefix():
     assert one.rows == [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3)]
 
 
+def test_a_part_keeps_a_block_free_for_each_of_its_own_answers_alone():
+    one = Scheduling(seqs=6, budget=100, usable=4, parts=2)
+    for number in range(3):
+        one.add(sequence(number, prompt(4, 10 * number), limit=9))
+    assert one.step().keys() == {0, 1, 2}
+    assert one.rows == [(0, 0, 0), (0, 1, 2), (1, 0, 1)]
+    # The answers take a second block each, which leaves the second part two: one is for its answer.
+    one.add(sequence(3, prompt(4, 40), limit=9))
+    assert 3 in one.step()
+    assert (1, 1, 3) in one.rows
+
+
 def test_there_are_as_many_rows_as_parts_at_least():
     one = Scheduling(seqs=1, parts=4)
     one.add(*(sequence(n, [n]) for n in range(5)))

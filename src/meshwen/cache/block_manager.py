@@ -8,7 +8,7 @@ the digests of its full blocks, each of which covers everything before the block
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import ceil
@@ -114,9 +114,8 @@ class BlockManager:
         sequence: int,
         tokens: Sequence[int],
         salt: bytes,
-        reserve: int = 0,
         use_cached: bool = True,
-        parts: Iterable[int] | None = None,
+        parts: Mapping[int, int] | None = None,
     ) -> Placement | None:
         """Places a new sequence, with blocks for all its tokens.
 
@@ -127,22 +126,22 @@ class BlockManager:
             sequence: its number.
             tokens: what it begins with. At least one is left to compute, so that something follows.
             salt: sequences share blocks only where theirs are alike.
-            reserve: blocks that must stay free in its part.
             use_cached: whether to look for its prefix.
-            parts: that may take it; None: all.
+            parts: that may take it, each with how many of its blocks must stay free then; None: all
+                parts, to their last block.
 
         Returns:
             None where no part has enough blocks; then nothing has changed.
         """
-        among = range(len(self._pools)) if parts is None else parts
+        parts = dict.fromkeys(range(len(self._pools)), 0) if parts is None else parts
         looks = use_cached and self.prefix_caching
         root = _root(salt)
-        digests, found = self._find(tokens if looks else (), root, among)
+        digests, found = self._find(tokens if looks else (), root, parts)
         total = self._blocks(len(tokens))
         fitting = [
             part
             for part, cached in found.items()
-            if self._left(part, cached, total - len(cached)) >= reserve
+            if self._left(part, cached, total - len(cached)) >= parts[part]
         ]
         if not fitting:
             return None

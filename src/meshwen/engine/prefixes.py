@@ -131,7 +131,7 @@ class Prefixes:
         salt = prefix.cache_salt.encode()
         numbers = {part: -1 - part for part in range(self._plan.parts)}  # No sequence has them.
         for part, number in numbers.items():
-            placed = blocks.begin(number, tokens, salt, use_cached=False, parts=[part])
+            placed = blocks.begin(number, tokens, salt, use_cached=False, parts={part: 0})
             assert placed is not None, "there is no room"
         tables = [blocks.table(number) for number in numbers.values()]
         self._core.cache = self._blocks.written(self._core.cache, tables, prefix)

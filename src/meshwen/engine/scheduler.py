@@ -133,21 +133,19 @@ class Scheduler:
 
     def _begin_next(self, left: list[int]) -> tuple[int, SequenceState] | None:
         """Gives the sequence that has waited longest a row; None where there is none for it."""
-        parts = [
-            part
+        # A block for the next token of all in the part, so that it need not give way at once.
+        parts = {
+            part: len(running)
             for part, running in enumerate(self._running)
             if left[part] > 0 and len(running) < self._most_rows
-        ]
+        }
         if not self._waiting or not parts:
             return None
         one = self._waiting[0]
-        # A block for the next token of all, so that it need not give way at once.
-        reserve = max(map(len, self._running))
         placed = self._blocks.begin(
             one.number,
             one.token_ids,
             one.salt,
-            reserve,
             # Log-probabilities of a prompt follow from all of it.
             use_cached=one.prompt_logprobs is None or one.prompt_logprobs.is_complete,
             parts=parts,
