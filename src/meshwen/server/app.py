@@ -23,7 +23,7 @@ from meshwen.server.serving import Serving
 logger = logging.getLogger(__name__)
 
 # Modules of `meshwen.server` that have a `router`.
-ROUTERS: tuple[str, ...] = ("page",)
+ROUTERS: tuple[str, ...] = ("page", "chat", "completions", "tokens")
 
 
 def create_app(serving: Serving) -> FastAPI:

@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
 
@@ -15,10 +14,9 @@ from meshwen.engine.request import Completion, Event, Request
 from meshwen.errors import MeshwenError
 from meshwen.server.engine_thread import Answers
 from meshwen.server.errors import ApiError
+from meshwen.server.options import ServerOptions
+from meshwen.server.parsing import OutputParser, PlainText, ToolCallDelta
 from meshwen.server.serving import Serving
-
-if TYPE_CHECKING:
-    from meshwen.server.parsing import OutputParser, ToolCallDelta
 
 # The events of a step, with the number of their request; an error; or the end of a request.
 _Found = tuple[int, list[Event]] | Exception | None
@@ -31,10 +29,12 @@ class Generation:
     Attributes:
         requests: the engine's, several where there are several prompts.
         parser: makes the parser of one answer: text to content, reasoning and tool calls.
+        scoring: no answer is asked for: the one token that the engine gives is dropped.
     """
 
     requests: tuple[Request, ...]
-    parser: Callable[[], OutputParser]
+    parser: Callable[[], OutputParser] = PlainText
+    scoring: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Delta:
         event: the token, with its log-probabilities.
         finish_reason: with the last token: "stop", "length" or "tool_calls".
         completion: with the last token, the whole answer.
+        dropped: the token is no part of the answer.
     """
 
     index: int
@@ -58,15 +59,17 @@ class Delta:
     event: Event
     finish_reason: str | None
     completion: Completion | None
+    dropped: bool = False
 
 
 async def generate(
     serving: Serving, generation: Generation, http_request: HttpRequest
 ) -> AsyncGenerator[list[Delta], None]:
-    """Yields what each step of the engine adds; first, once nothing is to be refused, nothing.
+    """Yields what each step of the engine adds; an empty list where nothing came for some seconds.
 
-    So who streams asks for the first list before the response begins. Closing the iterator, a
-    client that goes away, and an error cancel what is unfinished.
+    The first list is empty, and comes when nothing is to be refused any more: who streams waits
+    for it before the response begins. Closing the iterator, a client that goes away, and an error
+    cancel what is unfinished.
 
     Args:
         serving: the model.
@@ -86,22 +89,22 @@ async def generate(
         except MeshwenError as error:
             raise ApiError(400, str(error)) from None
         yield []
-        steps = _steps(answers, http_request, _timeout(serving))
+        steps = _steps(answers, http_request, serving.options)
         async with aclosing(steps):
             async for number, events in steps:
-                yield [_delta(starts[number] + one.choice, one, parsers) for one in events]
+                indices = [starts[number] + event.choice for event in events]
+                yield [
+                    _delta(index, event, parsers[index], generation.scoring)
+                    for index, event in zip(indices, events, strict=True)
+                ]
 
 
-def _timeout(serving: Serving) -> float | None:
-    """The most seconds that a request may take; None: any."""
-    return getattr(serving.options, "request_timeout", None) or None
-
-
-def _delta(index: int, event: Event, parsers: Sequence[OutputParser]) -> Delta:
-    parser = parsers[index]
+def _delta(index: int, event: Event, parser: OutputParser, scoring: bool) -> Delta:
     done = event.completion
     if done is not None and done.error is not None:
         raise ApiError(500, done.error)
+    if scoring:
+        return Delta(index, "", "", (), event, "length" if done else None, done, dropped=True)
     parsed = [parser.push(event.text)]
     reason: str | None = None
     if done is not None:
@@ -120,22 +123,21 @@ def _delta(index: int, event: Event, parsers: Sequence[OutputParser]) -> Delta:
 
 
 async def _steps(
-    answers: Sequence[Answers], http_request: HttpRequest, seconds: float | None
+    answers: Sequence[Answers], http_request: HttpRequest, options: ServerOptions
 ) -> AsyncGenerator[tuple[int, list[Event]], None]:
     """Yields the events of each step, with the number of the request that they belong to.
 
-    Whatever may come, events, errors, the client's end, the time limit, comes by one queue.
+    Whatever may come, events, errors, the client's end, the time limit, comes by one inbox.
     """
-    found: asyncio.Queue[_Found] = asyncio.Queue()
-    tasks = [asyncio.create_task(_pump(i, one, found)) for i, one in enumerate(answers)]
-    tasks.append(asyncio.create_task(_watch(http_request, found)))
-    late = ApiError(504, f"the answer took longer than {seconds} s", code="timeout")
-    loop = asyncio.get_running_loop()
-    timer = None if seconds is None else loop.call_later(seconds, found.put_nowait, late)
+    inbox = _Inbox(options.stream_keep_alive)
+    tasks = [asyncio.create_task(_pump(i, one, inbox)) for i, one in enumerate(answers)]
+    tasks.append(asyncio.create_task(_watch(http_request, inbox)))
+    if seconds := getattr(options, "request_timeout", None):
+        inbox.put_later(seconds, ApiError(504, f"the answer took longer than {seconds:g} s"))
     try:
         left = len(answers)
         while left:
-            one = await found.get()
+            one = await inbox.get()
             if isinstance(one, Exception):
                 raise one
             if one is None:
@@ -143,25 +145,65 @@ async def _steps(
             else:
                 yield one
     finally:
+        inbox.close()
         for task in tasks:
             task.cancel()
-        if timer is not None:
+
+
+class _Inbox:
+    """What comes for one HTTP request, from several tasks.
+
+    Args:
+        idle_seconds: where nothing comes for so long, a step without events does; 0: never.
+    """
+
+    def __init__(self, idle_seconds: float):
+        self._queue: asyncio.Queue[_Found] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._idle_seconds, self._idle = idle_seconds, False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._look()
+
+    def put(self, found: _Found) -> None:
+        """Adds something."""
+        self._idle = False
+        self._queue.put_nowait(found)
+
+    def put_later(self, seconds: float, error: Exception) -> None:
+        """Adds an error after some time."""
+        self._timers["late"] = self._loop.call_later(seconds, self.put, error)
+
+    async def get(self) -> _Found:
+        """Waits for what comes next."""
+        return await self._queue.get()
+
+    def close(self) -> None:
+        """Lets nothing come any more by itself."""
+        for timer in self._timers.values():
             timer.cancel()
 
+    def _look(self) -> None:
+        """Looks, once in so many seconds, whether something came since the last time."""
+        if self._idle:
+            self._queue.put_nowait((0, []))
+        self._idle = True
+        if self._idle_seconds:
+            self._timers["idle"] = self._loop.call_later(self._idle_seconds, self._look)
 
-async def _pump(number: int, answers: Answers, found: asyncio.Queue[_Found]) -> None:
-    """Puts the events of one request into the queue, and None or an error after them."""
+
+async def _pump(number: int, answers: Answers, inbox: _Inbox) -> None:
+    """Puts in the events of one request, and None or an error after them."""
     try:
         async for events in answers:
-            found.put_nowait((number, events))
+            inbox.put((number, events))
     except Exception as error:
-        found.put_nowait(error)
+        inbox.put(error)
     else:
-        found.put_nowait(None)
+        inbox.put(None)
 
 
-async def _watch(http_request: HttpRequest, found: asyncio.Queue[_Found]) -> None:
-    """Puts an error into the queue when the client goes away."""
+async def _watch(http_request: HttpRequest, inbox: _Inbox) -> None:
+    """Puts in an error when the client goes away."""
     while (await http_request.receive())["type"] != "http.disconnect":
         pass
-    found.put_nowait(ApiError(499, "the client has gone"))
+    inbox.put(ApiError(499, "the client has gone"))

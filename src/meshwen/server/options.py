@@ -41,6 +41,18 @@ class ServerOptions:
         "none: not apart. auto: think, where the chat template has </think>.",
         choices=REASONING_PARSERS,
     )
+    stream_keep_alive: float = option(
+        10.0,
+        "Seconds after which a stream that has nothing new sends a comment, so that proxies keep "
+        "the connection; 0: never.",
+        type=float,
+        least=0,
+    )
+    enable_prompt_tokens_details: bool = option(
+        False,
+        "Say how many of a prompt's tokens were in the KV cache; that depends on earlier requests.",
+        type=bool,
+    )
 
 
 documented(ServerOptions, "Attributes, with their defaults")(ServerOptions)
