@@ -130,6 +130,15 @@ def test_a_line_end_within_a_string_is_written_as_json_has_it():
     assert parse(call("now", '{"a": "x\ny\t"}')) == ("", [("now", '{"a": "x\\ny\\t"}')])
 
 
+def test_an_escape_of_half_a_character_breaks_a_call():
+    whole = '{"a": "\\ud83c\\udfd4"}'
+    assert parse(call("now", whole)) == ("", [("now", whole)])
+    content, calls = parse(call("now", '{"a": "\\ud83c"}'))
+    assert (content, calls) == ('"}}\n</tool_call>', [("now", '{"a": "\\ud83c')])
+    content, calls = parse(call("now", '{"a": "\\udfd4"}'))
+    assert (content, calls) == ('fd4"}}\n</tool_call>', [("now", '{"a": "\\ud')])
+
+
 def test_a_call_begins_with_its_arguments_and_goes_on_piece_by_piece():
     parser = ToolCalls(TOOLS)
     assert not parser.push('<tool_call>\n{"name": "now", "arguments":')

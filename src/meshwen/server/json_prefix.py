@@ -12,7 +12,7 @@ class JsonPrefix:
     """A JSON value as far as it has come.
 
     A raw control character within a string, which models write and JSON does not have, is taken for
-    its escape.
+    its escape. An escape of half a character is refused, as nobody could print it.
 
     Attributes:
         state: what may come next; "after" a value, and "value", "name", "next name", "colon" before
@@ -84,10 +84,18 @@ _STEPS: dict[str, dict[str, str]] = {
     "colon": {":": "value"},
     "after": {},
     "escape": _to("string", '"\\/bfnrt') | {"u": "4 digits"},
-    "4 digits": _to("3 digits", _HEX),
+    "4 digits": _to("3 digits", _HEX) | _to("D", "dD"),
     "3 digits": _to("2 digits", _HEX),
     "2 digits": _to("1 digit", _HEX),
     "1 digit": _to("string", _HEX),
+    # \uD800 to \uDBFF is half of a character; the other half must follow: \uDC00 to \uDFFF.
+    "D": _to("2 digits", "01234567") | _to("half's 2 digits", "89abAB"),
+    "half's 2 digits": _to("half's 1 digit", _HEX),
+    "half's 1 digit": _to("other half", _HEX),
+    "other half": {"\\": "its u"},
+    "its u": {"u": "its D"},
+    "its D": _to("its C", "dD"),
+    "its C": _to("2 digits", "cdefCDEF"),
     "minus": {"0": "zero"} | _to("whole", _DIGITS[1:]),
     "zero": _POINT | _POWER,
     "whole": _to("whole", _DIGITS) | _POINT | _POWER,
