@@ -38,15 +38,19 @@ async def create_chat_completion(body: ChatRequest, http_request: HttpRequest) -
     serving: Serving = http_request.app.state.serving
     check_model(serving, body.model)
     check_no_prompt_logprobs_in_stream(body, body.stream)
-    generation = await _generation(serving, body)
+    generation = await generation_of(serving, body)
     steps = generate(serving, generation, http_request)
     if body.stream:
         return await event_stream(steps, _ChatEvents(serving, body, generation))
     return json_response(await _whole(steps, serving, body, generation))
 
 
-async def _generation(serving: Serving, body: ChatRequest) -> Generation:
-    """What is asked of the engine."""
+async def generation_of(serving: Serving, body: ChatRequest) -> Generation:
+    """What a request asks of the engine.
+
+    Raises:
+        ApiError: 400: it cannot be asked.
+    """
     tools = _callable_tools(body)
     grammar = _grammar(body)
     sampling = body.sampling_params(
@@ -54,7 +58,7 @@ async def _generation(serving: Serving, body: ChatRequest) -> Generation:
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    prompt = await _prompt(serving, body, tools)
+    prompt = await prompt_of(serving, body)
     parser = parser_of(
         serving,
         prompt,
@@ -85,9 +89,19 @@ def _grammar(body: ChatRequest) -> str | None:
     return None
 
 
-async def _prompt(
-    serving: Serving, body: ChatRequest, tools: list[dict[str, Any]]
+async def prompt_of(
+    serving: Serving, body: ChatRequest, *, limited: bool = True
 ) -> tuple[int, ...]:
+    """A request's prompt.
+
+    Args:
+        serving: the model.
+        body: the request.
+        limited: whether there must be room for an answer.
+
+    Raises:
+        ApiError: 400: it has none.
+    """
     variables: dict[str, Any] = {}
     try:
         variables |= check_template_kwargs(body.chat_template_kwargs or {})
@@ -115,15 +129,17 @@ async def _prompt(
     return await chat_prompt(
         serving,
         [one.for_template(f"messages[{i}]") for i, one in enumerate(body.messages)],
-        tools=tools or None,
+        tools=_callable_tools(body) or None,
         add_generation_prompt=opens,
+        limited=limited,
         **variables,
     )
 
 
 # What the request sets by fields of its own.
 _OWN_FIELDS = {
-    *("tools", "documents", "add_generation_prompt", "continue_final_message", "param", "serving"),
+    *("tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("param", "limited", "serving"),
 }
 
 

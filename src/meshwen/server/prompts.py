@@ -21,6 +21,7 @@ async def chat_prompt(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     param: str = "messages",
+    limited: bool = True,
     **variables: Any,
 ) -> tuple[int, ...]:
     """A conversation's token ids, by the checkpoint's chat template.
@@ -31,6 +32,7 @@ async def chat_prompt(
         tools: those that may be called.
         add_generation_prompt: end with the opening of the assistant's turn.
         param: the request's field that has the messages, for errors.
+        limited: whether there must be room for an answer.
         variables: `continue_final_message`, `documents`, and further variables of the template.
 
     Raises:
@@ -39,7 +41,10 @@ async def chat_prompt(
     encode = partial(
         _tokenizer(serving).encode_chat, messages, tools, add_generation_prompt, **variables
     )
-    return await _checked(serving, encode, param, "messages")
+    ids = await _encoded(encode, param)
+    if limited:
+        check_length(serving, len(ids), param, "messages")
+    return ids
 
 
 async def text_prompt(
@@ -51,7 +56,9 @@ async def text_prompt(
         ApiError: 400: it is too long, or the model has no tokenizer.
     """
     encode = partial(_tokenizer(serving).encode, text, add_special_tokens=add_special_tokens)
-    return await _checked(serving, encode, param, "prompt")
+    ids = await _encoded(encode, param)
+    check_length(serving, len(ids), param)
+    return ids
 
 
 def check_length(serving: Serving, length: int, param: str, what: str = "prompt") -> None:
@@ -83,12 +90,8 @@ def _tokenizer(serving: Serving) -> Tokenizer:
     return serving.tokenizer
 
 
-async def _checked(
-    serving: Serving, encode: Callable[[], list[int]], param: str, what: str
-) -> tuple[int, ...]:
+async def _encoded(encode: Callable[[], list[int]], param: str) -> tuple[int, ...]:
     try:
-        ids = await asyncio.to_thread(encode)
+        return tuple(await asyncio.to_thread(encode))
     except MeshwenError as error:
         raise ApiError(400, str(error), param=param) from None
-    check_length(serving, len(ids), param, what)
-    return tuple(ids)
