@@ -29,6 +29,7 @@ from meshwen.engine.request import Completion, Event, Request, Timings, check_pr
 from meshwen.models.registry import config_from_json
 from meshwen.server.app import create_app
 from meshwen.server.engine_thread import EngineThread
+from meshwen.server.metrics import Metrics
 from meshwen.server.options import ServerOptions
 from meshwen.server.serving import Serving
 from meshwen.tokenizer.tokenizer import Tokenizer
@@ -301,7 +302,10 @@ async def serving(
     """
     engine = script if isinstance(script, ScriptedEngine) else ScriptedEngine(script)
     given = ServerOptions(**options)
-    thread = EngineThread(engine, given.max_queue, engine.slots)
+    names = given.served_model_name or ("demo",)
+    metrics = Metrics(names[0])
+    thread = EngineThread(engine, given.max_queue, engine.slots, metrics.meter)
+    metrics.watch(thread)
     thread.start()
     shared = Serving(
         engine=thread,
@@ -309,10 +313,11 @@ async def serving(
         config=config(),
         max_model_len=MAX_MODEL_LEN,
         generation_config={} if generation_config is None else generation_config,
-        names=given.served_model_name or ("demo",),
+        names=names,
         fingerprint="fp_test",
         options=given,
         created=CREATED,
+        metrics=metrics,
     )
     app = create_app(shared)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -10,7 +10,7 @@ import pytest
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
-from meshwen.server.engine_thread import EngineThread
+from meshwen.server.engine_thread import EngineThread, Meter
 from meshwen.server.errors import ApiError
 from serving import EOS, PATIENCE, ScriptedEngine, in_loop, tokenizer
 
@@ -370,23 +370,27 @@ async def test_a_thread_that_was_not_started_is_closed():
 async def test_the_meter_is_told_of_each_request_and_event_in_the_event_loop():
     seen, threads = [], set()
 
-    def meter(request):
-        seen.append(request)
-        threads.add(threading.current_thread())
+    class Telling(Meter):
+        def __init__(self, request):
+            self._note(request)
 
-        def events(found):
-            seen.extend(event.token for event in found)
+        def events(self, found):
+            self._note(*(event.token for event in found))
+
+        def end(self):
+            self._note("end")
+
+        def _note(self, *what):
+            seen.extend(what)
             threads.add(threading.current_thread())
-
-        return events
 
     one = request()
     async with (
-        started(ScriptedEngine(TEXT), meter=meter) as thread,
+        started(ScriptedEngine(TEXT), meter=Telling) as thread,
         thread.answering(one) as answers,
     ):
         await tokens(answers)
-    assert seen == [one, *TOKENS]
+    assert seen == [one, *TOKENS, "end"]
     assert threads == {threading.main_thread()}
 
 

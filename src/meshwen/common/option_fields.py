@@ -29,6 +29,7 @@ class Option:
         most: the most.
         many: it is a list of such values.
         parse: of type object, from its name and what was given to the value, or an error.
+        secret: no text that is made of the dataclass shows it.
     """
 
     help: str
@@ -38,6 +39,7 @@ class Option:
     most: int | None = None
     many: bool = False
     parse: Callable[[str, Any], Any] | None = None
+    secret: bool = False
 
     @property
     def range(self) -> str:
@@ -100,7 +102,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
         help: what it means.
         limits: further fields of `Option`.
     """
-    return field(default=default, metadata={_KEY: Option(help, **limits)})
+    one = Option(help, **limits)
+    return field(default=default, metadata={_KEY: one}, repr=not one.secret)
 
 
 def options_of(kind: type) -> dict[str, Option]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -11,19 +10,28 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 import meshwen
 from meshwen.common.arguments import brief
 from meshwen.errors import MeshwenError
+from meshwen.server.asgi import error_response
 from meshwen.server.errors import ApiError
+from meshwen.server.http_guard import HttpGuard
+from meshwen.server.options import ServerOptions
+from meshwen.server.request_log import RequestLog
 from meshwen.server.serving import Serving
 
-logger = logging.getLogger(__name__)
-
 # Modules of `meshwen.server` that have a `router`.
-ROUTERS: tuple[str, ...] = ("page", "chat", "completions", "tokens")
+ROUTERS: tuple[str, ...] = (
+    "admin",
+    "page",
+    "chat",
+    "completions",
+    "tokens",
+)
 
 
 def create_app(serving: Serving) -> FastAPI:
@@ -37,30 +45,39 @@ def create_app(serving: Serving) -> FastAPI:
         version=meshwen.__version__,
         docs_url=None,  # Its page would load scripts from elsewhere.
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers={
             ApiError: _refused,
             MeshwenError: _refused,
             RequestValidationError: _invalid,
             HTTPException: _no_such,
-            Exception: _failed,
         },
     )
     app.state.serving = serving
     for router in _routers():
         app.include_router(router)
+    _add_layers(app, serving.options)
     return app
+
+
+def _add_layers(app: FastAPI, options: ServerOptions) -> None:
+    """What a request passes through before its handler; the last one added is the first."""
+    app.add_middleware(HttpGuard, options.api_keys(), options.max_body_size)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    app.add_middleware(RequestLog, options.access_log)
 
 
 def _routers() -> list[Any]:
     from importlib import import_module
 
     return [import_module(f"meshwen.server.{name}").router for name in ROUTERS]
-
-
-def error_response(path: str, error: ApiError) -> Response:
-    """An error in the shape that the clients of a path know: OpenAI's or Anthropic's."""
-    body = error.anthropic() if path.startswith("/v1/messages") else error.openai()
-    return JSONResponse(body, error.status, error.headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -111,11 +128,3 @@ async def _no_such(request: Request, error: Exception) -> Response:
         405: f"{brief(path)} does not take {method}",
     }.get(error.status_code, str(error.detail or HTTPStatus(error.status_code).phrase))
     return error_response(path, ApiError(error.status_code, text, headers=error.headers))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """A defect: what it was is for the log alone."""
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(
-        request.url.path, ApiError(500, "the server failed; its log says why", code="internal")
-    )

@@ -24,9 +24,17 @@ logger = logging.getLogger(__name__)
 
 _UNHEALTHY = 3  # Steps that failed one after the other.
 
-# Told of a request when it is asked for; what it returns, of the events of each step that has some.
-Meter = Callable[[Request], Callable[[list[Event]], None]]
 _Found = list[Event] | ApiError | None
+
+
+class Meter:
+    """Is told what becomes of one request, in the event loop; this one does nothing with it."""
+
+    def events(self, found: list[Event]) -> None:
+        """The events of a step came."""
+
+    def end(self) -> None:
+        """Nobody waits any more: all has come, or what is missing will not."""
 
 
 class Stepping(Protocol):
@@ -63,12 +71,14 @@ class Answers:
         begun: a token has come.
         ended: the last one has, or an error.
         dropped: nobody waits for them any more.
+        request: what was asked.
+        meter: what is told of it.
     """
 
-    def __init__(self, request: Request, meter: Callable[[list[Event]], None]) -> None:
+    def __init__(self, request: Request, meter: Meter) -> None:
         self.request = request
         self.begun = self.ended = self.dropped = False
-        self._meter = meter
+        self.meter = meter
         self._steps: asyncio.Queue[_Found] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
@@ -86,7 +96,7 @@ class Answers:
         """Adds the events of a step; an error or None is the last. For the event loop's thread."""
         if isinstance(found, list):
             self.begun = True
-            self._meter(found)
+            self.meter.events(found)
         else:
             self.ended = True
         self._steps.put_nowait(found)
@@ -99,7 +109,7 @@ class EngineThread:
         engine: the engine, of which nobody else may call more than `check` from now on.
         max_queue: answers that may wait beyond `slots`; requests for more are refused.
         slots: answers that are computed at the same time.
-        meter: is told of all requests and events, in the event loop.
+        meter: gives each request, when it is asked for, what is told of it.
 
     Attributes:
         failures: steps that broke off.
@@ -110,7 +120,7 @@ class EngineThread:
         engine: Stepping,
         max_queue: int,
         slots: int = 1,
-        meter: Meter = lambda request: lambda events: None,
+        meter: Callable[[Request], Meter] = lambda request: Meter(),
     ):
         self._engine, self._room, self._meter = engine, max_queue + slots, meter
         self._max_queue = max_queue
@@ -180,6 +190,7 @@ class EngineThread:
         finally:
             self._open.discard(answers)
             answers.dropped = True
+            answers.meter.end()
             if not answers.ended:
                 with suppress(ApiError):
                     self._ask(answers, None)

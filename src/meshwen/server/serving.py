@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meshwen.engine.cache_stats import CacheStats
 from meshwen.models.config import ModelConfig
 from meshwen.server.engine_thread import EngineThread
 from meshwen.server.layout import Layout
+from meshwen.server.metrics import Metrics
 from meshwen.server.options import ServerOptions
 from meshwen.tokenizer.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class Serving:
         created: when, in seconds since 1970.
         layout: how it lies on its mesh; None: it is not known.
         cache_stats: says how full the KV cache is; None: it is not known.
+        metrics: counts what is done.
     """
 
     engine: EngineThread
@@ -44,3 +46,4 @@ class Serving:
     created: int
     layout: Layout | None = None
     cache_stats: Callable[[], CacheStats] | None = None
+    metrics: Metrics = field(default_factory=lambda: Metrics("unknown"))

@@ -24,7 +24,7 @@ def engine_state(serving: Serving) -> dict[str, Any]:
         "seconds": time.monotonic(),
         "running": serving.engine.running,
         "waiting": serving.engine.waiting,
-        "generated_tokens": None,
+        "generated_tokens": serving.metrics.generated_tokens,
         "cache": stats,
         "mesh": None if serving.layout is None else serving.layout.to_json(),
     }
