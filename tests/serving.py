@@ -139,7 +139,7 @@ class ScriptedEngine:
         self.requests.append(request)
         for choice in range(request.sampling.n):
             tokens = [*tokenizer().encode(self._script(request, choice)), EOS]
-            text = AnswerText(tokenizer(), request.sampling.stop)
+            text = AnswerText(tokenizer(), request.sampling.stop, request.sampling.include_stop)
             self._live.append(_Answer(request, number, choice, tokens, text, on_event))
         return number
 

@@ -578,3 +578,21 @@ def test_text_is_cut_at_the_first_stop_string_and_no_part_of_one_is_shown(pieces
             return
     assert shown + found.finish() == "".join(itertools.compress(written, is_text)) == found.shown
     assert not found.stopped
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([("ab", ""), ("cd", ""), ("ef", "")], ["a", "bcd"]),
+        ([("abcd", "")], ["abcd"]),
+        ([("xb", ""), ("y", "")], ["x", "by"]),
+        ([("ab", "<end>"), ("more", "")], ["ab<end>"]),
+    ],
+)
+def test_a_stop_string_that_is_included_is_the_end_of_the_text(pieces, expected):
+    found = StopText(["bcd", "<end>"], include=True)
+    shown = [text for piece in pieces if (text := found.push(*piece))]
+    assert shown == expected
+    assert found.finish() == ""
+    assert found.shown == "".join(expected)
+    assert found.stopped == (pieces[0] != ("xb", ""))

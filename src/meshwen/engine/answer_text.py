@@ -15,12 +15,15 @@ class AnswerText:
     Args:
         tokenizer: turns tokens into text; None leaves the text empty.
         stop: strings that end the answer.
+        include_stop: the one that ends it is part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
+    def __init__(
+        self, tokenizer: Tokenizer | None, stop: Sequence[str], include_stop: bool = False
+    ):
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
-        self._text = StopText(stop)
+        self._text = StopText(stop, include_stop)
 
     @property
     def shown(self) -> str:
@@ -50,7 +53,7 @@ class AnswerText:
 
 
 class StopText:
-    """Text that ends at the first stop string, and never shows a part of one.
+    """Text that ends at the first stop string, and never shows a part of one: all of it or none.
 
     Special tokens are no part of the text, but stop strings are found in what is written with them.
 
@@ -59,10 +62,10 @@ class StopText:
         stop_string: the stop string that has come, after which nothing is shown; None: none has.
     """
 
-    def __init__(self, stop: Sequence[str]):
+    def __init__(self, stop: Sequence[str], include: bool = False):
         self.shown = ""
         self.stop_string: str | None = None
-        self._stop = tuple(stop)
+        self._stop, self._include = tuple(stop), include
         self._held: deque[tuple[str, bool]] = deque()  # Pieces, and whether each is to be shown.
 
     @property
@@ -79,7 +82,10 @@ class StopText:
         found = {s: at for s in self._stop if (at := written.find(s)) >= 0}
         if found:
             self.stop_string = min(found, key=found.__getitem__)
-            return self._show(found[self.stop_string])
+            shown = self._show(found[self.stop_string])
+            end = self.stop_string if self._include else ""
+            self.shown += end
+            return shown + end
         return self._show(len(written) - self._possible_stop(written))
 
     def finish(self) -> str:

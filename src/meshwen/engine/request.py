@@ -72,7 +72,8 @@ class Completion:
     Attributes:
         prompt_tokens: the prompt's ids.
         tokens: the answer's ids, an end-of-text or stop token included.
-        text: the answer without special tokens, and without the stop string that ended it.
+        text: the answer without special tokens, and without the stop string that ended it (unless
+            `include_stop` was asked for).
         finish_reason: "stop" at an end-of-text token, stop token or stop string, "length" at a
             limit, "error" where the model gave no next token.
         logprobs: log-probability of each token, when asked for.

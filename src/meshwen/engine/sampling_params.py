@@ -113,6 +113,12 @@ class SamplingParams:
     stop: tuple[str, ...] = option(
         (), "End the answer before this text or special token.", many=True
     )
+    include_stop: bool = option(
+        False,
+        "The stop string that ends the answer is part of its text. Elsewhere called "
+        "include_stop_str_in_output.",
+        type=bool,
+    )
     stop_token_ids: tuple[int, ...] = option(
         (), "Token ids that end the answer, as its last token.", type=int, many=True
     )
@@ -136,7 +142,7 @@ class SamplingParams:
         for check, names in (
             (whole_number, _WHOLE),
             (number, _REAL),
-            (truth, ("ignore_eos", "logprobs", "prompt_logprobs")),
+            (truth, ("include_stop", "ignore_eos", "logprobs", "prompt_logprobs")),
             (_ids, _IDS),
             (_runs, ("bad_words_ids",)),
             (_biases, ("logit_bias",)),

@@ -91,7 +91,7 @@ class SharedCore:
             limit,
             eos,
             on_event,
-            AnswerText(self._tokenizer, request.sampling.stop),
+            AnswerText(self._tokenizer, request.sampling.stop, request.sampling.include_stop),
             TokenConstraints.of(request, limit, eos, self.core.runner.config.vocab_size),
             request.cache_salt.encode("utf-8", "surrogatepass"),
             choice=choice,

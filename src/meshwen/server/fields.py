@@ -151,11 +151,11 @@ class SamplingFields(Fields):
                 f"min_tokens must be at most the {max_tokens} of an answer, not {self.min_tokens}",
                 param="min_tokens",
             )
-        further |= _stop_included(self.include_stop_str_in_output)
         try:
             params = SamplingParams.from_generation_config(
                 serving.generation_config,
                 **{name: getattr(self, name) for name in _SAME},
+                include_stop=self.include_stop_str_in_output,
                 top_k=None if self.top_k is None else max(self.top_k, 0),
                 seed=None if self.seed is None else self.seed % (1 << 32),
                 min_new_tokens=None if self.min_tokens is None else min(self.min_tokens, most),
@@ -176,18 +176,6 @@ _SAME = (
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "n", "stop", "stop_token_ids", "ignore_eos"),
 )
-
-
-def _stop_included(asked: bool | None) -> dict[str, Any]:
-    if not asked:
-        return {}
-    if "include_stop" not in SamplingParams.__dataclass_fields__:
-        raise ApiError(
-            400,
-            "include_stop_str_in_output is not supported",
-            param="include_stop_str_in_output",
-        )
-    return {"include_stop": True}
 
 
 class RequestFields(Fields):
