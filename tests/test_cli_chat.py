@@ -19,7 +19,7 @@ from prompt_toolkit.output import DummyOutput
 from meshwen import Qwen2ForCausalLM
 from meshwen.cli import chat as chat_module
 from meshwen.cli import main
-from meshwen.cli.conversation import Conversation
+from meshwen.cli.conversation import LoadedConversation
 from meshwen.cli.terminal_input import CommandCompleter, typed_turns
 from meshwen.engine.request import Completion, Event, Timings
 from meshwen.engine.runner import ModelRunner
@@ -158,7 +158,7 @@ def test_a_turn_that_the_model_has_no_token_for_is_forgotten(speller):
         run=lambda requests: Stream(lambda: next(events, None), lambda: None),
     )
     tokenizer = Tokenizer.from_folder(speller)
-    conversation = Conversation(SimpleNamespace(engine=engine), tokenizer, SamplingParams())
+    conversation = LoadedConversation(SimpleNamespace(engine=engine), tokenizer, SamplingParams())
     assert [event.completion for event in conversation.say("one")] == [failed]
     assert conversation.messages == []
 

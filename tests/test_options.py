@@ -24,6 +24,7 @@ SAMPLING = {
 }
 MEMORY = {"max_model_len", "kv_cache_memory", "prefix_caching"}
 PROCESSES = {"coordinator", "num_processes", "process_id", "coordinator_timeout"}
+ASKED_SERVER = {"url", "api_key", "timeout"}
 ASKING = {
     *(LOADING - {"mesh"}),
     *MEMORY,
@@ -45,7 +46,8 @@ COMMANDS = {
     | MEMORY
     | PROCESSES
     | {"model", "prompt_lookup_num_tokens", "system", "load"}
-    | {"chat_template_kwargs", "load_prefix"},
+    | {"chat_template_kwargs", "load_prefix"}
+    | ASKED_SERVER,
     "bench": LOADING
     | PROCESSES
     | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"}
@@ -55,7 +57,7 @@ COMMANDS = {
     | PROCESSES
     | {"model", "meshes", "prompts", "max_new_tokens", "golden", "reference", "json", "html"}
     | {"against", "self_test", "activations", "tolerance", "pcc"},
-    "eval gsm8k": ASKING | PROCESSES | {"mesh"},
+    "eval gsm8k": ASKING | PROCESSES | ASKED_SERVER | {"mesh", "concurrency"},
     "eval meshes": ASKING | PROCESSES | {"meshes", "require"},
     "eval compare": {"require", "html", "json"},
 }

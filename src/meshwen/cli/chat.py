@@ -15,12 +15,14 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
-from meshwen.cli.conversation import Conversation, load_conversation
+from meshwen.cli.conversation import Conversation, LoadedConversation, load_conversation
 from meshwen.cli.files import check_readable
 from meshwen.cli.interrupt import ctrl_c
 from meshwen.cli.load import load_model, opened, put_prefix, sampling_params, settings_shown
 from meshwen.cli.option_groups import with_groups
-from meshwen.cli.prompts import ignored_fields, read_template_kwargs
+from meshwen.cli.prompts import Prompt, ignored_fields, read_template_kwargs
+from meshwen.cli.served import AskedServer, ModelOrServed, asked_server, refuse_engine
+from meshwen.cli.served_conversation import served_conversation
 from meshwen.common.arguments import meant
 from meshwen.common.json_files import parse_json, to_json
 from meshwen.engine.options import EngineOptions
@@ -51,10 +53,12 @@ _COMMANDS = ("/help", "/reset", "/retry", "/save", "/set", "/system", *_LEAVE)
 @with_groups(
     engine=options.engine_options(*options.LOADING, *options.MEMORY, "prompt_lookup_num_tokens"),
     given=options.sampling_options(*options.SAMPLING),
+    server=asked_server,
 )
 def chat(
-    model: options.Model = "demo",
+    model: ModelOrServed = None,
     *,
+    server: AskedServer | None,
     engine: EngineOptions,
     given: Mapping[str, Any],
     system: options.System = None,
@@ -71,35 +75,25 @@ def chat(
     load_prefix: options.LoadPrefix = None,
     debug: options.Debug = False,
 ) -> None:
-    """Chat with a model.
+    """Chat with a model, or with a server by --url.
 
     /help lists the commands of a chat. Where stdin is a pipe, each line of it is a turn. Answers go
     to stdout, everything else to stderr.
     """
-    from meshwen.tokenizer.tokenizer import Tokenizer
-
-    check_readable(load_prefix)
     variables = read_template_kwargs(chat_template_kwargs)
     if sys.stdin is None:  # Closed, as `<&-` does.
         raise MeshwenError(
             "there is nothing to answer: stdin is closed; use a terminal, or pipe turns in"
         )
-    engine.make_mesh()  # Refuses a mesh without its devices before loading.
     before = None if load is None else load_conversation(load)
     if before is not None and (ignored := ignored_fields([before], returned=False)):
         note(ignored)
-    with opened(model, engine) as checkpoint:
-        sampling = sampling_params(checkpoint, given)
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        if tokenizer is None:
-            raise MeshwenError(
-                f"{model} has no tokenizer, so it cannot chat: give a checkpoint that has one"
-            )
-        loaded = load_model(checkpoint, tokenizer, replace(engine, max_num_seqs=1))
-    put_prefix(loaded, load_prefix)
-    conversation = Conversation(loaded, tokenizer, sampling, before)
+    if server is None:
+        conversation = _with_model(model or "demo", engine, given, before, load_prefix)
+    else:
+        refuse_engine(engine, EngineOptions(), load_prefix=load_prefix)
+        conversation = served_conversation(server, model, given, before)
     conversation.template_kwargs = variables
-    conversation.keeps_seed = given["seed"] is not None
     if system is not None:
         conversation.set_system(system)
     interactive = sys.stdin.isatty()
@@ -113,6 +107,32 @@ def chat(
             if not interactive:
                 raise
             note(str(error))
+
+
+def _with_model(
+    model: str,
+    engine: EngineOptions,
+    given: Mapping[str, Any],
+    before: Prompt | None,
+    load_prefix: Path | None,
+) -> Conversation:
+    """A conversation with a model, which it loads."""
+    from meshwen.tokenizer.tokenizer import Tokenizer
+
+    check_readable(load_prefix)
+    engine.make_mesh()  # Refuses a mesh without its devices before loading.
+    with opened(model, engine) as checkpoint:
+        sampling = sampling_params(checkpoint, given)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        if tokenizer is None:
+            raise MeshwenError(
+                f"{model} has no tokenizer, so it cannot chat: give a checkpoint that has one"
+            )
+        loaded = load_model(checkpoint, tokenizer, replace(engine, max_num_seqs=1))
+    put_prefix(loaded, load_prefix)
+    conversation = LoadedConversation(loaded, tokenizer, sampling, before)
+    conversation.keeps_seed = given["seed"] is not None
+    return conversation
 
 
 def _take(line: str, conversation: Conversation, interactive: bool) -> bool:
@@ -131,7 +151,7 @@ def _take(line: str, conversation: Conversation, interactive: bool) -> bool:
 def _again(conversation: Conversation) -> str:
     """What to answer again."""
     text = conversation.take_back()
-    if conversation.sampling.temperature == 0:
+    if conversation.greedy:
         note("(at temperature 0 the answer is the same: /set temperature 0.7 draws others)")
     else:
         _renew_seed(conversation)
@@ -173,7 +193,7 @@ def _obey(command: str, argument: str, conversation: Conversation) -> bool:
 
 def _set(argument: str, conversation: Conversation) -> None:
     """Changes a sampling parameter, or shows all."""
-    settings = settings_shown(conversation.sampling)
+    settings = conversation.settings
     name, _, text = argument.partition(" ")
     name = name.replace("-", "_")  # As the options are written.
     if name:
@@ -195,11 +215,10 @@ def _set(argument: str, conversation: Conversation) -> None:
             "max_length",
         )
         changed = {name: value, "max_new_tokens_asked": asked}
-        conversation.sampling = replace(conversation.sampling, **changed)
-        conversation.keeps_seed |= name == "seed"
+        conversation.set(replace(conversation.sampling, **changed), name)
         if not drew:
             _renew_seed(conversation)
-        settings = {name: settings_shown(conversation.sampling)[name]}
+        settings = {name: conversation.settings[name]}
     note("\n".join(f"{name} {to_json(value)}" for name, value in settings.items()))
 
 

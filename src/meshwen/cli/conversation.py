@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from meshwen.cli.load import settings_shown
 from meshwen.cli.prompts import Prompt, read_prompts
 from meshwen.common.json_files import shown, to_json
 from meshwen.common.paths import user_path
@@ -16,8 +18,17 @@ if TYPE_CHECKING:
     from meshwen.causal_lm import CausalLM
     from meshwen.engine.request import Completion, Event
     from meshwen.engine.sampling_params import SamplingParams
-    from meshwen.engine.stream import Stream
     from meshwen.tokenizer.tokenizer import Tokenizer
+
+
+class Answering(Protocol):
+    """The tokens of an answer that is being made."""
+
+    def __iter__(self) -> Iterator[Event]:
+        """Yields them."""
+
+    def close(self) -> None:
+        """Ends the answer; any thread, and a signal's handler, may call it."""
 
 
 class Conversation:
@@ -31,16 +42,10 @@ class Conversation:
         keeps_seed: the user chose the seed: other answers are not drawn with others.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Tokenizer,
-        sampling: SamplingParams,
-        before: Prompt | None = None,
-    ):
+    def __init__(self, sampling: SamplingParams, before: Prompt | None = None):
         """Goes on with the conversation that was had before, if any."""
-        self._model, self._tokenizer, self.sampling = model, tokenizer, sampling
-        self._running: Stream[Event] | None = None
+        self.sampling = sampling
+        self._running: Answering | None = None
         self._last: str | None = None  # What the user said.
         self.keeps_seed = False
         self.template_kwargs: dict[str, Any] = {}
@@ -72,32 +77,23 @@ class Conversation:
         Raises:
             MeshwenError: the conversation no longer fits the context; it stays as it was.
         """
-        from meshwen.engine.request import Request
-        from meshwen.engine.sampling import NO_TOKEN
-
         messages = [*self.messages, _message("user", text)]
-        token_ids = self._tokenizer.encode_chat(
-            messages, **self.template_kwargs | self.template_fields
-        )
-        context = self._model.engine.max_model_len
-        if len(token_ids) >= context:
-            raise MeshwenError(
-                f"with this turn the conversation has {len(token_ids)} tokens, which leaves no "
-                f"room for an answer in the model's context of {context}: say less, or begin anew "
-                "with /reset (/save FILE keeps what was said)"
-            )
+        running = self._answering(messages)
         before, self.messages, self._last = self.messages, messages, text
         answer, tokens = "", 0
         try:
-            request = Request(tuple(token_ids), self.sampling)
-            with self._model.engine.run([request]) as self._running:
-                for event in self._running:
-                    answer, tokens = answer + event.text, tokens + (event.token != NO_TOKEN)
+            with closing(running) as self._running:
+                for event in running:
+                    answer, tokens = answer + event.text, tokens + (event.token >= 0)
                     yield event
         finally:
             self._running = None
             said = [*messages, _message("assistant", answer)]
             self.messages = said if tokens else before
+
+    def _answering(self, messages: list[Any]) -> Answering:
+        """The answer to what was said."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Ends the answer that is being made, between two steps of the engine; any thread may."""
@@ -117,14 +113,28 @@ class Conversation:
             raise MeshwenError("nothing was said yet, so there is nothing to say again")
         return self._last
 
+    @property
+    def greedy(self) -> bool:
+        """Whether an answer is the same whenever it is drawn."""
+        return self.sampling.temperature == 0
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The sampling parameters by name, for the user."""
+        return settings_shown(self.sampling)
+
+    def set(self, sampling: SamplingParams, name: str) -> None:
+        """Takes sampling parameters in which the user has changed the one of this name."""
+        self.sampling = sampling
+        self.keeps_seed |= name == "seed"
+
     def prefilled(self) -> tuple[int, int] | None:
         """Tokens of the prompt that the model has read, and of how many; None: it reads none."""
-        return self._model.engine.prefilled
+        return None
 
     def is_full(self, completion: Completion) -> bool:
-        """Whether an answer ended because the context was full."""
-        length = len(completion.prompt_tokens) + len(completion.tokens)
-        return length >= self._model.engine.max_model_len
+        """Whether an answer ended because the context was full, as far as is known."""
+        return False
 
     def save(self, path: Path) -> None:
         """Appends the conversation to a file: one JSON object on a line.
@@ -141,6 +151,44 @@ class Conversation:
                 file.write(f"{line}\n")
         except OSError as error:
             raise MeshwenError(f"cannot write {path}: {error.strerror}") from None
+
+
+class LoadedConversation(Conversation):
+    """A conversation with a model that this process has loaded."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        before: Prompt | None = None,
+    ):
+        super().__init__(sampling, before)
+        self._model, self._tokenizer = model, tokenizer
+
+    def prefilled(self) -> tuple[int, int] | None:
+        """Tokens of the prompt that the model has read, and of how many; None: it reads none."""
+        return self._model.engine.prefilled
+
+    def is_full(self, completion: Completion) -> bool:
+        """Whether an answer ended because the context was full."""
+        length = len(completion.prompt_tokens) + len(completion.tokens)
+        return length >= self._model.engine.max_model_len
+
+    def _answering(self, messages: list[Any]) -> Answering:
+        from meshwen.engine.request import Request
+
+        token_ids = self._tokenizer.encode_chat(
+            messages, **self.template_kwargs | self.template_fields
+        )
+        context = self._model.engine.max_model_len
+        if len(token_ids) >= context:
+            raise MeshwenError(
+                f"with this turn the conversation has {len(token_ids)} tokens, which leaves no "
+                f"room for an answer in the model's context of {context}: say less, or begin anew "
+                "with /reset (/save FILE keeps what was said)"
+            )
+        return self._model.engine.run([Request(tuple(token_ids), self.sampling)])
 
 
 def load_conversation(path: Path) -> Prompt:

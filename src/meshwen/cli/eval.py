@@ -15,6 +15,7 @@ from meshwen.cli import options
 from meshwen.cli.console import note, write
 from meshwen.cli.eval_options import Asked, asking
 from meshwen.cli.eval_run import Evaluation
+from meshwen.cli.eval_served import score_server
 from meshwen.cli.eval_tables import print_comparison, print_meshes, print_summary
 from meshwen.cli.files import check_writable, write_text
 from meshwen.cli.option_groups import with_groups
@@ -67,7 +68,7 @@ Require = Annotated[
 
 @app.command()
 @over_processes
-@with_groups(asked=asking("mesh", "numerics"))
+@with_groups(asked=asking("mesh", "numerics", served=True))
 def gsm8k(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The run file to write.")],
     *,
@@ -77,7 +78,7 @@ def gsm8k(
     as_json: AsJson = False,
     debug: options.Debug = False,
 ) -> None:
-    """Score a model on GSM8K, or on problems in its form.
+    """Score a model on GSM8K, or on problems in its form; with --url, one that a server has.
 
     Each answer is written to the run file as soon as it is complete. --resume continues a run that
     was interrupted.
@@ -86,7 +87,10 @@ def gsm8k(
 
     _check_report(html, [out])
     shared("run files", lambda: _check_file(out, resume))
-    run, found = Evaluation.begin(asked, asked.engine, out, resume).finish()
+    if asked.server is None:
+        run, found = Evaluation.begin(asked, asked.engine, out, resume).finish()
+    else:
+        run, found = score_server(asked, asked.server, out, resume)
     if as_json:
         write(to_json(found | {"settings": dict(run.settings)}))
     else:

@@ -15,6 +15,7 @@ from meshwen.cli import options
 from meshwen.cli.console import note
 from meshwen.cli.load import opened
 from meshwen.cli.option_groups import group, with_groups
+from meshwen.cli.served import AskedServer, ModelOrServed, asked_server, refuse_engine
 from meshwen.common.choices import PROMPT_STYLES
 from meshwen.common.option_fields import Option
 from meshwen.engine.options import EngineOptions
@@ -22,9 +23,12 @@ from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
 
 if TYPE_CHECKING:
+    from meshwen.client.server import Server
     from meshwen.evals.styles import Problem, PromptStyle
 
 _DEMO = "demo"
+_CONVERSATION = "qwen-boxed"
+_AT_A_TIME = 32
 
 Data = Annotated[
     Path | None,
@@ -74,6 +78,12 @@ Samples = Annotated[
         "--samples",
     ),
 ]
+Concurrency = Annotated[
+    int,
+    options.declared(
+        Option("With --url, requests at a time.", int, least=1, most=1024), "--concurrency"
+    ),
+]
 _DRAWING = group(
     dict,
     {
@@ -106,6 +116,8 @@ class Asked:
         problems: those to ask.
         data_sha256: of all problems of the data.
         examples: those that solved examples are drawn from.
+        server: that has the model; None: it is to be loaded.
+        concurrency: requests to the server at a time.
     """
 
     model: str
@@ -117,6 +129,8 @@ class Asked:
     problems: Sequence[Problem]
     data_sha256: str
     examples: Sequence[Problem]
+    server: Server | None = None
+    concurrency: int = 1
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -127,22 +141,40 @@ class Asked:
             return same_weights(checkpoint)
 
 
-def asking(*names: str, **defaults: Any) -> Callable[..., Asked]:
+def asking(*names: str, served: bool = False, **defaults: Any) -> Callable[..., Asked]:
     """The group of options of every command that asks: the command gets `Asked`.
 
     Args:
         names: fields of `EngineOptions` that are options beside those of all these commands.
+        served: whether a server may be asked.
         defaults: the same, with other defaults.
     """
     shared = "dtype", "quantization", "load_format", "revision", *options.MEMORY
     engine = options.engine_options(
-        *shared, "max_num_batched_tokens", *names, max_num_seqs=32, **defaults
+        *shared, "max_num_batched_tokens", *names, max_num_seqs=_AT_A_TIME, **defaults
     )
-    return with_groups(engine=engine, drawing=_DRAWING)(_asked)
+    model = (ModelOrServed, None) if served else (options.Model, _DEMO)
+    return with_groups(
+        model=group(lambda model: model, {"model": model}),
+        engine=engine,
+        drawing=_DRAWING,
+        server=with_groups(server=asked_server)(_served) if served else _not_served,
+    )(_asked)
+
+
+def _served(
+    server: AskedServer | None, concurrency: Concurrency = _AT_A_TIME
+) -> tuple[AskedServer, int] | None:
+    """The server to ask, and how many requests at a time. Its parameters are options."""
+    return None if server is None else (server, concurrency)
+
+
+def _not_served() -> None:
+    """No server may be asked."""
 
 
 def _asked(
-    model: options.Model = _DEMO,
+    model: str | None,
     *,
     engine: EngineOptions,
     data: Data = None,
@@ -152,20 +184,29 @@ def _asked(
     offset: Offset = 0,
     drawing: Mapping[str, Any],
     samples: Samples = 1,
+    server: tuple[AskedServer, int] | None,
 ) -> Asked:
     """Reads and checks what can be before any weight is; its parameters are options."""
     from meshwen.evals.gsm8k import data_sha256
     from meshwen.evals.styles import prompt_style as style_of
     from meshwen.parallel.distributed import shared
 
-    name, why = shared("style", lambda: _style(prompt_style, model, engine))
+    connected = None
+    if server is None:
+        loaded = model = model or _DEMO
+        name, why = shared("style", lambda: _style(prompt_style, loaded, engine))
+    else:
+        refuse_engine(engine, EngineOptions(max_num_seqs=_AT_A_TIME))
+        connected = server[0].connect()
+        model = connected.model(model)
+        name, why = _served_style(prompt_style, model)
     style = style_of(name)
     given = {name: value for name, value in drawing.items() if value is not None}
     with options.naming_flags(given):
         sampling = SamplingParams(**{"max_new_tokens": style.max_new_tokens} | given)
     if samples > 1 and sampling.temperature == 0:
         raise MeshwenError("--samples needs a --temperature: at 0, all of them are the same")
-    problems = _together("problems", lambda: _problems(data, model, engine))
+    problems = _together("problems", lambda: _problems(data, model, None if connected else engine))
     examples = _together("examples", lambda: _examples(train, style))
     chosen = problems[offset : None if limit is None else offset + limit]
     if not chosen:
@@ -182,6 +223,8 @@ def _asked(
         problems=chosen,
         data_sha256=data_sha256(problems),
         examples=examples,
+        server=connected,
+        concurrency=server[1] if server else 1,
     )
 
 
@@ -200,6 +243,16 @@ def _style(given: str | None, model: str, engine: EngineOptions) -> tuple[str, s
     return name, why
 
 
+def _served_style(given: str | None, model: str) -> tuple[str, str]:
+    """The same for a server's model, whose tokenizer is not at hand."""
+    if given is not None:
+        return given, "asked for"
+    if model == _DEMO:
+        return _DEMO, "the demo model's own"
+    note(f"prompt style {_CONVERSATION}: that of models that converse")
+    return _CONVERSATION, "the default for a server's model"
+
+
 def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Problem]:
     """Process 0 alone reads them: what it asks, all ask."""
     from meshwen.evals.styles import Problem
@@ -208,7 +261,7 @@ def _together(name: str, read: Callable[[], Sequence[Problem]]) -> Sequence[Prob
     return [Problem(**one) for one in shared(name, lambda: [asdict(one) for one in read()])]
 
 
-def _problems(data: Path | None, model: str, engine: EngineOptions) -> Sequence[Problem]:
+def _problems(data: Path | None, model: str, engine: EngineOptions | None) -> Sequence[Problem]:
     from meshwen import demo
     from meshwen.evals.problems import hub_problems, read_problems
 
@@ -216,8 +269,9 @@ def _problems(data: Path | None, model: str, engine: EngineOptions) -> Sequence[
         return read_problems(data)
     if model == _DEMO:
         return read_problems(demo.path() / "heldout.jsonl")
-    with opened(model, engine):
-        pass  # A model that is not there is to be heard of before the hub is asked for data.
+    if engine is not None:
+        with opened(model, engine):
+            pass  # A model that is not there is to be heard of before the hub is asked for data.
     return hub_problems("test")
 
 

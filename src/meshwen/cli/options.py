@@ -152,7 +152,7 @@ def _checked_engine(**given: Any) -> EngineOptions:
     """The options, with a mesh that parses; its devices are looked for by `make_mesh`."""
     with naming_flags(given):
         options = EngineOptions(**given)
-        if "mesh" in given:
+        if given.get("mesh", EngineOptions.mesh) != EngineOptions.mesh:
             from meshwen.parallel.mesh import MeshSpec  # Imports JAX.
 
             MeshSpec.parse(given["mesh"])

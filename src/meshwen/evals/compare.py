@@ -23,9 +23,10 @@ class Comparison:
         only_second: those that the second alone has right.
         p: of McNemar's exact test, two-sided; None with several samples a problem, which are not
             independent.
-        identical: answers with the same tokens.
-        parted: (problem, sample, token) of each other answer, the token being the first that
-            differs, counted from 0.
+        identical: answers with the same tokens; with the same text where a server has not told
+            the tokens of one of them.
+        parted: (problem, sample, token) of each other answer, the token, or the character, being
+            the first that differs, counted from 0.
         alone: (problem, sample) of answers that are in the first run alone, and in the second; the
             rest says nothing of them.
     """
@@ -70,7 +71,8 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
         )
     pairs = {key: (first.records[key], second.records[key]) for key in keys}
     for (problem, _), (one, other) in pairs.items():
-        for name in ("prompt_sha256", "gold"):
+        told = _has_tokens(one) and _has_tokens(other)
+        for name in ("prompt_sha256" if told else "question", "gold"):
             if one[name] != other[name]:
                 raise MeshwenError(
                     f"problem {problem} has another {name} in {second.path} than in {first.path}: "
@@ -126,9 +128,15 @@ def settings_apart(runs: Sequence[RunFile]) -> dict[str, list[Any]]:
     }
 
 
+def _has_tokens(record: Record) -> bool:
+    """Whether the tokens of an answer are known, and so those of its prompt."""
+    return bool(record["tokens"]) or record["finish_reason"] == "error"
+
+
 def _first_difference(one: Record, other: Record) -> int | None:
-    """The index of the first token that differs; past the end of one, its length."""
-    ours, theirs = one["tokens"], other["tokens"]
+    """The index of the first token, or character, that differs; past one's end, its length."""
+    what = "tokens" if _has_tokens(one) and _has_tokens(other) else "text"
+    ours, theirs = one[what], other[what]
     if ours == theirs:
         return None
     pairs = zip(ours, theirs, strict=False)

@@ -54,20 +54,28 @@ class Question:
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
+def prompt(
+    problem: Problem, style: PromptStyle, examples: Sequence[Problem]
+) -> str | list[dict[str, str]]:
+    """A problem as a style asks it: text to be continued, or a conversation to be answered."""
+    text = style.text(problem, examples)
+    if not style.conversation:
+        return text
+    system = [] if style.system is None else [{"role": "system", "content": style.system}]
+    return [*system, {"role": "user", "content": text}]
+
+
 def question(
     problem: Problem, style: PromptStyle, examples: Sequence[Problem], tokenizer: Tokenizer
 ) -> Question:
-    """A problem as a style asks it.
+    """A problem as a model gets it.
 
     Raises:
         MeshwenError: there is no chat template, or it fails: that is no fault of the answers.
     """
-    text = style.text(problem, examples)
-    if not style.conversation:
-        return Question(problem, tuple(tokenizer.encode(text)))
-    system = [] if style.system is None else [{"role": "system", "content": style.system}]
-    messages = [*system, {"role": "user", "content": text}]
-    return Question(problem, tuple(tokenizer.encode_chat(messages)))
+    asked = prompt(problem, style, examples)
+    ids = tokenizer.encode(asked) if isinstance(asked, str) else tokenizer.encode_chat(asked)
+    return Question(problem, tuple(ids))
 
 
 def answer_all(
@@ -102,13 +110,13 @@ def answer_all(
             pending.append(one)
             requests.append(request)
         else:
-            run.write(_failed(one, error) | {"elapsed": run.seconds})
+            run.write(failed(one, error) | {"elapsed": run.seconds})
     answered = [run.records[one.key] for one in questions if one.key in run.records]
     done, right = len(answered), sum(record["correct"] for record in answered)
     for tokens, event in enumerate(engine.run(requests), start=1):
         if event.completion is not None:
             one, error = pending[event.request], event.completion.error
-            record = _failed(one, error) if error else _record(one, event.completion, style)
+            record = failed(one, error) if error else graded(one, event.completion, style)
             run.write(record | {"elapsed": round(time.perf_counter() - began, 3)})
             done, right = done + 1, right + record["correct"]
         progress(done, right, tokens)
@@ -198,7 +206,8 @@ def _refusal(one: Question, request: Request, engine: Engine) -> str | None:
     return None
 
 
-def _record(one: Question, completion: Completion, style: PromptStyle) -> Record:
+def graded(one: Question, completion: Completion, style: PromptStyle) -> Record:
+    """An answer for a run file, but for when it came."""
     answer = {"tokens": list(completion.tokens), "text": completion.text}
     return (
         _question_fields(one)
@@ -235,7 +244,8 @@ def _graded(one: Question, text: str, style: PromptStyle) -> Record:
     }
 
 
-def _failed(one: Question, error: str) -> Record:
+def failed(one: Question, error: str) -> Record:
+    """What a run file has for a question that could not be asked, but for when."""
     return _question_fields(one) | {
         "tokens": [],
         "text": "",
