@@ -31,6 +31,7 @@ ROUTERS: tuple[str, ...] = (
     "chat",
     "completions",
     "tokens",
+    "messages",
 )
 
 

@@ -58,3 +58,11 @@ def _inside(tokenizer: Tokenizer | None, prompt_tokens: Sequence[int]) -> bool:
         return False
     tail = tokenizer.decode(prompt_tokens[-_TAIL_TOKENS:], skip_special_tokens=False)
     return tail.rstrip().endswith(OPENING)
+
+
+def thinking_switch(serving: Serving) -> tuple[bool, ...]:
+    """Whether the model can be told to think before it answers, and not to."""
+    if not _reasons(serving.options, serving.tokenizer):
+        return (False,)
+    templates = serving.tokenizer.chat_templates if serving.tokenizer else ()
+    return (True, False) if any("enable_thinking" in one for one in templates) else (True,)
