@@ -7,6 +7,16 @@ from hypothesis import strategies as st
 
 from meshwen.server.parsing import OutputParser, Parsed
 
+# A chat template that shows all that a request may ask of one; THINKING opens with reasoning.
+TEMPLATE = (
+    "{% if tools %}tools:{{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' }}{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING = TEMPLATE + "{% if enable_thinking is not false %}<think>\n{% else %}</think>{% endif %}"
 CUTS = st.lists(st.integers(0, 1 << 16), max_size=12)
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from typing import Any
 
@@ -32,6 +32,7 @@ from meshwen.server.engine_thread import EngineThread
 from meshwen.server.metrics import Metrics
 from meshwen.server.options import ServerOptions
 from meshwen.server.serving import Serving
+from meshwen.tokenizer.files import read_folder
 from meshwen.tokenizer.tokenizer import Tokenizer
 
 PATIENCE = 20.0  # seconds: what should come has hung
@@ -44,9 +45,11 @@ Script = str | Callable[[Request, int], str]
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    """The demo checkpoint's."""
-    return Tokenizer.from_folder(demo.path())
+def tokenizer(template: str | None = None) -> Tokenizer:
+    """The demo checkpoint's, with its own chat template or another."""
+    if template is None:
+        return Tokenizer.from_folder(demo.path())
+    return Tokenizer(replace(read_folder(demo.path()), templates={"default": template}))
 
 
 @cache
@@ -290,6 +293,7 @@ async def serving(
     script: Script | ScriptedEngine = "Hello!",
     generation_config: Mapping[str, Any] | None = None,
     with_tokenizer: bool = True,
+    template: str | None = None,
     **options: Any,
 ) -> AsyncIterator[Server]:
     """A server over a scripted engine.
@@ -298,6 +302,7 @@ async def serving(
         script: what is answered; or the engine itself.
         generation_config: the checkpoint's sampling defaults.
         with_tokenizer: whether the model has one.
+        template: its chat template; None: the demo checkpoint's.
         options: fields of `ServerOptions`.
     """
     engine = script if isinstance(script, ScriptedEngine) else ScriptedEngine(script)
@@ -309,7 +314,7 @@ async def serving(
     thread.start()
     shared = Serving(
         engine=thread,
-        tokenizer=tokenizer() if with_tokenizer else None,
+        tokenizer=tokenizer(template) if with_tokenizer else None,
         config=config(),
         max_model_len=MAX_MODEL_LEN,
         generation_config={} if generation_config is None else generation_config,
