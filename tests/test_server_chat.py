@@ -319,9 +319,7 @@ async def test_calls_and_their_results_reach_the_template_as_objects_and_tools_a
     ]
     async with serving("H") as server:
         use_template(server, TOOL_TEMPLATE)
-        await ask(
-            server, messages=messages, tools=[TOOL], chat_template_kwargs={"flavour": "mint"}
-        )
+        await ask(server, messages=messages, tools=[TOOL], chat_template_kwargs={"flavour": "mint"})
         await ask(server, messages=messages, tools=[TOOL], tool_choice="none")
         with_tools, without = (
             tokenizer().decode(one.prompt_tokens) for one in server.engine.requests
@@ -360,6 +358,29 @@ async def test_tool_calls_are_the_same_streamed_and_whole():
     assert streamed["content"] == "Let me see."
     assert [one["function"] for one in streamed["tool_calls"]] == [one["function"] for one in calls]
     assert len(alone["choices"][0]["message"]["tool_calls"]) == 1
+
+
+@in_loop
+async def test_the_tokens_of_calls_are_listed_once_each():
+    fields = {"tools": [TOOL], "logprobs": True, "return_token_ids": True}
+    async with serving(CALLS) as server:
+        use_template(server, TOOL_TEMPLATE)
+        (choice,) = (await ask(server, **fields))["choices"]
+        parts = choices(await stream(server, **fields), 0)
+    listed = [one for part in parts for one in (part["logprobs"] or {"content": []})["content"]]
+    assert listed == choice["logprobs"]["content"]
+    tokens = [token for part in parts for token in part.get("token_ids", [])]
+    assert tokens == choice["token_ids"] == [*tokenizer().encode(CALLS), EOS]
+
+
+@in_loop
+async def test_what_only_began_like_a_call_is_content_in_the_end():
+    async with serving("Well <tool_ca") as server:
+        use_template(server, TOOL_TEMPLATE)
+        (choice,) = (await ask(server, tools=[TOOL]))["choices"]
+        found = await stream(server, tools=[TOOL])
+    assert choice["message"]["content"] == message_of(found)["content"] == "Well <tool_ca"
+    assert choice["finish_reason"] == "stop"
 
 
 @in_loop
