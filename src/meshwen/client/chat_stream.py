@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from meshwen.client.server import Server
+from meshwen.client.server import Body, Server
 from meshwen.common.json_files import Count, check_shape, parse_json, to_json
 from meshwen.errors import MeshwenError
 
@@ -82,6 +82,7 @@ class ChatStream:
 
     def __init__(self, server: Server, body: Mapping[str, Any]):
         self._server, self._closed = server, False
+        self._response: Body | None = None
         self._body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         self._found: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="chat stream", daemon=True).start()
@@ -89,6 +90,8 @@ class ChatStream:
     def close(self) -> None:
         """Ends the answer, and its iterator; a signal's handler may call it."""
         self._closed = True
+        if (response := self._response) is not None:
+            response.hang_up()
 
     def __iter__(self) -> Iterator[Piece]:
         """Yields the pieces, once.
@@ -109,9 +112,10 @@ class ChatStream:
 
     def _read(self) -> None:
         try:
-            with self._server.stream("/chat/completions", self._body) as data:
+            with self._server.stream("/chat/completions", self._body) as response:
+                self._response = response
                 writer = _Writer()
-                for event in events(data):
+                for event in events(response):
                     if self._closed:
                         return
                     self._found.put(writer.piece(self._chunk(event)))
@@ -175,7 +179,7 @@ class _Writer:
         )
 
 
-def events(data: Iterator[bytes]) -> Iterator[str]:
+def events(data: Iterable[bytes]) -> Iterator[str]:
     """The data of each server-sent event, up to `[DONE]`; comments are passed over.
 
     Raises:
@@ -192,7 +196,7 @@ def events(data: Iterator[bytes]) -> Iterator[str]:
     raise MeshwenError("the server broke off before the answer was whole")
 
 
-def _event_lines(data: Iterator[bytes]) -> Iterator[list[bytes]]:
+def _event_lines(data: Iterable[bytes]) -> Iterator[list[bytes]]:
     """The data lines of each event that has some."""
     rest, lines = b"", []
     for piece in data:

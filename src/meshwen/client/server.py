@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import email.utils
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NotRequired, TypeVar
 from urllib.parse import urlsplit
 
@@ -54,6 +55,25 @@ class _Problem(TypedDict):
 
 class _Error(TypedDict):
     error: NotRequired[_Problem]
+
+
+class Body:
+    """The bytes of a response as they come."""
+
+    def __init__(self, response: httpx.Response):
+        self._response = response
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yields them, once."""
+        return self._response.iter_bytes()
+
+    def hang_up(self) -> None:
+        """Ends the connection, and with it the wait for more; any thread may call it."""
+        network = self._response.extensions.get("network_stream")
+        found = None if network is None else network.get_extra_info("socket")
+        if found is not None:
+            with suppress(OSError):
+                found.shutdown(socket.SHUT_RDWR)
 
 
 class Server:
@@ -137,12 +157,12 @@ class Server:
         return self._json("POST", path, body)
 
     @contextmanager
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[bytes]]:
-        """Gives the bytes of a response as they come. Arguments and errors are those of `post`."""
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Body]:
+        """Gives a response as it comes. Arguments and errors are those of `post`."""
         with self._named_errors():
             response = self._send("POST", path, body)
             try:
-                yield response.iter_bytes()
+                yield Body(response)
             finally:
                 response.close()
 
