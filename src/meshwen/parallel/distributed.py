@@ -155,15 +155,30 @@ def gathered(name: str, value: Any) -> list[Any]:
         client.blocking_key_value_get(f"{key}/{index}", _LONG * 1000)
         for index in range(process_count())
     )
-    return [json.loads(one) for one in found]
+    values = [json.loads(one) for one in found]
+    _forget_before(key)
+    return values
 
 
 # How many exchanges there were: JAX wants a new name for each.
 _exchanges = itertools.count()
+_kept: list[str] = []  # The names of those that are still in the store, oldest first.
 
 
 def _new_key(name: str) -> str:
-    return f"meshwen/{next(_exchanges)} {name}"
+    _kept.append(f"meshwen/{next(_exchanges)} {name}")
+    return _kept[-1]
+
+
+def _forget_before(key: str) -> None:
+    """Removes older exchanges from the store, which would grow without bound.
+
+    Every process has given its value for `key`, so none has still to read one before it.
+    """
+    while _kept[0] != key:
+        older = _kept.pop(0)
+        if process_index() == 0:
+            _state().client.key_value_delete(older)
 
 
 @own_settings()
