@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from meshwen.engine import prompt_logprobs
 from meshwen.engine.prompt_logprobs import PromptLogprobs
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
@@ -49,6 +50,23 @@ def test_each_token_has_its_own_whatever_the_chunks(chunks):
     assert found.top_logprobs == (None, *tops)
     assert {type(token) for top in found.top_logprobs[1:] for token, _ in top} == {int}
     assert found.is_finite
+
+
+def test_an_interrupt_parts_no_token_from_the_likeliest_in_its_place(monkeypatch):
+    found, calls, paired = collected(top_logprobs=1), [], prompt_logprobs.paired
+
+    def interrupted(*arrays):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return paired(*arrays)
+
+    monkeypatch.setattr(prompt_logprobs, "paired", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.push(0, *step(0, 12))
+    found.push(0, *step(0, 12))
+    assert found.logprobs == (None, *(-float(p) for p in range(11)))
+    assert found.top_logprobs == (None, *(((p + 100, -100.0 - p),) for p in range(11)))
 
 
 def test_targets_are_the_tokens_that_follow_and_end_with_the_prompt():

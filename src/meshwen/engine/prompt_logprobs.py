@@ -20,8 +20,8 @@ class PromptLogprobs:
 
     def __init__(self, request: Request):
         self._tokens, self._top = request.prompt_tokens, request.sampling.top_logprobs
-        self._logprobs: list[float | None] = [None]
-        self._top_logprobs: list[TopLogprobs | None] = [None]
+        # In one list, so that an interrupt cannot part them.
+        self._found: list[tuple[float | None, TopLogprobs | None]] = [(None, None)]
         self.is_finite = True  # Each is a number.
 
     @classmethod
@@ -32,17 +32,17 @@ class PromptLogprobs:
     @property
     def is_complete(self) -> bool:
         """Whether all are known."""
-        return len(self._logprobs) == len(self._tokens)
+        return len(self._found) == len(self._tokens)
 
     @property
     def logprobs(self) -> tuple[float | None, ...]:
         """Of each token so far, None for the first."""
-        return tuple(self._logprobs)
+        return tuple(logprob for logprob, _ in self._found)
 
     @property
     def top_logprobs(self) -> tuple[TopLogprobs | None, ...]:
-        """The likeliest tokens in the place of each, None for the first."""
-        return tuple(self._top_logprobs)
+        """The likeliest tokens in the place of each, where asked for; None for the first."""
+        return tuple(top for _, top in self._found)
 
     def targets(self, start: int, count: int) -> np.ndarray:
         """The prompt's tokens that follow `count` positions from `start` on, int32; 0 behind it."""
@@ -64,14 +64,13 @@ class PromptLogprobs:
             top_ids: int32 [N, top or more], the likeliest in their places.
             top_logprobs: float32 [N, top or more].
         """
-        known = len(self._logprobs)
+        known = len(self._found)
         assert start < known, "a chunk of the prompt was left out"
         for i in range(known - start - 1, min(len(logprobs), len(self._tokens) - 1 - start)):
-            logprob = float(logprobs[i])
+            logprob, top = float(logprobs[i]), None
             self.is_finite &= math.isfinite(logprob)
-            self._logprobs.append(logprob)
             if self._top:
                 assert top_ids is not None
                 assert top_logprobs is not None
-                top = slice(self._top)
-                self._top_logprobs.append(paired(top_ids[i, top], top_logprobs[i, top]))
+                top = paired(top_ids[i, : self._top], top_logprobs[i, : self._top])
+            self._found.append((logprob, top))
