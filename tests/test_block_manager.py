@@ -50,6 +50,16 @@ def test_a_table_grows_in_place_only_where_it_must():
     assert len(table) == 4
 
 
+def test_a_table_grows_only_where_enough_blocks_stay_free():
+    blocks = manager(num_blocks=5)
+    blocks.begin(0, PROMPT[:4], b"")
+    assert not blocks.extend(0, 9, reserve=2)
+    assert blocks.extend(0, 8, reserve=2)
+    assert blocks.extend(0, 8, reserve=9)  # It takes none.
+    assert len(blocks.table(0)) == 2
+    blocks.check()
+
+
 def test_where_no_block_is_free_nothing_changes():
     blocks = manager(num_blocks=4)
     blocks.begin(0, PROMPT[:6], b"")

@@ -44,6 +44,13 @@ class DraftModel:
         self.forgotten.append(sequence.number)
 
 
+class WrongModel(DraftModel):
+    """A drafter whose drafts are all wrong."""
+
+    def _drafts(self, one, count):
+        return [(token + 1) % VOCAB for token in super()._drafts(one, count)]
+
+
 def core(
     mesh="1",
     seqs=4,
@@ -232,6 +239,16 @@ def test_drafts_end_with_the_room_for_a_sequence(room):
     finish(steps, one)
     assert one.tokens == alone(one)
     assert max(inputs.lengths.max() for inputs in steps.runner.steps) == longest
+
+
+def test_drafts_take_no_block_that_another_sequence_needs_next():
+    # One needs two blocks, the other three: its last when the first has a token left.
+    steps = core(drafts=3, drafter=WrongModel(), seqs=2, blocks=5)
+    made = [seeded(0, range(5), limit=4), seeded(1, range(10, 16), limit=7)]
+    steps.step(made)
+    finish(steps, *made)
+    assert [one.tokens for one in made] == [alone(one) for one in made]
+    assert steps.scheduler.preemptions == 0
 
 
 def test_an_error_of_a_callback_ends_its_sequence_and_frees_its_row_and_blocks():

@@ -158,8 +158,13 @@ class BlockManager:
             self._queried, self._found = self._queried + len(tokens), self._found + length
         return Placement(part, length)
 
-    def extend(self, sequence: int, length: int) -> bool:
+    def extend(self, sequence: int, length: int, reserve: int = 0) -> bool:
         """Makes a sequence's blocks cover `length` positions.
+
+        Args:
+            sequence: its number.
+            length: positions.
+            reserve: blocks of its part that must stay free if it takes any.
 
         Returns:
             False where its part has too few free blocks; then nothing has changed.
@@ -168,9 +173,10 @@ class BlockManager:
         missing = self._blocks(length) - len(own.table)
         if missing <= 0:
             return True
-        blocks = self._pools[own.part].allocate(missing)
-        if blocks is None:
+        if self.free_blocks(own.part) < missing + reserve:
             return False
+        blocks = self._pools[own.part].allocate(missing)
+        assert blocks is not None
         own.table += blocks
         return True
 

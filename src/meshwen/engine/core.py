@@ -159,7 +159,9 @@ class EngineCore:
         for row, tokens in self.speculation.drafts(sequences, plan.row_bucket, sampler).items():
             one = sequences[row]
             tokens = tokens[: self._plan.longest - one.length]
-            if self.blocks.extend(one.number, one.length + len(tokens)):
+            # Drafts may be wrong: the next token of each other sequence needs a block before.
+            others = len(plan.chunks[self.blocks.part(one.number)]) - 1
+            if self.blocks.extend(one.number, one.length + len(tokens), reserve=others):
                 chunks[row].drafts = tokens
             else:
                 self.speculation.refuse(one)
