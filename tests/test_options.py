@@ -151,6 +151,13 @@ def test_an_impossible_value_is_refused_in_the_same_words_everywhere(capsys, nam
     assert message.replace(f"{name} must", f"{flag} must") in line
 
 
+def test_a_step_has_room_for_a_token_of_each_sequence():
+    EngineOptions(max_num_seqs=64, max_num_batched_tokens=64)
+    for options in ({"max_num_seqs": 64, "max_num_batched_tokens": 63}, {"max_num_seqs": 513}):
+        with pytest.raises(MeshwenError, match=r"tokens must be at least max_num_seqs, \d+, not"):
+            EngineOptions(**options)
+
+
 def test_what_is_given_is_kept_as_plain_values():
     import jax.numpy as jnp
     import numpy as np

@@ -90,7 +90,7 @@ class EngineOptions:
     revision: str | None = option(None, "Branch, tag or commit of a hub id.")
     max_num_seqs: int = option(
         8,
-        "Most prompts to answer at the same time; fewer where memory is short.",
+        "Most answers that run at the same time; fewer where memory is short.",
         type=int,
         least=1,
     )
@@ -114,7 +114,8 @@ class EngineOptions:
     )
     max_num_batched_tokens: int = option(
         512,
-        "Most tokens that a step computes: decode tokens first, then chunks of prompts.",
+        "Most tokens that a step computes, at least max_num_seqs: decode tokens first, then chunks "
+        "of prompts. Draft tokens come on top.",
         type=int,
         least=16,
     )
@@ -139,6 +140,12 @@ class EngineOptions:
             if value is not None or f.default is not None:
                 value = options[f.name].checked(f.name, value)
             object.__setattr__(self, f.name, value)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            # Else sequences that decode could leave prompts none of a step, for as long as they do.
+            raise MeshwenError(
+                f"max_num_batched_tokens must be at least max_num_seqs, {self.max_num_seqs}, not "
+                f"{self.max_num_batched_tokens}"
+            )
 
     def make_mesh(self) -> Mesh:
         """The JAX mesh.
