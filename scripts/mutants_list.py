@@ -384,8 +384,8 @@ FAULTS = (
     _fault(
         "engine: an answer that gave way gets blocks for its prompt alone",
         "engine/scheduler.py",
-        "one.token_ids,\n            one.salt",
-        "one.request.prompt_tokens,\n            one.salt",
+        "one.token_ids,\n            one.request.salt",
+        "one.request.prompt_tokens,\n            one.request.salt",
         "scheduler",
         "engine_batching",
     ),

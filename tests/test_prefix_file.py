@@ -340,8 +340,10 @@ def test_what_cannot_be_saved_is_refused_before_it_is_computed(saved, tmp_path):
 
 
 def test_a_salt_that_is_no_unicode_is_not_saved(tmp_path):
+    running = engine()
     with pytest.raises(MeshwenError, match="cache_salt must be valid Unicode"):
-        engine().save_prefix(tmp_path / "file", PROMPT, "\ud800")
+        running.save_prefix(tmp_path / "file", PROMPT, "\ud800")
+    assert running.cache_stats.queried_tokens == 0
     assert not [*tmp_path.iterdir()]
 
 

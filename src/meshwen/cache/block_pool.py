@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
-NULL_BLOCK = 0  # Padding is written there; no sequence has it.
+NULL_BLOCK = 0  # Fills unused entries of tables and copies; no sequence has it.
 
 
 class BlockPool:

@@ -157,7 +157,7 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Drops a request that was submitted, waiting or running; no event reports it.
 
-        Its row of the cache is free for the next step. An event that another thread is delivering
+        Its row and blocks are free for the next step. An event that another thread is delivering
         at this moment may still come.
         """
         with self._shared.lock.changed:
@@ -167,7 +167,7 @@ class Engine:
                 self._shared.requests.cancel(number)
 
     def step(self) -> None:
-        """Waits for the lock, then takes a step: a chunk of a prompt, and a token of each answer.
+        """Waits for the lock, then takes a step: a token of each answer, and chunks of prompts.
 
         Raises:
             Exception: an `on_event` raised it, or a token's text could not be made, in this step or

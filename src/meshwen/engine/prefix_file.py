@@ -94,22 +94,15 @@ def write_prefix(
         overwrite: replace a file that is there.
 
     Raises:
-        MeshwenError: the prefix holds NaN or infinity, its salt is no Unicode, the file is there or
-            cannot be written.
+        MeshwenError: the prefix holds NaN or infinity, the file is there or cannot be written.
     """
     _check_finite(prefix.tensors, "the prefix")
-    try:
-        content_sha256 = prefix.sha256()
-    except UnicodeEncodeError:
-        raise MeshwenError(
-            f"cache_salt must be valid Unicode to be saved, not {shown(prefix.cache_salt)}"
-        ) from None
     header = {
         "format": FORMAT,
         "version": VERSION,
         **made_by,
         "cache_salt": prefix.cache_salt,
-        "content_sha256": content_sha256,
+        "content_sha256": prefix.sha256(),
     }
     sources = [_ArrayTensor.of(name, array) for name, array in prefix.tensors.items()]
     write_file(path, sources, header, overwrite=overwrite)

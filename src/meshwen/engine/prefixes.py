@@ -12,7 +12,7 @@ import numpy as np
 
 from meshwen.cache.budget import KVCachePlan
 from meshwen.checkpoints.writing import check_new_file
-from meshwen.common.json_files import to_json
+from meshwen.common.json_files import shown, to_json
 from meshwen.engine.core import EngineCore
 from meshwen.engine.prefix_blocks import PrefixBlocks
 from meshwen.engine.prefix_file import Prefix, read_prefix, write_prefix
@@ -63,7 +63,8 @@ class Prefixes:
         """Refuses what cannot be saved, before it is computed.
 
         Raises:
-            MeshwenError: the prompt fills no block, or the file may not be written.
+            MeshwenError: the prompt fills no block, its salt is no Unicode, or the file may not be
+                written.
         """
         length, size = len(request.prompt_tokens), self._plan.block_size
         if length < size:
@@ -71,12 +72,16 @@ class Prefixes:
                 f"a prefix is saved in whole KV blocks, and the prompt of {length} tokens fills "
                 f"none of {size}: give a longer one"
             )
+        if any("\ud800" <= character <= "\udfff" for character in request.cache_salt):
+            raise MeshwenError(
+                f"cache_salt must be valid Unicode to be saved, not {shown(request.cache_salt)}"
+            )
         check_new_file(path, overwrite=overwrite)
 
     def find(self, request: Request) -> Prefix | None:
         """What the cache holds of a prompt, in whole blocks; None where some have none there."""
-        blocks, salt = self._core.blocks, request.cache_salt.encode("utf-8", "surrogatepass")
-        part, table = blocks.find(request.prompt_tokens, salt)
+        blocks = self._core.blocks
+        part, table = blocks.find(request.prompt_tokens, request.salt)
         if len(table) < len(request.prompt_tokens) // blocks.block_size:
             return None
         ids = np.array(request.prompt_tokens[: len(table) * blocks.block_size], np.int32)

@@ -39,6 +39,11 @@ class Request:
         if not isinstance(self.cache_salt, str):
             raise MeshwenError(f"cache_salt must be text, not {brief(self.cache_salt)}")
 
+    @property
+    def salt(self) -> bytes:
+        """What tells its KV blocks from those of other salts, beside their tokens."""
+        return self.cache_salt.encode("utf-8", "surrogatepass")
+
     def answer(self, choice: int) -> Request:
         """What one of its `n` answers is asked for: each has a seed of its own."""
         seed = (self.sampling.seed + choice) % (1 << 32)

@@ -145,7 +145,7 @@ class Scheduler:
         placed = self._blocks.begin(
             one.number,
             one.token_ids,
-            one.salt,
+            one.request.salt,
             # Log-probabilities of a prompt follow from all of it.
             use_cached=one.prompt_logprobs is None or one.prompt_logprobs.is_complete,
             parts=parts,

@@ -25,7 +25,6 @@ class SequenceState:
         on_event: called with each token.
         text: the answer's.
         constraints: on its tokens; None where every token may come.
-        salt: what prefixes are told apart by beside their tokens.
         token_ids: prompt and answer so far.
         tokens: the answer so far.
         logprobs: of these, where they were asked for.
@@ -47,7 +46,6 @@ class SequenceState:
     on_event: Callable[[Event], None]
     text: AnswerText
     constraints: TokenConstraints | None = None
-    salt: bytes = b""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
@@ -79,11 +77,6 @@ class SequenceState:
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.token_ids)
-
-    @property
-    def position(self) -> int:
-        """Of the newest token, which is not in the cache yet."""
-        return self.length - 1
 
     def begin(self, cached: int) -> None:
         """It has a row, and blocks in which its first tokens are cached."""

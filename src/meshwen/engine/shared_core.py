@@ -93,7 +93,6 @@ class SharedCore:
             on_event,
             AnswerText(self._tokenizer, request.sampling.stop, request.sampling.include_stop),
             TokenConstraints.of(request, limit, eos, self.core.runner.config.vocab_size),
-            request.cache_salt.encode("utf-8", "surrogatepass"),
             choice=choice,
         )
 
