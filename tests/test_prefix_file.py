@@ -158,6 +158,17 @@ def test_only_requests_with_its_salt_find_a_prefix(tmp_path):
     assert answers(running, PROMPT, salt="a")[0].cached_tokens == 2 * SIZE
 
 
+@pytest.mark.parametrize("mesh", ["1", SPLIT])
+def test_a_prefix_takes_no_blocks_where_it_is_cached(saved, mesh):
+    running = engine(mesh, kv_cache_memory=_memory_of(3, mesh))
+    (expected,) = answers(running, PROMPT)
+    assert running.load_prefix(saved) == 2 * SIZE
+    assert running.cache_stats.evictions == 0
+    for found in answers(running, *[PROMPT] * running.cache_plan.parts):  # In every part.
+        assert found.cached_tokens == 2 * SIZE
+        assert bits(found) == bits(expected)
+
+
 def test_a_loaded_prefix_gives_way_to_requests(saved):
     running = engine(kv_cache_memory=_memory_of(4))
     running.load_prefix(saved)
@@ -167,8 +178,8 @@ def test_a_loaded_prefix_gives_way_to_requests(saved):
     assert answers(running, PROMPT)[0].cached_tokens < 2 * SIZE
 
 
-def _memory_of(blocks: int) -> int:
-    plan = EngineOptions(max_num_seqs=4).cache_plan(model().runner.model)
+def _memory_of(blocks: int, mesh="1") -> int:
+    plan = EngineOptions(max_num_seqs=4).cache_plan(model(mesh).runner.model)
     return (blocks + 1) * plan.block_bytes
 
 

@@ -238,9 +238,14 @@ class BlockManager:
 
         Nothing keeps the blocks, unlike those of a sequence: they are good until the next change.
         """
+        found = self.find_all(tokens, salt)
+        return max(enumerate(found), key=lambda item: len(item[1]))
+
+    def find_all(self, tokens: Sequence[int], salt: bytes) -> list[list[int]]:
+        """The same of each part: the tokens' full blocks, up to the first that it lacks."""
         # With a token more, which is the one that a sequence leaves to compute.
         _, found = self._find([*tokens, 0], _root(salt), range(len(self._pools)))
-        return max(found.items(), key=lambda item: len(item[1]))
+        return [found[part] for part in range(len(self._pools))]
 
     def check(self) -> None:
         """Holds everything to its invariants, for tests; takes time for every block.

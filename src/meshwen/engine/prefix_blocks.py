@@ -65,11 +65,12 @@ class PrefixBlocks:
                     to[:] = tokens[:, places, : to.shape[2]]
 
     def written(self, cache: KVCache, tables: Sequence[Sequence[int]], prefix: Prefix) -> KVCache:
-        """The cache, donated, with a prefix in blocks of every part of the batch.
+        """The cache, donated, with a prefix in blocks of parts of the batch.
 
         Args:
             cache: KV blocks.
-            tables: of each part, the blocks that get the prefix, which fills them.
+            tables: of each part, the blocks that get the prefix, which fills them; or as many null
+                blocks, which get nothing.
             prefix: the same for every part.
         """
         for span, blocks in self._groups(tables):

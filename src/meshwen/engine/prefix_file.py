@@ -65,9 +65,14 @@ class Prefix:
         """All of it, by the names that a file has."""
         return {"token_ids": self.token_ids, "keys": self.keys, "values": self.values}
 
+    @property
+    def salt(self) -> bytes:
+        """What `Request.salt` is with this `cache_salt`."""
+        return self.cache_salt.encode()
+
     def sha256(self) -> str:
         """Of all of it."""
-        digest = hashlib.sha256(self.cache_salt.encode())
+        digest = hashlib.sha256(self.salt)
         for array in self.tensors.values():
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from meshwen.cache.block_pool import NULL_BLOCK
 from meshwen.cache.budget import KVCachePlan
 from meshwen.checkpoints.writing import check_new_file
 from meshwen.common.json_files import shown, to_json
@@ -113,13 +114,13 @@ class Prefixes:
         return Prefix(prefix.token_ids[:length], keys, values, prefix.cache_salt)
 
     def check_room(self, prefix: Prefix) -> None:
-        """Refuses a prefix for which a part of the batch has no blocks left.
+        """Refuses a prefix for which a part of the batch that lacks it has no blocks left.
 
         Raises:
             MeshwenError: saying how many there are.
         """
         needed = len(prefix.token_ids) // self._plan.block_size
-        free = min(self._core.blocks.free_blocks(part) for part in range(self._plan.parts))
+        free = min(map(self._core.blocks.free_blocks, self._lacking(prefix)), default=needed)
         if needed > free:
             raise MeshwenError(
                 f"the prefix needs {needed} KV blocks, of which {free} are free: wait until "
@@ -127,22 +128,33 @@ class Prefixes:
             )
 
     def put(self, prefix: Prefix) -> None:
-        """Puts a prefix into the cache of every part of the batch, where requests find it.
+        """Puts a prefix into the cache of every part of the batch that lacks it, for requests.
 
         There must be room. What raises in here has taken the cache with it: call
         `EngineCore.clear`.
         """
         blocks, tokens = self._core.blocks, prefix.token_ids.tolist()
-        salt = prefix.cache_salt.encode()
-        numbers = {part: -1 - part for part in range(self._plan.parts)}  # No sequence has them.
+        numbers = {part: -1 - part for part in self._lacking(prefix)}  # No sequence has them.
+        if not numbers:
+            return
         for part, number in numbers.items():
-            placed = blocks.begin(number, tokens, salt, use_cached=False, parts={part: 0})
+            placed = blocks.begin(number, tokens, prefix.salt, use_cached=False, parts={part: 0})
             assert placed is not None, "there is no room"
-        tables = [blocks.table(number) for number in numbers.values()]
+        nothing = [NULL_BLOCK] * (len(tokens) // self._plan.block_size)
+        tables = [
+            blocks.table(numbers[part]) if part in numbers else nothing
+            for part in range(self._plan.parts)
+        ]
         self._core.cache = self._blocks.written(self._core.cache, tables, prefix)
         for number in numbers.values():
             blocks.computed(number, tokens, len(tokens))
             blocks.free(number)
+
+    def _lacking(self, prefix: Prefix) -> list[int]:
+        """The parts of the batch that have not all of a prefix in the cache."""
+        found = self._core.blocks.find_all(prefix.token_ids.tolist(), prefix.salt)
+        needed = len(prefix.token_ids) // self._plan.block_size
+        return [part for part, blocks in enumerate(found) if len(blocks) < needed]
 
     @cached_property
     def _blocks(self) -> PrefixBlocks:
