@@ -748,8 +748,8 @@ FAULTS = (
     _fault(
         "blocks: the part with least of a prefix is chosen",
         "cache/block_manager.py",
-        "(-len(found[p]), -self",
-        "(len(found[p]), -self",
+        "self._count[p] - len(found[p])",
+        "self._count[p] + len(found[p])",
         "block_manager",
         "block_contents",
     ),

@@ -111,11 +111,12 @@ class Sequences:
 
     def begin(self, sequence, tokens, salt, use_cached, parts):
         before, free = self.state(), {part: self.free_blocks(part) for part in parts}
+        count = Counter(self.blocks.part(number) for number in self.tokens)
         blocks = -(-len(tokens) // SIZE)
         placement = self.blocks.begin(sequence, tokens, salt, use_cached, parts)
         if placement is None:
             self.seen["no room"] += 1
-            assert all(count - blocks < parts[part] for part, count in free.items())
+            assert all(free[p] - blocks < parts[p] for p in parts)
             assert self.state() == before
             return
         part, cached = placement
@@ -130,8 +131,9 @@ class Sequences:
         if self.blocks.stats.evictions == self.evictions:
             self.seen["found"] += cached > 0
             assert cached == found[part]
-            if all(count - blocks >= parts[p] for p, count in free.items()):  # Any part would do.
-                assert cached == max(found.values())
+            if all(free[p] - blocks >= parts[p] for p in parts):  # Any part would do.
+                costs = {p: count[p] - found[p] // SIZE for p in parts}
+                assert costs[part] == min(costs.values())
         else:
             self.seen["found after evictions"] += cached > 0
 

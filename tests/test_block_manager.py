@@ -166,18 +166,19 @@ def test_the_beginning_of_a_prefix_is_evicted_last():
     assert found(blocks, PROMPT) == 4
 
 
-def test_the_part_with_most_of_it_cached_is_chosen_then_the_emptiest():
+def test_a_cached_block_makes_up_for_one_sequence_more_in_a_part():
     blocks = manager(parts=3)
     assert [blocks.begin(n, [n] * 8, b"").part for n in range(3)] == [0, 1, 2]
     assert blocks.begin(3, [3] * 8, b"", parts={1: 0, 2: 0}).part == 1
     assert blocks.begin(4, [4] * 9, b"").part == 0
     ran(blocks, 5, PROMPT, parts={1: 0})
-    assert ran(blocks, 6, PROMPT) == (1, 8)
-    assert ran(blocks, 7, PROMPT, parts={0: 0, 2: 0}) == (2, 0)
-    assert blocks.begin(8, PROMPT, b"", parts={}) is None
-    # Where the one with the prefix has no room, another has.
+    # 2, 3 and 1 sequences: two blocks make up for two, and of equals free blocks decide.
+    assert ran(blocks, 6, PROMPT) == (2, 0)
+    assert [ran(blocks, n, PROMPT) for n in (7, 8, 9)] == [(2, 8), (2, 8), (1, 8)]
+    assert blocks.begin(10, PROMPT, b"", parts={}) is None
+    # Where one with the prefix has no room, another has.
     assert blocks.extend(1, 4 * (2 + blocks.free_blocks(1)))
-    assert ran(blocks, 9, PROMPT) == (2, 8)
+    assert ran(blocks, 11, PROMPT, parts={1: 0, 2: 0}) == (2, 8)
 
 
 def test_each_part_keeps_as_many_blocks_free_as_it_must():
@@ -188,15 +189,12 @@ def test_each_part_keeps_as_many_blocks_free_as_it_must():
     blocks.check()
 
 
-def test_equally_many_free_blocks_leave_it_to_the_fewest_sequences():
+def test_of_parts_with_equally_many_sequences_that_with_most_free_blocks_has_the_next():
     blocks = manager(parts=2)
-    blocks.begin(0, [0] * 4, b"", parts={0: 0})
-    blocks.begin(1, [1] * 4, b"", parts={0: 0})
-    blocks.begin(2, [2] * 8, b"", parts={1: 0})
-    assert blocks.begin(3, [3] * 4, b"").part == 1
-    blocks.free(0)
-    blocks.free(1)
-    assert blocks.begin(4, [4] * 4, b"").part == 0
+    blocks.begin(0, [0] * 8, b"", parts={0: 0})
+    blocks.begin(1, [1] * 4, b"", parts={1: 0})
+    assert blocks.begin(2, [2] * 4, b"").part == 1
+    assert blocks.begin(3, [3] * 4, b"").part == 0
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_rest():

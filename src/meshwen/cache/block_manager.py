@@ -119,8 +119,9 @@ class BlockManager:
     ) -> Placement | None:
         """Places a new sequence, with blocks for all its tokens.
 
-        It goes to the part that has most of it cached; of equals, to that with most free blocks;
-        then with fewest sequences.
+        It goes to the part that has fewest sequences, of which each cached block makes up for one:
+        a long prefix is worth more than equal parts, a short one less. Of equals, the part with
+        most free blocks has it.
 
         Args:
             sequence: its number.
@@ -145,7 +146,7 @@ class BlockManager:
         ]
         if not fitting:
             return None
-        part = min(fitting, key=lambda p: (-len(found[p]), -self.free_blocks(p), self._count[p]))
+        part = min(fitting, key=lambda p: (self._count[p] - len(found[p]), -self.free_blocks(p)))
         cached = found[part]
         pool = self._pools[part]
         for block in cached:  # Before any is allocated, which could evict them.
