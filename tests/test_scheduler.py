@@ -3,6 +3,7 @@
 
 import pytest
 
+from meshwen.cache import block_manager
 from meshwen.cache.block_manager import BlockManager
 from meshwen.engine.scheduler import Scheduler
 from meshwen.engine.sequence import SequenceState
@@ -90,6 +91,23 @@ def test_none_overtakes_a_request_that_there_are_no_blocks_for():
     one = Scheduling(usable=6)
     one.add(sequence(0, prompt(8), limit=3), sequence(1, prompt(20)), sequence(2, prompt(1)))
     assert [list(step) for step in one.steps(4)] == [[0], [0], [0], [1]]
+
+
+def test_a_request_that_waits_is_not_hashed_at_each_step(monkeypatch):
+    one, hashed, sha256 = Scheduling(usable=5, caching=True), [], block_manager.sha256
+    first, waiting = sequence(0, prompt(9), limit=9), sequence(1, prompt(16))
+    one.add(first, waiting)
+    one.step()
+    monkeypatch.setattr(block_manager, "sha256", lambda d: (hashed.append(d), sha256(d))[1])
+    one.step()
+    assert (len(waiting.digests), waiting.computed) == (3, 0)
+    del hashed[:]
+    one.step()
+    assert all(len(data) == 32 or not data for data in hashed)  # Its salt alone.
+    while not first.ended:
+        one.step()
+    one.step()
+    assert waiting.cached_tokens == 8
 
 
 def test_a_request_waits_while_there_is_no_block_left_for_each_answer_to_go_on():

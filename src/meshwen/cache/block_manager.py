@@ -116,6 +116,7 @@ class BlockManager:
         salt: bytes,
         use_cached: bool = True,
         parts: Mapping[int, int] | None = None,
+        digests: list[bytes] | None = None,
     ) -> Placement | None:
         """Places a new sequence, with blocks for all its tokens.
 
@@ -130,6 +131,8 @@ class BlockManager:
             use_cached: whether to look for its prefix.
             parts: that may take it, each with how many of its blocks must stay free then; None: all
                 parts, to their last block.
+            digests: of its first full blocks, as far as they are known. What is computed is added,
+                so that who tries again does not pay for it again.
 
         Returns:
             None where no part has enough blocks; then nothing has changed.
@@ -137,7 +140,8 @@ class BlockManager:
         parts = dict.fromkeys(range(len(self._pools)), 0) if parts is None else parts
         looks = use_cached and self.prefix_caching
         root = _root(salt)
-        digests, found = self._find(tokens if looks else (), root, parts)
+        digests = [] if digests is None else digests
+        found = self._find(tokens if looks else (), root, parts, digests)
         total = self._blocks(len(tokens))
         fitting = [
             part
@@ -245,7 +249,7 @@ class BlockManager:
     def find_all(self, tokens: Sequence[int], salt: bytes) -> list[list[int]]:
         """The same of each part: the tokens' full blocks, up to the first that it lacks."""
         # With a token more, which is the one that a sequence leaves to compute.
-        _, found = self._find([*tokens, 0], _root(salt), range(len(self._pools)))
+        found = self._find([*tokens, 0], _root(salt), range(len(self._pools)), [])
         return [found[part] for part in range(len(self._pools))]
 
     def check(self) -> None:
@@ -290,24 +294,23 @@ class BlockManager:
         self._count[own.part] += 1
 
     def _find(
-        self, tokens: Sequence[int], root: bytes, parts: Iterable[int]
-    ) -> tuple[list[bytes], dict[int, list[int]]]:
-        """The blocks of each part that hold a prefix of the tokens, and the longest's digests."""
+        self, tokens: Sequence[int], root: bytes, parts: Iterable[int], digests: list[bytes]
+    ) -> dict[int, list[int]]:
+        """The blocks of each part that hold a prefix of the tokens; adds what `digests` lacks."""
         found: dict[int, list[int]] = {part: [] for part in parts}
-        digests: list[bytes] = []
-        digest, going = root, list(found)
+        going = list(found)
         for index in range((len(tokens) - 1) // self.block_size):
-            digest = self._digest(digest, tokens, index)
-            blocks = {part: self._pools[part].find(digest) for part in going}
-            going = [part for part in going if blocks[part] is not None]
             if not going:
                 break
-            digests.append(digest)
+            if index == len(digests):
+                digests.append(self._digest(digests[-1] if index else root, tokens, index))
+            blocks = {part: self._pools[part].find(digests[index]) for part in going}
+            going = [part for part in going if blocks[part] is not None]
             for part in going:
                 block = blocks[part]
                 assert block is not None
                 found[part].append(block)
-        return digests, found
+        return found
 
     def _digest(self, before: bytes, tokens: Sequence[int], index: int) -> bytes:
         """Of a full block, from that of the block before it and its own tokens."""

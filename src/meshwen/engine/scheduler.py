@@ -149,6 +149,7 @@ class Scheduler:
             # Log-probabilities of a prompt follow from all of it.
             use_cached=one.prompt_logprobs is None or one.prompt_logprobs.is_complete,
             parts=parts,
+            digests=one.digests,
         )
         if placed is None:
             return None

@@ -37,6 +37,7 @@ class SequenceState:
         cached_tokens: of the prompt's those that were in the cache when it began.
         choice: which of the request's answers this is, from 0 on.
         siblings: answers that begin when this one has its prompt in the cache.
+        digests: of its first full blocks, as far as prefixes were looked for.
     """
 
     number: int
@@ -56,6 +57,7 @@ class SequenceState:
     cached_tokens: int = 0
     choice: int = 0
     siblings: list[SequenceState] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = field(init=False)
 
     def __post_init__(self) -> None:
