@@ -6,6 +6,7 @@ import json
 import pytest
 
 from answer_texts import TEMPLATE, THINKING, call
+from meshwen.server.blocks import Block
 from serving import MAX_MODEL_LEN, ScriptedEngine, in_loop, serving, tokenizer
 
 PATH = "/v1/messages"
@@ -184,6 +185,18 @@ async def test_arguments_that_broke_off_are_read_as_far_as_they_go():
     async with serving(script, template=TEMPLATE) as server:
         found = await ask(server, tools=[TOOL], max_tokens=500)
     assert found["content"][0]["input"] == {"a": [1, 2], "b": "wor"}
+
+
+@in_loop
+async def test_arguments_that_no_client_could_read_come_as_text():
+    async with serving(call("now", '{"a": 1e999}'), template=TEMPLATE) as server:
+        found = await ask(server, tools=[TOOL])
+    assert found["content"][0]["input"] == {"text": '{"a": 1e999}'}
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "1" * 5000 + "}", '{"a": ' + "[" * 300])
+def test_so_do_arguments_without_bounds(text):
+    assert Block("call", 0, text).arguments == {"text": text}
 
 
 @in_loop

@@ -32,6 +32,7 @@ ROUTERS: tuple[str, ...] = (
     "completions",
     "tokens",
     "messages",
+    "responses",
 )
 
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic_core import from_json
 
 from meshwen.server.generation import Delta
 from meshwen.server.parsing import ToolCallDelta
@@ -32,6 +35,19 @@ class Block:
     text: str = ""
     id: str = ""
     name: str = ""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The call's arguments; those that broke off as far as they go, as clients read a stream.
+
+        What no client could read, such as a number beyond all bounds, is under the name "text".
+        """
+        try:
+            found = from_json(self.text or "{}", allow_partial="trailing-strings")
+            json.dumps(found, allow_nan=False)
+        except ValueError:
+            return {"text": self.text}
+        return found if isinstance(found, dict) else {"text": self.text}
 
 
 class Blocks:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, WrapValidator, model_validator
+from pydantic_core import from_json
 
 from meshwen.common.json_files import parse_json
 from meshwen.errors import MeshwenError
@@ -148,11 +150,18 @@ class ChatMessage(Fields):
 
 
 def _arguments(text: str, where: str) -> dict[str, Any]:
-    """A call's arguments from their JSON text; none at all are {}."""
+    """A call's arguments from their JSON text; none at all are {}.
+
+    Those that broke off, at a limit or where they ceased to be JSON, are read as far as they go.
+    """
     try:
         found = parse_json(text, where) if text.strip() else {}
     except MeshwenError as error:
-        raise ApiError(400, str(error), param=where) from None
+        try:
+            whole = json.dumps(from_json(text, allow_partial="trailing-strings"), allow_nan=False)
+            found = parse_json(whole, where)
+        except (ValueError, MeshwenError):
+            raise ApiError(400, str(error), param=where) from None
     if not isinstance(found, dict):
         raise ApiError(400, f"{where} must be the text of a JSON object", param=where)
     return found

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from pydantic_core import from_json
 from starlette.responses import Response
 
 from meshwen.engine.request import Request
@@ -151,9 +150,7 @@ def _content(block: Block) -> dict[str, Any]:
     if block.kind == "reasoning":
         signature = _SIGNATURE if block.text else ""
         return {"type": "thinking", "thinking": block.text, "signature": signature}
-    # Arguments that broke off are read as far as they go, as clients read them in a stream.
-    arguments = from_json(block.text or "{}", allow_partial="trailing-strings")
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": block.arguments}
 
 
 def _begins(block: Block, _: str) -> Iterator[dict[str, Any]]:
