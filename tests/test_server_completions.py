@@ -278,9 +278,6 @@ async def test_several_prompts_are_refused_together_before_any_is_computed():
 
 @in_loop
 async def test_a_request_that_takes_too_long_ends():
-    async with serving("H") as server:
-        if not hasattr(server.serving.options, "request_timeout"):
-            pytest.skip("no such option yet")
     async with serving("Hello!", request_timeout=0.05) as server:
         server.engine.go.clear()
         response = await server.client.post(PATH, json={"prompt": "Hi"})

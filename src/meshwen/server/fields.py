@@ -52,14 +52,14 @@ def _or_refused(value: Any, handler: Callable[[Any], Any]) -> Any:
         raise ValueError("this is not supported here; leave it out") from None
 
 
-# Fields that would change the answer, and cannot: they take what changes nothing.
-_refused = WrapValidator(_or_refused)
-Refused = Annotated[None, _refused]
-RefusedTrue = Annotated[Literal[False] | None, _refused]
-RefusedFalse = Annotated[Literal[True] | None, _refused]
-RefusedList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, _refused]
-RefusedNumber = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _refused]
-RefusedFactor = Annotated[Annotated[float, Field(ge=1, le=1)] | None, _refused]
+# Marks fields that would change the answer, and cannot: they take what changes nothing.
+REFUSES = WrapValidator(_or_refused)
+Refused = Annotated[None, REFUSES]
+RefusedTrue = Annotated[Literal[False] | None, REFUSES]
+RefusedFalse = Annotated[Literal[True] | None, REFUSES]
+RefusedList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, REFUSES]
+RefusedNumber = Annotated[Annotated[float, Field(ge=0, le=0)] | None, REFUSES]
+RefusedFactor = Annotated[Annotated[float, Field(ge=1, le=1)] | None, REFUSES]
 # Fields that change no answer.
 Ignored = Any
 

@@ -132,7 +132,7 @@ async def _steps(
     inbox = _Inbox(options.stream_keep_alive)
     tasks = [asyncio.create_task(_pump(i, one, inbox)) for i, one in enumerate(answers)]
     tasks.append(asyncio.create_task(_watch(http_request, inbox)))
-    if seconds := getattr(options, "request_timeout", None):
+    if seconds := options.request_timeout:
         inbox.put_later(seconds, ApiError(504, f"the answer took longer than {seconds:g} s"))
     try:
         left = len(answers)

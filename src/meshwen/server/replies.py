@@ -81,8 +81,7 @@ class Envelope:
             "model": serving.names[0],
         }
         self._fingerprint = serving.fingerprint
-        details = getattr(serving.options, "enable_prompt_tokens_details", False)
-        self.usage = Usage(requests, details)
+        self.usage = Usage(requests, serving.options.enable_prompt_tokens_details)
 
     def body(self, choices: Sequence[Any], **further: Any) -> dict[str, Any]:
         """A response, or a chunk of one, with further fields at its end."""
