@@ -31,7 +31,7 @@ TOOL_TEMPLATE = (
     "{% for tool in tools or [] %}T{{ tool | tojson }}{% endfor %}"
     "{% for m in messages %}{{ m.role }}:{{ m.content }}"
     "{% for call in m.tool_calls or [] %}C{{ call.function.arguments | tojson }}{% endfor %};"
-    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}{{ flavour }}"
+    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}{{ flavour }}{{ documents }}"
 )
 
 
@@ -319,14 +319,15 @@ async def test_calls_and_their_results_reach_the_template_as_objects_and_tools_a
     ]
     async with serving("H") as server:
         use_template(server, TOOL_TEMPLATE)
-        await ask(server, messages=messages, tools=[TOOL], chat_template_kwargs={"flavour": "mint"})
+        variables = {"chat_template_kwargs": {"flavour": "mint"}, "documents": [{"a": 1}]}
+        await ask(server, messages=messages, tools=[TOOL], **variables)
         await ask(server, messages=messages, tools=[TOOL], tool_choice="none")
         with_tools, without = (
             tokenizer().decode(one.prompt_tokens) for one in server.engine.requests
         )
     history = 'user:Hi;assistant:C{"a": [1, "é"]}C{};tool:2;A:'
-    assert with_tools == f"T{json.dumps(TOOL)}{history}mint"
-    assert without == history
+    assert with_tools == f"T{json.dumps(TOOL)}{history}mint[{{'a': 1}}]"
+    assert without == history + "None"
 
 
 @in_loop
@@ -505,6 +506,27 @@ async def test_fields_that_do_not_go_together_are_refused(fields, word):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+        ),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "xml"}),
+        ("structured_outputs", {"regex": "a+"}),
+        ("structured_outputs", {"regex": "a+", "choice": ["a"]}),
+        ("structured_outputs", {}),
+    ],
+)
+@in_loop
+async def test_a_form_that_the_answer_cannot_be_held_to_is_refused(name, value):
+    async with serving("H") as server:
+        assert (await refused(server, **{name: value}))["param"].startswith(name)
+
+
+@pytest.mark.parametrize(
     ("message", "param"),
     [
         ({"role": "user"}, "messages[0]"),
@@ -512,6 +534,7 @@ async def test_fields_that_do_not_go_together_are_refused(fields, word):
         ({"role": "user", "content": 3}, "messages[0].content"),
         ({"role": "user", "content": "x", "tool_calls": []}, None),
         ({"role": "assistant"}, "messages[0]"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "1"}}, "messages[0].audio"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},

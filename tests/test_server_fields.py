@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field of a request is in the docs, as the kind that it is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from meshwen.server.chat_models import ChatMessage, ChatRequest, NamedToolChoice, Tool
+from meshwen.server.completions import CompletionRequest
+from meshwen.server.fields import (
+    REFUSES,
+    OpenAIFields,
+    RequestFields,
+    SamplingFields,
+    StreamOptions,
+)
+from meshwen.server.tokens import TokenSampling, TokensRequest
+
+PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
+# Nothing holds an answer to a form yet.
+FORMS = {"response_format", "structured_outputs"}
+
+# By the heading of the table: the models whose own fields it has, with what comes before these.
+TABLES = {
+    "Sampling: all three": {"": SamplingFields},
+    "Requests: all three": {"": RequestFields, "stream_options.": StreamOptions},
+    "Chat and completions": {"": OpenAIFields},
+    "Chat": {
+        "": ChatRequest,
+        "messages.": ChatMessage,
+        "tools.": Tool,
+        "tool_choice.": NamedToolChoice,
+    },
+    "Completions": {"": CompletionRequest},
+    "Token ids": {"": TokensRequest, "sampling_params.": TokenSampling},
+}
+
+
+def documented(title: str) -> dict[str, str]:
+    """The fields of a table with their kinds."""
+    text = PAGE.read_text("utf-8")
+    (table,) = re.findall(rf"^### {title}\n\n(.*?)\n\n", text + "\n", re.MULTILINE | re.DOTALL)
+    found = {}
+    for row in table.splitlines()[2:]:
+        names, kind, test, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        assert re.fullmatch(r"\[`test_\w+`\]\(\.\./tests/test_\w+\.py\)", test), row
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name not in found, name
+            found[name] = kind
+    return found
+
+
+def kind(name: str, field: Any) -> str:
+    if name in FORMS or REFUSES in field.metadata:
+        return "refused"
+    return "not applicable" if field.annotation is Any else "supported"
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_a_table_has_the_fields_that_there_are_as_what_they_are(title):
+    expected = {}
+    for prefix, model in TABLES[title].items():
+        for name, field in model.model_fields.items():
+            if name in model.__annotations__:
+                expected[prefix + (field.alias or name)] = kind(name, field)
+    assert documented(title) == expected
+
+
+# The least that each model takes.
+LEAST = {
+    ChatRequest: {"messages": [{"role": "user", "content": "x"}]},
+    ChatMessage: {"role": "user", "content": "x"},
+    Tool: {"type": "function", "function": {"name": "x"}},
+    CompletionRequest: {"prompt": "x"},
+    TokensRequest: {"token_ids": [1]},
+    TokenSampling: {},
+    StreamOptions: {},
+}
+
+
+@pytest.mark.parametrize("model", LEAST, ids=lambda model: model.__name__)
+def test_what_is_refused_is_refused_by_name_and_what_is_ignored_is_taken(model):
+    model.model_validate(LEAST[model])
+    for name, field in model.model_fields.items():
+        if kind("", field) == "not applicable":
+            model.model_validate(LEAST[model] | {name: {"x": [1]}})
+        if kind("", field) == "refused":
+            with pytest.raises(ValidationError, match="not supported") as caught:
+                model.model_validate(LEAST[model] | {name: {"x": [1]}})
+            assert [error["loc"] for error in caught.value.errors()] == [(name,)]
+    with pytest.raises(ValidationError, match="not permitted"):
+        model.model_validate(LEAST[model] | {"no_such_field": 1})
