@@ -314,7 +314,11 @@ async def test_errors_have_the_shape_of_the_path():
         found = await post(server, b"{}", "/v1/messages/echo")
         assert found.json() == {
             "type": "error",
-            "error": {"type": "authentication_error", "message": found.json()["error"]["message"]},
+            "error": {
+                "type": "authentication_error",
+                "message": found.json()["error"]["message"],
+                "details": {"error_code": "invalid_api_key"},
+            },
         }
         key = {**JSON, "x-api-key": "k"}
         for body in (b"{", b"{}"):

@@ -377,6 +377,14 @@ async def test_what_cannot_be_done_is_refused_by_name_in_anthropics_shape(fields
 
 
 @in_loop
+async def test_a_thread_is_refused_so_that_clients_go_on_without_it():
+    async with serving() as server:
+        response = await server.client.post(PATH, json=BODY | {"thread": {"type": "create"}})
+    assert response.status_code == 400
+    assert response.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+@in_loop
 async def test_another_model_is_not_found():
     async with serving() as server:
         response = await server.client.post(PATH, json=BODY | {"model": "other"})

@@ -52,7 +52,10 @@ class ApiError(Exception):
         kind = _ANTHROPIC_KINDS.get(
             self.status, "invalid_request_error" if self.status < 500 else "api_error"
         )
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        error: dict[str, Any] = {"type": kind, "message": self.message}
+        if self.code is not None:
+            error["details"] = {"error_code": self.code}
+        return {"type": "error", "error": error}
 
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}

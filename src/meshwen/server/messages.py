@@ -60,6 +60,13 @@ def _serving(body: CountRequest, http_request: HttpRequest) -> Serving:
     """The model that is asked."""
     serving: Serving = http_request.app.state.serving
     check_model(serving, body.model)
+    if body.thread is not None:
+        raise ApiError(
+            400,
+            "thread is not supported: nothing is stored here; send the whole conversation",
+            param="thread",
+            code="thread_unsupported_request",
+        )
     if body.thinking is not None:
         thinks = body.thinking.type != "disabled"
         if thinks not in thinking_switch(serving):

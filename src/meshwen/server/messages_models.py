@@ -199,6 +199,8 @@ class CountRequest(Fields):
     output_config: _OutputConfig | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    thread: dict[str, Any] | None = None  # Refused with what its clients look for.
+
     context_management: Refused = None
     mcp_servers: RefusedList = None
 
