@@ -2,6 +2,7 @@
 """The sampling parameters of a batch, as arrays, and the tokens that they let be drawn."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -45,6 +46,12 @@ def test_each_sequence_has_its_parameters_in_its_row_and_free_rows_are_greedy():
     assert sampler.method.logprobs
     assert (sampler.penalized, sampler.rows.prompt, sampler.constrained) == (None, None, False)
     assert sampler.rows_of_step(sequences) is sampler.rows
+
+
+def test_prompts_are_not_read_where_no_penalty_is_on_their_tokens():
+    one = sequence(logit_bias={4: 1}, presence_penalty=1, frequency_penalty=1)
+    one.request = SimpleNamespace(sampling=one.request.sampling)  # Without a prompt.
+    assert BatchSampler.of({0: one}, 1, plan()).rows.prompt is None
 
 
 @pytest.mark.parametrize(("mesh", "padded"), [("1", 6), ("4", 8), ("data=2,model=4", 8)])

@@ -47,11 +47,11 @@ class BatchSampler:
         asked = {row: sequence.request.sampling for row, sequence in sequences.items()}
         method = SamplingMethod.of(list(asked.values()), plan.sizes.vocab)
         rows = SamplerRows.of([asked.get(row, SamplingParams()) for row in range(size)])
-        prompts = {
-            row: dict.fromkeys(sequence.request.prompt_tokens, True)
-            for row, sequence in sequences.items()
-        }
         if any(one.encoder_repetition_penalty != 1 for one in asked.values()):
+            prompts = {
+                row: dict.fromkeys(sequence.request.prompt_tokens, True)
+                for row, sequence in sequences.items()
+            }
             rows = rows._replace(prompt=_table(prompts, size, plan, bool))
         if biases := {row: dict(one.logit_bias) for row, one in asked.items() if one.logit_bias}:
             rows = rows._replace(bias=_table(biases, size, plan, np.float32))
