@@ -132,6 +132,26 @@ def test_what_a_callback_raises_cancels_its_own_request_alone():
     assert delivery.delivering is None
 
 
+def test_when_an_answer_fails_the_others_of_its_request_get_nothing_more():
+    delivery, called = Delivery(), []
+
+    def fails(event):
+        called.append(event.choice)
+        raise OSError("gone")
+
+    answers = [sequence(4 + choice, on_event=fails) for choice in range(3)]
+    for choice, one in enumerate(answers):
+        one.choice = choice
+    other, events = begun(number=7)
+    for one in (*answers, other):
+        delivery.deliver(one, 5, None)
+    assert called == [0]
+    assert all(one.cancelled for one in answers)
+    assert [e.token for e in events] == [5]
+    ((number, _),) = delivery.take_errors()
+    assert number == 4
+
+
 def test_an_interrupt_leaves_whose_callback_was_running():
     delivery = Delivery()
 

@@ -8,6 +8,7 @@ import pytest
 from mesh_model import shared_model
 from meshwen import MeshwenError, Qwen2ForCausalLM
 from meshwen.cache.budget import KVCachePlan
+from meshwen.engine.answer_text import AnswerText
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
@@ -84,6 +85,35 @@ def test_an_answer_that_cannot_be_delivered_ends_the_others_of_its_request():
     of.step()
     assert not of.busy
     assert of._core.blocks.used_blocks == 0
+
+
+def test_a_request_none_of_whose_answers_can_be_delivered_fails_once():
+    of, failed, events = engine(), [], []
+
+    def fails(event):
+        failed.append(event.choice)
+        raise OSError("gone")
+
+    of.submit(Request(PROMPT, replace(SAMPLED, n=3)), fails)
+    of.submit(Request(PROMPT, replace(SAMPLED, max_new_tokens=2)), events.append)
+    with pytest.raises(OSError, match="gone") as raised:
+        of.step()
+    assert failed == [0]
+    assert not hasattr(raised.value, "__notes__")
+    for _ in range(3):
+        of.step()
+    assert (len(events), of.busy) == (2, False)
+    assert of._core.blocks.used_blocks == 0
+
+
+def test_a_run_none_of_whose_answers_can_be_delivered_leaves_no_error_to_others(monkeypatch):
+    of = engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerText, "push", lambda text, token: 1 // 0)
+        with pytest.raises(MeshwenError, match="prompt 1: a token of its answer could not be"):
+            list(of.run([Request(PROMPT, replace(SAMPLED, n=3))]))
+    assert not of.busy
+    of.step()
 
 
 def test_generate_gives_the_answers_of_each_prompt_one_behind_the_other():

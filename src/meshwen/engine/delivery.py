@@ -37,12 +37,17 @@ class Delivery:
     ) -> None:
         """Gives a sequence its next token; an error cancels it.
 
+        Nothing is given to another answer of a request that has failed: one error ends all of it.
+
         Args:
             sequence: the sequence.
             token: the token.
             logprob: its log-probability, if the step gives any; those who asked get it.
             top: likeliest tokens in its place, as many as the sequence asked for or more.
         """
+        if any(number == sequence.request_number for number, _ in self._errors):
+            sequence.cancelled = True
+            return
         asked = sequence.request.sampling
         if not asked.logprobs:
             logprob = top = None
