@@ -318,6 +318,20 @@ def test_a_prefix_for_which_there_is_no_room_is_refused(saved):
         engine(max_model_len=64).load_prefix(saved)
 
 
+def test_blocks_of_what_was_cancelled_are_free_for_a_prefix(saved):
+    running = engine(kv_cache_memory=_memory_of(3))
+    prompt = random_tokens(TINY, 1, 60, seed=5)[0].tolist()
+    asked = Request(tuple(prompt), SamplingParams(max_new_tokens=3))
+    number = running.submit(asked, lambda event: None)
+    running.step()
+    running.cancel(number)
+    assert running.load_prefix(saved) == 2 * SIZE
+    with running.run([asked]) as events:
+        next(events)
+    assert running.load_prefix(saved) == 2 * SIZE
+    assert running.cache_stats.used_blocks == 0
+
+
 def test_without_prefix_caching_there_is_nothing_to_save_or_load(saved, tmp_path):
     running = engine(prefix_caching=False)
     with pytest.raises(MeshwenError, match="cannot load a prefix without prefix caching"):

@@ -273,6 +273,7 @@ class Engine:
         self._prefixes.check("load")
         prefix = self._prefixes.read(user_path(path))
         with self._shared.hold():
+            self._core.scheduler.drop_cancelled()  # No step may have come since.
             self._prefixes.check_room(prefix)
             with self._shared.breaking_off(threading.get_ident()):
                 self._prefixes.put(prefix)
