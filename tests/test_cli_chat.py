@@ -140,6 +140,7 @@ def test_settings_are_shown_and_changed(chat, capsys):
     for line, words in (
         ("/set heat 1", "no setting heat; there are max_new_tokens, temperature,"),
         ("/set max-tokens 2", "no setting max_tokens (did you mean max_new_tokens?); there are"),
+        ("/set n 2", "no setting n; there are max_new_tokens, temperature,"),  # One answer a turn.
         ("/set top-p 2", "top_p must be above 0 and at most 1, not 2"),
         ("/set seed x", "seed must be a whole number, not 'x'"),
         ("/rety", "no command /rety (did you mean /retry?); /help"),

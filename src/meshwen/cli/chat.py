@@ -15,10 +15,15 @@ import typer
 
 from meshwen.cli import options
 from meshwen.cli.console import Meter, before_first_token, note, working, write
-from meshwen.cli.conversation import Conversation, LoadedConversation, load_conversation
+from meshwen.cli.conversation import (
+    Conversation,
+    LoadedConversation,
+    chat_settings,
+    load_conversation,
+)
 from meshwen.cli.files import check_readable
 from meshwen.cli.interrupt import ctrl_c
-from meshwen.cli.load import load_model, opened, put_prefix, sampling_params, settings_shown
+from meshwen.cli.load import load_model, opened, put_prefix, sampling_params
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.prompts import Prompt, ignored_fields, read_template_kwargs
 from meshwen.cli.served import AskedServer, ModelOrServed, asked_server, refuse_engine
@@ -256,7 +261,7 @@ def _typed_turns() -> Iterator[str]:
     from meshwen.cli.terminal_input import typed_turns  # Not for a pipe.
     from meshwen.engine.sampling_params import SamplingParams
 
-    return typed_turns(_COMMANDS, tuple(settings_shown(SamplingParams())))
+    return typed_turns(_COMMANDS, tuple(chat_settings(SamplingParams())))
 
 
 def _piped_lines() -> Iterator[str]:

@@ -121,7 +121,7 @@ class Conversation:
     @property
     def settings(self) -> Mapping[str, Any]:
         """The sampling parameters by name, for the user."""
-        return settings_shown(self.sampling)
+        return chat_settings(self.sampling)
 
     def set(self, sampling: SamplingParams, name: str) -> None:
         """Takes sampling parameters in which the user has changed the one of this name."""
@@ -201,6 +201,11 @@ def load_conversation(path: Path) -> Prompt:
     if isinstance(last.content, str) or last.is_token_ids:
         raise MeshwenError(f"{last.where} holds no conversation, as /save writes it")
     return last
+
+
+def chat_settings(sampling: SamplingParams) -> dict[str, Any]:
+    """The sampling parameters of a chat by name: a turn has one answer, not `n`."""
+    return {name: value for name, value in settings_shown(sampling).items() if name != "n"}
 
 
 def _message(role: str, content: str) -> dict[str, Any]:
