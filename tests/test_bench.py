@@ -7,13 +7,17 @@ from math import prod
 import jax.numpy as jnp
 import pytest
 
+from mesh_model import shared_model
 from meshwen.bench.costs import decode_cost, prefill_cost
-from meshwen.bench.measure import Seconds
+from meshwen.bench.measure import Seconds, first_token
 from meshwen.bench.report_html import html_report
+from meshwen.cache.budget import KVCachePlan
 from meshwen.cli import main
+from meshwen.engine.engine import Engine
 from meshwen.models.parallel_model import ParallelModel
 from meshwen.models.presets import preset
 from meshwen.parallel.mesh import make_mesh
+from tiny_model import ONE_LAYER
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 BFLOAT16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -122,6 +126,21 @@ def test_every_length_and_batch_is_measured(small_probes, tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert text.count("<circle") == len(rows)
     assert "demo in bfloat16" in text
+
+
+def test_a_prompt_that_is_timed_is_computed_from_its_beginning(monkeypatch):
+    computed, plan = [], KVCachePlan(40, 32, 1, 1, max_num_seqs=1, max_model_len=120)
+    engine = Engine(shared_model(ONE_LAYER).runner, None, (), plan)
+
+    def run(requests):
+        for event in Engine.run(engine, requests):
+            computed.append(len(requests[0].prompt_tokens) - event.completion.cached_tokens)
+            yield event
+
+    monkeypatch.setattr(engine, "run", run)
+    for length in (40, 100, 100):
+        first_token(engine, length, runs=2)
+    assert computed == [40] * 4 + [100] * 8
 
 
 def test_int8_is_measured_with_int8(small_probes, capsys):

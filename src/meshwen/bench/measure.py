@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 from math import ceil
 from typing import Self
 
@@ -25,6 +26,7 @@ from meshwen.errors import MeshwenError
 
 _GREEDY = SamplingMethod(candidates=1, penalize=False, logprobs=False)
 _WARM_UP = 2
+_prompts = count()  # That were measured in this process.
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
 
 def first_token(engine: Engine, length: int, runs: int) -> Seconds:
     """From a prompt of `length` tokens to the first token of its answer."""
+    sampling = SamplingParams(max_new_tokens=1, temperature=0)
 
-    def prefill(number: int) -> None:
-        # Each is another prompt: what one begins with would be found in the cache.
-        prompt = (number % engine.config.vocab_size, *(1,) * (length - 1))
-        request = Request(prompt, SamplingParams(max_new_tokens=1, temperature=0))
+    def prefill(_: int) -> None:
+        # With a salt of its own: nothing of a prompt before it is found in the KV cache.
+        request = Request((1,) * length, sampling, f"prompt {next(_prompts)}")
         for event in engine.run([request]):
             if event.completion and event.completion.error:
                 raise MeshwenError(event.completion.error)
@@ -74,9 +76,9 @@ def first_token(engine: Engine, length: int, runs: int) -> Seconds:
     return _timed(prefill, runs)
 
 
-def _timed(run: Callable[[int], None], count: int) -> Seconds:
+def _timed(run: Callable[[int], None], runs: int) -> Seconds:
     seconds = []
-    for number in range(_WARM_UP + count):
+    for number in range(_WARM_UP + runs):
         began = time.perf_counter()
         run(number)
         seconds.append(time.perf_counter() - began)
