@@ -5,11 +5,12 @@ import json
 from math import prod
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mesh_model import shared_model
 from meshwen.bench.costs import decode_cost, prefill_cost
-from meshwen.bench.measure import Seconds, first_token
+from meshwen.bench.measure import Seconds, decode, first_token
 from meshwen.bench.report_html import html_report
 from meshwen.cache.budget import KVCachePlan
 from meshwen.cli import main
@@ -141,6 +142,37 @@ def test_a_prompt_that_is_timed_is_computed_from_its_beginning(monkeypatch):
     for length in (40, 100, 100):
         first_token(engine, length, runs=2)
     assert computed == [40] * 4 + [100] * 8
+
+
+class Watched:
+    """A runner that looks at what each step's attention reads."""
+
+    def __init__(self, runner):
+        self._runner, self.blocks_read = runner, 0
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def step(self, cache, inputs, *how):
+        parts = self.plan.data_devices
+        for layer in cache:
+            for array in layer:
+                array = np.asarray(jnp.copy(array)).reshape(parts, -1, *array.shape[1:])
+                held = np.isfinite(array) & (array != 0)
+                for row, (table, length) in enumerate(
+                    zip(inputs.tables, inputs.lengths, strict=True)
+                ):
+                    full = table[: length // self.model.backend.block_size]
+                    assert held[row * parts // len(inputs.tables), full].any(axis=(1, 2, 3)).all()
+                    self.blocks_read += len(full)
+        return self._runner.step(cache, inputs, *how)
+
+
+@pytest.mark.parametrize("mesh", ["1", "data=2"])
+def test_a_step_that_is_timed_reads_keys_and_values_of_tokens(mesh):
+    watched = Watched(shared_model(ONE_LAYER, mesh).runner)
+    decode(watched, 4, 70, steps=1)
+    assert watched.blocks_read == 3 * 2 * 4 * 2  # Steps, arrays, sequences, blocks.
 
 
 def test_int8_is_measured_with_int8(small_probes, capsys):

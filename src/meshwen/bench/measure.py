@@ -16,6 +16,7 @@ from typing import Self
 import jax
 import numpy as np
 
+from meshwen.cache.kv_cache import KVCache
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Request
 from meshwen.engine.runner import ModelRunner
@@ -49,7 +50,8 @@ def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
     rows = SamplerRows.of([SamplingParams(temperature=0)] * batch)
     parts, block_size = runner.plan.data_devices, runner.model.backend.block_size
     size, blocks = batch // parts, ceil((length + _WARM_UP + steps) / block_size)
-    tables, cache = tables_in_order(parts, size, blocks), runner.empty_blocks(1 + size * blocks)
+    tables = tables_in_order(parts, size, blocks)
+    cache = _filled_blocks(runner, tables)
     tokens = np.ones(batch, np.int32)
 
     def step(number: int) -> None:
@@ -60,6 +62,23 @@ def decode(runner: ModelRunner, batch: int, length: int, steps: int) -> Seconds:
         tokens = np.asarray(sampled.tokens)
 
     return _timed(step, steps)
+
+
+def _filled_blocks(runner: ModelRunner, tables: np.ndarray) -> KVCache:
+    """KV blocks which all hold what some block of tokens has.
+
+    An array that nothing was written to may be no memory yet, and is read faster, or hold NaN.
+    """
+    parts, length = runner.plan.data_devices, runner.model.backend.block_size
+    size, blocks = len(tables) // parts, tables.shape[1]
+    cache = runner.empty_blocks(1 + size * blocks)
+    tokens = in_parts(np.ones((parts, length), np.int32), np.zeros(parts, np.int32), parts)
+    first = step_inputs(tokens, 1, length, tables_in_order(parts, 1, 1))
+    _, cache = runner.forward(cache, first)
+    for row in range(size):  # Not at once: copies take memory.
+        destination = tables[row::size].reshape(-1)
+        cache = runner.copied_blocks(cache, np.ones_like(destination), destination)
+    return cache
 
 
 def first_token(engine: Engine, length: int, runs: int) -> Seconds:
