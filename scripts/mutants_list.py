@@ -763,8 +763,15 @@ FAULTS = (
     _fault(
         "budget: free memory changes the number of blocks a little",
         "cache/budget.py",
-        "fitting = bucket if bucket > ceil(fewest / block_size) else fitting",
-        "fitting = fitting - bucket + bucket",
+        "                fitting = bucket\n",
+        "                pass\n",
+        "cache_budget",
+    ),
+    _fault(
+        "budget: memory for prefixes is not taken",
+        "cache/budget.py",
+        "if kv_cache_memory is None:\n            fitting",
+        "if fitting:\n            fitting",
         "cache_budget",
     ),
     _fault(

@@ -52,16 +52,17 @@ class KVCachePlan:
         max_model_len: int,
         kv_cache_memory: int | float | None = None,
     ) -> Self:
-        """As many blocks as all sequences may need, or as fit: call it when the weights are there.
+        """As many blocks as fit: call it when the weights are there.
 
-        Where free memory decides, a shape bucket of them: where that differs a little between two
-        runs, the programs are those compiled before.
+        More than all sequences may need keep prefixes, where memory is given. Where free memory
+        decides, a shape bucket of blocks: where that differs a little between two runs, the
+        programs are those compiled before.
 
         Args:
             plan: of the model.
             token_bytes, block_size, max_num_seqs, max_model_len: the attributes.
             kv_cache_memory: bytes on each device (an int), or a share of what is free there (a
-                float above 0 and at most 1); None: 0.8.
+                float above 0 and at most 1); None: what all sequences may need, at most 0.8.
 
         Raises:
             MeshwenError: hardly a sequence fits; or free memory is asked for, and the plan's mesh
@@ -77,10 +78,15 @@ class KVCachePlan:
             cache_bytes = int(share * _free_bytes(plan))
         fitting = cache_bytes // (token_bytes * block_size)
         fewest = min(max_model_len, _FEWEST_TOKENS)
-        if fitting < needed and not isinstance(kv_cache_memory, int):
+        if not isinstance(kv_cache_memory, int):
             bucket = largest_shape_bucket(fitting)
-            fitting = bucket if bucket > ceil(fewest / block_size) else fitting
-        found = cls(min(needed, fitting), *sizes)
+            if fitting >= needed:
+                fitting = max(bucket, needed)
+            elif bucket > ceil(fewest / block_size):
+                fitting = bucket
+        if kv_cache_memory is None:
+            fitting = min(fitting, needed)
+        found = cls(fitting, *sizes)
         found.check_fits(fewest)
         return found
 

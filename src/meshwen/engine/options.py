@@ -103,7 +103,8 @@ class EngineOptions:
     kv_cache_memory: int | float | str | None = option(
         None,
         "Memory for the KV cache on each device: bytes, such as 4GB, or a share of what is free, "
-        "such as 50%. Default: as much as all prompts may need, but at most 80%.",
+        "such as 50%. What running prompts leave keeps the beginnings of earlier ones. Default: as "
+        "much as all that run may need, but at most 80%.",
         type=object,
         parse=bytes_or_share,
     )
