@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from meshwen.server import messages_models as anthropic
 from meshwen.server.chat_models import ChatMessage, ChatRequest, NamedToolChoice, Tool
 from meshwen.server.completions import CompletionRequest
 from meshwen.server.fields import (
@@ -17,11 +18,30 @@ from meshwen.server.fields import (
     SamplingFields,
     StreamOptions,
 )
+from meshwen.server.responses_models import (
+    FunctionCall,
+    FunctionCallOutput,
+    FunctionTool,
+    InputItem,
+    InputMessage,
+    NamedChoice,
+    ReasoningConfig,
+    ReasoningItem,
+    ReasoningText,
+    RefusalPart,
+    ResponsesRequest,
+    ResponseStreamOptions,
+    TextConfig,
+    TextFormat,
+    TextPart,
+)
 from meshwen.server.tokens import TokenSampling, TokensRequest
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 # Nothing holds an answer to a form yet.
-FORMS = {"response_format", "structured_outputs"}
+FORMS = {"response_format", "structured_outputs", "format"}
+# What is refused where the request is answered.
+LATER = {"thread"}
 
 # By the heading of the table: the models whose own fields it has, with what comes before these.
 TABLES = {
@@ -36,6 +56,37 @@ TABLES = {
     },
     "Completions": {"": CompletionRequest},
     "Token ids": {"": TokensRequest, "sampling_params.": TokenSampling},
+    "Anthropic's messages": {"": anthropic.MessagesRequest},
+    "Anthropic's messages and their count": {
+        "": anthropic.CountRequest,
+        "messages.": anthropic.Message,
+        "content.text.": anthropic.TextBlock,
+        "content.thinking.": anthropic.ThinkingBlock,
+        "content.tool_use.": anthropic.ToolUseBlock,
+        "content.tool_result.": anthropic.ToolResultBlock,
+        "tools.": anthropic.Tool,
+        "tool_choice.": anthropic.ToolChoice,
+        "thinking.": anthropic.Thinking,
+        "output_config.": anthropic.OutputConfig,
+        "output_config.format.": anthropic.OutputFormat,
+    },
+    "Responses": {
+        "": ResponsesRequest,
+        "input.": InputItem,
+        "input.message.": InputMessage,
+        "input.function_call.": FunctionCall,
+        "input.function_call_output.": FunctionCallOutput,
+        "input.reasoning.": ReasoningItem,
+        "reasoning_text.": ReasoningText,
+        "output_text.": TextPart,
+        "refusal.": RefusalPart,
+        "tools.": FunctionTool,
+        "tool_choice.": NamedChoice,
+        "text.": TextConfig,
+        "text.format.": TextFormat,
+        "reasoning.": ReasoningConfig,
+        "stream_options.": ResponseStreamOptions,
+    },
 }
 
 
@@ -54,7 +105,7 @@ def documented(title: str) -> dict[str, str]:
 
 
 def kind(name: str, field: Any) -> str:
-    if name in FORMS or REFUSES in field.metadata:
+    if name in FORMS | LATER or REFUSES in field.metadata:
         return "refused"
     return "not applicable" if field.annotation is Any else "supported"
 
@@ -78,6 +129,28 @@ LEAST = {
     TokensRequest: {"token_ids": [1]},
     TokenSampling: {},
     StreamOptions: {},
+    anthropic.MessagesRequest: {
+        "model": "x",
+        "max_tokens": 1,
+        "messages": [{"role": "user", "content": "x"}],
+    },
+    anthropic.CountRequest: {"model": "x", "messages": [{"role": "user", "content": "x"}]},
+    anthropic.TextBlock: {"type": "text", "text": "x"},
+    anthropic.ThinkingBlock: {"type": "thinking", "thinking": "x"},
+    anthropic.ToolUseBlock: {"type": "tool_use", "id": "x", "name": "x", "input": {}},
+    anthropic.ToolResultBlock: {"type": "tool_result", "tool_use_id": "x"},
+    anthropic.Tool: {"name": "x", "input_schema": {}},
+    anthropic.OutputConfig: {},
+    ResponsesRequest: {"input": "x"},
+    InputMessage: {"role": "user", "content": "x"},
+    FunctionCall: {"type": "function_call", "call_id": "x", "name": "x", "arguments": "{}"},
+    FunctionCallOutput: {"type": "function_call_output", "call_id": "x", "output": "x"},
+    ReasoningItem: {"type": "reasoning"},
+    TextPart: {"type": "output_text", "text": "x"},
+    FunctionTool: {"type": "function", "name": "x"},
+    TextConfig: {},
+    ReasoningConfig: {},
+    ResponseStreamOptions: {},
 }
 
 

@@ -272,6 +272,23 @@ async def test_fields_reach_the_sampler():
 
 
 @in_loop
+async def test_further_fields_reach_the_engine():
+    async with serving() as server:
+        await ask(server, min_p=0.25, repetition_penalty=1.5, cache_salt="s", temperature=1)
+        (request,) = server.engine.requests
+    assert (request.sampling.min_p, request.sampling.repetition_penalty) == (0.25, 1.5)
+    assert request.cache_salt == "s"
+
+
+@in_loop
+async def test_a_form_that_the_answer_cannot_be_held_to_is_refused():
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    async with serving() as server:
+        response = await server.client.post(PATH, json=BODY | {"output_config": {"format": form}})
+    assert (response.status_code, "response_format" in response.text) == (400, True)
+
+
+@in_loop
 async def test_tools_are_left_out_where_none_may_be_called():
     async with serving(call("now", "{}"), template=TEMPLATE) as server:
         found = await ask(server, tools=[TOOL], tool_choice={"type": "none"})

@@ -310,6 +310,53 @@ async def test_fields_reach_the_sampler():
 
 
 @in_loop
+async def test_further_fields_reach_the_engine():
+    template = TEMPLATE + "{{ flavour }}"
+    fields = {"min_p": 0.25, "repetition_penalty": 1.5, "cache_salt": "s", "temperature": 1}
+    async with serving(template=template) as server:
+        await ask(server, **fields, chat_template_kwargs={"flavour": "mint"})
+        (request,) = server.engine.requests
+        assert prompt(server).endswith("assistant\nmint")
+    assert (request.sampling.min_p, request.sampling.repetition_penalty) == (0.25, 1.5)
+    assert request.cache_salt == "s"
+
+
+@in_loop
+async def test_what_changes_no_answer_is_taken():
+    fields = {
+        "text": {"format": {"type": "text"}},
+        "reasoning": {"summary": "auto", "mode": "standard"},
+        "truncation": "disabled",
+        "include": ["reasoning.encrypted_content"],
+    }
+    async with serving() as server:
+        await ask(server, **fields)
+        await stream(server, **fields, stream_options={"include_obfuscation": False})
+        first, second = server.engine.requests
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+@in_loop
+async def test_a_form_that_the_answer_cannot_be_held_to_is_refused(kind):
+    schema = {"name": "x", "schema": {"type": "object"}} if kind == "json_schema" else {}
+    body = {"input": "Hi", "text": {"format": {"type": kind, **schema}}}
+    async with serving() as server:
+        response = await server.client.post(PATH, json=body)
+    assert (response.status_code, "response_format" in response.text) == (400, True)
+
+
+@in_loop
+async def test_tools_are_left_out_where_none_may_be_called():
+    async with serving(call("now", "{}") * 2, template=TEMPLATE) as server:
+        found = await ask(server, tools=[TOOL], tool_choice="none")
+        assert "tools:" not in prompt(server)
+        assert [one["type"] for one in found["output"]] == ["message"]
+        found = await ask(server, tools=[TOOL], parallel_tool_calls=False)
+        assert [one["type"] for one in found["output"]] == ["function_call", "message"]
+
+
+@in_loop
 async def test_cached_tokens_are_said_where_the_server_is_asked_to():
     engine = ScriptedEngine("Hello!")
     engine.cached_tokens = 3

@@ -21,7 +21,7 @@ from meshwen.server.fields import (
 from meshwen.server.tagged import tagged, text_or
 
 
-class _Text(Fields):
+class TextBlock(Fields):
     """Text."""
 
     type: Literal["text"]
@@ -30,7 +30,7 @@ class _Text(Fields):
     cache_control: Ignored = None
 
 
-class _Thinking(Fields):
+class ThinkingBlock(Fields):
     """What the model thought, as it came in an answer."""
 
     type: Literal["thinking"]
@@ -38,7 +38,7 @@ class _Thinking(Fields):
     signature: Ignored = None
 
 
-class _ToolUse(Fields):
+class ToolUseBlock(Fields):
     """A call that the model made."""
 
     type: Literal["tool_use"]
@@ -50,50 +50,50 @@ class _ToolUse(Fields):
     caller: Ignored = None
 
 
-_TextBlock = Annotated[_Text, tagged({"text": _Text}, "a content block")]
+_OnlyText = Annotated[TextBlock, tagged({"text": TextBlock}, "a content block")]
 
 
-class _ToolResult(Fields):
+class ToolResultBlock(Fields):
     """What a call gave."""
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[str | list[_Text], text_or(_TextBlock)] = ""
+    content: Annotated[str | list[TextBlock], text_or(_OnlyText)] = ""
     is_error: bool | None = None
     toolset_name: Refused = None
     cache_control: Ignored = None
 
 
 _Block = Annotated[
-    _Text | _Thinking | _ToolUse | _ToolResult,
+    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock,
     tagged(
         {
-            "text": _Text,
-            "thinking": _Thinking,
-            "tool_use": _ToolUse,
-            "tool_result": _ToolResult,
+            "text": TextBlock,
+            "thinking": ThinkingBlock,
+            "tool_use": ToolUseBlock,
+            "tool_result": ToolResultBlock,
         },
         "a content block",
     ),
 ]
 _ALLOWED: dict[str, tuple[type[Fields], ...]] = {
-    "user": (_Text, _ToolResult),
-    "assistant": (_Text, _Thinking, _ToolUse),
-    "system": (_Text,),
+    "user": (TextBlock, ToolResultBlock),
+    "assistant": (TextBlock, ThinkingBlock, ToolUseBlock),
+    "system": (TextBlock,),
 }
 
 
-class _Message(Fields):
+class Message(Fields):
     """A turn of the conversation."""
 
     role: Annotated[Literal["user", "assistant", "system"], expecting("user or assistant")]
     content: Annotated[
-        str | list[_Text | _Thinking | _ToolUse | _ToolResult],
+        str | list[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock],
         text_or(_Block),
     ]
 
     @model_validator(mode="after")
-    def _check_blocks(self) -> _Message:
+    def _check_blocks(self) -> Message:
         for block in self.blocks:
             if not isinstance(block, _ALLOWED[self.role]):
                 raise ValueError(f"a message of the {self.role} has no block {block.type}")
@@ -103,11 +103,11 @@ class _Message(Fields):
     def blocks(self) -> list[Any]:
         """The content as blocks."""
         if isinstance(self.content, str):
-            return [_Text(type="text", text=self.content)]
+            return [TextBlock(type="text", text=self.content)]
         return self.content
 
 
-class _Tool(Fields):
+class Tool(Fields):
     """A function that may be called."""
 
     type: Annotated[
@@ -137,7 +137,7 @@ class _Tool(Fields):
         }
 
 
-class _ToolChoice(Fields):
+class ToolChoice(Fields):
     """Whether tools are called, and which."""
 
     type: Annotated[Literal["auto", "any", "tool", "none"], expecting("auto, any, tool or none")]
@@ -145,7 +145,7 @@ class _ToolChoice(Fields):
     disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
-    def _check_name(self) -> _ToolChoice:
+    def _check_name(self) -> ToolChoice:
         if (self.type == "tool") != (self.name is not None):
             raise ValueError("name goes with the type tool, and with no other")
         return self
@@ -157,7 +157,7 @@ class _ToolChoice(Fields):
         return {"any": "required"}.get(self.type, self.type)
 
 
-class _Thinks(Fields):
+class Thinking(Fields):
     """Whether the model thinks before it answers.
 
     Attributes:
@@ -173,17 +173,17 @@ class _Thinks(Fields):
     display: Annotated[Literal["summarized"] | None, expecting("summarized")] = None
 
 
-class _Format(Fields):
+class OutputFormat(Fields):
     """A schema that the answer follows."""
 
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class _OutputConfig(Fields):
+class OutputConfig(Fields):
     """The form of the answer."""
 
-    format: _Format | None = None
+    format: OutputFormat | None = None
     effort: Refused = None
 
 
@@ -191,12 +191,12 @@ class CountRequest(Fields):
     """The body of a request for the number of a prompt's tokens."""
 
     model: str
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    system: Annotated[str | list[_Text], text_or(_TextBlock)] | None = None
-    tools: list[_Tool] | None = None
-    tool_choice: _ToolChoice | None = None
-    thinking: _Thinks | None = None
-    output_config: _OutputConfig | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    system: Annotated[str | list[TextBlock], text_or(_OnlyText)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     thread: dict[str, Any] | None = None  # Refused with what its clients look for.
@@ -209,7 +209,7 @@ class CountRequest(Fields):
 
     @model_validator(mode="after")
     def _check_last(self) -> CountRequest:
-        if any(isinstance(block, _ToolUse) for block in self.messages[-1].blocks):
+        if any(isinstance(block, ToolUseBlock) for block in self.messages[-1].blocks):
             raise ValueError("the last message has a tool_use block: send its tool_result, too")
         return self
 
@@ -271,7 +271,7 @@ class MessagesRequest(CountRequest):
         }
 
 
-def _turns(system: str | list[_Text] | None, messages: list[_Message]) -> list[dict[str, Any]]:
+def _turns(system: str | list[TextBlock] | None, messages: list[Message]) -> list[dict[str, Any]]:
     """The conversation as chat completions have it: successive turns of one role are one."""
     turns = [{"role": "system", "content": _joined(system)}] if system else []
     for role, several in groupby(messages, key=lambda one: one.role):
@@ -281,7 +281,7 @@ def _turns(system: str | list[_Text] | None, messages: list[_Message]) -> list[d
 
 
 def _assistant(blocks: list[Any]) -> dict[str, Any]:
-    thinking = "".join(one.thinking for one in blocks if isinstance(one, _Thinking))
+    thinking = "".join(one.thinking for one in blocks if isinstance(one, ThinkingBlock))
     calls = [
         {
             "id": one.id,
@@ -292,12 +292,12 @@ def _assistant(blocks: list[Any]) -> dict[str, Any]:
             },
         }
         for one in blocks
-        if isinstance(one, _ToolUse)
+        if isinstance(one, ToolUseBlock)
     ]
     # The pieces of an answer's text, which calls parted, have their line ends with them.
     turn: dict[str, Any] = {
         "role": "assistant",
-        "content": "".join(one.text for one in blocks if isinstance(one, _Text)),
+        "content": "".join(one.text for one in blocks if isinstance(one, TextBlock)),
     }
     turn |= {"reasoning_content": thinking} if thinking else {}
     return turn | ({"tool_calls": calls} if calls else {})
@@ -306,7 +306,7 @@ def _assistant(blocks: list[Any]) -> dict[str, Any]:
 def _others(role: str, blocks: list[Any]) -> list[dict[str, Any]]:
     """Turns of a user, or the system; what tools gave are turns of their own."""
     turns: list[dict[str, Any]] = []
-    for is_text, several in groupby(blocks, key=lambda one: isinstance(one, _Text)):
+    for is_text, several in groupby(blocks, key=lambda one: isinstance(one, TextBlock)):
         if is_text:
             turns.append({"role": role, "content": _joined(list(several))})
         else:
@@ -314,7 +314,7 @@ def _others(role: str, blocks: list[Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def _result(block: _ToolResult) -> dict[str, Any]:
+def _result(block: ToolResultBlock) -> dict[str, Any]:
     text = _joined(block.content)
     return {
         "role": "tool",
@@ -323,5 +323,5 @@ def _result(block: _ToolResult) -> dict[str, Any]:
     }
 
 
-def _joined(content: str | list[_Text]) -> str:
+def _joined(content: str | list[TextBlock]) -> str:
     return content if isinstance(content, str) else "\n".join(one.text for one in content)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, WrapValidator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from meshwen.server.fields import (
+    REFUSES,
     Fields,
     Ignored,
     Refused,
@@ -19,7 +20,7 @@ from meshwen.server.fields import (
 from meshwen.server.tagged import tagged, text_or
 
 
-class _Text(Fields):
+class TextPart(Fields):
     """Text of any role."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -29,7 +30,7 @@ class _Text(Fields):
     prompt_cache_breakpoint: Ignored = None
 
 
-class _Refusal(Fields):
+class RefusalPart(Fields):
     """Why the model did not answer."""
 
     type: Literal["refusal"]
@@ -42,22 +43,23 @@ class _Refusal(Fields):
 
 
 _Part = Annotated[
-    _Text | _Refusal,
+    TextPart | RefusalPart,
     tagged(
-        {"input_text": _Text, "output_text": _Text, "text": _Text, "refusal": _Refusal}, "a part"
+        {"input_text": TextPart, "output_text": TextPart, "text": TextPart, "refusal": RefusalPart},
+        "a part",
     ),
 ]
-_Content = Annotated[str | list[_Text | _Refusal], text_or(_Part)]
+_Content = Annotated[str | list[TextPart | RefusalPart], text_or(_Part)]
 
 
-class _Item(Fields):
+class InputItem(Fields):
     """What items have beside their content."""
 
     id: Ignored = None
     status: Ignored = None
 
 
-class _Message(_Item):
+class InputMessage(InputItem):
     """A turn of the conversation."""
 
     type: Literal["message"] = "message"
@@ -69,7 +71,7 @@ class _Message(_Item):
     phase: Ignored = None
 
 
-class _FunctionCall(_Item):
+class FunctionCall(InputItem):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -80,7 +82,7 @@ class _FunctionCall(_Item):
     caller: Ignored = None
 
 
-class _FunctionCallOutput(_Item):
+class FunctionCallOutput(InputItem):
     """What a call gave."""
 
     type: Literal["function_call_output"]
@@ -91,19 +93,19 @@ class _FunctionCallOutput(_Item):
     name: Ignored = None
 
 
-class _ReasoningText(Fields):
+class ReasoningText(Fields):
     """What the model thought, or what is told of it."""
 
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
-class _Reasoning(_Item):
+class ReasoningItem(InputItem):
     """What the model thought, as it came in an answer."""
 
     type: Literal["reasoning"]
-    summary: list[_ReasoningText] | None = None
-    content: list[_ReasoningText] | None = None
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
     encrypted_content: Refused = None
 
     @property
@@ -118,14 +120,14 @@ def _or_stored(value: Any, handler: Any) -> Any:
     return handler(value)
 
 
-_InputItem = Annotated[
-    _Message | _FunctionCall | _FunctionCallOutput | _Reasoning,
+_AnyItem = Annotated[
+    InputMessage | FunctionCall | FunctionCallOutput | ReasoningItem,
     tagged(
         {
-            "message": _Message,
-            "function_call": _FunctionCall,
-            "function_call_output": _FunctionCallOutput,
-            "reasoning": _Reasoning,
+            "message": InputMessage,
+            "function_call": FunctionCall,
+            "function_call_output": FunctionCallOutput,
+            "reasoning": ReasoningItem,
         },
         "an input item",
         default="message",
@@ -134,7 +136,7 @@ _InputItem = Annotated[
 ]
 
 
-class _Tool(Fields):
+class FunctionTool(Fields):
     """A function that may be called."""
 
     type: Annotated[Literal["function"], expecting('"function"; there are no other tools here')]
@@ -153,14 +155,14 @@ class _Tool(Fields):
         return {"type": "function", "function": found}
 
 
-class _NamedChoice(Fields):
+class NamedChoice(Fields):
     """The function that must be called."""
 
     type: Literal["function"]
     name: str
 
 
-class _Format(Fields):
+class TextFormat(Fields):
     """The form of the answer."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -175,7 +177,7 @@ class _Format(Fields):
     strict: bool | None = None
 
     @model_validator(mode="after")
-    def _check_schema(self) -> _Format:
+    def _check_schema(self) -> TextFormat:
         if (self.type == "json_schema") != (self.schema_ is not None):
             raise ValueError("schema goes with the type json_schema, and with no other")
         return self
@@ -188,14 +190,14 @@ class _Format(Fields):
         return {"type": self.type, "json_schema": schema}
 
 
-class _TextConfig(Fields):
+class TextConfig(Fields):
     """How the text is written."""
 
-    format: _Format | None = None
+    format: TextFormat | None = None
     verbosity: Refused = None
 
 
-class _ReasoningConfig(Fields):
+class ReasoningConfig(Fields):
     """How the model thinks."""
 
     context: Refused = None
@@ -205,24 +207,33 @@ class _ReasoningConfig(Fields):
     summary: Ignored = None
 
 
-class _StreamOptions(Fields):
+class ResponseStreamOptions(Fields):
     """What a stream has beside the answer."""
 
     include_obfuscation: Ignored = None
 
 
 _LOGPROBS = "message.output_text.logprobs"
-_Stored = Annotated[
-    None, expecting("left out: nothing is stored here; send the whole conversation as input")
-]
+
+
+def _not_stored(value: Any, handler: Any) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(
+            "this is not supported: nothing is stored here; send the whole conversation as input"
+        ) from None
+
+
+_Stored = Annotated[None, REFUSES, WrapValidator(_not_stored)]
 
 
 class ResponsesRequest(Fields):
     """The body of a request for a response."""
 
     input: Annotated[
-        str | list[_Message | _FunctionCall | _FunctionCallOutput | _Reasoning],
-        text_or(_InputItem),
+        str | list[InputMessage | FunctionCall | FunctionCallOutput | ReasoningItem],
+        text_or(_AnyItem),
     ]
     model: str | None = None
     include: (
@@ -238,16 +249,16 @@ class ResponsesRequest(Fields):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: _ReasoningConfig | None = None
+    reasoning: ReasoningConfig | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
-    text: _TextConfig | None = None
+    text: TextConfig | None = None
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | _NamedChoice | None,
+        Literal["none", "auto", "required"] | NamedChoice | None,
         expecting("none, auto, required or the name of a function, as an object"),
     ] = None
-    tools: list[_Tool] | None = None
+    tools: list[FunctionTool] | None = None
     top_logprobs: TopLogprobs | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     truncation: Annotated[
@@ -290,7 +301,7 @@ class ResponsesRequest(Fields):
         same = ("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
         further = ("cache_salt", "chat_template_kwargs", "parallel_tool_calls", "stream")
         form, choice = self.text and self.text.format, self.tool_choice
-        named = isinstance(choice, _NamedChoice)
+        named = isinstance(choice, NamedChoice)
         return {
             **{name: getattr(self, name) for name in (*same, *further)},
             "messages": _turns(self),
@@ -299,7 +310,7 @@ class ResponsesRequest(Fields):
             "top_logprobs": self.top_logprobs if self.logprobs else None,
             "tools": [one.for_chat() for one in self.tools or []] or None,
             "tool_choice": {"type": "function", "function": {"name": choice.name}}
-            if isinstance(choice, _NamedChoice) and named
+            if isinstance(choice, NamedChoice) and named
             else choice,
             "response_format": form and form.for_chat(),
         }
@@ -312,12 +323,12 @@ def _turns(body: ResponsesRequest) -> list[dict[str, Any]]:
         turns.append({"role": "system", "content": body.instructions})
     if isinstance(body.input, str):
         return [*turns, {"role": "user", "content": body.input}]
-    before: _Item | None = None
+    before: InputItem | None = None
     for item in body.input:
-        if isinstance(item, _FunctionCallOutput):
+        if isinstance(item, FunctionCallOutput):
             text = _joined(item.output)
             turns.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
-        elif isinstance(item, _Message) and item.role != "assistant":
+        elif isinstance(item, InputMessage) and item.role != "assistant":
             turns.append({"role": item.role, "content": _joined(item.content)})
         else:
             _add_to_answer(turns, item, before)
@@ -325,23 +336,23 @@ def _turns(body: ResponsesRequest) -> list[dict[str, Any]]:
     return turns
 
 
-def _add_to_answer(turns: list[dict[str, Any]], item: _Item, before: _Item | None) -> None:
+def _add_to_answer(turns: list[dict[str, Any]], item: InputItem, before: InputItem | None) -> None:
     """Adds what the model wrote to its last turn, if it may be a part of that; or to a new one."""
     is_new = not turns or turns[-1]["role"] != "assistant"
-    is_new |= isinstance(item, _Reasoning) and not isinstance(before, _Reasoning)
-    if is_new or (isinstance(item, _Message) and isinstance(before, _Message)):
+    is_new |= isinstance(item, ReasoningItem) and not isinstance(before, ReasoningItem)
+    if is_new or (isinstance(item, InputMessage) and isinstance(before, InputMessage)):
         turns.append({"role": "assistant", "content": ""})
     turn = turns[-1]
-    if isinstance(item, _Reasoning):
+    if isinstance(item, ReasoningItem):
         turn["reasoning_content"] = turn.get("reasoning_content", "") + item.text
-    elif isinstance(item, _FunctionCall):
+    elif isinstance(item, FunctionCall):
         function = {"name": item.name, "arguments": item.arguments}
         call = {"id": item.call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
-    elif isinstance(item, _Message):
+    elif isinstance(item, InputMessage):
         # The pieces of an answer's text, which calls parted, have their line ends with them.
         turn["content"] += _joined(item.content, "")
 
 
-def _joined(content: str | list[_Text | _Refusal], by: str = "\n") -> str:
+def _joined(content: str | list[TextPart | RefusalPart], by: str = "\n") -> str:
     return content if isinstance(content, str) else by.join(one.text for one in content)
