@@ -16,6 +16,7 @@ from meshwen.common.option_fields import options_of
 from meshwen.engine.options import EngineKeywords, EngineOptions
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
+from meshwen.server.options import ServerOptions
 
 LOADING = {"mesh", "dtype", "numerics", "quantization", "load_format", "revision"}
 SAMPLING = {
@@ -52,6 +53,12 @@ COMMANDS = {
     | PROCESSES
     | {"model", "batch", "prompt_len", "gen_len", "runs", "html", "json"}
     | {"kv_cache_memory", "max_num_batched_tokens"},
+    "serve": LOADING
+    | MEMORY
+    | PROCESSES
+    | {"model", "max_num_seqs", "max_num_batched_tokens", "prompt_lookup_num_tokens"}
+    | {"load_prefix"}
+    | set(options_of(ServerOptions)),
     "inspect": LOADING | {"filter", "stats", "json"},
     "verify": (LOADING - {"mesh"})
     | PROCESSES
@@ -63,6 +70,7 @@ COMMANDS = {
 }
 # What a command says otherwise, and why it is not the same option.
 ANOTHER_DEFAULT = {
+    ("serve", "max_num_seqs"): 32,
     ("eval gsm8k", "max_num_seqs"): 32,
     ("eval meshes", "max_num_seqs"): 32,
     ("eval meshes", "numerics"): "exact",
@@ -104,7 +112,9 @@ def test_a_command_has_its_options_and_no_others(command):
 def test_an_option_of_a_command_is_the_one_of_python(command):
     defaults = {f.name: f.default for f in fields(EngineOptions)}
     found = parameters(command)
-    for kind in (EngineOptions, SamplingParams):
+    for kind in (EngineOptions, SamplingParams, ServerOptions):
+        if kind is ServerOptions and command != "serve":
+            continue
         for name, option in options_of(kind).items():
             if name not in found:
                 continue
@@ -115,6 +125,9 @@ def test_an_option_of_a_command_is_the_one_of_python(command):
             if kind is EngineOptions:
                 default = ANOTHER_DEFAULT.get((command, name), defaults[name])
                 assert found[name].default == default
+            elif kind is ServerOptions:
+                own = {f.name: f.default for f in fields(ServerOptions)}[name]
+                assert found[name].default == (own or None if option.many else own)
             elif (command, name) not in ANOTHER_HELP:  # As the checkpoint says.
                 assert not found[name].default
 
@@ -215,6 +228,7 @@ def test_keyword_arguments_are_those_of_the_dataclass():
         (EngineOptions, EngineOptions),
         (AutoModelForCausalLM.from_pretrained, EngineOptions),
         (SamplingParams, SamplingParams),
+        (ServerOptions, ServerOptions),
         (Qwen2ForCausalLM.generate, SamplingParams),
     ],
 )

@@ -26,6 +26,7 @@ from meshwen.cli.generate import generate
 from meshwen.cli.inspect import inspect
 from meshwen.cli.interrupt import INTERRUPTED, take, take_last
 from meshwen.cli.processes import over_processes
+from meshwen.cli.serve import serve
 from meshwen.cli.streams import check_stdout, drop_output, open_streams, output_failure
 from meshwen.cli.verify import verify
 from meshwen.common.arguments import meant
@@ -75,6 +76,7 @@ app.command("chat")(over_processes(chat, refusal=_ONE_PERSON))
 app.command("inspect")(inspect)
 app.command("verify")(over_processes(verify))
 app.command("bench")(over_processes(bench))
+app.command("serve")(over_processes(serve))
 app.command("export")(export)
 app.add_typer(evals, name="eval")
 
@@ -150,6 +152,7 @@ _NAMES_ELSEWHERE = {
     **dict.fromkeys(("--precision", "--torch-dtype"), "--dtype"),
     **dict.fromkeys(("--repeat-penalty", "--frequency-penalty"), "--repetition-penalty"),
     **dict.fromkeys(("--file", "-f", "--input"), "--prompts-file"),
+    **dict.fromkeys(("server", "api_server", "listen"), "serve"),
     **dict.fromkeys(("gen", "run", "complete", "completion", "infer"), "generate"),
     **dict.fromkeys(("test", "check", "validate"), "verify"),
     **dict.fromkeys(("info", "show", "ls"), "inspect"),

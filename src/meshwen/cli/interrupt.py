@@ -3,7 +3,8 @@
 
 Ctrl-C and SIGTERM raise an exception in the main thread, so that what is open is closed. A second
 one ends the program at once, as does a first that has not ended it within 5 s. An exception that a
-library swallows is raised again. While a chat answers, Ctrl-C only stops the answer.
+library swallows is raised again. While a chat answers, Ctrl-C only stops the answer; a server lets
+its requests finish.
 
 Nothing is raised while a module is imported: the C++ of an extension may not survive it.
 
@@ -22,7 +23,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -237,32 +238,48 @@ def ctrl_c(stop: Callable[[], None] = lambda: None) -> Iterator[threading.Event]
         stop: also called then, by the main thread.
     """
     pressed = threading.Event()
-    presses = 0
-    reader, writer = _socket_pair()
 
-    def came(number: int) -> None:
-        nonlocal presses
-        if number != signal.SIGINT:  # It is for whoever watched before.
-            with suppress(OSError):
-                os.write(wakeup_before, bytes([number]))
-            return
-        presses += 1
-        if presses == 2:
-            _end_at_once(INTERRUPTED)
-
-    def handle(*_: object) -> None:
+    def handle(number: int) -> None:
         pressed.set()
         stop()
 
-    before = signal.signal(signal.SIGINT, handle)
+    with handled(handle, ("SIGINT",)):
+        yield pressed
+
+
+@contextmanager
+def handled(handle: Callable[[int], None], names: Sequence[str] = _SIGNALS) -> Iterator[None]:
+    """Has signals handled, in the place of raising; the second that comes ends the program at once.
+
+    Args:
+        handle: called with a signal's number, by the main thread.
+        names: the signals; those that the process was started to ignore stay ignored.
+    """
+    numbers = [n for name in names if (n := getattr(signal, name, None)) is not None]
+    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+    came_before = 0
+    reader, writer = _socket_pair()
+
+    def came(number: int) -> None:
+        nonlocal came_before
+        if number not in numbers:  # It is for whoever watched before.
+            with suppress(OSError):
+                os.write(wakeup_before, bytes([number]))
+            return
+        came_before += 1
+        if came_before == 2:
+            _end_at_once(128 + number)
+
+    before = {n: signal.signal(n, lambda number, frame: handle(number)) for n in numbers}
     wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, came, lambda: None), daemon=True)
     watcher.start()
     try:
-        yield pressed
+        yield
     finally:
         signal.set_wakeup_fd(wakeup_before)
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         writer.close()
         watcher.join()
         reader.close()

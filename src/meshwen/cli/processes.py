@@ -15,8 +15,9 @@ import typer
 
 from meshwen.cli.option_groups import with_groups
 from meshwen.cli.options import declared
-from meshwen.common.option_fields import Option
+from meshwen.common.option_fields import Option, options_of
 from meshwen.errors import MeshwenError
+from meshwen.server.options import ServerOptions
 
 Coordinator = Annotated[
     str | None,
@@ -90,6 +91,7 @@ _OWN_AFFAIR = {
         "train",
     ),
     *("json_file", "html_file", "debug"),
+    *(options_of(ServerOptions).keys() - {"warmup"}),
 }
 
 

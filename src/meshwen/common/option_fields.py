@@ -142,6 +142,7 @@ def documented(kind: type, heading: str) -> Callable[[Documented], Documented]:
             width=96,
             initial_indent="    ",
             subsequent_indent="        ",
+            break_on_hyphens=False,
         )
         for name, one in options_of(kind).items()
     ]

@@ -64,7 +64,7 @@ def create_app(serving: Serving) -> FastAPI:
 
 def _add_layers(app: FastAPI, options: ServerOptions) -> None:
     """What a request passes through before its handler; the last one added is the first."""
-    app.add_middleware(HttpGuard, options.api_keys(), options.max_body_size)
+    app.add_middleware(HttpGuard, options.api_keys(), int(options.max_body_size))
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

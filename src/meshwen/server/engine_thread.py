@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Protocol
 
 from meshwen.engine.request import Event, Request
@@ -307,12 +308,17 @@ class EngineThread:
 
     def _send(self, found: list[tuple[Answers, _Found]]) -> None:
         if found:
-            self._call_loop(lambda: [answers.put(one) for answers, one in found])
+            self._call_loop(partial(_put, found))
 
     def _call_loop(self, function: Callable[[], object]) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
             self._loop.call_soon_threadsafe(function)
+
+
+def _put(found: list[tuple[Answers, _Found]]) -> None:
+    for answers, one in found:
+        answers.put(one)
 
 
 def _failed() -> ApiError:

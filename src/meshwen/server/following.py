@@ -38,6 +38,15 @@ class LeadingEngine:
         """Whether there is something to compute."""
         return self._engine.busy
 
+    @property
+    def waiting(self) -> int:
+        """Requests whose computation has not begun."""
+        return self._engine.waiting
+
+    def unfinished(self, number: int) -> bool:
+        """Whether a request waits or runs."""
+        return self._engine.unfinished(number)
+
     def check(self, request: Request, name: str) -> None:
         """Refuses a request that cannot be answered: see `Engine.check`."""
         self._engine.check(request, name)

@@ -73,7 +73,7 @@ class ServerOptions:
         least=0,
     )
     max_body_size: int | str = option(
-        4 << 20, "Most bytes of a request's body.", type=object, parse=_body_size
+        "4MiB", "Most bytes of a request's body.", type=object, parse=_body_size
     )
     allowed_origins: tuple[str, ...] = option(
         (),
