@@ -3,7 +3,6 @@
 
 import asyncio
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -56,12 +55,6 @@ async def refused(server, status=400, **fields):
     response = await server.client.post(PATH, json=body(**fields))
     assert response.status_code == status, response.text
     return response.json()["error"]
-
-
-def use_template(server, template):
-    own = tokenizer()
-    changed = type(own)(replace(own._parts, templates={"default": template}))
-    server.app.state.serving = replace(server.serving, tokenizer=changed)
 
 
 def message_of(found, index=0):
@@ -317,8 +310,7 @@ async def test_calls_and_their_results_reach_the_template_as_objects_and_tools_a
         },
         {"role": "tool", "content": "2", "tool_call_id": "call_1"},
     ]
-    async with serving("H") as server:
-        use_template(server, TOOL_TEMPLATE)
+    async with serving("H", template=TOOL_TEMPLATE) as server:
         variables = {"chat_template_kwargs": {"flavour": "mint"}, "documents": [{"a": 1}]}
         await ask(server, messages=messages, tools=[TOOL], **variables)
         await ask(server, messages=messages, tools=[TOOL], tool_choice="none")
@@ -344,8 +336,7 @@ async def test_arguments_in_the_history_that_are_no_object_are_refused_by_their_
 
 @in_loop
 async def test_tool_calls_are_the_same_streamed_and_whole():
-    async with serving(CALLS) as server:
-        use_template(server, TOOL_TEMPLATE)
+    async with serving(CALLS, template=TOOL_TEMPLATE) as server:
         whole = await ask(server, tools=[TOOL])
         found = await stream(server, tools=[TOOL])
         alone = await ask(server, tools=[TOOL], parallel_tool_calls=False)
@@ -364,8 +355,7 @@ async def test_tool_calls_are_the_same_streamed_and_whole():
 @in_loop
 async def test_the_tokens_of_calls_are_listed_once_each():
     fields = {"tools": [TOOL], "logprobs": True, "return_token_ids": True}
-    async with serving(CALLS) as server:
-        use_template(server, TOOL_TEMPLATE)
+    async with serving(CALLS, template=TOOL_TEMPLATE) as server:
         (choice,) = (await ask(server, **fields))["choices"]
         parts = choices(await stream(server, **fields), 0)
     listed = [one for part in parts for one in (part["logprobs"] or {"content": []})["content"]]
@@ -376,8 +366,7 @@ async def test_the_tokens_of_calls_are_listed_once_each():
 
 @in_loop
 async def test_what_only_began_like_a_call_is_content_in_the_end():
-    async with serving("Well <tool_ca") as server:
-        use_template(server, TOOL_TEMPLATE)
+    async with serving("Well <tool_ca", template=TOOL_TEMPLATE) as server:
         (choice,) = (await ask(server, tools=[TOOL]))["choices"]
         found = await stream(server, tools=[TOOL])
     assert choice["message"]["content"] == message_of(found)["content"] == "Well <tool_ca"
@@ -386,8 +375,7 @@ async def test_what_only_began_like_a_call_is_content_in_the_end():
 
 @in_loop
 async def test_an_answer_of_calls_alone_has_no_content():
-    async with serving(CALLS.split("\n", 1)[1]) as server:
-        use_template(server, TOOL_TEMPLATE)
+    async with serving(CALLS.split("\n", 1)[1], template=TOOL_TEMPLATE) as server:
         (choice,) = (await ask(server, tools=[TOOL]))["choices"]
     assert choice["message"]["content"] is None
 
@@ -661,3 +649,6 @@ def test_what_a_client_sends_back_of_an_answer_is_taken():
     }
     expected = {"role": "assistant", "content": "Hi", "reasoning_content": "Well"}
     assert ChatMessage.model_validate(dumped).for_template("messages[0]") == expected
+    del dumped["reasoning_content"]
+    other = ChatMessage.model_validate(dumped | {"reasoning": "Well"})
+    assert other.for_template("messages[0]") == expected

@@ -88,6 +88,7 @@ class ChatMessage(Fields):
     ]
     content: Annotated[str | list[_Part] | None, WrapValidator(_content)] = None
     name: str | None = None
+    reasoning: str | None = None  # Another name, in some servers' answers, for the next.
     reasoning_content: str | None = None
     refusal: str | None = None
     tool_call_id: str | None = None
@@ -123,8 +124,12 @@ class ChatMessage(Fields):
             "role": "system" if self.role == "developer" else self.role,
             "content": self._text(),
         }
-        for name in ("name", "reasoning_content", "tool_call_id"):
-            if (value := getattr(self, name)) is not None:
+        for name, value in (
+            ("name", self.name),
+            ("reasoning_content", self.reasoning_content or self.reasoning),
+            ("tool_call_id", self.tool_call_id),
+        ):
+            if value is not None:
                 message[name] = value
         if self.tool_calls:
             message["tool_calls"] = [
