@@ -151,6 +151,8 @@ async def test_parts_of_a_character_are_written_as_bytes_or_ids_and_begin_where_
     ]
     assert choice["logprobs"]["text_offset"][:4] == [0, 0, 0, 1]
     ids = [*tokenizer().encode("日!"), EOS]
+    # With none of the likeliest, each stands alone.
+    assert choice["logprobs"]["top_logprobs"][3] == {"!": logprob(ids[3])}
     assert by_id["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
 
 
@@ -177,6 +179,7 @@ async def test_lm_evals_loglikelihood_request_is_scored():
         likeliest = all(top_logprobs(one, 1)[0][1] <= logprob(one) for one in prompt[2:])
         assert lm_eval_loglikelihood(choice, 2) == (expected, likeliest)
         assert choice["text"] == tokenizer().decode(prompt) + "H"
+        assert choice["logprobs"]["text_offset"][-1] == len(tokenizer().decode(prompt))
 
 
 @in_loop
@@ -205,13 +208,24 @@ async def test_an_echo_comes_before_each_answer():
 
 
 @in_loop
+async def test_an_echo_of_ids_has_special_tokens_as_they_are_written():
+    async with serving("H") as server:
+        (choice,) = (await ask(server, prompt=[64, EOS], echo=True))["choices"]
+    assert choice["text"] == "a<|im_end|>H"
+
+
+@in_loop
 async def test_prompt_logprobs_are_in_each_choice_as_vllm_has_them():
     async with serving("H") as server:
         found = await ask(server, prompt=[[64, 65], [72, 64]], prompt_logprobs=0, logprobs=3)
+        more = await ask(server, prompt=[64, 65], prompt_logprobs=2, logprobs=0)
     first, second = (one["prompt_logprobs"] for one in found["choices"])
     value = {"logprob": logprob(65), "rank": None, "decoded_token": "b"}
     assert first == [None, {"65": value}]
     assert list(second[1]) == ["64"]
+    (choice,) = more["choices"]
+    assert {k: v["rank"] for k, v in choice["prompt_logprobs"][1].items()} == {"65": 1, "66": 2}
+    assert {len(top) for top in choice["logprobs"]["top_logprobs"]} == {1}
 
 
 @in_loop
