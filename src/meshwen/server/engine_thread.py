@@ -154,6 +154,11 @@ class EngineThread:
         return sum(not one.ended for one in self._open)
 
     @property
+    def room(self) -> int:
+        """Answers that may be unfinished."""
+        return self._room
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs, and not every one of the last steps has failed."""
         alive = self._thread.is_alive() and not self._closing

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_LONGEST_MESSAGE, _LONGEST_PARAM = 900, 200  # characters
+
 
 class ApiError(Exception):
     """A request that is refused, or failed.
 
     Args:
         status: the HTTP status.
-        message: what was wrong, where, and what to do.
+        message: what was wrong, where, and what to do; cut and made one line, since it may quote
+            what a client sent.
         param: the field that was wrong, as a path: "messages[0].content".
         code: a word for programs: "context_length_exceeded".
         kind: OpenAI's `type`; None: the one that goes with the status.
@@ -29,8 +32,9 @@ class ApiError(Exception):
         kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message = status, _one_line(message, _LONGEST_MESSAGE)
+        super().__init__(self.message)
+        self.param, self.code = param and _one_line(param, _LONGEST_PARAM), code
         self.kind = kind or _KINDS.get(
             status, "invalid_request_error" if status < 500 else "server_error"
         )
@@ -56,6 +60,12 @@ class ApiError(Exception):
         if self.code is not None:
             error["details"] = {"error_code": self.code}
         return {"type": "error", "error": error}
+
+
+def _one_line(text: str, longest: int) -> str:
+    """The text without what cannot be printed, and not longer."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: longest + 1])
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}

@@ -83,6 +83,10 @@ async def generate(
     engine, requests = serving.engine, generation.requests
     starts = [sum(one.sampling.n for one in requests[:i]) for i in range(len(requests))]
     parsers = [generation.parser() for one in requests for _ in range(one.sampling.n)]
+    if len(requests) > 1 and len(parsers) > engine.room:  # There would never be room for them.
+        raise ApiError(
+            400, f"the prompts ask for {len(parsers)} answers, and {engine.room} may wait"
+        )
     async with AsyncExitStack() as stack:
         try:
             answers = [await stack.enter_async_context(engine.answering(one)) for one in requests]
