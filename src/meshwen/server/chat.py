@@ -102,38 +102,41 @@ async def prompt_of(
     Raises:
         ApiError: 400: it has none.
     """
-    variables: dict[str, Any] = {}
-    try:
-        variables |= check_template_kwargs(body.chat_template_kwargs or {})
-    except MeshwenError as error:
-        raise ApiError(400, str(error), param="chat_template_kwargs") from None
-    if taken := variables.keys() & _OWN_FIELDS:
-        name = min(taken)
-        raise ApiError(
-            400,
-            f"chat_template_kwargs cannot set {name}, which is a field of the request",
-            param="chat_template_kwargs",
-        )
-    opens = True if body.add_generation_prompt is None else body.add_generation_prompt
-    if body.continue_final_message:
-        if body.add_generation_prompt:
-            raise ApiError(
-                400,
-                "continue_final_message goes on with the last message, add_generation_prompt "
-                "begins another: give one of them",
-                param="continue_final_message",
-            )
-        opens, variables["continue_final_message"] = False, True
-    if body.documents:
-        variables["documents"] = body.documents
     return await chat_prompt(
         serving,
         [one.for_template(f"messages[{i}]") for i, one in enumerate(body.messages)],
         tools=_callable_tools(body) or None,
-        add_generation_prompt=opens,
         limited=limited,
-        **variables,
+        **_template_variables(body),
     )
+
+
+def _template_variables(body: ChatRequest) -> dict[str, Any]:
+    """What the chat template gets beside messages and tools."""
+    try:
+        variables = check_template_kwargs(body.chat_template_kwargs or {})
+    except MeshwenError as error:
+        raise ApiError(400, str(error), param="chat_template_kwargs") from None
+    if taken := variables.keys() & _OWN_FIELDS:
+        raise ApiError(
+            400,
+            f"chat_template_kwargs cannot set {min(taken)}, which is a field of the request",
+            param="chat_template_kwargs",
+        )
+    if body.continue_final_message and body.add_generation_prompt:
+        raise ApiError(
+            400,
+            "continue_final_message goes on with the last message, add_generation_prompt begins "
+            "another: give one of them",
+            param="continue_final_message",
+        )
+    opens = not body.continue_final_message and body.add_generation_prompt is not False
+    variables["add_generation_prompt"] = opens
+    if body.continue_final_message:
+        variables["continue_final_message"] = True
+    if body.documents:
+        variables["documents"] = body.documents
+    return variables
 
 
 # What the request sets by fields of its own.
