@@ -114,6 +114,8 @@ class ChatStream:
         try:
             with self._server.stream("/chat/completions", self._body) as response:
                 self._response = response
+                if self._closed:  # While the server was busy.
+                    return
                 writer = _Writer()
                 for event in events(response):
                     if self._closed:

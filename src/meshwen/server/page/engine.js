@@ -9,6 +9,7 @@ const PERIOD = 1000; // milliseconds
 const KEPT = 60; // rates in the picture of the last minute
 const rates = [];
 let before = null;
+let refused = null; // The key with which the server has refused to say anything.
 
 /** Shows the engine's state, now and from now on. */
 export async function watchEngine() {
@@ -17,6 +18,8 @@ export async function watchEngine() {
 }
 
 async function look() {
+  if (refused === by("key").value) return;
+  refused = null;
   try {
     const state = await (await request("page/state")).json();
     by("stale").hidden = true;
@@ -28,6 +31,7 @@ async function look() {
     by("stale").hidden = false;
     by("stale").textContent = `No news of the engine: ${error.message}`;
     before = null;
+    if (error.status === 401) refused = by("key").value;
   }
 }
 

@@ -58,9 +58,9 @@ function scrolling(change) {
 function send() {
   const text = field.value;
   if (running || !text.trim()) return;
-  const before = [...messages];
-  const results = last?.takeResults() ?? [];
-  messages = [...messages, ...results, { role: "user", content: text }];
+  messages = [...messages, ...(last?.takeResults() ?? [])];
+  const before = messages;
+  messages = [...before, { role: "user", content: text }];
   const said = userTurn(text);
   log.append(said);
   log.scrollTop = log.scrollHeight;
@@ -85,6 +85,7 @@ function again() {
   if (messages.at(-1)?.role === "assistant") {
     messages = messages.slice(0, -1);
     last?.node.remove();
+    last = null;
   }
   ask();
 }
