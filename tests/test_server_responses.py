@@ -217,6 +217,16 @@ async def test_log_probabilities_of_a_messages_tokens():
 
 
 @in_loop
+async def test_log_probabilities_of_a_call_are_no_messages():
+    async with serving(call("now", "{}") + "\nSo", template=TEMPLATE) as server:
+        found = await ask(server, tools=[TOOL], include=["message.output_text.logprobs"])
+    use, text = found["output"]
+    assert "logprobs" not in use
+    (part,) = text["content"]
+    assert b"".join(bytes(one["bytes"]) for one in part["logprobs"]).decode() == part["text"]
+
+
+@in_loop
 async def test_a_conversation_reaches_the_template():
     items = [
         {"role": "user", "content": "Hi"},

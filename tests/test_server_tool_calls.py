@@ -2,6 +2,7 @@
 """Tool calls told from content, however the text is cut; json says what is JSON."""
 
 import json
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -251,14 +252,30 @@ def test_what_json_writes_is_read_as_a_call(arguments, indent, ascii_only, cuts)
     assert parse(call("now", written), cuts) == ("", [("now", written)])
 
 
+def scanned(text):
+    """Whether the scanner takes a text for JSON."""
+    scanner = JsonPrefix()
+    taken = all(scanner.push(char) is not None for char in text + " ")
+    return taken and scanner.state == "after" and not scanner.depth
+
+
+def valid(text):
+    """Whether Python does."""
+    try:
+        json.loads(text, strict=False, parse_constant=lambda name: 1 / 0)
+    except (ValueError, ZeroDivisionError):
+        return False
+    return True
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.text('{}[]",:\\ \n0123456789-+.eEtrufalsn"x', max_size=14) | JSON.map(json.dumps))
 def test_the_scanner_takes_what_json_takes(text):
-    scanner = JsonPrefix()
-    taken = all(scanner.push(char) is not None for char in text + " ")
-    try:
-        json.loads(text, strict=False, parse_constant=lambda name: 1 / 0)
-        valid = True
-    except (ValueError, ZeroDivisionError):
-        valid = False
-    assert (taken and scanner.state == "after" and not scanner.depth) == valid
+    assert scanned(text) == valid(text)
+
+
+def test_the_scanner_takes_the_numbers_that_json_takes():
+    for length in range(1, 6):
+        for characters in product("0", "019-", "-.", "0-+.eE", "07.eE+"):
+            text = "".join(characters[-length:])
+            assert scanned(f"[{text}]") == valid(f"[{text}]"), text

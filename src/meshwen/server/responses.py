@@ -66,7 +66,7 @@ class _Response:
         self._blocks = Blocks()
         self._items: list[Event] = []
         self._status = "in_progress"
-        self._logprobs: list[Event] = []  # Of tokens whose text is not out yet.
+        self._logprobs: list[Event] = []  # Of tokens since the last text, whose own it may be.
         self._tokens = self._reasoning_tokens = 0
         self._last: Delta | None = None
 
@@ -84,8 +84,6 @@ class _Response:
                 self._reasoning_tokens = self._tokens
             self._logprobs += self._logprobs_of(delta)
             for change, block, piece in self._blocks.add(delta):
-                if block.kind != "content":
-                    self._logprobs = []
                 if change == "begins":
                     yield from self._begins(block)
                 elif change == "grows":
@@ -196,7 +194,7 @@ class _Response:
         if block.kind == "reasoning":
             yield self._in_part("response.reasoning_text.delta", block, delta=piece)
             return
-        logprobs, self._logprobs = self._logprobs, []
+        logprobs, self._logprobs = _last_of(self._logprobs, piece), []
         item["content"][0]["logprobs"] += logprobs
         yield self._in_part("response.output_text.delta", block, delta=piece, logprobs=logprobs)
 
@@ -226,6 +224,15 @@ class _Response:
 
     def _in_part(self, kind: str, block: Block, **further: Any) -> Event:
         return self._in_item(kind, block, content_index=0, **further)
+
+
+def _last_of(logprobs: list[Event], text: str) -> list[Event]:
+    """Of tokens' log-probabilities, those whose tokens have written a text, the last that came."""
+    left, first = len(text.encode()), len(logprobs)
+    while first and left > 0:
+        first -= 1
+        left -= len(logprobs[first]["bytes"])
+    return [one for one in logprobs[first:] if one["bytes"]]
 
 
 _PREFIXES = {"content": "msg_", "reasoning": "rs_", "call": "fc_"}
