@@ -28,6 +28,7 @@ from meshwen.server.serving import Serving
 ROUTERS: tuple[str, ...] = (
     "admin",
     "page",
+    "tokenize",
     "chat",
     "completions",
     "tokens",

@@ -50,15 +50,26 @@ async def chat_prompt(
 async def text_prompt(
     serving: Serving, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
 ) -> tuple[int, ...]:
-    """A text's token ids.
+    """A text's token ids, with room for an answer.
 
     Raises:
         ApiError: 400: it is too long, or the model has no tokenizer.
     """
-    encode = partial(_tokenizer(serving).encode, text, add_special_tokens=add_special_tokens)
-    ids = await _encoded(encode, param)
+    ids = await text_tokens(serving, text, add_special_tokens=add_special_tokens, param=param)
     check_length(serving, len(ids), param)
     return ids
+
+
+async def text_tokens(
+    serving: Serving, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+) -> tuple[int, ...]:
+    """A text's token ids, however many they are.
+
+    Raises:
+        ApiError: 400: the tokenizer refuses it, or the model has none.
+    """
+    encode = partial(_tokenizer(serving).encode, text, add_special_tokens=add_special_tokens)
+    return await _encoded(encode, param)
 
 
 def check_length(serving: Serving, length: int, param: str, what: str = "prompt") -> None:
