@@ -57,6 +57,10 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</t
 TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 ]
+TOOL_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +277,7 @@ def test_a_tool_call_is_a_block_that_takes_a_result(opened):
         sunny = "Sunny" in tokenizer().decode(request.prompt_tokens)
         return "It is sunny." if sunny else f"Let me look.\n{CALL}"
 
-    with opened(script) as (page, _):
+    with opened(script, template=TOOL_TEMPLATE) as (page, _):
         page.locator("#settings summary").click()
         page.get_by_label("Tools").fill(json.dumps(TOOLS))
         assert sent(page, lambda: say(page, "Weather?"))["tools"] == TOOLS
@@ -296,7 +300,7 @@ def test_an_error_is_shown_and_what_was_typed_comes_back(opened):
     with opened(allowed=("500",)) as (page, server):
         server.engine.failure = RuntimeError("x")
         say(page, "Hi")
-        playwright.expect(page.locator("#error")).to_contain_text("the engine failed")
+        playwright.expect(page.locator("#error")).to_contain_text("The engine failed")
         playwright.expect(page.locator("#message")).to_have_value("Hi")
         assert page.locator(".turn").count() == 0
         shoot(page, "error")
@@ -336,7 +340,7 @@ def test_the_engine_and_its_head_layout_are_shown(opened):
         assert devices.nth(1).get_attribute("aria-label") == (
             "device 1: key/value heads 0; query heads 4, 5, 6"
         )
-        assert devices.nth(1).locator("text").all_inner_texts()[1:] == ["0", "4", "5", "6"]
+        assert devices.nth(1).locator("text").all_text_contents()[1:] == ["0", "4", "5", "6"]
         assert devices.nth(1).locator("rect.padding").count() == 1
         said = page.locator("#mesh-said")
         playwright.expect(said).to_contain_text("28 query heads and 4 key/value heads on 8 devices")

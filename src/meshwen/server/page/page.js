@@ -32,9 +32,18 @@ function askForKey() {
   by("key").focus();
 }
 
+/** Takes the key that was typed: the browser forgets it with the tab. */
+function takeKey() {
+  const key = by("key").value.trim();
+  if (key === sessionStorage.getItem("meshwen-key")) return;
+  sessionStorage.setItem("meshwen-key", key);
+  model = null;
+  meetModel();
+}
+
 function showError(text) {
   by("error").hidden = !text;
-  by("error").textContent = text;
+  by("error").textContent = text.slice(0, 1).toUpperCase() + text.slice(1);
 }
 
 const announce = (text) => (by("status").textContent = text);
@@ -180,10 +189,10 @@ by("again").addEventListener("click", again);
 by("new").addEventListener("click", startAnew);
 
 by("key").value = sessionStorage.getItem("meshwen-key") ?? "";
-by("key").addEventListener("change", () => {
-  sessionStorage.setItem("meshwen-key", by("key").value.trim());
-  model = null;
-  meetModel();
+by("key").addEventListener("change", takeKey);
+by("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  takeKey();
 });
 showButtons();
 field.focus({ preventScroll: true });

@@ -70,7 +70,8 @@ export class Answer {
     if (tokens) {
       parts.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
       const seconds = (this.last - this.first) / 1000;
-      if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
+      const rate = (tokens - 1) / seconds;
+      if (tokens > 1 && seconds > 0) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
     }
     if (this.first) parts.push(`first after ${((this.first - this.began) / 1000).toFixed(2)} s`);
     return parts.join(", ");
