@@ -394,7 +394,7 @@ def test_a_file_is_whole_or_as_before(saved, tmp_path, monkeypatch):
 
 def test_after_a_load_that_breaks_off_requests_go_on_with_an_empty_cache(saved, monkeypatch):
     running = engine()
-    answers(running, PROMPT)
+    answers(running, PROMPT[::-1])
 
     def breaks(self, cache: KVCache, tables, prefix):
         jax.tree.map(lambda array: array.delete(), cache)
