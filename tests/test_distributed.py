@@ -2,18 +2,14 @@
 """Several processes, each with its own devices: they give what one gives, or an error."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,6 +20,7 @@ from meshwen.checkpoints import open_checkpoint
 from meshwen.cli import main
 from meshwen.errors import MeshwenError
 from meshwen.parallel.distributed import start
+from processes import LIMIT, command, free_port, spawn
 from speller import write_tokenizer
 from tiny_model import ONE_LAYER
 
@@ -32,43 +29,11 @@ FAST = ("1x8 fast", "data=2,model=4 fast")
 EXACT = "2x4 exact"
 QUESTION = "Maya buys 4 books at $7 each and pays with $50. How much change does she get?"
 ANSWER = "4*7=28 dollars\n50-28=22 dollars back\n#### 22\n"
-LIMIT = 60  # seconds in which the others stop when a process dies
 
 
 @pytest.fixture
 def port():
     return free_port()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def spawn(*arguments) -> subprocess.Popen:
-    """A Python that has no device count set."""
-    tests = Path(__file__).parent
-    unoptimised = jax.config.values["jax_disable_most_optimizations"]  # As in this process.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tests,
-        env=environment
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(unoptimised)),
-        },
-    )
-
-
-def command(name, port, index, *arguments) -> subprocess.Popen:
-    own = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", index)
-    return spawn("-m", "meshwen", name, *arguments, *own)
 
 
 def generate(port, index, *arguments) -> subprocess.Popen:
