@@ -1364,7 +1364,7 @@ FAULTS = (
     _fault(
         "tool calls: text that was no call is lost",
         "server/tool_calls.py",
-        "                self._show(self._mark)\n",
+        "                self._show(mark)\n",
         "                pass\n",
         "server_tool_calls",
     ),

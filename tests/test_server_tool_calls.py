@@ -176,9 +176,24 @@ def test_fenced_json_is_a_call_only_when_asked_for():
     text = 'So:\n```json\n{\n  "name": "now",\n  "arguments": {"a": 1}\n}\n```\nYes'
     assert parse(text) == (text, [])
     assert parse(text, marks=FENCES) == ("So:\nYes", [("now", '{"a": 1}')])
+    tagged = '<tools>\n{"name": "now"}\n</tools>'
+    assert (parse(tagged), parse(tagged, marks=FENCES)) == ((tagged, []), ("", [("now", "{}")]))
     other = 'So:\n```json\n{"a": [1, 2]}\n```'
     assert parse(other, marks=FENCES) == (other, [])
     assert parse(call("now", "{}"), marks=FENCES) == ("", [("now", "{}")])
+
+
+def test_bare_json_is_a_call_only_when_asked_for():
+    bare = '{"name": "now", "arguments": {"a": 1}}'
+    assert parse(bare) == (bare, [])
+    assert parse(bare, bare=True) == ("", [("now", '{"a": 1}')])
+    assert parse(f"\n{bare}\n{bare}\n", bare=True) == ("", [("now", '{"a": 1}')] * 2)
+    assert parse(bare + call("now", "{}") + "So", bare=True) == (
+        "So",
+        [("now", '{"a": 1}'), ("now", "{}")],
+    )
+    for text in (f"So {bare}", '{"a": 1}', " {} x", "{", '{"name": "unknown", "arguments": {}}'):
+        assert parse(text, bare=True) == (text, [])
 
 
 # Texts that are nearly calls: parts of them in any order.
@@ -212,7 +227,7 @@ NEARLY = st.lists(PARTS, max_size=12).map("".join)
 @given(NEARLY, CUTS, st.sampled_from([None, 1]))
 def test_cuts_do_not_change_what_comes_out(text, cuts, most):
     assert parse(text, cuts, most=most) == parse(text, most=most)
-    assert parse(text, cuts, marks=FENCES) == parse(text, marks=FENCES)
+    assert parse(text, cuts, marks=FENCES, bare=True) == parse(text, marks=FENCES, bare=True)
 
 
 @settings(max_examples=400, deadline=None)

@@ -88,8 +88,8 @@ class ServerOptions:
     tool_call_parser: ToolCallParser = option(
         "qwen2_5",
         "How the model writes tool calls. qwen2_5: as <tool_call>{JSON}</tool_call>. "
-        "qwen_coder_fenced: so, or as a fenced block of JSON, as Qwen2.5-Coder may. none: nothing "
-        "is a call.",
+        "qwen_coder_fenced: so, or as JSON that is fenced, within <tools>, or begins the answer, "
+        "as Qwen2.5-Coder may. none: nothing is a call.",
         choices=TOOL_CALL_PARSERS,
     )
     reasoning_parser: ReasoningParser = option(

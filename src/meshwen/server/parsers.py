@@ -12,7 +12,7 @@ from meshwen.server.serving import Serving
 from meshwen.server.tool_calls import FENCES, TAGS, ToolCalls
 from meshwen.tokenizer.tokenizer import Tokenizer
 
-_MARKS = {"qwen2_5": TAGS, "qwen_coder_fenced": FENCES}
+_STYLES = {"qwen2_5": (TAGS, False), "qwen_coder_fenced": (FENCES, True)}
 _TAIL_TOKENS = 16  # More than any tokenizer makes of <think> and the line ends after it.
 
 
@@ -34,12 +34,12 @@ def parser_of(
         constrained: the answer is held to a grammar from its first token, so it has no reasoning.
     """
     options, tokenizer = serving.options, serving.tokenizer
-    marks = _MARKS.get(options.tool_call_parser) if tools else None
+    style = _STYLES.get(options.tool_call_parser) if tools else None
     reasons = not constrained and _reasons(options, tokenizer)
     inside = reasons and _inside(tokenizer, prompt_tokens)
 
     def make() -> OutputParser:
-        rest = ToolCalls(tools, marks, most_calls) if marks else PlainText()
+        rest = ToolCalls(tools, *style, most_calls) if style else PlainText()
         return Reasoning(rest, inside) if reasons else rest
 
     return make

@@ -16,6 +16,9 @@ what follows is content. This does not depend on streaming.
 The JSON says where a call ends, not the closing tag: arguments may quote the tag. A missing or
 supernumerary last brace, and a missing closing tag, are forgiven once the arguments are whole.
 
+Qwen2.5-Coder also writes calls as fenced blocks, within `<tools>`, or bare, with nothing about
+their JSON. Others write such JSON as an answer, so these are calls only where that is asked for.
+
 White space that alone fills the gap before, between or after calls is theirs, and so is one line
 end between content and a call: chat templates write it, so that an answer that comes back in a
 later request is found in the cache of prefixes.
@@ -31,7 +34,7 @@ from meshwen.server.parsing import Parsed, ToolCallDelta, new_id, possible_start
 
 # What opens a call, and what closes it.
 TAGS = {"<tool_call>": "</tool_call>"}
-FENCES = {**TAGS, "```json": "```"}
+FENCES = {**TAGS, "```json": "```", "<tools>": "</tools>"}
 
 
 class ToolCalls:
@@ -40,6 +43,7 @@ class ToolCalls:
     Args:
         names: of the tools; None: any text is one.
         marks: what opens a call, with what closes it.
+        bare: nothing need open a call that only white space, or calls, come before.
         most: calls beyond so many are content; None: none is.
     """
 
@@ -47,9 +51,10 @@ class ToolCalls:
         self,
         names: Collection[str] | None = None,
         marks: dict[str, str] = TAGS,
+        bare: bool = False,
         most: int | None = None,
     ):
-        self._names, self._marks, self._most = names, marks, most
+        self._names, self._marks, self._may_be_bare, self._most = names, marks, bare, most
         self._text = ""  # What is not decided yet.
         self._space = ""  # White space before it, which may be a call's.
         self._bare = True  # Nothing but white space has come since the last call.
@@ -100,17 +105,24 @@ class ToolCalls:
         return self._look_for_call() if self._call is None else self._go_on(self._call)
 
     def _look_for_call(self) -> bool:
-        marks = tuple(self._marks) if self._most is None or self._begun < self._most else ()
+        may_call = self._most is None or self._begun < self._most
+        marks = tuple(self._marks) if may_call else ()
+        if may_call and self._may_be_bare and self._bare and self._text.lstrip()[:1] == "{":
+            return self._open("", self._text.index("{"))
         found = {mark: at for mark in marks if (at := self._text.find(mark)) >= 0}
         if not found:
             at = possible_start(self._text, marks)
             self._show(self._text[:at])
             self._text = self._text[at:]
             return False
-        self._mark = self._candidate = min(found, key=found.__getitem__)
-        at = found[self._mark]
+        mark = min(found, key=found.__getitem__)
+        return self._open(mark, found[mark])
+
+    def _open(self, mark: str, at: int) -> bool:
+        """Begins to read what may be a call."""
         self._show(self._text[:at])
-        self._text = self._text[at + len(self._mark) :]
+        self._mark = self._candidate = mark
+        self._text = self._text[at + len(mark) :]
         self._call = _Call(self._names)
         return True
 
@@ -131,8 +143,9 @@ class ToolCalls:
         elif self._text:  # The JSON breaks here.
             self._call = None
             if not call.begun:
-                self._text = self._candidate[len(self._mark) :] + self._text
-                self._show(self._mark)
+                mark = self._mark or "{"
+                self._text = self._candidate[len(mark) :] + self._text
+                self._show(mark)
         return self._closing or bool(self._text)
 
     def _add(self, call: _Call, first: bool) -> None:
@@ -152,7 +165,7 @@ class ToolCalls:
 
     def _close(self) -> bool:
         """Drops the closing tag, where it comes."""
-        rest, closing = self._unclosed(), self._marks[self._mark]
+        rest, closing = self._unclosed(), self._marks.get(self._mark, "")
         if closing.startswith(rest) and rest != closing:
             return False
         self._text = rest.removeprefix(closing) if rest.startswith(closing) else self._text
