@@ -150,13 +150,12 @@ class ModelServer:
         """Waits for the requests that run; after the time for it, ends them with an error."""
         gate, seconds, finished = self._gate, self._options.shutdown_timeout, True
         gate.draining = True
-        if gate.running:
-            self._say(f"stopping: {gate.running} requests have {seconds:g} s to finish")
+        self._say(f"stopping: running requests ({gate.running}) have {seconds:g} s to finish")
         try:
             await asyncio.wait_for(gate.idle(), seconds)
         except TimeoutError:
             finished = False
-            self._say(f"stopping: {gate.running} requests have not finished, and are cut off")
+            self._say(f"stopping: requests that have not finished ({gate.running}) are cut off")
         with suppress(TimeoutError):
             await asyncio.wait_for(thread.close(), _LAST_STEP)
             self._close_engine()

@@ -48,12 +48,15 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     serving: Serving = request.app.state.serving
     check_model(serving, body.model)
     tokens = await _tokens(serving, body)
-    found: dict[str, Any] = {"count": len(tokens), "max_model_len": serving.max_model_len}
-    found["tokens"] = tokens
-    tokenizer = serving.tokenizer
-    shown = body.return_token_strs and tokenizer is not None
-    found["token_strs"] = [tokenizer.id_to_token(one) for one in tokens] if shown else None
-    return found
+    texts = None
+    if body.return_token_strs and serving.tokenizer is not None:
+        texts = [serving.tokenizer.id_to_token(one) for one in tokens]
+    return {
+        "count": len(tokens),
+        "max_model_len": serving.max_model_len,
+        "tokens": tokens,
+        "token_strs": texts,
+    }
 
 
 async def _tokens(serving: Serving, body: TokenizeRequest) -> tuple[int, ...]:
