@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anthropic's interface: what is asked of the model, and messages whole and streamed."""
 
+import asyncio
 import json
 
 import pytest
@@ -420,3 +421,20 @@ async def test_an_error_in_mid_stream_is_an_event():
     error = json.loads(data.removeprefix("data: "))["error"]
     assert error["type"] == "api_error"
     assert "defect" not in error["message"]
+
+
+@in_loop
+async def test_a_stream_that_has_nothing_new_pings_and_ends_with_its_client():
+    engine = ScriptedEngine("Hello, world!")
+    engine.go.clear()
+    async with serving(engine, stream_keep_alive=0.01) as server:
+        call = server.call(PATH, BODY | {"stream": True})
+        assert (await call.next())["status"] == 200
+        assert (await call.next())["body"] == b'event: ping\ndata: {"type":"ping"}\n\n'
+        await call.leave()
+        engine.go.set()
+        for _ in range(1000):
+            if engine.cancelled:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.cancelled == [0]
