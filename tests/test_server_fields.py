@@ -36,6 +36,7 @@ from meshwen.server.responses_models import (
     TextPart,
 )
 from meshwen.server.tokens import TokenSampling, TokensRequest
+from serving import in_loop, serving
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 # Nothing holds an answer to a form yet.
@@ -166,3 +167,24 @@ def test_what_is_refused_is_refused_by_name_and_what_is_ignored_is_taken(model):
             assert [error["loc"] for error in caught.value.errors()] == [(name,)]
     with pytest.raises(ValidationError, match="not permitted"):
         model.model_validate(LEAST[model] | {"no_such_field": 1})
+
+
+@in_loop
+async def test_the_document_of_the_interface_knows_errors_and_streams():
+    async with serving("H") as server:
+        document = (await server.client.get("/openapi.json")).json()
+    streams = set()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            responses = operation["responses"]
+            assert "422" not in responses  # What is wrong is answered with 400.
+            assert {"4XX", "5XX"} < responses.keys()
+            if "text/event-stream" in responses["200"]["content"]:
+                streams.add(path)
+    assert streams == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/inference/v1/generate",
+    }

@@ -36,6 +36,12 @@ ROUTERS: tuple[str, ...] = (
     "responses",
 )
 
+# The document of the interface: what an error is like.
+_ERRORS: dict[str, Any] = {
+    "description": "An error, in the shape of the interface's others",
+    "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+}
+
 
 def create_app(serving: Serving) -> FastAPI:
     """The application that serves a model.
@@ -49,6 +55,7 @@ def create_app(serving: Serving) -> FastAPI:
         docs_url=None,  # Its page would load scripts from elsewhere.
         redoc_url=None,
         redirect_slashes=False,
+        responses={"4XX": _ERRORS, "5XX": _ERRORS},
         exception_handlers={
             ApiError: _refused,
             MeshwenError: _refused,

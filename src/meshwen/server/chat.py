@@ -25,14 +25,14 @@ from meshwen.server.parsing import ToolCallDelta
 from meshwen.server.prompts import chat_prompt
 from meshwen.server.replies import Envelope, json_response
 from meshwen.server.serving import Serving
-from meshwen.server.sse import OpenAIEvents, event_stream
+from meshwen.server.sse import STREAMED, OpenAIEvents, event_stream
 from meshwen.server.token_texts import TokenTexts
 from meshwen.tokenizer.chat_template import check_template_kwargs
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def create_chat_completion(body: ChatRequest, http_request: HttpRequest) -> Response:
     """Continues a conversation."""
     serving: Serving = http_request.app.state.serving

@@ -28,7 +28,7 @@ from meshwen.server.output_formats import ResponseFormat, StructuredOutputs, ref
 from meshwen.server.prompts import check_length, text_prompt
 from meshwen.server.replies import Envelope, json_response
 from meshwen.server.serving import Serving
-from meshwen.server.sse import OpenAIEvents, event_stream
+from meshwen.server.sse import STREAMED, OpenAIEvents, event_stream
 from meshwen.server.text_logprobs import TextLogprobs
 from meshwen.server.token_texts import TokenTexts
 
@@ -77,7 +77,7 @@ class CompletionRequest(OpenAIFields):
         return bool(self.echo) and self.logprobs is not None
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def create_completion(body: CompletionRequest, http_request: HttpRequest) -> Response:
     """Continues texts."""
     serving: Serving = http_request.app.state.serving

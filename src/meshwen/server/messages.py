@@ -22,7 +22,7 @@ from meshwen.server.parsers import thinking_switch
 from meshwen.server.parsing import new_id
 from meshwen.server.replies import json_response, to_json
 from meshwen.server.serving import Serving
-from meshwen.server.sse import event_stream
+from meshwen.server.sse import STREAMED, event_stream
 from meshwen.server.tagged import as_chat
 
 router = APIRouter()
@@ -31,7 +31,7 @@ router = APIRouter()
 _SIGNATURE = "unsigned"
 
 
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=STREAMED)
 async def create_message(body: MessagesRequest, http_request: HttpRequest) -> Response:
     """Continues a conversation."""
     serving = _serving(body, http_request)

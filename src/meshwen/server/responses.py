@@ -22,7 +22,7 @@ from meshwen.server.parsing import new_id
 from meshwen.server.replies import json_response, to_json
 from meshwen.server.responses_models import ResponsesRequest
 from meshwen.server.serving import Serving
-from meshwen.server.sse import event_stream
+from meshwen.server.sse import STREAMED, event_stream
 from meshwen.server.tagged import as_chat
 from meshwen.server.token_texts import TokenTexts
 
@@ -31,7 +31,7 @@ router = APIRouter()
 Event = dict[str, Any]
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=STREAMED)
 async def create_response(body: ResponsesRequest, http_request: HttpRequest) -> Response:
     """Continues a conversation."""
     serving: Serving = http_request.app.state.serving

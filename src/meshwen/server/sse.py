@@ -18,6 +18,13 @@ from meshwen.server.replies import Envelope, to_json
 logger = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
+# For a route whose answer may be streamed: what the document of the interface says of it.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or a stream of its parts",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
 
 
 class StreamEvents(Protocol):

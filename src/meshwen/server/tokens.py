@@ -31,7 +31,7 @@ from meshwen.server.output_formats import StructuredOutputs, refuse_forms
 from meshwen.server.prompts import check_length
 from meshwen.server.replies import Envelope, json_response
 from meshwen.server.serving import Serving
-from meshwen.server.sse import OpenAIEvents, event_stream
+from meshwen.server.sse import STREAMED, OpenAIEvents, event_stream
 from meshwen.server.token_texts import TokenTexts
 
 router = APIRouter()
@@ -61,7 +61,7 @@ class TokensRequest(RequestFields):
     features: Refused = None
 
 
-@router.post("/inference/v1/generate")
+@router.post("/inference/v1/generate", responses=STREAMED)
 async def generate_tokens(body: TokensRequest, http_request: HttpRequest) -> Response:
     """Continues token ids."""
     serving: Serving = http_request.app.state.serving
