@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterable
 
 from meshwen.engine.answer_text import AnswerText
-from meshwen.engine.constraints import TokenConstraints
+from meshwen.engine.constraints import AnswerConstraints
 from meshwen.engine.request import Event, Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.engine.sequence import SequenceState
@@ -22,7 +22,7 @@ def sequence(
     """A sequence that has had some tokens."""
     request = Request(tuple(prompt), SamplingParams(**{"max_new_tokens": limit} | sampling))
     text = AnswerText(None, request.sampling.stop)
-    constraints = TokenConstraints.of(request, limit, frozenset(eos), 100)
+    constraints = AnswerConstraints.of(request, limit, frozenset(eos), 100)
     made = SequenceState(number, request, limit, frozenset(eos), on_event, text, constraints)
     for token in tokens:
         made.append(token, None)

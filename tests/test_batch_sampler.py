@@ -26,9 +26,15 @@ def plan(mesh="1") -> ParallelPlan:
     return ParallelPlan(SIZES, make_mesh(mesh))
 
 
+def samples(sequences):
+    """One of each sequence, in its row."""
+    return [(one, (), range(row, row + 1)) for row, one in sequences.items()]
+
+
 def greedy(sampler: BatchSampler, sequences) -> list[int]:
     """The token that each row draws from the same logits."""
-    rows, size = sampler.rows_of_step(sequences), len(sampler.rows.seed)
+    size = len(sampler.rows.seed)
+    rows = sampler.rows_of_step(samples(sequences), size)
     logits, positions = np.tile(LOGITS, (size, 1)), np.zeros(size, np.int32)
     program = jax.jit(partial(sample, vocab_size=VOCAB, method=sampler.method, ops=Ops()))
     return np.asarray(program(logits, rows, positions, sampler.penalized).tokens).tolist()
@@ -45,7 +51,7 @@ def test_each_sequence_has_its_parameters_in_its_row_and_free_rows_are_greedy():
     assert np.asarray(sampler.rows.top_k)[2] == 3
     assert sampler.method.logprobs
     assert (sampler.penalized, sampler.rows.prompt, sampler.constrained) == (None, None, False)
-    assert sampler.rows_of_step(sequences) is sampler.rows
+    assert sampler.rows_of_step(samples(sequences), 4) is sampler.rows
 
 
 def test_prompts_are_not_read_where_no_penalty_is_on_their_tokens():

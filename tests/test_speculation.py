@@ -56,7 +56,7 @@ def test_each_row_gets_what_the_drafter_proposes():
         (0, 8, {}, False),
         (3, 9, {}, False),  # 36 tokens.
         (3, 8, {"penalize": True}, False),
-        (3, 8, {"constrained": True}, False),
+        (3, 8, {"constrained": True}, True),
     ],
 )
 def test_there_are_no_drafts_where_they_cannot_or_should_not_be(

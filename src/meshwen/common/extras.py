@@ -7,6 +7,7 @@ PACKAGES = {
     "gguf": "gguf",
     "gsm8k": "pyarrow",
     "lm-eval": "lm-eval",
+    "serve": "fastapi uvicorn prometheus-client llguidance",
     "torch": "torch",
     "transformers": "torch transformers",
 }

@@ -61,9 +61,17 @@ def environment() -> dict[str, str]:
     """Versions and settings of this process that decide how it computes."""
     found = {"meshwen": meshwen.__version__, "kernels": kernels.label()}
     found |= {name: metadata.version(name) for name in _PACKAGES}
+    found["llguidance"] = _version_if_installed("llguidance")  # Its masks decide tokens.
     flags = os.environ.get("XLA_FLAGS", "")
     unoptimised = str(jax.config.values["jax_disable_most_optimizations"])
     return found | {"XLA_FLAGS": flags, "jax_disable_most_optimizations": unoptimised}
+
+
+def _version_if_installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def check_environment() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -59,14 +59,22 @@ class BatchSampler:
         constrained = any(sequence.constraints for sequence in sequences.values())
         return cls(method, rows, penalized, constrained, plan)
 
-    def rows_of_step(self, sequences: Mapping[int, SequenceState]) -> SamplerRows:
-        """The parameters for the next step of the same sequences, with their constraints."""
+    def rows_of_step(
+        self, sampled: Iterable[tuple[SequenceState, Sequence[int], range]], size: int
+    ) -> SamplerRows:
+        """The parameters for the next step of the same sequences, with their constraints.
+
+        Args:
+            sampled: each sequence, its drafts, and the indices of its samples: the first is what
+                follows its newest token, the others what follows each draft.
+            size: how many samples the step computes.
+        """
         if not self.constrained:
             return self.rows
-        forbidden = np.zeros((len(self.rows.seed), self.plan.axis_length("vocab")), bool)
-        for row, sequence in sequences.items():
+        forbidden = np.zeros((size, self.plan.axis_length("vocab")), bool)
+        for sequence, drafts, places in sampled:
             if sequence.constraints is not None:
-                sequence.constraints.forbid(forbidden[row])
+                sequence.constraints.forbid(forbidden[places.start : places.stop], drafts)
         return self.rows._replace(forbidden=forbidden)
 
 

@@ -2,7 +2,8 @@
 """Tokens that may not come next in a sequence, by what its request asks for.
 
 Worked out on the host from the sequence alone, so the same on every mesh and in every batch. The
-rules, and which goes before which, are transformers' logits processors'.
+rules, and which goes before which, are transformers' logits processors'. A grammar comes after all
+of them: it only forbids.
 """
 
 from __future__ import annotations
@@ -11,7 +12,74 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from meshwen.engine.compiled_grammars import GrammarConstraint
 from meshwen.engine.request import Request
+
+
+class AnswerConstraints:
+    """All that one answer may not go on with.
+
+    Args:
+        rules: on its tokens; None: there are none.
+        grammar: that its text follows; None: any.
+        vocab_size: of the model.
+    """
+
+    def __init__(
+        self, rules: TokenConstraints | None, grammar: GrammarConstraint | None, vocab_size: int
+    ):
+        self._rules, self._grammar, self._vocab_size = rules, grammar, vocab_size
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        limit: int,
+        eos: frozenset[int],
+        vocab_size: int,
+        grammar: GrammarConstraint | None = None,
+    ) -> AnswerConstraints | None:
+        """A request's; None where every token may come."""
+        rules = TokenConstraints.of(request, limit, eos, vocab_size)
+        return cls(rules, grammar, vocab_size) if rules or grammar else None
+
+    def push(self, token: int) -> None:
+        """Takes the next token."""
+        for one in (self._rules, self._grammar):
+            if one is not None:
+                one.push(token)
+
+    @property
+    def take_drafts(self) -> bool:
+        """Whether they can say what may follow a token that has not come yet."""
+        return self._rules is None
+
+    def fitting(self, drafts: Sequence[int]) -> int:
+        """How many of some drafts may follow one after the other; only where they take drafts."""
+        return len(drafts) if self._grammar is None else self._grammar.fitting(drafts)
+
+    def forbid(self, rows: np.ndarray, drafts: Sequence[int] = ()) -> None:
+        """Marks what may not come.
+
+        Args:
+            rows: bool [1 + drafts, V or more]: next, and after each draft.
+            drafts: those that are fitting.
+        """
+        if self._rules is not None:
+            self._rules.forbid(rows[0])
+        if self._grammar is not None:
+            self._grammar.forbid(rows, drafts)
+
+    def nothing_left(self) -> str | None:
+        """What lets no token come next; None: some may."""
+        row = np.zeros((1, self._vocab_size), bool)
+        self.forbid(row)
+        if not row.all():
+            return None
+        failure = self._grammar and self._grammar.failure
+        if failure is not None:
+            return f"the grammar cannot be followed any further ({failure}), so nothing can come"
+        return "the sampling parameters let nothing come"
 
 
 class TokenConstraints:
@@ -74,12 +142,6 @@ class TokenConstraints:
         after_bos = self._prompt_length == 1 and asked.forced_bos_token_id is not None
         if answered == int(after_bos):
             self._mark(row, asked.begin_suppress_tokens)
-
-    def nothing_left(self) -> bool:
-        """Whether no token may come next."""
-        row = np.zeros(self._vocab_size, bool)
-        self.forbid(row)
-        return bool(row.all())
 
     def _mark(self, row: np.ndarray, tokens: Sequence[int]) -> None:
         row[[token for token in tokens if token < self._vocab_size]] = True

@@ -123,7 +123,8 @@ class EngineCore:
         if not plan.prefills:
             self._draft(plan, sampler)
         inputs = self._inputs(plan)
-        rows = sampler.rows_of_step({row: chunk.sequence for row, chunk, _ in plan.sampled()})
+        sampled_for = ((one.sequence, one.drafts, places) for _, one, places in plan.sampled())
+        rows = sampler.rows_of_step(sampled_for, len(inputs.asked))
         how = rows, sampler.penalized, sampler.method
         if scores:
             hidden, self.cache = self.runner.forward(self.cache, inputs.of_all())

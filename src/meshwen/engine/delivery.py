@@ -123,8 +123,8 @@ def _what_failed(sequence: SequenceState) -> str:
     place = f"token {len(sequence.tokens) + 1} of the answer"
     if _prompt_is_broken(sequence):
         place = "a token of the prompt"
-    elif sequence.constraints is not None and sequence.constraints.nothing_left():
-        return f"the sampling parameters let nothing come as {place}"
+    elif sequence.constraints is not None and (what := sequence.constraints.nothing_left()):
+        return f"{what} as {place}"
     return (
         f"the model's logits for {place} are NaN or infinite: weights are damaged or overflow "
         "(meshwen inspect --stats finds those of a file)"

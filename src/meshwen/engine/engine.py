@@ -18,6 +18,7 @@ from meshwen.common.arguments import brief
 from meshwen.common.paths import user_path
 from meshwen.engine.agreement import check_requests
 from meshwen.engine.cache_stats import CacheStats
+from meshwen.engine.compiled_grammars import CompiledGrammar, Grammars
 from meshwen.engine.core import EngineCore
 from meshwen.engine.engine_run import EngineRun
 from meshwen.engine.prefixes import Prefixes
@@ -73,7 +74,9 @@ class Engine:
             runner, plan, max_num_batched_tokens, prefix_caching, speculation
         )
         self._prefixes = Prefixes(self._core, plan)
-        self._shared = SharedCore(self._core, tokenizer, frozenset(eos_token_ids))
+        eos = frozenset(eos_token_ids)
+        self._shared = SharedCore(self._core, tokenizer, eos)
+        self._grammars = Grammars(tokenizer, eos, runner.config.vocab_size)
 
     @property
     def config(self) -> ModelConfig:
@@ -122,14 +125,32 @@ class Engine:
             name: what to call its prompt: "prompt 3".
 
         Raises:
-            MeshwenError: the prompt is empty, too long, or has a token outside the vocabulary, or
-                there is no memory for it and its answer.
+            MeshwenError: the prompt is empty, too long, or has a token outside the vocabulary,
+                there is no memory for it and its answer, or no answer can be held to its grammar.
         """
+        self._checked(request, name)
+
+    def check_grammar(self, grammar: str) -> None:
+        """Refuses a grammar that no answer can be held to; any thread may call this, at any time.
+
+        It is compiled, which may take some tenths of a second, and kept for requests that come
+        soon.
+
+        Raises:
+            meshwen.engine.grammar.GrammarError: says why.
+            MeshwenError: the model or the installation has not what grammars take.
+        """
+        self._grammars.compiled(grammar)
+
+    def _checked(self, request: Request, name: str) -> CompiledGrammar | None:
+        """As `check`; the request's grammar, compiled, which no lock is held for."""
         if not isinstance(request, Request):
             raise MeshwenError(f"{name} must be a Request, not {brief(request)}")
         check_prompt(request.prompt_tokens, self.config, name, self.max_model_len)
         check_sampling(request, self.config, name)
         self._core.limits.check_memory(request)
+        grammar = request.sampling.grammar
+        return None if grammar is None else self._grammars.compiled(grammar)
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
         """Takes a request; its tokens then go to `on_event`, one event each.
@@ -145,14 +166,14 @@ class Engine:
             QueueFullError: too many requests wait.
             MeshwenError: `check` refuses the request.
         """
-        self.check(request, "the prompt")
+        grammar = self._checked(request, "the prompt")
         with self._shared.lock.changed:
             self._shared.check_thread()
             if self._shared.requests.waiting >= self._max_waiting:
                 raise QueueFullError(f"{self._max_waiting} requests wait already; try again later")
             if self._shared.one_thread:
                 check_requests([request])
-            return self._shared.add(request, on_event, None)
+            return self._shared.add(request, grammar, on_event, None)
 
     def cancel(self, number: int) -> None:
         """Drops a request that was submitted, waiting or running; no event reports it.
@@ -200,9 +221,9 @@ class Engine:
         if not isinstance(requests, Iterable):
             raise MeshwenError(f"requests must be a list, not {brief(requests)}")
         requests = list(requests)
-        for number, request in enumerate(requests, start=1):
-            self.check(request, f"prompt {number}")
-        run = EngineRun(self._shared, requests)
+        named = enumerate(requests, start=1)
+        grammars = [self._checked(request, f"prompt {number}") for number, request in named]
+        run = EngineRun(self._shared, requests, grammars)
         return Stream(run.pull, run.close)
 
     def save_prefix(

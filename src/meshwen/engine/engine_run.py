@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from meshwen.common.arguments import brief
 from meshwen.engine.agreement import check_requests
+from meshwen.engine.compiled_grammars import CompiledGrammar
 from meshwen.engine.request import Event, Request
 from meshwen.engine.shared_core import SharedCore
 from meshwen.errors import MeshwenError
@@ -20,13 +21,19 @@ class EngineRun:
     Args:
         shared: what steps them.
         requests: submitted when the first event is asked for.
+        grammars: that of each, compiled; None: it has none.
 
     Attributes:
         failure: why they will not be finished.
     """
 
-    def __init__(self, shared: SharedCore, requests: Sequence[Request]):
-        self._shared = shared
+    def __init__(
+        self,
+        shared: SharedCore,
+        requests: Sequence[Request],
+        grammars: Sequence[CompiledGrammar | None],
+    ):
+        self._shared, self._grammars = shared, grammars
         self._requests: Sequence[Request] | None = requests  # None once they are submitted.
         self._numbers: dict[int, int] = {}  # The engine's, of unfinished requests, to the caller's.
         self._left: dict[int, int] = {}  # Of each of these its unfinished answers.
@@ -63,7 +70,8 @@ class EngineRun:
         if requests and self._shared.one_thread:
             check_requests(requests)
         for number, request in enumerate(requests or ()):
-            added = self._shared.add(request, self._events.append, self)
+            grammar = self._grammars[number]
+            added = self._shared.add(request, grammar, self._events.append, self)
             self._numbers[added], self._left[added] = number, request.sampling.n
 
     def close(self) -> None:

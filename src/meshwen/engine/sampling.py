@@ -83,7 +83,10 @@ def _candidates(params: SamplingParams, vocab_size: int) -> int:
 
 
 class SamplerRows(NamedTuple):
-    """The requests' parameters, a row each: [B], or [B, V padded] where there is a default."""
+    """The requests' parameters, a row each: [B], or [B, V padded] where there is a default.
+
+    Where a step samples after draft tokens too, `forbidden` has a row for each sample.
+    """
 
     temperature: Array
     top_p: Array

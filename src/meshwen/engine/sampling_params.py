@@ -27,7 +27,7 @@ class SamplingParams:
     1909.05858); `encoder_repetition_penalty` multiplies and divides those of the prompt's.
     `logit_bias`, `presence_penalty`, `frequency_penalty`, `logprobs` and `top_logprobs` are those
     of OpenAI's API. On the logits act, in this order, the bias, the penalties of the prompt,
-    repetition, frequency and presence, what may not come, and the temperature.
+    repetition, frequency and presence, what may not come (by a grammar, too), and the temperature.
 
     Raises MeshwenError at construction when a value is impossible.
     """
@@ -123,6 +123,10 @@ class SamplingParams:
         (), "Token ids that end the answer, as its last token.", type=int, many=True
     )
     ignore_eos: bool = option(False, "End-of-text tokens do not end the answer.", type=bool)
+    grammar: str | None = option(
+        None,
+        "The answer's text follows this grammar: see meshwen.engine.grammar. None: any text.",
+    )
     logprobs: bool = option(
         False, "Return each token's log-probability, from the unmodified logits.", type=bool
     )
@@ -165,6 +169,7 @@ class SamplingParams:
             ("n", 1 <= self.n <= MOST_ANSWERS, f"from 1 to {MOST_ANSWERS}"),
             ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
             ("stop", strings and all(self.stop), "strings that are not empty"),
+            ("grammar", self.grammar is None or _is_text(self.grammar), "a grammar's text"),
             ("forced_bos_token_id", forced is None or forced >= 0, "a token id"),
             *((name, 0 < getattr(self, name) < math.inf, "above 0") for name in _PENALTIES),
             *((name, getattr(self, name) >= 0, "0 (off) or more") for name in _COUNTS),
@@ -246,6 +251,14 @@ _CONSTRAINTS = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
     *("forced_bos_token_id", "forced_eos_token_id"),
 )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that is not empty, and valid Unicode."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:

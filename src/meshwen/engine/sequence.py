@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshwen.engine.answer_text import AnswerText
-from meshwen.engine.constraints import TokenConstraints
+from meshwen.engine.constraints import AnswerConstraints
 from meshwen.engine.prompt_logprobs import PromptLogprobs
 from meshwen.engine.request import Event, FinishReason, Request, TopLogprobs
 from meshwen.engine.timing import RequestTimer
@@ -46,7 +46,7 @@ class SequenceState:
     eos_token_ids: frozenset[int]
     on_event: Callable[[Event], None]
     text: AnswerText
-    constraints: TokenConstraints | None = None
+    constraints: AnswerConstraints | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)

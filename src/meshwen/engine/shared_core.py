@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from meshwen.engine.answer_text import AnswerText
-from meshwen.engine.constraints import TokenConstraints
+from meshwen.engine.compiled_grammars import CompiledGrammar
+from meshwen.engine.constraints import AnswerConstraints
 from meshwen.engine.core import EngineCore
 from meshwen.engine.fair_lock import FairLock
 from meshwen.engine.request import Event, Request
@@ -60,8 +61,24 @@ class SharedCore:
             )
         self._last_thread = thread
 
-    def add(self, request: Request, on_event: Callable[[Event], None], run: Run | None) -> int:
-        """Leaves a request for the next step; `lock.changed` is held. Returns its number."""
+    def add(
+        self,
+        request: Request,
+        grammar: CompiledGrammar | None,
+        on_event: Callable[[Event], None],
+        run: Run | None,
+    ) -> int:
+        """Leaves a request for the next step; `lock.changed` is held.
+
+        Args:
+            request: the request.
+            grammar: its own, compiled.
+            on_event: called with each token.
+            run: the call of `Engine.run` that it belongs to; None for one that was submitted.
+
+        Returns:
+            Its number.
+        """
         answers = request.sampling.n
         number = self.requests.next_number(answers)
 
@@ -72,7 +89,7 @@ class SharedCore:
             on_event(event)
 
         first, *others = (
-            self._answer(request.answer(choice), number, choice, finish_and_report)
+            self._answer(request.answer(choice), grammar, number, choice, finish_and_report)
             for choice in range(answers)
         )
         first.siblings += others
@@ -80,11 +97,18 @@ class SharedCore:
         return number
 
     def _answer(
-        self, request: Request, number: int, choice: int, on_event: Callable[[Event], None]
+        self,
+        request: Request,
+        grammar: CompiledGrammar | None,
+        number: int,
+        choice: int,
+        on_event: Callable[[Event], None],
     ) -> SequenceState:
         """One answer of a request."""
         limit = self.core.limits.answer_tokens(request)
         eos = frozenset() if request.sampling.ignore_eos else self._eos
+        vocab_size = self.core.runner.config.vocab_size
+        held = None if grammar is None else grammar.constraint()
         return SequenceState(
             number + choice,
             request,
@@ -92,7 +116,7 @@ class SharedCore:
             eos,
             on_event,
             AnswerText(self._tokenizer, request.sampling.stop, request.sampling.include_stop),
-            TokenConstraints.of(request, limit, eos, self.core.runner.config.vocab_size),
+            AnswerConstraints.of(request, limit, eos, vocab_size, held),
             choice=choice,
         )
 

@@ -45,16 +45,20 @@ class Speculation:
         """
         if not self._useful(batch_size, sampler):
             return {}
-        self._sequences |= {one.number: one for one in sequences.values()}
-        proposed = self._drafter.propose(sequences, self.num_tokens)
-        return {row: drafts for row, drafts in proposed.items() if len(drafts)}
+        some = {row: one for row, one in sequences.items() if _takes_drafts(one)}
+        self._sequences |= {one.number: one for one in some.values()}
+        proposed = self._drafter.propose(some, self.num_tokens)
+        fitting = {row: _fitting(some[row], drafts) for row, drafts in proposed.items()}
+        for row, drafts in proposed.items():
+            if len(drafts) and not len(fitting[row]):
+                self.refuse(some[row])
+        return {row: drafts for row, drafts in fitting.items() if len(drafts)}
 
     def _useful(self, batch_size: int, sampler: BatchSampler) -> bool:
         """Whether a step may have drafts: all the reasons against them."""
         if not self.num_tokens:
             return False
-        # Each draft would need masks of its own.
-        if sampler.method.penalize or sampler.constrained:
+        if sampler.method.penalize:  # Each draft would need masks of its own.
             return False
         return batch_size * (1 + self.num_tokens) <= _MOST_TOKENS
 
@@ -74,7 +78,7 @@ class Speculation:
         return count
 
     def refuse(self, sequence: SequenceState) -> None:
-        """Lets the drafter learn that a step had no room for what it has proposed."""
+        """Lets the drafter learn that a step had no place for what it has proposed."""
         self._drafter.report_accepted(sequence, 0)
 
     def forget_ended(self) -> None:
@@ -88,3 +92,14 @@ class Speculation:
         for one in self._sequences.values():
             self._drafter.forget(one)
         self._sequences.clear()
+
+
+def _takes_drafts(sequence: SequenceState) -> bool:
+    return sequence.constraints is None or sequence.constraints.take_drafts
+
+
+def _fitting(sequence: SequenceState, drafts: Sequence[int]) -> Sequence[int]:
+    """The first of some drafts, as far as the sequence's constraints let them come."""
+    if sequence.constraints is None:
+        return drafts
+    return drafts[: sequence.constraints.fitting(drafts)]

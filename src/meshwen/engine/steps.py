@@ -96,7 +96,9 @@ def _sampled(
     asked = inputs.asked
     positions = inputs.positions[jnp.maximum(asked, 0)] + 1
     if inputs.sampler_rows is not None:
-        rows = jax.tree.map(lambda parameter: parameter[inputs.sampler_rows], rows)
+        owned, forbidden = rows._replace(forbidden=None), rows.forbidden
+        owned = jax.tree.map(lambda parameter: parameter[inputs.sampler_rows], owned)
+        rows = owned._replace(forbidden=forbidden)  # It has a row for each sample as it is.
     vocab_size, logits = model.config.vocab_size, model.logits(params, x)
     sampled = sample(logits, rows, positions, penalized, vocab_size, method, model.ops)
     if penalized is not None:
