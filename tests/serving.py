@@ -25,6 +25,7 @@ import httpx
 
 from meshwen import demo
 from meshwen.engine.answer_text import AnswerText
+from meshwen.engine.compiled_grammars import Grammars
 from meshwen.engine.request import Completion, Event, Request, Timings, check_prompt, check_sampling
 from meshwen.models.registry import config_from_json
 from meshwen.server.app import create_app
@@ -56,6 +57,12 @@ def tokenizer(template: str | None = None) -> Tokenizer:
 def config():
     """The demo checkpoint's."""
     return config_from_json(demo.path())
+
+
+@cache
+def grammars() -> Grammars:
+    """Grammars over its vocabulary."""
+    return Grammars(tokenizer(), frozenset({EOS}), config().vocab_size)
 
 
 def logprob(token: int) -> float:
@@ -134,6 +141,9 @@ class ScriptedEngine:
     def check(self, request: Request, name: str) -> None:
         check_prompt(request.prompt_tokens, config(), name, MAX_MODEL_LEN)
         check_sampling(request, config(), name)
+
+    def check_grammar(self, grammar: str) -> None:
+        grammars().compiled(grammar)
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
         self.check(request, "the prompt")

@@ -496,14 +496,13 @@ async def test_fields_that_do_not_go_together_are_refused(fields, word):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         (
             "response_format",
-            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}},
         ),
         ("response_format", {"type": "json_schema"}),
         ("response_format", {"type": "xml"}),
-        ("structured_outputs", {"regex": "a+"}),
+        ("structured_outputs", {"regex": "("}),
         ("structured_outputs", {"regex": "a+", "choice": ["a"]}),
         ("structured_outputs", {}),
     ],

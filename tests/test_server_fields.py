@@ -39,8 +39,6 @@ from meshwen.server.tokens import TokenSampling, TokensRequest
 from serving import in_loop, serving
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
-# Nothing holds an answer to a form yet.
-FORMS = {"response_format", "structured_outputs", "format"}
 # What is refused where the request is answered.
 LATER = {"thread"}
 
@@ -106,7 +104,7 @@ def documented(title: str) -> dict[str, str]:
 
 
 def kind(name: str, field: Any) -> str:
-    if name in FORMS | LATER or REFUSES in field.metadata:
+    if name in LATER or REFUSES in field.metadata:
         return "refused"
     return "not applicable" if field.annotation is Any else "supported"
 

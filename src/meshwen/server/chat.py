@@ -19,13 +19,13 @@ from meshwen.server.chat_models import ChatRequest, NamedToolChoice
 from meshwen.server.errors import ApiError
 from meshwen.server.fields import check_model, check_no_prompt_logprobs_in_stream
 from meshwen.server.generation import Delta, Generation, generate
-from meshwen.server.output_formats import refuse_forms
 from meshwen.server.parsers import parser_of
 from meshwen.server.parsing import ToolCallDelta
 from meshwen.server.prompts import chat_prompt
 from meshwen.server.replies import Envelope, json_response
 from meshwen.server.serving import Serving
 from meshwen.server.sse import STREAMED, OpenAIEvents, event_stream
+from meshwen.server.structured import grammar_for
 from meshwen.server.token_texts import TokenTexts
 from meshwen.tokenizer.chat_template import check_template_kwargs
 
@@ -52,11 +52,19 @@ async def generation_of(serving: Serving, body: ChatRequest) -> Generation:
         ApiError: 400: it cannot be asked.
     """
     tools = _callable_tools(body)
-    grammar = _grammar(body)
+    grammar = await grammar_for(
+        serving,
+        response_format=body.response_format,
+        structured_outputs=body.structured_outputs,
+        tools=_tools_of_grammar(body, tools),
+        must_call=body.tool_choice not in (None, "none", "auto"),
+        several_calls=body.parallel_tool_calls is not False,
+    )
     sampling = body.sampling_params(
         serving,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=grammar,
     )
     prompt = await prompt_of(serving, body)
     parser = parser_of(
@@ -81,12 +89,11 @@ def _callable_tools(body: ChatRequest) -> list[dict[str, Any]]:
     return [] if body.tool_choice == "none" else tools
 
 
-def _grammar(body: ChatRequest) -> str | None:
-    """What the answer is held to."""
-    refuse_forms(body.response_format, body.structured_outputs)
-    if body.tool_choice not in (None, "none", "auto"):
-        raise ApiError(400, "tool_choice: only none and auto are supported", param="tool_choice")
-    return None
+def _tools_of_grammar(body: ChatRequest, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools of which the answer may have calls: the one that is named, or all."""
+    if not isinstance(body.tool_choice, NamedToolChoice):
+        return tools
+    return [one for one in tools if one["function"]["name"] == body.tool_choice.function.name][:1]
 
 
 async def prompt_of(

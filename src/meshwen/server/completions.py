@@ -24,11 +24,12 @@ from meshwen.server.fields import (
     expecting,
 )
 from meshwen.server.generation import Delta, Generation, generate
-from meshwen.server.output_formats import ResponseFormat, StructuredOutputs, refuse_forms
+from meshwen.server.output_formats import ResponseFormat, StructuredOutputs
 from meshwen.server.prompts import check_length, text_prompt
 from meshwen.server.replies import Envelope, json_response
 from meshwen.server.serving import Serving
 from meshwen.server.sse import STREAMED, OpenAIEvents, event_stream
+from meshwen.server.structured import grammar_for
 from meshwen.server.text_logprobs import TextLogprobs
 from meshwen.server.token_texts import TokenTexts
 
@@ -96,11 +97,17 @@ async def create_completion(body: CompletionRequest, http_request: HttpRequest) 
 
 async def _generation(serving: Serving, body: CompletionRequest) -> Generation:
     """What is asked of the engine."""
-    refuse_forms(body.response_format, body.structured_outputs)
+    grammar = await grammar_for(
+        serving,
+        response_format=body.response_format,
+        structured_outputs=body.structured_outputs,
+    )
     asked = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.scores_prompt and body.prompt_logprobs is None
     fields = body.model_copy(update={"prompt_logprobs": body.logprobs}) if scored else body
-    sampling = fields.sampling_params(serving, max_tokens=max(asked, 1), logprobs=body.logprobs)
+    sampling = fields.sampling_params(
+        serving, max_tokens=max(asked, 1), logprobs=body.logprobs, grammar=grammar
+    )
     prompts = await _prompts(serving, body)
     requests = tuple(Request(one, sampling, body.cache_salt or "") for one in prompts)
     return Generation(requests, scoring=asked == 0)

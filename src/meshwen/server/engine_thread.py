@@ -24,6 +24,7 @@ from meshwen.server.errors import ApiError
 logger = logging.getLogger(__name__)
 
 _UNHEALTHY = 3  # Steps that failed one after the other.
+_MOST_COMPILING = 2  # Grammars at the same time: there are steps to compute, too.
 
 _Found = list[Event] | ApiError | None
 
@@ -54,6 +55,9 @@ class Stepping(Protocol):
 
     def check(self, request: Request, name: str) -> None:
         """Refuses a request that cannot be answered; any thread may call it, at any time."""
+
+    def check_grammar(self, grammar: str) -> None:
+        """Refuses a grammar that no answer can be held to; any thread may call it, at any time."""
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
         """Takes a request."""
@@ -107,7 +111,7 @@ class EngineThread:
     """Runs an engine for the coroutines of the event loop that calls `start`.
 
     Args:
-        engine: the engine, of which nobody else may call more than `check` from now on.
+        engine: the engine, of which nobody else may call more than its checks from now on.
         max_queue: answers that may wait beyond `slots`; requests for more are refused.
         slots: answers that are computed at the same time.
         meter: gives each request, when it is asked for, what is told of it.
@@ -129,6 +133,7 @@ class EngineThread:
         self._asked = 0  # Requests.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
+        self._compiling = asyncio.Semaphore(_MOST_COMPILING)
         # What both share. A task is a request to submit, or None to cancel what was submitted.
         self._wake = threading.Condition()
         self._tasks: deque[tuple[Answers, Request | None]] = deque()
@@ -176,6 +181,15 @@ class EngineThread:
             self._wake.notify()
         if self._loop is not None:
             await self._ended.wait()
+
+    async def check_grammar(self, grammar: str) -> None:
+        """Refuses a grammar that no answer can be held to; it is compiled in another thread.
+
+        Raises:
+            MeshwenError: see `Engine.check_grammar`.
+        """
+        async with self._compiling:
+            await asyncio.to_thread(self._engine.check_grammar, grammar)
 
     @asynccontextmanager
     async def answering(self, request: Request) -> AsyncIterator[Answers]:

@@ -51,6 +51,10 @@ class LeadingEngine:
         """Refuses a request that cannot be answered: see `Engine.check`."""
         self._engine.check(request, name)
 
+    def check_grammar(self, grammar: str) -> None:
+        """Refuses a grammar that no answer can be held to: see `Engine.check_grammar`."""
+        self._engine.check_grammar(grammar)
+
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> int:
         """Takes a request, in all processes: see `Engine.submit`."""
         _tell("submit", asdict(request))

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from meshwen.server.errors import ApiError
 from meshwen.server.fields import Fields, Ignored, Refused, RefusedTrue, expecting
 
 
@@ -60,13 +59,3 @@ class StructuredOutputs(Fields):
         if sum(one is not None for one in asked) != 1:
             raise ValueError("one of choice, grammar, json, json_object and regex must be given")
         return self
-
-
-def refuse_forms(
-    response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None
-) -> None:
-    """Refuses what an answer cannot be held to."""
-    if response_format is not None and response_format.type != "text":
-        raise ApiError(400, "response_format is not supported", param="response_format")
-    if structured_outputs is not None:
-        raise ApiError(400, "structured_outputs is not supported", param="structured_outputs")

@@ -27,11 +27,12 @@ from meshwen.server.fields import (
     check_no_prompt_logprobs_in_stream,
 )
 from meshwen.server.generation import Delta, Generation, generate
-from meshwen.server.output_formats import StructuredOutputs, refuse_forms
+from meshwen.server.output_formats import StructuredOutputs
 from meshwen.server.prompts import check_length
 from meshwen.server.replies import Envelope, json_response
 from meshwen.server.serving import Serving
 from meshwen.server.sse import STREAMED, OpenAIEvents, event_stream
+from meshwen.server.structured import grammar_for
 from meshwen.server.token_texts import TokenTexts
 
 router = APIRouter()
@@ -68,19 +69,21 @@ async def generate_tokens(body: TokensRequest, http_request: HttpRequest) -> Res
     check_model(serving, body.model)
     check_no_prompt_logprobs_in_stream(body.sampling_params, body.stream)
     check_length(serving, len(body.token_ids), "token_ids", "token_ids")
-    generation = _generation(serving, body)
+    generation = await _generation(serving, body)
     steps = generate(serving, generation, http_request)
     if body.stream:
         return await event_stream(steps, _TokenEvents(serving, body, generation))
     return json_response(await _whole(steps, serving, body, generation))
 
 
-def _generation(serving: Serving, body: TokensRequest) -> Generation:
+async def _generation(serving: Serving, body: TokensRequest) -> Generation:
     """What is asked of the engine."""
     asked = body.sampling_params
-    refuse_forms(None, asked.structured_outputs)
+    grammar = await grammar_for(serving, structured_outputs=asked.structured_outputs)
     most = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
-    sampling = asked.sampling_params(serving, max_tokens=max(most, 1), logprobs=asked.logprobs)
+    sampling = asked.sampling_params(
+        serving, max_tokens=max(most, 1), logprobs=asked.logprobs, grammar=grammar
+    )
     request = Request(tuple(body.token_ids), sampling, body.cache_salt or "")
     return Generation((request,), scoring=most == 0)
 
