@@ -286,7 +286,7 @@ async def test_a_form_that_the_answer_cannot_be_held_to_is_refused():
     form = {"type": "json_schema", "schema": {"not": {}}}
     async with serving() as server:
         response = await server.client.post(PATH, json=BODY | {"output_config": {"format": form}})
-    assert (response.status_code, "response_format" in response.text) == (400, True)
+    assert (response.status_code, "output_config.format cannot be" in response.text) == (400, True)
 
 
 @in_loop
@@ -400,6 +400,15 @@ async def test_a_thread_is_refused_so_that_clients_go_on_without_it():
         response = await server.client.post(PATH, json=BODY | {"thread": {"type": "create"}})
     assert response.status_code == 400
     assert response.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "now"}])
+@in_loop
+async def test_a_call_that_must_come_is_enforced(choice):
+    async with serving(call("now", "{}"), template=TEMPLATE) as server:
+        found = await ask(server, tools=[TOOL], tool_choice=choice)
+        assert "now" in server.engine.requests[0].sampling.grammar
+    assert found["stop_reason"] == "tool_use"
 
 
 @in_loop

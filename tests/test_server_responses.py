@@ -352,7 +352,7 @@ async def test_a_form_that_the_answer_cannot_be_held_to_is_refused():
     body = {"input": "Hi", "text": {"format": form}}
     async with serving() as server:
         response = await server.client.post(PATH, json=body)
-    assert (response.status_code, "response_format" in response.text) == (400, True)
+    assert (response.status_code, "text.format cannot be" in response.text) == (400, True)
 
 
 @in_loop
@@ -392,7 +392,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "http:
         ),
         (
             {"input": [{"type": "function_call", "call_id": "a", "name": "b", "arguments": "x"}]},
-            "arguments",
+            "input",
         ),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -419,6 +419,19 @@ async def test_what_cannot_be_done_is_refused_by_name(fields, named):
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
     assert named in error["message"]
+    assert error["param"].split(".")[0].split("[")[0] in body or error["code"]
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "name": "now"}, "auto", "none"]
+)
+@in_loop
+async def test_a_call_that_must_come_is_enforced(choice):
+    async with serving(call("now", "{}"), template=TEMPLATE) as server:
+        await ask(server, tools=[TOOL], tool_choice=choice)
+        grammar = server.engine.requests[0].sampling.grammar
+    assert (grammar is not None) == (choice not in ("auto", "none"))
+    assert grammar is None or "now" in grammar
 
 
 @in_loop

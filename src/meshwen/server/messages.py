@@ -23,7 +23,7 @@ from meshwen.server.parsing import new_id
 from meshwen.server.replies import json_response, to_json
 from meshwen.server.serving import Serving
 from meshwen.server.sse import STREAMED, event_stream
-from meshwen.server.tagged import as_chat
+from meshwen.server.tagged import as_chat, naming
 
 router = APIRouter()
 
@@ -35,7 +35,8 @@ _SIGNATURE = "unsigned"
 async def create_message(body: MessagesRequest, http_request: HttpRequest) -> Response:
     """Continues a conversation."""
     serving = _serving(body, http_request)
-    generation = await generation_of(serving, as_chat(body.for_chat()))
+    with naming({"response_format": "output_config.format"}):
+        generation = await generation_of(serving, as_chat(body.for_chat()))
     (request,) = generation.requests
     steps = generate(serving, generation, http_request)
     message = _Message(serving, request)

@@ -23,7 +23,7 @@ from meshwen.server.replies import json_response, to_json
 from meshwen.server.responses_models import ResponsesRequest
 from meshwen.server.serving import Serving
 from meshwen.server.sse import STREAMED, event_stream
-from meshwen.server.tagged import as_chat
+from meshwen.server.tagged import as_chat, naming
 from meshwen.server.token_texts import TokenTexts
 
 router = APIRouter()
@@ -36,7 +36,8 @@ async def create_response(body: ResponsesRequest, http_request: HttpRequest) -> 
     """Continues a conversation."""
     serving: Serving = http_request.app.state.serving
     check_model(serving, body.model)
-    generation = await generation_of(serving, as_chat(body.for_chat()))
+    with naming({"response_format": "text.format", "messages": "input"}):
+        generation = await generation_of(serving, as_chat(body.for_chat()))
     steps = generate(serving, generation, http_request)
     response = _Response(serving, body, generation.requests[0])
     if body.stream:

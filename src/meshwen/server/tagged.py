@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError, WrapValidator
 
 from meshwen.server.chat_models import ChatRequest
+from meshwen.server.errors import ApiError
 from meshwen.server.fields import Fields
 
 
@@ -66,3 +68,24 @@ def as_chat(fields: Mapping[str, Any]) -> ChatRequest:
         return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Names another protocol's fields in errors about the chat completion that asks the same.
+
+    Args:
+        names: by a field of the chat completion, the field that has its value.
+    """
+    try:
+        yield
+    except ApiError as error:
+        field = (error.param or "").split(".")[0].split("[")[0]
+        if error.param is None or field not in names:
+            raise
+        raise ApiError(
+            error.status,
+            error.message.replace(error.param, names[field]).replace(field, names[field]),
+            param=names[field],
+            code=error.code,
+        ) from None
