@@ -69,7 +69,7 @@ def python_environment(folder: Path, packages: Sequence[str]) -> Path:
     done = folder / "installed.txt"
     if not done.exists() or done.read_text() != "\n".join(packages):
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True, timeout=120)
-        install = [folder / "bin/python", "-m", "pip", "install", "-q", *packages]
+        install = [folder / "bin/python", "-m", "pip", "install", "-q", "--no-compile", *packages]
         subprocess.run(install, check=True, timeout=INSTALLING)
         done.write_text("\n".join(packages))
     return folder / "bin"
@@ -277,10 +277,10 @@ def demo_server() -> Iterator[Served]:
                 server.kill()
 
 
-def healthy(url: str, server: subprocess.Popen[bytes]) -> bool:
-    """Whether the server comes to answer in time."""
+def healthy(url: str, server: subprocess.Popen[bytes] | None = None) -> bool:
+    """Whether the server, which may be a process of ours, comes to answer in time."""
     deadline = time.monotonic() + STARTING
-    while time.monotonic() < deadline and server.poll() is None:
+    while time.monotonic() < deadline and (server is None or server.poll() is None):
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5).close()
         except OSError:
@@ -308,6 +308,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "clients")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=[*CHECKS])
     given = parser.parse_args()
+    if given.url and not healthy(given.url):
+        sys.exit(f"{given.url} does not come to answer /health")
     asked = contextlib.nullcontext(Served(given.url, given.key, given.model))
     with asked if given.url else demo_server() as served:
         passed = {name: checked(name, served, given.folder) for name in given.only}

@@ -16,7 +16,9 @@ from checks import (
 )
 
 OPTIONS = {"base_url": URL, "api_key": KEY, "timeout": 120, "max_retries": 0}
-ASKED = {"model": MODEL, "messages": MESSAGES, "max_tokens": LIMIT, "temperature": 0}
+# Newer versions of the client have no argument for the temperature.
+GREEDY = {"extra_body": {"temperature": 0}}
+ASKED = {"model": MODEL, "messages": MESSAGES, "max_tokens": LIMIT} | GREEDY
 client = anthropic.Anthropic(**OPTIONS)
 TOOL = {
     "name": WEATHER["name"],
@@ -88,7 +90,7 @@ def a_tool_that_has_to_be_called() -> None:
 def errors_are_the_clients_own() -> None:
     for changes, kind in (
         ({"model": "no-such-model"}, anthropic.NotFoundError),
-        ({"top_p": 7}, anthropic.BadRequestError),
+        ({"extra_body": {"top_p": 7}}, anthropic.BadRequestError),
     ):
         try:
             client.messages.create(**ASKED | changes)
