@@ -228,6 +228,43 @@ def test_sigterm_ends_a_chat_that_is_busy_with_an_answer():
         assert ended(process)[0] == 143
 
 
+SERVER = (
+    "import threading",
+    "came = threading.Event()",
+    "def handle(number):",
+    "    os.write(1, b'handled %d\\n' % number)",  # Not print: it may be what is interrupted.
+    "    came.set()",
+    "with interrupt.handled(handle):",
+    f"    {READY}",
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_handled_raises_nothing(number):
+    with program(*SERVER, "    came.wait()", "print('done')", grace=0.2) as process:
+        ready(process).send_signal(number)
+        assert ended(process) == (0, f"handled {int(number)}\ndone\n", "")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_at_once_whatever_runs(first):
+    with program(*SERVER, "    came.wait()", f"    {BUSY}") as process:
+        ready(process).send_signal(first)
+        assert process.stdout.readline() == f"handled {int(first)}\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+
+
+def test_after_a_block_that_handles_signals_they_raise_again():
+    with program(
+        *SERVER, "    pass", "print('after', flush=True)", f"time.sleep({LIMIT})"
+    ) as process:
+        ready(process)
+        assert process.stdout.readline() == "after\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+
+
 def test_a_signal_that_only_a_prompt_heard_hides_no_later_one():
     body = (
         "interrupt._ECHO = 0",

@@ -247,11 +247,11 @@ def test_keys_that_would_open_to_all_or_cannot_be_sent_are_refused(tmp_path):
     empty = tmp_path / "empty"
     empty.write_text("\n \n")
     for options, words in (
-        (ServerOptions(api_key_file=str(empty)), "has no key"),
-        (ServerOptions(api_key_file=str(tmp_path / "none")), "cannot read"),
-        (ServerOptions(api_key=("",)), "api_key: a key must be visible ASCII"),
-        (ServerOptions(api_key=("se cret",)), "api_key: a key must be visible ASCII"),
-        (ServerOptions(api_key=("s\u00e9cret",)), "api_key: a key must be visible ASCII"),
+        (ServerOptions(api_key_file=str(empty)), "must have a key on each line, and has none"),
+        (ServerOptions(api_key_file=str(tmp_path / "none")), "cannot be read"),
+        (ServerOptions(api_key=("",)), "api_key must be visible ASCII"),
+        (ServerOptions(api_key=("se cret",)), "api_key must be visible ASCII"),
+        (ServerOptions(api_key=("s\u00e9cret",)), "api_key must be visible ASCII"),
         (ServerOptions(api_key=("x" * 1025,)), "at most 1024"),
     ):
         with pytest.raises(MeshwenError, match=words) as refused:

@@ -214,7 +214,7 @@ async def test_a_unix_socket_is_made_and_removed_and_one_left_over_is_replaced(t
         assert life.url == f"unix:{path}"
         assert path.stat().st_mode & 0o777 == 0o660
         with pytest.raises(
-            MeshwenError, match=r"cannot listen at .*socket: Address already in use"
+            MeshwenError, match=r"uds .*socket cannot be listened at: Address already in use"
         ):
             await asyncio.to_thread(
                 ModelServer(ServerOptions(uds=str(path)), "demo", life._load, print).run
@@ -231,7 +231,7 @@ async def test_an_address_that_cannot_be_had_is_an_error_before_anything_is_load
         for options, words in (
             ({"port": port}, f"cannot listen at 127.0.0.1:{port}: .*; give another --port"),
             ({"host": "192.0.2.1"}, "cannot listen at 192.0.2.1:0"),
-            ({"host": "no such host"}, "there is no address 'no such host'"),
+            ({"host": "no such host"}, "host must be an address, not 'no such host'"),
             ({"ssl_certfile": "/nothing.pem"}, "the certificate cannot be used"),
         ):
             life = Life(**options)

@@ -78,6 +78,8 @@ def serve(
     from meshwen.tokenizer.tokenizer import Tokenizer
 
     check_readable(load_prefix)
+    with options.naming_flags(options_of(ServerOptions)):
+        server.api_keys()  # Refuses wrong ones before anything is loaded.
     engine.make_mesh()  # Refuses a mesh without its devices before anything listens.
     checkpoint = opened(model, engine)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from meshwen.common.arguments import brief
 from meshwen.errors import MeshwenError
 from meshwen.server.options import ServerOptions
 
@@ -45,7 +46,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
-        raise MeshwenError(f"host: there is no address {host!r}: {error}") from None
+        raise MeshwenError(f"host must be an address, not {brief(host)}: {error}") from None
     family, kind, protocol, _, address = found[0]
     opened = socket.socket(family, kind, protocol)
     try:
@@ -62,7 +63,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 def _unix_socket(path: str) -> socket.socket:
     if not hasattr(socket, "AF_UNIX"):
-        raise MeshwenError("uds: this system has no Unix sockets; leave --uds out")
+        raise MeshwenError("uds needs a system with Unix sockets; leave it out")
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_left_over(path)
@@ -72,7 +73,7 @@ def _unix_socket(path: str) -> socket.socket:
     except OSError as error:
         opened.close()
         what = error.strerror or str(error)
-        raise MeshwenError(f"uds: cannot listen at {path}: {what}") from None
+        raise MeshwenError(f"uds {path} cannot be listened at: {what}") from None
     return opened
 
 

@@ -122,7 +122,7 @@ class ServerOptions:
                 value = one.checked(f.name, value)
             object.__setattr__(self, f.name, value)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise MeshwenError("ssl_keyfile needs a certificate: give ssl_certfile too")
+            raise MeshwenError("ssl_keyfile needs its certificate: give --ssl-certfile too")
 
     def api_keys(self, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         """All keys: those given, the file's, and the environment's.
@@ -135,12 +135,12 @@ class ServerOptions:
             found.append((KEY_VARIABLE, environment[KEY_VARIABLE]))
         if self.api_key_file is not None:
             lines = _lines(self.api_key_file)
-            found += [(self.api_key_file, key) for key in lines]
+            found += [(f"a key in {self.api_key_file}", key) for key in lines]
         for where, key in found:
             if not (key.isascii() and key.isprintable() and " " not in key and key):
-                raise MeshwenError(f"{where}: a key must be visible ASCII characters, no blanks")
+                raise MeshwenError(f"{where} must be visible ASCII characters, without blanks")
             if len(key) > _MOST_KEY_CHARACTERS:
-                raise MeshwenError(f"{where}: a key has at most {_MOST_KEY_CHARACTERS} characters")
+                raise MeshwenError(f"{where} must have at most {_MOST_KEY_CHARACTERS} characters")
         return tuple(dict.fromkeys(key for _, key in found))
 
 
@@ -148,12 +148,12 @@ def _lines(name: str) -> list[str]:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise MeshwenError(f"api_key_file: cannot read {name}: {error.strerror}") from None
+        raise MeshwenError(f"api_key_file {name} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise MeshwenError(f"api_key_file: {name} is not UTF-8 text") from None
+        raise MeshwenError(f"api_key_file {name} must be UTF-8 text") from None
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:  # An empty file must not open the server to all.
-        raise MeshwenError(f"api_key_file: {name} has no key; write one a line")
+        raise MeshwenError(f"api_key_file {name} must have a key on each line, and has none")
     return keys
 
 

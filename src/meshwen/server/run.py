@@ -64,7 +64,6 @@ class ModelServer:
         load: Callable[[], Loaded],
         say: Callable[[str], None],
     ):
-        options.api_keys()  # Refuses wrong ones before anything is loaded.
         self._options, self._load, self._say = options, load, say
         self._names = options.served_model_name or (name,)
         self._gate = Gate()
