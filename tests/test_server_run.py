@@ -200,6 +200,41 @@ async def test_a_client_that_vanishes_ends_its_request(stream):
 
 
 @in_loop
+async def test_of_many_clients_none_is_lost_and_those_that_vanish_leave_nothing_behind():
+    async with living(script="word " * 30, max_queue=1000) as life, await life.client() as client:
+        life.load.set()
+        await until_ready(client)
+        host, port = life.url.rpartition("/")[2].split(":")
+
+        async def ask(number: int) -> bytes:
+            """Asks, and goes away: at once, in mid-stream, without a word, or never."""
+            body = json.dumps({**LONG, "stream": bool(number % 2)}).encode()
+            reader, writer = await asyncio.open_connection(host, port)
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+            way = number % 5
+            writer.write(head + (body[:10] if way == 1 else body))
+            got = b""
+            if way in (0, 3):
+                got = await asyncio.wait_for(reader.read(), PATIENCE)
+            elif way == 4:
+                got = await asyncio.wait_for(reader.read(300), PATIENCE)
+            writer.close()
+            return got
+
+        found = await asyncio.gather(*(ask(number) for number in range(150)))
+        async with asyncio.timeout(PATIENCE):
+            while life.server._gate.running or life.engine.busy:
+                await asyncio.sleep(0.01)
+        whole = [got for number, got in enumerate(found) if number % 5 in (0, 3)]
+        assert [got.count(b'"finish_reason":"length"') for got in whole] == [0] * 60
+        assert [got.count(b'"finish_reason":"stop"') for got in whole] == [1] * 60
+        metrics = (await client.get("/metrics")).text
+        for name in ("num_requests_running", "num_requests_waiting", "engine_failures_total"):
+            assert f'vllm:{name}{{engine="0",model_name="demo"}} 0.0' in metrics, name
+
+
+@in_loop
 async def test_a_unix_socket_is_made_and_removed_and_one_left_over_is_replaced(tmp_path):
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as left:

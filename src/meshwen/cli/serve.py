@@ -89,7 +89,8 @@ def serve(
             return _loaded(checkpoint, tokenizer, engine, server, load_prefix)
 
     if process_index():
-        follow(load().model.engine)
+        with handled(lambda number: None):  # Process 0 says when all that was asked is answered.
+            follow(load().model.engine)
         return
     running, stopped_by = ModelServer(server, model, load, note), []
 

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,19 @@ from meshwen.errors import MeshwenError
 from meshwen.server.options import ServerOptions
 
 _BACKLOG = 2048  # Connections that may wait to be accepted.
+_MOST_FILES = 1 << 16
+
+
+def allow_many_connections() -> None:
+    """Lets the process have as many files, and so connections, as the system lets it ask for."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from meshwen.errors import MeshwenError
 from meshwen.server.app import create_app
 from meshwen.server.engine_thread import EngineThread, Stepping
 from meshwen.server.gate import Gate
-from meshwen.server.listening import listening
+from meshwen.server.listening import allow_many_connections, listening
 from meshwen.server.metrics import Metrics
 from meshwen.server.options import ServerOptions
 from meshwen.server.serving import Serving
@@ -95,6 +95,7 @@ class ModelServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         if self._stopped:
             self._stop.set()
+        allow_many_connections()
         with listening(self._options) as (opened, url):
             http = _Http(_http_config(self._gate, self._options))
             task = asyncio.create_task(http.serve(sockets=[opened]))
