@@ -522,10 +522,30 @@ FAULTS = (
     _fault(
         "constraints: drafts where tokens are forbidden",
         "engine/speculation.py",
-        "sampler.method.penalize or sampler.constrained",
-        "sampler.method.penalize",
-        "speculation",
+        "return sequence.constraints is None or sequence.constraints.take_drafts",
+        "return True",
         "constraints",
+    ),
+    _fault(
+        "grammar: what may come next serves its drafts too",
+        "engine/compiled_grammars.py",
+        "taken += self._matcher.try_consume_tokens([int(draft)])",
+        "taken += 0",
+        "grammar",
+    ),
+    _fault(
+        "grammar: drafts stay taken",
+        "engine/compiled_grammars.py",
+        "self._matcher.rollback(taken)",
+        "pass",
+        "grammar",
+    ),
+    _fault(
+        "grammar: a step that is too much ends the answer as if it were complete",
+        "engine/compiled_grammars.py",
+        "if not self._matcher.is_error():\n            found",
+        "if True:\n            found",
+        "grammar",
     ),
     _fault(
         "generation config: min_length beside min_new_tokens",

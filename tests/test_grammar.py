@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 import threading
 from functools import cache
@@ -354,6 +355,12 @@ def test_an_installation_without_the_library_says_what_to_install(monkeypatch):
     ):
         with pytest.raises(MeshwenError, match=r"llguidance: pip install .*serve"):
             make()
+
+
+def test_the_library_is_not_imported_before_a_grammar_is_used():
+    modules = "meshwen.engine.engine, meshwen.engine.grammar, meshwen.server.structured"
+    code = f"import sys, {modules}; sys.exit('llguidance' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("value", ["", 3, "\ud800", {"type": "object"}])

@@ -56,7 +56,7 @@ def engine(mesh="1", drafter=None) -> Engine:
 
 
 def request(prompt: str, grammar: str | None, **sampling) -> Request:
-    asked = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3, "logprobs": True} | sampling
+    asked = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3, "logprobs": True} | sampling
     return Request(
         tuple(model().tokenizer.encode(prompt)), SamplingParams(grammar=grammar, **asked)
     )
@@ -110,6 +110,7 @@ def same(found, expected) -> bool:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["1", "1x8"])
 def test_answers_have_the_same_bits_alone_in_a_batch_with_drafts_and_on_a_mesh(mesh):
     assert same(answers(requests(), mesh), reference())

@@ -126,12 +126,11 @@ class GrammarConstraint:
 
     Args:
         matcher: an `LLMatcher` of its own.
-        eos: end-of-text tokens, in order: after one there are but these.
+        eos: end-of-text tokens.
     """
 
     def __init__(self, matcher: Any, eos: Sequence[int]):
         self._matcher, self._eos = matcher, eos
-        self._ended = False
 
     @property
     def failure(self) -> str | None:
@@ -140,13 +139,11 @@ class GrammarConstraint:
 
     def push(self, token: int) -> None:
         """Takes the next token."""
-        self._ended |= token in self._eos
-        if not self._ended:
-            self._matcher.consume_token(token)
+        self._matcher.consume_token(token)
 
     def fitting(self, drafts: Sequence[int]) -> int:
         """How many of some tokens may follow one after the other, before an end-of-text token."""
-        if self._ended or self.failure is not None:
+        if self._matcher.is_error():
             return 0
         ended = next((i for i, token in enumerate(drafts) if token in self._eos), len(drafts))
         return int(self._matcher.validate_tokens([int(token) for token in drafts[:ended]]))
@@ -169,15 +166,12 @@ class GrammarConstraint:
                 self._matcher.rollback(taken)
 
     def _forbid(self, row: np.ndarray) -> None:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.zeros(len(row), bool)
-        if self._ended:
-            allowed[self._eos] = True
-        else:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            # Where a step was too much it gives end-of-text tokens, as if the answer were complete.
-            if not self._matcher.is_error():
-                found = np.unpackbits(bits, count=min(len(row), 8 * len(bits)), bitorder="little")
-                allowed[: len(found)] = found
+        # Where a step was too much there are end-of-text tokens, as if the answer were complete.
+        if not self._matcher.is_error():
+            found = np.unpackbits(bits, count=min(len(row), 8 * len(bits)), bitorder="little")
+            allowed[: len(found)] = found
         row |= ~allowed
 
 
