@@ -104,6 +104,7 @@ def test_no_token_is_an_error_in_its_place(token, logprob):
     assert event.token == NO_TOKEN
     assert (event.completion.finish_reason, event.completion.tokens) == ("error", (4,))
     assert "token 2 of the answer are NaN" in event.completion.error
+    assert not event.completion.asked_too_much
 
 
 def test_no_token_under_constraints_that_forbid_all_says_so():
@@ -112,6 +113,7 @@ def test_no_token_under_constraints_that_forbid_all_says_so():
     assert events[0].completion.error == (
         "the sampling parameters let nothing come as token 1 of the answer"
     )
+    assert events[0].completion.asked_too_much
 
 
 def test_what_a_callback_raises_cancels_its_own_request_alone():

@@ -257,4 +257,5 @@ def test_where_nothing_may_come_the_answer_is_an_error_and_others_go_on():
     found, other = answers([neither, fine])
     assert found.finish_reason == "error"
     assert found.error == "the sampling parameters let nothing come as token 2 of the answer"
-    assert (other.text, other.finish_reason) == ("a", "stop")
+    assert found.asked_too_much
+    assert (other.text, other.finish_reason, other.asked_too_much) == ("a", "stop", False)

@@ -2,6 +2,7 @@
 """Forms of answers: the grammars that requests ask for, and what is refused before any token."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,3 +234,20 @@ async def test_without_the_library_a_form_is_refused_with_what_to_install():
         response = await server.client.post(CHAT, json=body)
     assert response.status_code == 400
     assert "pip install" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("asked_too_much", "status"), [(True, 400), (False, 500)])
+@in_loop
+async def test_where_a_request_lets_nothing_come_the_fault_is_its_own(asked_too_much, status):
+    class Failing(ScriptedEngine):
+        def _event(self, one):
+            done = self._completion(one, "error", None)
+            done = replace(done, error="nothing may come", asked_too_much=asked_too_much)
+            return replace(super()._event(one), completion=done)
+
+    async with serving(Failing()) as server:
+        response = await server.client.post(CHAT, json=chat(min_tokens=9))
+    assert (response.status_code, response.json()["error"]["message"]) == (
+        status,
+        "nothing may come",
+    )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 
 from meshwen.engine.request import Completion, Event, FinishReason, TopLogprobs
@@ -111,20 +112,31 @@ def _stop_reason(sequence: SequenceState) -> int | str | None:
 
 def _error_event(sequence: SequenceState) -> Event:
     """Ends an answer for which the model gave no next token."""
-    error = _what_failed(sequence)
+    asked_too_much = _what_lets_nothing_come(sequence)
+    error = asked_too_much or _what_failed(sequence)
     sequence.finish_reason = "error"
     rest = sequence.text.finish()
     completion = _completion(sequence, sequence.finish_reason, error)
+    completion = replace(completion, asked_too_much=asked_too_much is not None)
     number, choice = sequence.request_number, sequence.choice
     return Event(number, NO_TOKEN, rest, None, completion, choice=choice)
 
 
+def _next_place(sequence: SequenceState) -> str:
+    return f"token {len(sequence.tokens) + 1} of the answer"
+
+
+def _what_lets_nothing_come(sequence: SequenceState) -> str | None:
+    """What the request itself asks for, so that no token may come next; None: some may."""
+    if sequence.constraints is None or _prompt_is_broken(sequence):
+        return None
+    what = sequence.constraints.nothing_left()
+    return what and f"{what} as {_next_place(sequence)}"
+
+
 def _what_failed(sequence: SequenceState) -> str:
-    place = f"token {len(sequence.tokens) + 1} of the answer"
-    if _prompt_is_broken(sequence):
-        place = "a token of the prompt"
-    elif sequence.constraints is not None and (what := sequence.constraints.nothing_left()):
-        return f"{what} as {place}"
+    broken = _prompt_is_broken(sequence)
+    place = "a token of the prompt" if broken else _next_place(sequence)
     return (
         f"the model's logits for {place} are NaN or infinite: weights are damaged or overflow "
         "(meshwen inspect --stats finds those of a file)"

@@ -94,6 +94,8 @@ class Completion:
         prompt_top_logprobs: for each of these, what `top_logprobs` has, None for the first.
         cached_tokens: of the prompt, those that were found in the KV cache, and not computed.
         choice: which of the request's `n` answers this is, from 0 on.
+        asked_too_much: an error that is the request's own: by its parameters or its grammar nothing
+            may come.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -110,6 +112,7 @@ class Completion:
     prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     cached_tokens: int = 0
     choice: int = 0
+    asked_too_much: bool = False
 
 
 @dataclass(frozen=True)

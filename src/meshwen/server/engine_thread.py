@@ -199,6 +199,8 @@ class EngineThread:
             MeshwenError: the engine cannot answer it.
             ApiError: too many requests wait, or the thread is closing: 503.
         """
+        if request.sampling.grammar is not None:
+            await self.check_grammar(request.sampling.grammar)  # `check` finds it compiled.
         self._engine.check(request, "the prompt")
         self._check_room(request.sampling.n)
         answers = Answers(request, self._meter(request))

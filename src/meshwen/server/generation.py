@@ -106,7 +106,7 @@ async def generate(
 def _delta(index: int, event: Event, parser: OutputParser, scoring: bool) -> Delta:
     done = event.completion
     if done is not None and done.error is not None:
-        raise ApiError(500, done.error)
+        raise ApiError(400 if done.asked_too_much else 500, done.error)
     if scoring:
         return Delta(index, "", "", (), event, "length" if done else None, done, dropped=True)
     parsed = [parser.push(event.text)]
