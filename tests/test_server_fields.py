@@ -18,6 +18,7 @@ from meshwen.server.fields import (
     SamplingFields,
     StreamOptions,
 )
+from meshwen.server.output_formats import JsonSchema, ResponseFormat, StructuredOutputs
 from meshwen.server.responses_models import (
     FunctionCall,
     FunctionCallOutput,
@@ -55,6 +56,11 @@ TABLES = {
     },
     "Completions": {"": CompletionRequest},
     "Token ids": {"": TokensRequest, "sampling_params.": TokenSampling},
+    "Forms of an answer": {
+        "response_format.": ResponseFormat,
+        "response_format.json_schema.": JsonSchema,
+        "structured_outputs.": StructuredOutputs,
+    },
     "Anthropic's messages": {"": anthropic.MessagesRequest},
     "Anthropic's messages and their count": {
         "": anthropic.CountRequest,
@@ -128,6 +134,7 @@ LEAST = {
     TokensRequest: {"token_ids": [1]},
     TokenSampling: {},
     StreamOptions: {},
+    StructuredOutputs: {"regex": "x"},
     anthropic.MessagesRequest: {
         "model": "x",
         "max_tokens": 1,

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from meshwen.server.fields import Fields, Ignored, Refused, RefusedTrue, expecting
 
 
 class JsonSchema(Fields):
     """A schema that the answer follows."""
-
-    model_config = ConfigDict(populate_by_name=True)
 
     name: str
     description: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import Field, ValidationError, WrapValidator, model_validator
 
 from meshwen.server.fields import (
     REFUSES,
@@ -164,8 +164,6 @@ class NamedChoice(Fields):
 
 class TextFormat(Fields):
     """The form of the answer."""
-
-    model_config = ConfigDict(populate_by_name=True)
 
     type: Annotated[
         Literal["text", "json_object", "json_schema"],
