@@ -155,6 +155,14 @@ async def test_running_requests_finish_and_new_ones_are_refused_when_it_ends():
 
 
 @in_loop
+async def test_an_idle_server_ends_in_no_time():
+    async with living(shutdown_timeout=0) as life, await life.client() as client:
+        life.load.set()
+        await until_ready(client)
+        assert await life.end()
+
+
+@in_loop
 async def test_requests_that_do_not_finish_in_time_are_cut_off_with_an_error():
     async with (
         living(script="word " * 400, shutdown_timeout=0.05) as life,

@@ -148,13 +148,13 @@ class ModelServer:
 
     async def _drain(self, thread: EngineThread) -> bool:
         """Waits for the requests that run; after the time for it, ends them with an error."""
-        gate, seconds, finished = self._gate, self._options.shutdown_timeout, True
+        gate, seconds = self._gate, self._options.shutdown_timeout
         gate.draining = True
         self._say(f"stopping: running requests ({gate.running}) have {seconds:g} s to finish")
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(gate.idle(), seconds)
-        except TimeoutError:
-            finished = False
+        finished = not gate.running
+        if not finished:
             self._say(f"stopping: requests that have not finished ({gate.running}) are cut off")
         with suppress(TimeoutError):
             await asyncio.wait_for(thread.close(), _LAST_STEP)
