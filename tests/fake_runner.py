@@ -53,12 +53,13 @@ class FakeRunner:
 
     Attributes:
         steps: the inputs of all steps.
+        programs: what a runner compiles for them: a name, and what the program depends on.
     """
 
     def __init__(self, mesh: str, block_size: int):
         self.plan, self.config = ParallelPlan(ONE_LAYER.sizes, make_mesh(mesh)), ONE_LAYER
         self.model = SimpleNamespace(backend=Backend())
-        self.block_size, self.steps = block_size, []
+        self.block_size, self.steps, self.programs = block_size, [], set()
         self._parts = self.plan.data_devices
 
     def empty_blocks(self, count):
@@ -72,6 +73,10 @@ class FakeRunner:
         return cache
 
     def forward(self, cache, inputs):
+        self._compile("forward", inputs)
+        return self._forward(cache, inputs)
+
+    def _forward(self, cache, inputs):
         states = self._states(cache, inputs)
         if inputs.asked is not None:
             asked = np.maximum(*self._split(inputs.asked), 0)
@@ -79,16 +84,24 @@ class FakeRunner:
         return states.reshape(-1), cache
 
     def step(self, cache, inputs, rows, penalized, method):
-        states, cache = self.forward(cache, inputs.of_all())
+        self._compile("step", inputs, method)
+        states, cache = self._forward(cache, inputs.of_all())
         return self._sampled(states, inputs, rows), penalized, cache
 
     def sample(self, hidden, inputs, rows, penalized, method):
         assert inputs.sampler_rows is None
+        self._compile("sample", inputs, len(hidden), method)
         return self._sampled(hidden, inputs, rows), penalized
 
     def logprobs(self, hidden, targets, top):
         assert (len(hidden), top) == (len(targets), 0)
         return Logprobs(jax.device_put(logprob(hidden, targets)))
+
+    def _compile(self, name, inputs, *more):
+        # Not on the width of tables, which is always the same for the kernels.
+        some = inputs._replace(tables=None)
+        shapes = (None if array is None else array.shape for array in some)
+        self.programs.add((name, *shapes, *more))
 
     def _split(self, *arrays):
         """Arrays [P*n, ...] as [P, n, ...]."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step loop over a runner that takes no time: whatever else runs, an answer is its own."""
 
+import itertools
 import random
+from collections import Counter
 
 import pytest
 
@@ -11,6 +13,7 @@ from meshwen.engine.core import EngineCore
 from meshwen.engine.prompt_lookup import PromptLookup
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.speculation import Speculation
+from meshwen.ops.cpu.xla import XlaOnCpu
 from sequences import sequence
 
 BLOCK = 4
@@ -175,6 +178,27 @@ def test_steps_have_few_shapes(mesh):
     assert rows <= {1, 2, 4}
     assert counts <= {1, 2, 4, 8, 16, 24, 32}
     assert max(counts) * parts == 32
+
+
+def test_programs_for_every_size_of_step_and_three_ways_to_sample_are_fewer_than_are_kept():
+    steps, numbers = core(seqs=32, budget=512, prefix_caching=False), itertools.count()
+    sizes = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    for sampling in ({}, {"temperature": 1.0, "top_k": 3}, {"presence_penalty": 1.0}):
+        for running in (1, 2, 4, 8, 16, 31):
+            others = [seeded(next(numbers), limit=50, **sampling) for _ in range(running)]
+            steps.step(others)
+            steps.step()
+            for size in sizes:
+                prompt = [0] * max(size - running, 1)
+                steps.step([seeded(next(numbers), prompt, limit=1, **sampling)])
+            for one in others:
+                one.cancelled = True
+            steps.step(drop_cancelled=True)
+    programs = steps.runner.programs
+    # With prompts for 8 sequences or 32, which have more than 8 tokens; else for 1, 2, 4, ... 32.
+    expected = {"forward": 12 + 11, "sample": 2 * 3, "step": 6 * 3}
+    assert Counter(name for name, *_ in programs) == expected
+    assert len(programs) < XlaOnCpu.programs
 
 
 def test_a_core_that_was_cleared_is_as_new():

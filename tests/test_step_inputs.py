@@ -35,6 +35,16 @@ def test_each_part_has_its_tokens_and_padding_behind():
     }
 
 
+def test_tokens_asked_for_alone_are_in_the_places_of_their_rows():
+    first = [RowTokens(0, 4, [50]), RowTokens(2, 1, [10, 11, 12])]
+    second = [RowTokens(1, 0, [20, 21]), RowTokens(2, 7, [], after=1)]
+    found = step_inputs([first, second], 3, 8, TABLES).of_asked()
+    assert found.asked.tolist() == [0, -1, 2, -1, 1, 2]
+    assert found.positions[found.asked >= 0].tolist() == [4, 3, 1, 1]
+    assert found.asked.dtype == found.positions.dtype == np.int32
+    assert (found.token_ids, *found.where[1:], found.sampler_rows) == (None,) * 5
+
+
 def test_with_drafts_each_token_is_sampled_after_with_the_parameters_of_its_row():
     first = [RowTokens(0, 4, [50, 51]), RowTokens(2, 1, [10, 11, 12])]
     found = made(first, [RowTokens(1, 0, [20])], every=True)

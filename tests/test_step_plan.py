@@ -24,9 +24,12 @@ def plan(*parts, rows=None, most_rows=16, prefills=False) -> StepPlan:
 
 @pytest.mark.parametrize(
     ("rows", "most_rows", "decoding", "prefilling"),
-    [(1, 16, 1, 8), (3, 16, 4, 8), (9, 16, 16, 16), (9, 12, 12, 12), (1, 5, 1, 5), (4, 5, 4, 5)],
+    [
+        *[(1, 16, 1, 8), (3, 16, 4, 8), (9, 16, 16, 16), (9, 12, 12, 12), (1, 5, 1, 5)],
+        *[(4, 5, 4, 5), (8, 99, 8, 8), (9, 99, 16, 64), (64, 99, 64, 64), (65, 99, 99, 99)],
+    ],
 )
-def test_a_step_is_for_a_power_of_two_of_sequences_and_with_prompts_for_some(
+def test_a_step_is_for_a_power_of_two_of_sequences_and_with_prompts_of_eight(
     rows, most_rows, decoding, prefilling
 ):
     one = [newest(0)]
@@ -40,7 +43,7 @@ def test_a_step_of_newest_tokens_is_for_a_token_of_each_row():
 
 
 @pytest.mark.parametrize(
-    ("counts", "expected"), [([2], 2), ([5, 1], 8), ([16, 1], 24), ([30, 2], 32), ([33], 48)]
+    ("counts", "expected"), [([2], 8), ([5, 4], 16), ([16, 1], 24), ([30, 2], 32), ([33], 48)]
 )
 def test_a_step_with_prompts_is_for_a_bucket_of_the_tokens_of_the_longest_part(counts, expected):
     chunks = [chunk(row, 100, 0, count) for row, count in enumerate(counts)]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import jax
+from jax import Array
 
 from meshwen.cache.block_manager import BlockManager
 from meshwen.cache.budget import KVCachePlan
@@ -109,13 +110,8 @@ class EngineCore:
         self._cache = cache
 
     def _compute(self, plan: StepPlan) -> None:
-        scores = any(chunk.scored for chunk in plan)
         if not plan.samples:
-            inputs = self._inputs(plan)
-            inputs = inputs.of_all() if scores else inputs
-            hidden, self.cache = self.runner.forward(self.cache, inputs)
-            if scores:
-                score_prompts(self.runner, plan, hidden)
+            self._forward(plan, self._inputs(plan))
             # Whoever waits for the end of a step, as Ctrl-C does, waits for one, not for all.
             jax.block_until_ready(self.cache)
             return
@@ -126,9 +122,8 @@ class EngineCore:
         sampled_for = ((one.sequence, one.drafts, places) for _, one, places in plan.sampled())
         rows = sampler.rows_of_step(sampled_for, len(inputs.asked))
         how = rows, sampler.penalized, sampler.method
-        if scores:
-            hidden, self.cache = self.runner.forward(self.cache, inputs.of_all())
-            score_prompts(self.runner, plan, hidden)
+        if plan.prefills:  # By two programs: sizes of chunks and sampling methods do not multiply.
+            hidden, inputs = self._forward(plan, inputs)
             sampled, penalized = self.runner.sample(hidden, inputs, *how)
         else:
             sampled, penalized, self.cache = self.runner.step(self.cache, inputs, *how)
@@ -136,6 +131,15 @@ class EngineCore:
             self.cache = self.runner.copied_blocks(self.cache, *copied(plan.copies))
         self._sampler = self._key(plan), replace(sampler, penalized=penalized)
         self._deliver(plan, sampled)
+
+    def _forward(self, plan: StepPlan, inputs: StepInputs) -> tuple[Array, StepInputs]:
+        """Hidden states of a step's tokens, and which of them something is sampled after."""
+        if not any(chunk.scored for chunk in plan):
+            hidden, self.cache = self.runner.forward(self.cache, inputs)
+            return hidden, inputs.of_asked()
+        hidden, self.cache = self.runner.forward(self.cache, inputs.of_all())
+        score_prompts(self.runner, plan, hidden)
+        return hidden, inputs
 
     def _inputs(self, plan: StepPlan) -> StepInputs:
         return self._arrays.inputs(plan, self.scheduler.batch_version)

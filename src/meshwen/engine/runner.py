@@ -2,7 +2,8 @@
 """The compiled steps: one program, run by every device of the mesh on its own part.
 
 Shapes are static. A step compiles once for each number of tokens, of sequences and of tokens asked
-for, width of the block tables and sampling method; numbers are shape buckets. Of all these programs
+for, width of the block tables and sampling method; numbers are shape buckets. Where chunks of
+prompts have many sizes, what is sampled after them is a program by itself. Of all these programs
 those used last are kept. The cache is donated, so each step updates it in place.
 """
 
@@ -172,10 +173,11 @@ class ModelRunner:
         penalized: Penalized | None,
         method: SamplingMethod,
     ) -> tuple[Sampled, Penalized | None]:
-        """What `step` samples, from the final hidden states of all tokens of a step.
+        """What `step` samples, from what `forward` gives.
 
         Args:
-            hidden: float32 [P*N, D].
+            hidden: float32 [P*N, D], the final hidden states of all tokens of a step; with
+                `inputs.of_asked()` of those asked for alone.
             inputs, rows, penalized, method: as `step` takes them; there are no drafts.
         """
         assert inputs.sampler_rows is None

@@ -43,6 +43,15 @@ class StepInputs(NamedTuple):
         """The same tokens, all of which are asked for."""
         return self._replace(asked=None, sampler_rows=None)
 
+    def of_asked(self) -> StepInputs:
+        """The tokens asked for alone, each in its row's place, to sample from their states."""
+        parts = len(self.query_starts) - len(self.lengths)
+        positions, asked = (a.reshape(parts, -1) for a in (self.positions, self.asked))
+        own = np.take_along_axis(positions, np.maximum(asked, 0), axis=1)
+        rows = np.arange(asked.shape[1], dtype=np.int32)
+        asked = np.where(asked < 0, asked, rows)
+        return StepInputs(None, own.reshape(-1), None, None, None, asked.reshape(-1), None)
+
 
 class RowTokens(NamedTuple):
     """Tokens of one sequence that follow one another.

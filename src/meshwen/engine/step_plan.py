@@ -10,10 +10,11 @@ import numpy as np
 
 from meshwen.engine.sequence import SequenceState
 from meshwen.engine.step_inputs import RowTokens, StepInputs, step_inputs
-from meshwen.runtime.shape_buckets import power_of_two, step_bucket
+from meshwen.runtime.shape_buckets import step_bucket
 
-# A step with chunks of prompts is compiled for at least so many sequences, so that few are.
-_FEWEST_ROWS = 8
+# A step with chunks of prompts is compiled for a power of this many sequences, and for at least as
+# many tokens, so that few are.
+_FEWEST = 8
 
 
 @dataclass
@@ -86,15 +87,19 @@ class StepPlan:
     @property
     def row_bucket(self) -> int:
         """R: for how many sequences a part's step is compiled."""
-        fewest = min(_FEWEST_ROWS, self.most_rows) if self.prefills else 1
-        return min(max(power_of_two(self.rows), fewest), self.most_rows)
+        bucket = _FEWEST if self.prefills else 1
+        while bucket < self.rows:
+            bucket *= _FEWEST if self.prefills else 2
+        return min(bucket, self.most_rows)
 
     @property
     def token_bucket(self) -> int:
         """N: for how many tokens a part's step is compiled."""
         most = max(sum(c.count + len(c.drafts) for c in part) for part in self.chunks)
+        if self.prefills:
+            return max(step_bucket(most), _FEWEST)
         alone = all(c.count <= 1 and not c.drafts for c in self)
-        return self.row_bucket if alone and not self.prefills else step_bucket(most)
+        return self.row_bucket if alone else step_bucket(most)
 
     @property
     def drafts(self) -> bool:

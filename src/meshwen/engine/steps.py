@@ -77,7 +77,7 @@ def sample_step(
     method: SamplingMethod,
     model: ParallelModel,
 ) -> tuple[Sampled, Penalized | None]:
-    """What `sampling_step` samples, from the final hidden states of all tokens of a step."""
+    """What `sampling_step` samples, from final hidden states: see `ModelRunner.sample`."""
     x = hidden[jnp.maximum(inputs.asked, 0)]
     return _sampled(params, x, inputs, rows, penalized, method=method, model=model)
 

@@ -51,7 +51,7 @@ class XlaOnCpu(Backend):
     # as [S, H] (jax 0.10).
     cache_layout: ClassVar[CacheLayout] = CacheLayout(keys="BKHS", values="BKSH")
     # A program takes up to 630 memory maps and 53 MB (24 layers, 8 devices).
-    programs: ClassVar[int] = 48
+    programs: ClassVar[int] = 64
 
     min_rows: int = _BFLOAT16_ROWS
 
