@@ -26,7 +26,7 @@ from meshwen.errors import MeshwenError
 from meshwen.tokenizer.tokenizer import Tokenizer
 from needs_kernels import needs_kernels
 from speller import chat_ids, write_tokenizer
-from tiny_model import ONE_LAYER, TINY, weights
+from tiny_model import FULL_LAST, FULL_LAYER, TINY, weights
 
 SPLIT = "data=2,model=4"
 SIZE = 32  # of a block
@@ -35,12 +35,12 @@ BFLOAT16 = ml_dtypes.bfloat16
 
 
 @functools.cache
-def model(mesh="1", dtype=np.float32, numerics="exact", config=ONE_LAYER, quantization=None):
+def model(mesh="1", dtype=np.float32, numerics="exact", config=FULL_LAYER, quantization=None):
     return MeshModel(config, mesh, dtype, numerics=numerics, quantization=quantization)
 
 
 def engine(
-    mesh="1", dtype=np.float32, numerics="exact", *, config=ONE_LAYER, quantization=None, **more
+    mesh="1", dtype=np.float32, numerics="exact", *, config=FULL_LAYER, quantization=None, **more
 ):
     options = EngineOptions(max_num_seqs=4, **more)
     runner = model(mesh, dtype, numerics, config, quantization).runner
@@ -100,10 +100,10 @@ def test_a_file_holds_the_keys_and_values_of_the_models_own_heads(tmp_path):
 
 
 CASES = [
-    ("1", np.float32, ONE_LAYER),
-    pytest.param("2x4", BFLOAT16, TINY, marks=needs_kernels),
-    (SPLIT, np.float32, ONE_LAYER),
-    pytest.param(SPLIT, "int8", ONE_LAYER, marks=needs_kernels),
+    ("1", np.float32, FULL_LAYER),
+    pytest.param("2x4", BFLOAT16, FULL_LAST, marks=needs_kernels),
+    (SPLIT, np.float32, FULL_LAYER),
+    pytest.param(SPLIT, "int8", FULL_LAYER, marks=needs_kernels),
 ]
 
 
@@ -131,7 +131,7 @@ def test_a_prefix_of_one_device_gives_the_bits_of_a_cold_run_on_a_mesh(
 
 def test_a_prefix_that_is_longer_than_what_is_moved_at_once_comes_in_whole(tmp_path):
     how = {"numerics": "fast"}
-    prompt = random_tokens(ONE_LAYER, 1, 19 * SIZE + 1)[0].tolist()
+    prompt = random_tokens(FULL_LAYER, 1, 19 * SIZE + 1)[0].tolist()
     one, other = engine(**how), engine(SPLIT, **how)
     assert one.save_prefix(tmp_path / "file", prompt) == 19 * SIZE
     assert other.load_prefix(tmp_path / "file") == 19 * SIZE
@@ -279,8 +279,8 @@ def test_what_is_no_whole_file_is_refused(saved, tmp_path, untouched):
 @pytest.mark.parametrize(
     ("how", "name"),
     [
-        ({"config": replace(ONE_LAYER, rms_norm_eps=1e-5)}, "config_sha256"),
-        ({"config": replace(ONE_LAYER, max_position_embeddings=1000)}, "config_sha256"),
+        ({"config": replace(FULL_LAYER, rms_norm_eps=1e-5)}, "config_sha256"),
+        ({"config": replace(FULL_LAYER, max_position_embeddings=1000)}, "config_sha256"),
         ({"numerics": "fast"}, "numerics"),
         ({"dtype": BFLOAT16}, "dtype"),
         ({"quantization": "int8"}, "quantization"),
@@ -293,7 +293,7 @@ def test_a_prefix_of_another_model_is_refused(saved, how, name):
 
 def test_a_prefix_of_other_weights_is_refused(saved):
     other = MeshModel(
-        ONE_LAYER, weights=reference.random_weights(ONE_LAYER, seed=1), numerics="exact"
+        FULL_LAYER, weights=reference.random_weights(FULL_LAYER, seed=1), numerics="exact"
     ).runner
     running = Engine(other, None, (), EngineOptions().cache_plan(other.model))
     with pytest.raises(MeshwenError, match=r"was saved with weights_sha256 .*, this model has"):
@@ -301,7 +301,7 @@ def test_a_prefix_of_other_weights_is_refused(saved):
 
 
 def test_configs_that_differ_in_nothing_that_decides_keys_are_the_same(saved):
-    config = replace(ONE_LAYER, eos_token_id=(1,), torch_dtype="bfloat16", name="another")
+    config = replace(FULL_LAYER, eos_token_id=(1,), torch_dtype="bfloat16", name="another")
     assert engine(config=config).load_prefix(saved) == 2 * SIZE
 
 

@@ -26,6 +26,10 @@ TINY = Qwen2Config(
 )
 # Where one kind of layer is enough: a second layer doubles what a program takes to compile.
 ONE_LAYER = replace(TINY, num_hidden_layers=1, layer_types=("sliding_attention",))
+# Where it must show whose keys and values are there: the last layer's follow from the tokens before
+# them, and all tokens behind see them.
+FULL_LAST = replace(TINY, layer_types=TINY.layer_types[::-1])
+FULL_LAYER = replace(ONE_LAYER, layer_types=("full_attention",))
 STEPS = 6
 
 
