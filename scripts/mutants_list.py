@@ -442,6 +442,21 @@ FAULTS = (
         "engine_batching",
     ),
     _fault(
+        "engine: after a prompt another row's token is sampled",
+        "engine/step_inputs.py",
+        "asked = np.where(asked < 0, asked, rows)",
+        "asked = np.where(asked < 0, asked, rows[::-1])",
+        "step_inputs",
+        "core",
+    ),
+    _fault(
+        "engine: chunks of prompts and ways to sample multiply",
+        "engine/core.py",
+        "        if plan.prefills:  # By",
+        "        if any(chunk.scored for chunk in plan):  # By",
+        "core",
+    ),
+    _fault(
         "engine: a block table outlives its sequence",
         "engine/step_plan.py",
         "if (version, *shape) != self._version:",
@@ -455,6 +470,14 @@ FAULTS = (
         "except Exception as error:",
         "except ArithmeticError as error:",
         "delivery",
+    ),
+    _fault(
+        "engine: an answer of a request that failed gets more",
+        "engine/delivery.py",
+        "if any(number == sequence.request_number for number, _ in self._errors):",
+        "if False:",
+        "delivery",
+        "several_answers",
     ),
     _fault(
         "engine: half of a stop string is shown",
@@ -800,6 +823,21 @@ FAULTS = (
         "ceil(max_model_len / block_size) + 1\n        if",
         "ceil(max_model_len / block_size)\n        if",
         "cache_budget",
+    ),
+    # --- Bench
+    _fault(
+        "bench: a prompt is found in the cache",
+        "bench/measure.py",
+        'sampling, f"prompt {next(_prompts)}")',
+        "sampling)",
+        "bench",
+    ),
+    _fault(
+        "bench: attention reads what was never written",
+        "bench/measure.py",
+        "    for row in range(size):  # Not",
+        "    for row in range(0):  # Not",
+        "bench",
     ),
     # --- Loaders
     _fault(
@@ -1336,6 +1374,20 @@ FAULTS = (
         "engine/prefix_blocks.py",
         "held[: len(tokens), there] = tokens[:, self._heads[there]]",
         "held[: len(tokens), there] = tokens[:, np.arange(there.sum()) % tokens.shape[1]]",
+        "prefix_file",
+    ),
+    _fault(
+        "prefix file: values are in other places than their tokens",
+        "engine/prefix_blocks.py",
+        "self._on_devices(values[span])",
+        "self._on_devices(values[span][::-1])",
+        "prefix_file",
+    ),
+    _fault(
+        "prefix file: what was cancelled keeps its blocks",
+        "engine/engine.py",
+        "            self._core.scheduler.drop_cancelled()  # No",
+        "            # No",
         "prefix_file",
     ),
     _fault(

@@ -1,59 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact numerics under any schedule: cold, cached, chunked, preempted, beside others: same bits."""
 
+import functools
 import random
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from mesh_model import MeshModel
+from meshwen import Qwen2ForCausalLM
 from meshwen.cache.budget import KVCachePlan
 from meshwen.engine.engine import Engine
 from meshwen.engine.request import Completion, Request
 from meshwen.engine.runner import ModelRunner
 from meshwen.engine.sampling_params import SamplingParams
-from tiny_model import ONE_LAYER, TINY
+from meshwen.runtime.shape_buckets import shape_bucket
+from needs_kernels import needs_kernels
+from tiny_model import FULL_LAST
 
-LONGEST = 140  # tokens of a prompt and its answer
-SAMPLED = {"temperature": 1.0, "logprobs": True}
+BLOCK = 32
 
 
-def engine(of: ModelRunner, blocks: int, rows: int = 4, budget: int = 32) -> Engine:
-    """One with so many KV blocks on each part of the batch."""
+@dataclass(frozen=True)
+class Case:
+    """What runs how; None for a config is the demo model.
+
+    Attributes:
+        longest: tokens of a prompt and its answer.
+        text: tokens of each text that prompts begin with, one or two of them: whole blocks.
+        scored: some requests want log-probabilities of their prompts.
+        penalty: of tokens that an answer has.
+    """
+
+    mesh: str
+    dtype: str = "float32"
+    quantization: str | None = None
+    kernels: bool = True
+    config: object = FULL_LAST
+    longest: int = 140
+    text: int = BLOCK
+    count: int = 16
+    scored: bool = False
+    penalty: float = 0.0
+
+    def runner(self, mesh: str) -> ModelRunner:
+        """The model on a mesh."""
+        return _runner(mesh, self.dtype, self.quantization, self.kernels, self.config)
+
+
+@functools.cache
+def _runner(mesh, dtype, quantization, kernels, config) -> ModelRunner:
+    if config is None:
+        how = {"mesh": mesh, "dtype": dtype, "numerics": "exact"}
+        return Qwen2ForCausalLM.from_pretrained("demo", **how).runner
+    return MeshModel(config, mesh, dtype, None, "exact", quantization, kernels=kernels).runner
+
+
+def engine(of: ModelRunner, longest: int, blocks: int, rows: int, budget: int) -> Engine:
+    """One with so many KV blocks, and rows, on each part of the batch."""
     parts = of.plan.data_devices
-    plan = KVCachePlan(1 + blocks, of.model.backend.block_size, 1, parts, rows, LONGEST)
+    plan = KVCachePlan(1 + blocks, BLOCK, 1, parts, rows * parts, longest)
     return Engine(of, None, (), plan, max_num_batched_tokens=budget)
 
 
-def requests(draw: random.Random, count: int) -> list[Request]:
-    """Prompts of which some begin as others do, or as others with their answers might."""
-    made: list[list[int]] = []
-    found = []
-    for number in range(count):
-        own = [draw.randrange(ONE_LAYER.vocab_size) for _ in range(draw.choice((1, 3, 20, 30)))]
-        begin = draw.choice(made)[: draw.choice((32, 64))] if made and number % 3 else []
-        prompt = (begin + own)[: LONGEST - 8]
-        made.append(prompt)
-        limit = min(draw.choice((1, 6, 40, 70)), LONGEST - len(prompt))
-        answers = draw.choice((1, 1, 1, 2))
-        sampling = SamplingParams(max_new_tokens=limit, seed=number, n=answers, **SAMPLED)
-        found.append(Request(tuple(prompt), sampling))
-    return found
+class Alone:
+    """What requests have on an engine of one device that is new and computes each prompt at once.
+
+    All prompts by one program; no schedule has its number of tokens, nor its width of tables.
+    """
+
+    def __init__(self, case: Case):
+        self.runner, self._longest = case.runner("1"), case.longest + 2 * BLOCK
+
+    def completion(self, request: Request) -> Completion:
+        """Of one answer."""
+        size, blocks = shape_bucket(self._longest), -(-self._longest // BLOCK)
+        new = engine(self.runner, self._longest, blocks, rows=1, budget=size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("meshwen.engine.step_plan.step_bucket", lambda tokens: size)
+            [found] = [e.completion for e in new.run([request]) if e.completion]
+        return found
 
 
-def bits(one: Completion) -> tuple[tuple[int, ...], bytes, str]:
-    assert one.logprobs is not None
-    return one.tokens, np.array(one.logprobs, np.float32).tobytes(), one.finish_reason
+def bits(one: Completion) -> tuple:
+    prompt = None if one.prompt_logprobs is None else np.float32(one.prompt_logprobs[1:]).tobytes()
+    return one.tokens, np.float32(one.logprobs).tobytes(), prompt, one.finish_reason
 
 
-def alone(of: ModelRunner, request: Request) -> dict[int, tuple]:
-    """By choice what a request has on an engine that nothing else has been on."""
-    found = {}
-    for choice in range(request.sampling.n):
-        events = engine(of, blocks=10).run([request.answer(choice)])
-        [found[choice]] = [bits(e.completion) for e in events if e.completion]
-    return found
+def drawn(case: Case, draw: random.Random, alone: Alone) -> Iterable[tuple[Request, list[tuple]]]:
+    """Requests, and the bits of their answers alone.
+
+    Their prompts begin with the same texts in many orders, or with others and their answers, which
+    they find only if they have the same salt.
+    """
+    vocabulary = alone.runner.config.vocab_size
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(vocabulary) for _ in range(count)]
+
+    texts, talks = [tokens(case.text) for _ in range(3)], []
+    for number in range(case.count):
+        if number % 4 == 3:
+            begin = draw.choice(talks)
+        else:
+            begin = [id for _ in range(draw.choice((0, 1, 2, 2))) for id in draw.choice(texts)]
+        prompt = [*begin, *tokens(draw.choice((1, 3, 20, 30)))][: case.longest - 8]
+        limit = min(draw.choice((1, 6, 20, 45)), case.longest - len(prompt))
+        sampling = SamplingParams(
+            max_new_tokens=limit,
+            temperature=1.0,
+            seed=number,
+            n=draw.choice((1, 1, 1, 2)),
+            presence_penalty=case.penalty * draw.choice((1, -1)),
+            logprobs=True,
+            prompt_logprobs=case.scored and number % 4 == 2,
+        )
+        request = Request(tuple(prompt), sampling, draw.choice(("", "", "", "other")))
+        found = [alone.completion(request.answer(choice)) for choice in range(sampling.n)]
+        talks += [[*prompt, *one.tokens] for one in found]
+        yield request, [bits(one) for one in found]
 
 
 def finished(of: Engine, asked: list[Request], draw: random.Random) -> dict[tuple[int, int], tuple]:
@@ -80,32 +147,41 @@ def finished(of: Engine, asked: list[Request], draw: random.Random) -> dict[tupl
     return done
 
 
+@pytest.fixture
+def one_width_of_tables(monkeypatch):
+    """Without kernels every width of block tables is a program: here one."""
+    monkeypatch.setattr("meshwen.ops.backend.Backend.table_width", lambda backend, _, most: most)
+
+
+CASES = {
+    "float32": Case("1", scored=True, penalty=0.7),
+    "data=2,model=4": Case("data=2,model=4", penalty=0.7),
+    "bfloat16 on 1x8": Case("1x8", "bfloat16"),
+    "int8 on 2x4": Case("2x4", quantization="int8"),
+    "XLA": Case("data=2,model=2", kernels=False),
+    # Attention takes 512 positions at a time.
+    "demo": Case("1", "bfloat16", config=None, longest=600, text=256, count=10),
+}
+WITH_KERNELS = ("bfloat16 on 1x8", "int8 on 2x4", "demo")
+
+
 @pytest.mark.parametrize(
-    ("config", "mesh", "dtype", "quantization", "kernels"),
+    "case",
     [
-        pytest.param(ONE_LAYER, "1", "float32", None, True, id="float32"),
-        pytest.param(TINY, "1", "bfloat16", None, True, id="bfloat16", marks=pytest.mark.slow),
-        pytest.param(ONE_LAYER, "1x8", "bfloat16", None, True, id="1x8"),
-        pytest.param(ONE_LAYER, "2x4", "float32", "int8", True, id="int8 on 2x4"),
-        pytest.param(ONE_LAYER, "data=2,model=4", "float32", None, True, id="data=2,model=4"),
-        pytest.param(ONE_LAYER, "data=2", "bfloat16", None, False, id="XLA"),
+        pytest.param(case, id=name, marks=needs_kernels if name in WITH_KERNELS else ())
+        for name, case in CASES.items()
     ],
 )
 def test_a_request_has_the_bits_that_it_has_alone_on_a_cold_engine(
-    config, mesh, dtype, quantization, kernels, optimised
+    case, optimised, one_width_of_tables
 ):
-    model = MeshModel(config, mesh, dtype, None, "exact", quantization, kernels=kernels)
-    of, draw = model.runner, random.Random(1)
-    asked = requests(draw, 24)
-    parts = of.plan.data_devices
-    # Of four sequences a part may have two: blocks for one and a half of the longest.
-    steps = engine(of, blocks=5, rows=4 * parts)
-    found = finished(steps, asked, draw)
-    expected = {(i, c): one for i, r in enumerate(asked) for c, one in alone(of, r).items()}
-    assert len(found) > 0.7 * len(expected)
-    assert {place: expected[place] for place in found} == found
-    stats, scheduler = steps._core.blocks.stats, steps._core.scheduler
-    assert stats.cached_tokens
-    assert stats.evictions
-    assert scheduler.preemptions
-    assert Counter(reason for *_, reason in found.values())["length"] == len(found)
+    of, draw = case.runner(case.mesh), random.Random(1)
+    asked, expected = zip(*drawn(case, draw, Alone(case)), strict=True)
+    longest = -(-case.longest // BLOCK)
+    steps = engine(of, case.longest, longest + longest // 4, rows=4, budget=32)
+    found = finished(steps, list(asked), draw)
+    assert len(found) > 0.7 * sum(map(len, expected))
+    assert {(i, choice): expected[i][choice] for i, choice in found} == found
+    stats = steps._core.blocks.stats
+    assert min(stats.cached_tokens, stats.evictions, steps._core.scheduler.preemptions) > 0
+    assert {reason for *_, reason in found.values()} == {"length"}
