@@ -121,6 +121,17 @@ async def test_no_field_is_taken_that_is_not_known(bodies, caplog):
         await check_at_rest(server, caplog)
 
 
+@in_loop
+async def test_numbers_are_no_flags(caplog):
+    async with serving() as server:
+        for name, number in (("use_beam_search", 0), ("echo", 0), ("skip_special_tokens", 1)):
+            for path in ("/v1/chat/completions", "/v1/responses"):
+                field = name if "chat" in path else "background"
+                for value in (number, float(number), str(bool(number)).lower()):
+                    assert await send(server, path, VALID[path] | {field: value}) == 400
+        await check_at_rest(server, caplog)
+
+
 def test_mutated_bodies_are_answered_or_refused(bodies, caplog):
     _send_mutated(bodies, 600, 2, caplog)
 

@@ -28,7 +28,7 @@ from tiny_model import ONE_LAYER
 
 PATIENCE = 300.0  # seconds: what has not come by then has hung
 LONGEST = 160  # tokens of a prompt and its answer
-ROWS, BLOCKS = 4, 6  # answers at once, and KV blocks: hardly more than the longest needs
+ROWS, BLOCKS = 4, 5  # answers at once, and KV blocks: as many as the longest needs
 BUDGET = 16  # tokens of a step
 QUEUE = 4096
 # What differs between two answers to the same request.
@@ -151,7 +151,7 @@ def _turns(draw: random.Random) -> list[dict[str, Any]]:
 
 
 def _length(draw: random.Random) -> int:
-    return draw.choice((1, 6, 12, 30))
+    return draw.choice((1, 6, 40, 56))
 
 
 def _chat(draw: random.Random, number: int, sampling: dict[str, Any]) -> Asked:

@@ -23,7 +23,7 @@ def _serving(request: Request) -> Serving:
 
 @router.get("/health")
 @router.get("/ping")
-@router.post("/ping", include_in_schema=False)
+@router.post("/ping")
 async def health(request: Request) -> Response:
     """200 where requests are answered; 503 where the engine fails all the time."""
     healthy = _serving(request).engine.healthy

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from meshwen.engine.sampling_params import (
     MOST_ANSWERS,
@@ -52,11 +60,19 @@ def _or_refused(value: Any, handler: Callable[[Any], Any]) -> Any:
         raise ValueError("this is not supported here; leave it out") from None
 
 
+def _no_number(value: Any) -> Any:
+    """Refuses 0 and 1, which pydantic takes for false and true where one of these is expected."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+_flag = BeforeValidator(_no_number)
 # Marks fields that would change the answer, and cannot: they take what changes nothing.
 REFUSES = WrapValidator(_or_refused)
 Refused = Annotated[None, REFUSES]
-RefusedTrue = Annotated[Literal[False] | None, REFUSES]
-RefusedFalse = Annotated[Literal[True] | None, REFUSES]
+RefusedTrue = Annotated[Annotated[Literal[False], _flag] | None, REFUSES]
+RefusedFalse = Annotated[Annotated[Literal[True], _flag] | None, REFUSES]
 RefusedList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, REFUSES]
 RefusedNumber = Annotated[Annotated[float, Field(ge=0, le=0)] | None, REFUSES]
 RefusedFactor = Annotated[Annotated[float, Field(ge=1, le=1)] | None, REFUSES]
