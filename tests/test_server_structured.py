@@ -219,7 +219,7 @@ async def test_grammars_are_compiled_in_other_threads():
     async with serving(Watching()) as server:
         body = chat(structured_outputs={"regex": "a+"})
         assert (await server.client.post(CHAT, json=body)).status_code == 200
-    assert len(threads) == 1
+    assert threads
     assert threading.main_thread() not in threads
 
 
