@@ -1732,7 +1732,7 @@ FAULTS = (
     _fault(
         "request log: what is behind the question mark is logged",
         "server/request_log.py",
-        'path = scope["path"]',
+        "path = route_path(scope)",
         'path = scope["path"] + "?" + scope["query_string"].decode()',
         "server_http",
     ),

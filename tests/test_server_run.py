@@ -243,6 +243,26 @@ async def test_of_many_clients_none_is_lost_and_those_that_vanish_leave_nothing_
 
 
 @in_loop
+async def test_behind_a_proxy_that_serves_it_under_a_path_all_is_as_elsewhere():
+    async with (
+        living(root_path="/llm", api_key=("the-key",)) as life,
+        await life.client() as client,
+    ):
+        assert (await client.get("/health")).json() == {"status": "loading"}
+        life.load.set()
+        await until_ready(client)
+        assert (await client.get("/")).status_code == 200
+        assert (await client.get("/page/state")).status_code == 401
+        found = await client.post("/v1/messages", json={})
+        assert (found.status_code, found.json()["type"]) == (401, "error")
+        key = {"x-api-key": "the-key"}
+        found = await client.post("/v1/completions", json={"prompt": "Hi"}, headers=key)
+        assert found.json()["choices"][0]["text"] == "Hello!"
+        found = await client.get("/nothing", headers=key)
+        assert found.json()["error"]["message"] == "there is no path '/nothing'"
+
+
+@in_loop
 async def test_a_unix_socket_is_made_and_removed_and_one_left_over_is_replaced(tmp_path):
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as left:

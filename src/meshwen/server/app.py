@@ -17,7 +17,7 @@ from starlette.responses import Response
 import meshwen
 from meshwen.common.arguments import brief
 from meshwen.errors import MeshwenError
-from meshwen.server.asgi import error_response
+from meshwen.server.asgi import error_response, route_path
 from meshwen.server.errors import ApiError
 from meshwen.server.http_guard import HttpGuard
 from meshwen.server.options import ServerOptions
@@ -93,12 +93,12 @@ def _routers() -> list[Any]:
 async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         error = ApiError(400, str(error))
-    return error_response(request.url.path, error)
+    return error_response(route_path(request.scope), error)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(request.url.path, validation_error(error.errors()))
+    return error_response(route_path(request.scope), validation_error(error.errors()))
 
 
 def validation_error(found: Sequence[Any]) -> ApiError:
@@ -132,7 +132,7 @@ def _path(where: Sequence[int | str]) -> str:
 async def _no_such(request: Request, error: Exception) -> Response:
     """404, 405 and what else the framework refuses by itself."""
     assert isinstance(error, HTTPException)
-    path, method = request.url.path, request.method
+    path, method = route_path(request.scope), request.method
     text = {
         404: f"there is no path {brief(path)}",
         405: f"{brief(path)} does not take {method}",

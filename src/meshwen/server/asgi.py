@@ -22,6 +22,12 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
+def route_path(scope: Scope) -> str:
+    """A request's path, without what a proxy serves the server under."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] or "/" if root and f"{path}/".startswith(f"{root}/") else path
+
+
 def error_response(path: str, error: ApiError) -> Response:
     """An error in the shape that the clients of a path know: OpenAI's or Anthropic's."""
     body = error.anthropic() if path.startswith("/v1/messages") else error.openai()

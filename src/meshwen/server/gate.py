@@ -7,7 +7,7 @@ import asyncio
 
 from starlette.responses import JSONResponse
 
-from meshwen.server.asgi import App, Receive, Scope, Send, error_response
+from meshwen.server.asgi import App, Receive, Scope, Send, error_response, route_path
 from meshwen.server.errors import ApiError
 
 _HEALTH = ("/health", "/ping")
@@ -58,7 +58,7 @@ class Gate:
 
     def _closed(self, scope: Scope) -> App | None:
         """What answers in the application's place; None: nothing does."""
-        path = scope["path"]
+        path = route_path(scope)
         if self.app is None:
             state, why, seconds = "loading", f"{self.loading}; try again soon", "5"
         elif self.draining and (path in _HEALTH or scope["method"] not in ("GET", "HEAD")):

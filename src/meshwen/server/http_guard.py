@@ -16,7 +16,16 @@ from collections.abc import Iterable
 
 from meshwen.common.json_files import parse_json
 from meshwen.errors import MeshwenError
-from meshwen.server.asgi import App, Message, Receive, Scope, Send, error_response, header
+from meshwen.server.asgi import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    error_response,
+    header,
+    route_path,
+)
 from meshwen.server.errors import ApiError
 
 _MOST_HEADERS, _MOST_HEADER_BYTES = 100, 32 << 10
@@ -48,7 +57,7 @@ class HttpGuard:
             if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
                 receive = await self._checked_body(scope, receive)
         except ApiError as error:
-            return await error_response(scope["path"], error)(scope, receive, send)
+            return await error_response(route_path(scope), error)(scope, receive, send)
         except _GoneError:
             return None
         return await self._app(scope, receive, send)
@@ -59,7 +68,7 @@ class HttpGuard:
             raise ApiError(431, f"the request has more than {_MOST_HEADERS} headers")
         if sum(len(name) + len(value) for name, value in headers) > _MOST_HEADER_BYTES:
             raise ApiError(431, f"the headers have more than {_MOST_HEADER_BYTES} bytes")
-        free = scope["method"] == "OPTIONS" or _FREE.fullmatch(scope["path"])
+        free = scope["method"] == "OPTIONS" or _FREE.fullmatch(route_path(scope))
         if self._keys and not free and not self._has_key(scope):
             raise ApiError(
                 401,

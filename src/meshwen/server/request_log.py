@@ -8,7 +8,16 @@ import re
 import secrets
 import time
 
-from meshwen.server.asgi import App, Message, Receive, Scope, Send, error_response, header
+from meshwen.server.asgi import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    error_response,
+    header,
+    route_path,
+)
 from meshwen.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -54,13 +63,13 @@ class RequestLog:
                 raise
             logger.exception("request %s failed", number.decode())
             error = ApiError(500, "the server failed; its log says why", code="internal_error")
-            await error_response(scope["path"], error)(scope, receive, note)
+            await error_response(route_path(scope), error)(scope, receive, note)
         finally:
             self._write(scope, status if done else _GONE, time.monotonic() - started, number)
         return None
 
     def _write(self, scope: Scope, status: int, seconds: float, number: bytes) -> None:
-        path = scope["path"]
+        path = route_path(scope)
         if self._enabled and not (path in _QUIET and status < 400):
             client = scope.get("client")
             logger.info(
