@@ -22,7 +22,7 @@ _DEEPEST = 64  # levels of a JSON schema
 
 # What JSON has between its parts: nothing, a space, or a new line with an indent. With a bound, an
 # answer cannot be endless blanks.
-_WHITESPACE = r"[ ]|\n[ \t]{0,40}"
+_WHITESPACE = r"[ ]|\n([ ]{0,24}|\t{0,8})"
 
 
 class GrammarError(MeshwenError):
