@@ -56,7 +56,7 @@ def engine(mesh="1", drafter=None) -> Engine:
 
 
 def request(prompt: str, grammar: str | None, **sampling) -> Request:
-    asked = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3, "logprobs": True} | sampling
+    asked = {"max_new_tokens": 120, "temperature": 1.0, "seed": 3, "logprobs": True} | sampling
     return Request(
         tuple(model().tokenizer.encode(prompt)), SamplingParams(grammar=grammar, **asked)
     )
