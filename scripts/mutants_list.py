@@ -311,13 +311,6 @@ FAULTS = (
         "quantization",
     ),
     _fault(
-        "kernels: padded rows are all the first",
-        "ops/cpu/kernels/__init__.py",
-        "rows = jnp.arange(len(q), dtype=jnp.int32)",
-        "rows = jnp.zeros(len(q), dtype=jnp.int32)",
-        "kernels",
-    ),
-    _fault(
         "quantization: scales rounded to nearest",
         "ops/quant/int8.py",
         "jnp.minimum(bits, 0x7FC00000) + 0xFFFF",

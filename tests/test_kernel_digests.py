@@ -28,8 +28,6 @@ KNOWN = {
     "matmul int8 near": "9c6463b15224ac79",
     "matmul int8 far": "bb6f67f174c3ba5a",
     "matmul int8 subnormal": "990b4c43a5577dc7",
-    "attention float32 near": "0508a86a773ae1da",
-    "attention bfloat16 near": "245b3873b87c42fd",
     "paged_attention float32 near": "05a1389a228bb132",
     "paged_attention bfloat16 near": "340e19e99afaa2cc",
 }

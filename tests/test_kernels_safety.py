@@ -125,12 +125,12 @@ def test_threads_do_not_race(tmp_path):
 
 @needs_kernels
 def test_what_a_kernel_refuses_is_an_exception_that_says_why():
-    q = jnp.zeros((1, 2, 3, 32))
+    q = jnp.zeros((3, 2, 32))
     keys, values = jnp.zeros((1, 2, 32, 64)), jnp.zeros((1, 2, 32, 32))
-    rows, window = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
-    call = jax.ffi.ffi_call(target("attention"), jax.ShapeDtypeStruct(q.shape, q.dtype))
+    where = [jnp.array(x, jnp.int32) for x in ([0, 3], [3], [[0]], [1])]
+    call = jax.ffi.ffi_call(target("paged_attention"), jax.ShapeDtypeStruct(q.shape, q.dtype))
     name = kernels.instruction_set().name
     with pytest.raises(Exception, match="axis 2 of values is 32, not 64"):
         call(
-            *(q, keys, values, rows, rows, window), instruction_set=name, threads=np.int64(2)
+            *(q, keys, values, *where), instruction_set=name, threads=np.int64(2)
         ).block_until_ready()

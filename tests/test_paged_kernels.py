@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of a paged KV cache: the bits of attention over rows, writes in place."""
+"""The kernels of a paged KV cache: the same bits wherever blocks are, writes in place."""
 
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+import one_block
 from emulated import every_instruction_set
 from meshwen.ops.cpu import kernels
 from needs_kernels import needs_kernels
@@ -109,7 +110,7 @@ def data(case: Case, dtype: str, seed: int = 0) -> Data:
 
 
 def rows_of(case: Case, of: Data) -> list[list]:
-    """Arguments of `attention` that give the same, of each sequence."""
+    """Arguments of `one_block.attention` that give the same, of each sequence."""
     return [
         [
             of.arguments[0][case.starts[r] : case.starts[r + 1]].swapaxes(0, 1)[None],
@@ -136,12 +137,16 @@ def in_float64(case: Case, of: Data, r: int) -> np.ndarray:
 
 
 @cache
-def over_rows(dtype: str) -> list[tuple[Case, Data, list[np.ndarray]]]:
-    """Each case, its data and what `attention` gives each sequence: the bits of all processors."""
+def in_one_block(dtype: str) -> list[tuple[Case, Data, list[np.ndarray]]]:
+    """Each case, its data and what each sequence has alone: the bits of all processors."""
     cases = [(case, data(case, dtype)) for case in CASES]
-    found = jax.jit(
-        lambda rows: [[kernels.attention(*one)[0].swapaxes(0, 1) for one in case] for case in rows]
-    )([rows_of(case, of) for case, of in cases])
+
+    def attend(one: list) -> jax.Array:
+        return one_block.attention(*one)[0].swapaxes(0, 1)
+
+    found = jax.jit(lambda rows: [[attend(one) for one in case] for case in rows])(
+        [rows_of(case, of) for case, of in cases]
+    )
     for (case, of), rows in zip(cases, found, strict=True):
         for r, row in enumerate(rows):
             exact = in_float64(case, of, r)
@@ -150,8 +155,8 @@ def over_rows(dtype: str) -> list[tuple[Case, Data, list[np.ndarray]]]:
 
 
 @every_dtype
-def test_a_token_has_the_bits_of_attention_over_rows_which_is_that_of_float64(dtype, instructions):
-    cases = over_rows(dtype)
+def test_a_token_has_the_bits_that_it_has_in_one_block_which_are_near_float64(dtype, instructions):
+    cases = in_one_block(dtype)
     attend = jax.jit(lambda arguments: [kernels.paged_attention(*one) for one in arguments])
     found = attend([of.arguments for _, of, _ in cases])
     for (case, _, rows), one in zip(cases, found, strict=True):

@@ -148,33 +148,6 @@ void product_check(const struct frame *frame, struct product of) {
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-void attention_frame(struct frame *frame, struct attention of, enum side side) {
-    const int64_t B = of.B, K = of.K, T = of.T, H = of.H, C = of.C, S = of.S, N = K * of.G;
-    state = (uint32_t)(B * 3 + N * 5 + T * 7 + H * 11 + S);
-    buffer4(frame, F32, side, B, N, T, H);
-    for (int64_t i = 0; i < B * N * T * H; i++) put(frame, 0, i, random_number());
-    buffer4(frame, of.dtype, side, C, K, H, S);
-    buffer4(frame, of.dtype, side, C, K, S, H);
-    int32_t *rows = frame_buffer(frame, S32, side, 1, &B);
-    int32_t *starts = frame_buffer(frame, S32, side, 1, &B);
-    for (int64_t b = 0; b < B; b++) {
-        rows[b] = (int32_t)((C - 1 + b * 2) % C);
-        starts[b] = (int32_t)(of.end ? S - T : b ? (S - T) / (b + 1) : 0);
-        const int64_t begin = larger(starts[b] + 1 - of.window, 0), end = starts[b] + T;
-        for (int64_t k = 0; k < K; k++) // All that no token sees stays NaN.
-            for (int64_t h = 0; h < H; h++)
-                for (int64_t s = begin; s < end; s++) {
-                    const int64_t head = rows[b] * K + k;
-                    put(frame, 1, (head * H + h) * S + s, random_number());
-                    put(frame, 2, (head * S + s) * H + h, random_number());
-                }
-    }
-    const int64_t one = 1;
-    *(int32_t *)frame_buffer(frame, S32, side, 1, &one) = (int32_t)of.window;
-    buffer4(frame, F32, side, B, N, T, H);
-    frame_ready(frame);
-}
-
 // A row of queries, and the positions that it sees. The first three buffers of a frame are queries, keys
 // and values, the last is the result.
 struct row {
@@ -222,16 +195,6 @@ static void check_row(const struct frame *frame, struct row row) {
             sizes * (2 * error + (double)(2 * (last - first) + 64) * ROUNDING) + SMALLEST;
         const double found = number(frame, frame->count - 1, row.query + h);
         CHECK(fabs(found - sum) <= bound, "y[%d] is %.9g, not %.9g", (int)(row.query + h), found, sum);
-    }
-}
-
-// A sequence is in one block of all positions.
-void attention_check(const struct frame *frame, struct attention of) {
-    const int32_t *rows = frame->buffers[3].data, *starts = frame->buffers[4].data;
-    for (int64_t i = 0; i < of.B * of.K * of.G * of.T; i++) {
-        const int64_t t = i % of.T, n = i / of.T % (of.K * of.G), b = i / of.T / (of.K * of.G);
-        const int64_t last = starts[b] + t, first = larger(last + 1 - of.window, 0);
-        check_row(frame, (struct row){i * of.H, n / of.G, of.K, of.H, of.H, of.S, rows + b, first, last});
     }
 }
 
@@ -334,21 +297,6 @@ void run_product(const char *set, int64_t threads, struct product of, enum side 
     const XLA_FFI_Error *error = frame_call(&frame, product_entry(of));
     CHECK(!error, "refused: %s", error->message);
     product_check(&frame, of);
-    frame_end(&frame);
-}
-
-void run_attention(const char *set, int64_t threads, struct attention of, enum side side) {
-    at("%s, %s, %d threads: attention B %d K %d G %d T %d H %d C %d S %d window %d, starts at %s, "
-       "guarded at %s",
-       set, of.dtype == F32 ? "float32" : "bfloat16", (int)threads, (int)of.B, (int)of.K,
-       (int)of.G, (int)of.T, (int)of.H, (int)of.C, (int)of.S, (int)of.window,
-       of.end ? "the end" : "the begin", side ? "the begin" : "the end");
-    struct frame frame;
-    frame_begin(&frame, set, threads);
-    attention_frame(&frame, of, side);
-    const XLA_FFI_Error *error = frame_call(&frame, meshwen_attention);
-    CHECK(!error, "refused: %s", error->message);
-    attention_check(&frame, of);
     frame_end(&frame);
 }
 

@@ -23,12 +23,6 @@ struct product {
     int tiny; // whether all rows are subnormal
 };
 
-struct attention {
-    XLA_FFI_DataType dtype;
-    int64_t B, K, G, T, H, C, S, window;
-    int end; // whether starts are the last possible; else some are 0, some between
-};
-
 // Attention over blocks, of sequences of these lengths, the last tokens of each.
 #define SEQUENCES 3
 struct paged {
@@ -46,18 +40,15 @@ struct writes {
 XLA_FFI_Handler *product_entry(struct product of);
 // Makes a frame's buffers. What may not be read or does not count is NaN.
 void product_frame(struct frame *frame, struct product of, enum side side);
-void attention_frame(struct frame *frame, struct attention of, enum side side);
 void paged_frame(struct frame *frame, struct paged of, enum side side);
 void writes_frame(struct frame *frame, struct writes of, enum side side);
 // Checks the result against the bound on rounding errors.
 void product_check(const struct frame *frame, struct product of);
-void attention_check(const struct frame *frame, struct attention of);
 void paged_check(const struct frame *frame, struct paged of);
 void writes_check(const struct frame *frame, struct writes of);
 
 // Calls and checks on each number of a frame; the context is in `at`.
 void run_product(const char *set, int64_t threads, struct product of, enum side side);
-void run_attention(const char *set, int64_t threads, struct attention of, enum side side);
 void run_paged(const char *set, int64_t threads, struct paged of, enum side side);
 void run_writes(const char *set, int64_t threads, struct writes of, enum side side);
 

@@ -96,37 +96,6 @@ static void products(const char *set, XLA_FFI_DataType dtype, struct range range
     }
 }
 
-// Sequences, key/value heads, query heads of each, tokens, head_dim, positions of the cache, start and
-// window: decoding, a prompt, passes of 512 positions, a window that begins within one.
-static const int64_t ATTENDED[][8] = {
-    {2, 2, 7, 1, 64, 96, 70, INT32_MAX},
-    {1, 1, 2, 40, 64, 64, 0, INT32_MAX},
-    {2, 1, 2, 5, 128, 1120, 1100, INT32_MAX},
-    {1, 2, 1, 33, 32, 1120, 1000, 300},
-};
-
-static void attentions(const char *set, XLA_FFI_DataType dtype) {
-    const struct range range = {"", -4, 1};
-    for (int i = 0; i < COUNT(ATTENDED); i++) {
-        const int64_t *of = ATTENDED[i], B = of[0], K = of[1], N = K * of[2], T = of[3], H = of[4];
-        struct frame frame;
-        frame_begin(&frame, set, 4);
-        filled(&frame, F32, 0xFFFFFFFF, range, 4, (int64_t[]){B, N, T, H});
-        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){B, K, H, of[5]});
-        filled(&frame, dtype, 0xFFFFFFFF, range, 4, (int64_t[]){B, K, of[5], H});
-        int32_t *rows = frame_buffer(&frame, S32, AT_END, 1, &B);
-        int32_t *starts = frame_buffer(&frame, S32, AT_END, 1, &B);
-        for (int64_t b = 0; b < B; b++) {
-            rows[b] = (int32_t)(B - 1 - b);
-            starts[b] = (int32_t)(of[6] / (b + 1));
-        }
-        const int64_t one = 1;
-        *(int32_t *)frame_buffer(&frame, S32, AT_END, 1, &one) = (int32_t)of[7];
-        frame_buffer(&frame, F32, AT_END, 4, (int64_t[]){B, N, T, H});
-        call(&frame, meshwen_attention);
-    }
-}
-
 // Key/value heads, query heads of each, head_dim, that of the pool, positions of a block, window, and of
 // two sequences the length and the tokens.
 static const int64_t PAGED[][10] = {
@@ -173,9 +142,6 @@ int main(void) {
                 print(set, "matmul", dtypes[d].name, RANGES[r].name);
             }
         for (int d = 0; d < 2; d++) {
-            begin();
-            attentions(set, dtypes[d].dtype);
-            print(set, "attention", dtypes[d].name, "near");
             begin();
             paged(set, dtypes[d].dtype);
             print(set, "paged_attention", dtypes[d].name, "near");

@@ -15,7 +15,6 @@ static const struct {
 } TESTS[] = {
     {"fork", test_fork}, // while no thread of a test has ended: its stack is libc's to keep
     {"products", test_products},
-    {"attention", test_attention},
     {"paged", test_paged},
     {"writes", test_writes},
     {"wrong_sizes", test_wrong_sizes},

@@ -10,7 +10,7 @@
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 #define INVALID XLA_FFI_Error_Code_INVALID_ARGUMENT
 
-enum { MATMUL, MATMUL_BFLOAT16, MATMUL_INT8, ATTENTION, PAGED, WRITES, ENTRIES };
+enum { MATMUL, MATMUL_BFLOAT16, MATMUL_INT8, PAGED, WRITES, ENTRIES };
 
 // The last instruction set: there is one on every processor.
 static const char *some_set(void) {
@@ -21,10 +21,6 @@ static const char *some_set(void) {
 
 static XLA_FFI_Handler *begin(struct frame *frame, int entry) {
     frame_begin(frame, some_set(), 8);
-    if (entry == ATTENTION) {
-        attention_frame(frame, (struct attention){F32, 2, 2, 3, 5, 32, 3, 64, 40, 0}, AT_END);
-        return meshwen_attention;
-    }
     if (entry == PAGED) {
         paged_frame(frame, (struct paged){F32, 2, 3, 20, 32, 32, 40, {70, 9, 33}, {5, 0, 1}}, AT_END);
         return meshwen_paged_attention;
@@ -56,7 +52,7 @@ static const int64_t SIZES[] = {
 // Whether an axis may have other sizes: columns of a matmul's result, and blocks of a table.
 static int is_free(const struct frame *frame, int entry, int buffer, int axis) {
     if (entry == PAGED) return buffer == 5 && axis == 1;
-    return entry < ATTENTION && buffer == frame->count - 1 && axis == 1;
+    return entry < PAGED && buffer == frame->count - 1 && axis == 1;
 }
 
 // One size of one buffer.
@@ -97,7 +93,7 @@ struct agreed {
 #define END -1
 
 static void agreeing_sizes(void) {
-    const int64_t most = INT64_MAX, big = (int64_t)1 << 61, positions = (int64_t)1 << 31;
+    const int64_t most = INT64_MAX, big = (int64_t)1 << 61;
     const struct agreed cases[] = {
         // Rows of the factor and of the result.
         {MATMUL, {0, 8, END}, {-1, -1}},
@@ -125,32 +121,6 @@ static void agreeing_sizes(void) {
         {MATMUL_INT8, {4, 8, 13, END}, {big, big, most}},
         // No rows, and too many steps.
         {MATMUL, {0, 1, 5, 8, END}, {0, big * 2, big * 2, 0}},
-        // q [B, N, T, H], keys [C, K, H, S], values [C, K, S, H], rows, starts, the result.
-        {ATTENTION, {0, 12, 16, 24, END}, {-1, -1, -1, -1}},
-        {ATTENTION, {0, 12, 16, 24, END}, {big, big, big, big}},
-        {ATTENTION, {1, 25, END}, {-6, -6}},
-        {ATTENTION, {1, 25, END}, {7, 7}}, // heads that do not share 2
-        {ATTENTION, {1, 25, END}, {big, big}},
-        {ATTENTION, {2, 26, END}, {-1, -1}},
-        {ATTENTION, {2, 26, END}, {65, 65}}, // more tokens than positions
-        {ATTENTION, {2, 26, END}, {big, big}},
-        {ATTENTION, {3, 6, 11, 27, END}, {-32, -32, -32, -32}},
-        {ATTENTION, {3, 6, 11, 27, END}, {1, 1, 1, 1}},
-        {ATTENTION, {3, 6, 11, 27, END}, {31, 31, 31, 31}},
-        {ATTENTION, {3, 6, 11, 27, END}, {big, big, big, big}},
-        {ATTENTION, {4, 8, END}, {0, 0}},
-        {ATTENTION, {4, 8, END}, {-3, -3}},
-        {ATTENTION, {4, 8, END}, {big, big}},
-        {ATTENTION, {5, 9, END}, {0, 0}},
-        {ATTENTION, {5, 9, END}, {4, 4}}, // of which 6 heads are no multiple
-        {ATTENTION, {5, 9, END}, {-2, -2}},
-        {ATTENTION, {5, 9, END}, {big, big}},
-        {ATTENTION, {7, 10, END}, {0, 0}},
-        {ATTENTION, {7, 10, END}, {-64, -64}},
-        {ATTENTION, {7, 10, END}, {63, 63}},
-        {ATTENTION, {7, 10, END}, {positions, positions}}, // more than int32 counts
-        {ATTENTION, {7, 10, END}, {big, big}},
-        {ATTENTION, {4, 5, 7, 8, 9, 10}, {0, 0, big, 0, 0, big}},
         // q [N, heads, h], keys [P, K, H, S], values [P, K, S, H], starts, lengths, tables, window, y.
         {PAGED, {0, 28, END}, {-1, -1}},
         {PAGED, {0, 28, END}, {5, 5}}, // fewer tokens than sequences have
@@ -332,25 +302,21 @@ static void no_dot(const char *set, int has_bf16_dot) {
     refused(&frame, meshwen_matmul);
 }
 
-// Numbers in buffers that lead out of the cache: 3 rows, 64 positions, 5 tokens; or 12 blocks, of 5
-// tokens of 70 positions, of none, of one of 33, which is the second last; or 96 slots.
+// Numbers in buffers that lead out of the cache: 12 blocks, of 5 tokens of 70 positions, of none, of one
+// of 33, which is the second last; or 96 slots.
 void test_wrong_places(void) {
     static const struct {
         int entry, buffer, place;
         int32_t value;
     } cases[] = {
-        {ATTENTION, 3, 0, -1}, {ATTENTION, 3, 1, -1}, {ATTENTION, 3, 0, 3}, {ATTENTION, 3, 1, 3},
-        {ATTENTION, 3, 1, INT32_MAX}, {ATTENTION, 3, 0, INT32_MIN}, {ATTENTION, 4, 0, -1},
-        {ATTENTION, 4, 1, 60}, {ATTENTION, 4, 0, INT32_MAX}, {ATTENTION, 4, 1, 64},
-        {ATTENTION, 4, 1, INT32_MIN}, {ATTENTION, 5, 0, 0}, {ATTENTION, 5, 0, -1},
-        {ATTENTION, 5, 0, INT32_MIN}, {PAGED, 3, 0, -1}, {PAGED, 3, 0, 6},
-        {PAGED, 3, 0, INT32_MIN}, {PAGED, 3, 1, 6}, {PAGED, 3, 1, INT32_MAX}, {PAGED, 3, 2, 4},
-        {PAGED, 3, 3, 9}, {PAGED, 3, 3, 4}, {PAGED, 3, 3, INT32_MAX}, {PAGED, 4, 0, 4},
-        {PAGED, 4, 0, -1}, {PAGED, 4, 0, 129}, {PAGED, 4, 0, INT32_MAX}, {PAGED, 4, 0, INT32_MIN},
-        {PAGED, 4, 1, -1}, {PAGED, 4, 1, 129}, {PAGED, 4, 2, 0}, {PAGED, 5, 0, -1},
-        {PAGED, 5, 0, 12}, {PAGED, 5, 2, 12}, {PAGED, 5, 9, 12}, {PAGED, 5, 9, -1},
-        {PAGED, 5, 9, INT32_MIN}, {PAGED, 5, 8, INT32_MAX}, {PAGED, 6, 0, 0}, {PAGED, 6, 0, -1},
-        {PAGED, 6, 0, INT32_MIN}, {WRITES, 4, 0, 96}, {WRITES, 4, 6, 96}, {WRITES, 4, 3, -2},
+        {PAGED, 3, 0, -1}, {PAGED, 3, 0, 6}, {PAGED, 3, 0, INT32_MIN}, {PAGED, 3, 1, 6},
+        {PAGED, 3, 1, INT32_MAX}, {PAGED, 3, 2, 4}, {PAGED, 3, 3, 9}, {PAGED, 3, 3, 4},
+        {PAGED, 3, 3, INT32_MAX}, {PAGED, 4, 0, 4}, {PAGED, 4, 0, -1}, {PAGED, 4, 0, 129},
+        {PAGED, 4, 0, INT32_MAX}, {PAGED, 4, 0, INT32_MIN}, {PAGED, 4, 1, -1},
+        {PAGED, 4, 1, 129}, {PAGED, 4, 2, 0}, {PAGED, 5, 0, -1}, {PAGED, 5, 0, 12},
+        {PAGED, 5, 2, 12}, {PAGED, 5, 9, 12}, {PAGED, 5, 9, -1}, {PAGED, 5, 9, INT32_MIN},
+        {PAGED, 5, 8, INT32_MAX}, {PAGED, 6, 0, 0}, {PAGED, 6, 0, -1}, {PAGED, 6, 0, INT32_MIN},
+        {WRITES, 4, 0, 96}, {WRITES, 4, 6, 96}, {WRITES, 4, 3, -2},
         {WRITES, 4, 6, INT32_MAX}, {WRITES, 4, 0, INT32_MIN},
     };
     for (int i = 0; i < COUNT(cases); i++) {
@@ -366,9 +332,8 @@ void test_wrong_places(void) {
 
 // XLA asks for the version before it calls, with a frame that has nothing else.
 void test_version(void) {
-    XLA_FFI_Handler *const handlers[] = {meshwen_matmul,          meshwen_matmul_int8,
-                                         meshwen_attention,       meshwen_paged_attention,
-                                         meshwen_write_cache,     meshwen_unwritten};
+    XLA_FFI_Handler *const handlers[] = {meshwen_matmul, meshwen_matmul_int8, meshwen_paged_attention,
+                                         meshwen_write_cache, meshwen_unwritten};
     for (int i = 0; i < COUNT(handlers); i++) {
         // What is behind the traits, early versions of XLA have not.
         union {

@@ -39,40 +39,6 @@ static void products(const char *set, int has_bf16_dot) {
     run_product(set, 8, (struct product){INT8, 257, 4, 33, 0}, AT_END);
 }
 
-static const struct attention ATTENDED[] = {
-    // B, K, G, T, H, C, S, window
-    {F32, 1, 1, 1, 1, 32, 1, 32, INT32_MAX, 0},
-    {F32, 2, 2, 3, 1, 64, 3, 64, INT32_MAX, 0},
-    {F32, 2, 1, 13, 1, 32, 2, 96, 7, 0},      // rows of queries in two blocks
-    {F32, 3, 2, 1, 1, 96, 2, 544, 513, 0},    // two passes
-    {F32, 1, 1, 2, 1, 32, 1, 1056, 1, 0},     // one position
-    {F32, 2, 1, 2, 2, 32, 2, 32, INT32_MAX, 0},
-    {F32, 1, 2, 2, 12, 64, 1, 64, 3, 0},
-    {F32, 2, 1, 1, 13, 32, 3, 544, INT32_MAX, 0}, // blocks of 7 and 6 tokens over two passes
-    {F32, 1, 1, 1, 25, 96, 1, 512, 12, 0},
-    {F32, 1, 1, 2, 14, 32, 1, 1056, 511, 0},
-    {F32, 1, 1, 1, 32, 32, 1, 32, INT32_MAX, 0}, // all positions are new
-    {F32, 2, 1, 1, 70, 32, 2, 576, 64, 0},       // windows that begin in another pass
-    {F32, 1, 1, 1, 35, 32, 1, 544, INT32_MAX, 0}, // a pass of all rows, and of some
-};
-// Of no tokens, heads, sequences, dimensions, positions.
-static const struct attention EMPTY[] = {
-    {F32, 0, 1, 1, 1, 32, 1, 32, 1, 0}, {F32, 1, 0, 1, 1, 32, 1, 32, 1, 0},
-    {F32, 1, 1, 1, 0, 32, 1, 32, 1, 0}, {F32, 1, 1, 1, 1, 0, 1, 32, 1, 0},
-    {F32, 0, 0, 0, 0, 0, 0, 0, 1, 0},   {F32, 1, 1, 1, 0, 32, 1, 0, 1, 0},
-};
-
-static void attentions(const char *set, int has_bf16_dot) {
-    (void)has_bf16_dot;
-    for (int i = 0; i < 4 * COUNT(ATTENDED); i++) {
-        struct attention of = ATTENDED[i / 4];
-        of.dtype = i & 1 ? BF16 : F32;
-        of.end = i >> 1 & 1;
-        run_attention(set, i % 3 ? 8 : 1, of, i / 4 % SIDES ^ of.end);
-    }
-    for (int i = 0; i < 2 * COUNT(EMPTY); i++) run_attention(set, 8, EMPTY[i / 2], i % 2);
-}
-
 static const struct paged PAGED[] = {
     // K, G, h, H, S, window, lengths, tokens
     {F32, 1, 1, 32, 32, 32, INT32_MAX, {1, 32, 33}, {1, 1, 1}},
@@ -82,6 +48,16 @@ static const struct paged PAGED[] = {
     {F32, 1, 13, 17, 32, 64, INT32_MAX, {40, 0, 0}, {40, 0, 0}},  // rows of a token in two blocks of rows
     {F32, 3, 1, 32, 96, 32, 1, {530, 2, 512}, {130, 2, 1}},       // several units, windows of one
     {F32, 1, 100, 32, 32, 32, INT32_MAX, {33, 3, 0}, {2, 3, 0}},  // a unit has a token
+    {F32, 1, 2, 32, 32, 32, 1, {1056, 512, 1}, {1, 1, 1}},        // one position
+    {F32, 2, 13, 32, 32, 96, 7, {96, 8, 0}, {1, 1, 0}},           // rows of a decode step in two blocks
+    {F32, 1, 1, 32, 32, 544, INT32_MAX, {544, 35, 13}, {35, 35, 13}}, // a pass of all rows, and of some
+    {F32, 1, 2, 96, 96, 32, 511, {1056, 530, 12}, {14, 25, 12}},
+    {F32, 2, 1, 32, 32, 32, 64, {576, 70, 0}, {70, 70, 0}},       // windows that begin in another pass
+    // Nothing to do: of no tokens, heads, dimensions.
+    {F32, 1, 1, 32, 32, 32, 1, {5, 0, 0}, {0, 0, 0}},
+    {F32, 0, 1, 32, 32, 32, 1, {5, 0, 0}, {1, 0, 0}},
+    {F32, 1, 0, 32, 32, 32, 1, {5, 0, 0}, {1, 0, 0}},
+    {F32, 1, 1, 0, 32, 32, 1, {5, 0, 0}, {1, 0, 0}},
 };
 static const struct writes WRITES[] = {
     // P, K, h, H, S, N
@@ -112,4 +88,3 @@ void test_writes(void) {
 }
 
 void test_products(void) { with_each_set(products); }
-void test_attention(void) { with_each_set(attentions); }

@@ -8,7 +8,6 @@
 #define SECONDS 300 // until a process that hangs is ended
 
 void test_products(void);
-void test_attention(void);
 void test_paged(void);
 void test_writes(void);
 void test_wrong_sizes(void);

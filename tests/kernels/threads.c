@@ -19,18 +19,13 @@ static const struct product PRODUCTS[] = {
     {WIDENED, 13, 70, 401, 0},
     {INT8, 1024, 1, 65, 0}, // so many rows that threads share their quantisation
 };
-static const struct attention ATTENTION = {F32, 2, 2, 3, 5, 32, 2, 64, 40, 0};
 static const struct paged PAGED = {BF16, 2, 3, 40, 64, 32, 40, {70, 33, 9}, {5, 1, 0}};
 static const struct writes WRITES = {BF16, 4, 4, 64, 64, 32, 128}; // so many that threads share them
-enum { INT8_CALL = 2, ATTENTION_CALL, PAGED_CALL, WRITES_CALL, CALLS };
+enum { INT8_CALL = 2, PAGED_CALL, WRITES_CALL, CALLS };
 
 static XLA_FFI_Handler *begin_call(struct frame *frame, const char *set, int call) {
     at("%s: call %d", set, call);
     frame_begin(frame, set, 8);
-    if (call == ATTENTION_CALL) {
-        attention_frame(frame, ATTENTION, AT_END);
-        return meshwen_attention;
-    }
     if (call == PAGED_CALL) {
         paged_frame(frame, PAGED, AT_END);
         return meshwen_paged_attention;
@@ -44,9 +39,7 @@ static XLA_FFI_Handler *begin_call(struct frame *frame, const char *set, int cal
 }
 
 static void check_call(const struct frame *frame, int call) {
-    if (call == ATTENTION_CALL)
-        attention_check(frame, ATTENTION);
-    else if (call == PAGED_CALL)
+    if (call == PAGED_CALL)
         paged_check(frame, PAGED);
     else if (call == WRITES_CALL)
         writes_check(frame, WRITES);
@@ -158,7 +151,7 @@ static void call_rounding(const char *set, int call, unsigned mode) {
     struct frame frame;
     struct product of = PRODUCTS[call % 3];
     XLA_FFI_Handler *entry;
-    of.tiny = call < ATTENTION_CALL;
+    of.tiny = call < PAGED_CALL;
     if (of.tiny) {
         frame_begin(&frame, set, 8);
         product_frame(&frame, of, AT_END);

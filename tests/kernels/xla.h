@@ -16,7 +16,6 @@
 // The entries.
 XLA_FFI_Error *meshwen_matmul(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_matmul_int8(XLA_FFI_CallFrame *);
-XLA_FFI_Error *meshwen_attention(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_paged_attention(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_write_cache(XLA_FFI_CallFrame *);
 XLA_FFI_Error *meshwen_unwritten(XLA_FFI_CallFrame *);

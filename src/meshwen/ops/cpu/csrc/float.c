@@ -3,7 +3,6 @@
 // Matmuls and attention of float32 and bfloat16. Compiled once for each instruction set; SUFFIX is its
 // name. With MESHWEN_DOT it has an instruction for dot products of bfloat16.
 
-#include "contiguous.h"
 #include "kernels.h"
 #include "matmul.h"
 #include "paged.h"
@@ -18,9 +17,6 @@
     }
 #define ATTENTION(kind)                                                                              \
     static const struct attending attending_##kind = {score_##kind, add_##kind};                     \
-    static int attention_##kind(const void *task, int64_t unit) {                                    \
-        return attend_head(kind, &attending_##kind, task, unit);                                     \
-    }                                                                                                \
     static int paged_##kind(const void *task, int64_t unit) {                                        \
         return attend_tokens(kind, &attending_##kind, task, unit);                                   \
     }
@@ -39,8 +35,6 @@ const struct float_kernels NAMED(float_kernels, SUFFIX) = {
 #if defined(MESHWEN_DOT)
     .matmul_dot = matmul_DOT,
 #endif
-    .attention_float32 = attention_FLOAT32,
-    .attention_bfloat16 = attention_CACHED,
     .paged_float32 = paged_FLOAT32,
     .paged_bfloat16 = paged_CACHED,
 };

@@ -30,16 +30,6 @@ struct int8_matmul {
     int64_t unit_rows, unit_panels; // of a unit of either task
 };
 
-// Attention: see `contiguous.h`.
-struct attention {
-    const float *q;
-    const char *keys, *values;
-    float *y;
-    const int32_t *rows, *starts;
-    int64_t window;
-    int64_t K, G, H, S, T, C;
-};
-
 // Tokens of a sequence, and a key/value head whose queries they are.
 struct paged_unit {
     int64_t sequence, head;
@@ -66,8 +56,6 @@ struct float_kernels {
     unit_function *matmul_float32;
     unit_function *matmul_widened; // float32 with bfloat16 that is widened to float32
     unit_function *matmul_dot;     // bfloat16 with bfloat16 by an instruction for it; or 0
-    unit_function *attention_float32;
-    unit_function *attention_bfloat16;
     unit_function *paged_float32;
     unit_function *paged_bfloat16;
 };

@@ -25,12 +25,11 @@ from meshwen.ops.cpu.kernels.shared_library import (
     supported,
     target,
 )
-from meshwen.ops.cpu.panels import COLUMNS, Panels
+from meshwen.ops.cpu.panels import Panels
 
 __all__ = [
     "ORDERED",
     "InstructionSet",
-    "attention",
     "compiler",
     "instruction_set",
     "label",
@@ -103,58 +102,6 @@ def matmul(a: Array, b: Panels, alone: bool = False, *, ordered: bool = False) -
     return _call(found, "matmul", shape, alone, a, b.values)
 
 
-def attention(
-    q: Array,
-    keys: Array,
-    values: Array,
-    rows: Array,
-    starts: Array,
-    window: ArrayLike,
-    alone: bool = False,
-) -> Array:
-    """softmax(q keys) values, of tokens that follow one another.
-
-    Token t of sequence b is at position starts[b] + t of row rows[b], and sees the positions up to
-    its own. Its result has the same bits whatever B, T, S and the number of heads are, as long as
-    the values are finite.
-
-    Args:
-        q: float32 [B, K*G, T, H], scaled.
-        keys: bfloat16 or float32 [C, K, H, S].
-        values: of the same dtype, [C, K, S, H].
-        rows: int32 [B], below C.
-        starts: int32 [B], from 0 to S - T; others are clipped.
-        window: int32 [], how many positions a token sees at most, its own among them; at least 1.
-        alone: see `matmul`.
-
-    Returns:
-        float32 [B, K*G, T, H].
-
-    Raises:
-        TypeError: other dtypes, or T is more than S.
-        RuntimeError: this process has no kernels.
-    """
-    (C, _, H, S), T = keys.shape, q.shape[2]
-    if q.dtype != jnp.float32 or keys.dtype != values.dtype or str(keys.dtype) not in _DTYPES:
-        raise TypeError(f"no attention for {q.dtype}, {keys.dtype}, {values.dtype}")
-    if T > S:
-        raise TypeError(f"{T} tokens cannot stand in {S} positions")
-    if not q.size:
-        return q
-    # The kernel refuses what is not in the cache.
-    rows = jnp.clip(rows, 0, C - 1).astype(jnp.int32)
-    starts = jnp.clip(starts, 0, S - T).astype(jnp.int32)
-    positions, dimensions = -S % COLUMNS, -H % COLUMNS
-    if positions or dimensions:  # Of the rows that are attended to alone: the cache may be large.
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, dimensions)))
-        keys = _padded_rows(keys, rows, dimensions, positions)
-        values = _padded_rows(values, rows, positions, dimensions)
-        rows = jnp.arange(len(q), dtype=jnp.int32)
-    most = jnp.maximum(window, 1).astype(jnp.int32).reshape(1)
-    arguments = (q, keys, values, rows, starts, most)
-    return _call(_required(), "attention", q.shape, alone, *arguments)[..., :H]
-
-
 def paged_attention(
     q: Float32[Array, "N heads h"],
     keys: Float[Array, "P K H S"],
@@ -168,7 +115,7 @@ def paged_attention(
     """softmax(q keys) values, of the last tokens of sequences whose keys and values are in blocks.
 
     A token's result has the same bits whatever else is attended to, and wherever the blocks are, as
-    long as the values are finite: those of `attention`. Nothing is read of positions that no token
+    long as the values are finite. Nothing is read of positions that no token
     sees, but keys in the same 32 positions, which count for nothing.
 
     Args:
@@ -258,16 +205,6 @@ def _required() -> InstructionSet:
     if not found:
         raise RuntimeError("this installation, or this process, has no kernels")
     return found
-
-
-def _padded_rows(cache: Array, rows: Array, *missing: int) -> Array:
-    """Some rows, with zeros behind the last two axes.
-
-    The barrier keeps XLA from fusing into it what was just written to the cache: that would be
-    written to a copy, as the fusion still reads what was there before.
-    """
-    some = lax.optimization_barrier(cache)[rows]
-    return jnp.pad(some, ((0, 0), (0, 0), *((0, count) for count in missing)))
 
 
 def _widened(x: Array) -> Array:

@@ -23,10 +23,7 @@ VARIABLE = "MESHWEN_INSTRUCTION_SET"
 NONE = "none"
 
 _NAME = {"darwin": "libkernels.dylib", "win32": "kernels.dll"}.get(sys.platform, "libkernels.so")
-FUNCTIONS = (
-    *("matmul", "matmul_int8", "attention"),
-    *("paged_attention", "write_cache", "unwritten"),
-)
+FUNCTIONS = "matmul", "matmul_int8", "paged_attention", "write_cache", "unwritten"
 
 # A clone has what its library was compiled from beside the package; a wheel has not.
 _ROOT = (Path(__file__).parent / "../../../../..").resolve()
