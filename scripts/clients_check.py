@@ -248,13 +248,30 @@ CHECKS: Mapping[str, Callable[[Served, Path], bool]] = {
 }
 
 
+def demo_with_tools(folder: Path) -> Path:
+    """A copy of the demo checkpoint whose chat template takes tools, but says nothing of them.
+
+    It knows none; so that clients can ask for calls, what is generated has to be held to them.
+    """
+    copy = folder / "demo-with-tools"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(demo.path(), copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    template = config["chat_template"].replace("message.content", "(message.content or '')")
+    config["chat_template"] = re.sub(r"{%- if tools %}.*?{%- endif %}", "", template, count=1)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return copy
+
+
 @contextlib.contextmanager
-def demo_server() -> Iterator[Served]:
+def demo_server(folder: Path) -> Iterator[Served]:
     """Serves the demo model, in exact numerics."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     key = "check-" + os.urandom(8).hex()
-    command = [sys.executable, "-m", "meshwen", "serve", "--model", "demo", "--port", str(port)]
+    command = [sys.executable, "-m", "meshwen", "serve", "--port", str(port)]
+    command += ["--model", str(demo_with_tools(folder)), "--served-model-name", "demo"]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             [*command, "--numerics", "exact"],
@@ -311,7 +328,7 @@ def main() -> int:
     if given.url and not healthy(given.url):
         sys.exit(f"{given.url} does not come to answer /health")
     asked = contextlib.nullcontext(Served(given.url, given.key, given.model))
-    with asked if given.url else demo_server() as served:
+    with asked if given.url else demo_server(given.folder) as served:
         passed = {name: checked(name, served, given.folder) for name in given.only}
     failed = [name for name, fine in passed.items() if not fine]
     print(f"failed: {', '.join(failed)}" if failed else f"all of {', '.join(passed)} passed")

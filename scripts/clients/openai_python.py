@@ -97,10 +97,10 @@ def several_answers_with_log_probabilities() -> None:
         [one.message.content for one in first.choices], [o.message.content for o in again.choices]
     )
     for choice in first.choices:
-        for token in choice.logprobs.content:
-            assert token.logprob <= 0
-            expect(len(token.top_logprobs), 3)
-            expect(bytes(token.bytes).decode(errors="replace"), token.token)
+        tokens = choice.logprobs.content
+        assert all(one.logprob <= 0 and len(one.top_logprobs) == 3 for one in tokens)
+        written = b"".join(bytes(one.bytes) for one in tokens)
+        expect(written.decode(), choice.message.content)
 
 
 @check
