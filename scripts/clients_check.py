@@ -57,6 +57,7 @@ class Served:
             "CHECK_ANSWER": answer and f"#### {answer}",
             "OPENAI_API_KEY": self.key,
             "PYTHONPATH": "",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # It would be fetched.
         }
 
 
@@ -202,7 +203,13 @@ def lm_eval(served: Served, folder: Path) -> bool:
             said(
                 "lm_eval",
                 "completions",
-                lambda: scores("local-completions", "completions", tokenizer=str(demo.path())),
+                lambda: scores(
+                    "local-completions",
+                    "completions",
+                    tokenizer=str(demo.path()),
+                    # transformers splits the demo's numbers into digits: the server encodes them.
+                    tokenized_requests="False",
+                ),
             ),
         ]
     )
