@@ -175,6 +175,13 @@ def start(arguments: list[str]) -> tuple[subprocess.Popen[bytes], str]:
     return server, f"http://127.0.0.1:{port}"
 
 
+def stop(server: subprocess.Popen[bytes] | None) -> None:
+    """Ends a server that was started."""
+    if server is not None:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+
+
 async def healthy(url: str, server: subprocess.Popen[bytes] | None) -> None:
     """Waits until the server answers."""
     end = time.monotonic() + START_SECONDS
@@ -244,9 +251,7 @@ def main() -> None:
     try:
         well = asyncio.run(run(options, url, server))
     finally:
-        if server is not None:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+        stop(server)
     sys.exit(not well)
 
 

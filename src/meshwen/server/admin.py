@@ -22,8 +22,7 @@ def _serving(request: Request) -> Serving:
 
 
 @router.get("/health")
-@router.get("/ping")
-@router.post("/ping")
+@router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 where requests are answered; 503 where the engine fails all the time."""
     healthy = _serving(request).engine.healthy
