@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 from collections.abc import Iterable
@@ -26,6 +27,8 @@ from meshwen.server.serving import Serving
 from serving import EOS, Call, tokenizer
 from tiny_model import ONE_LAYER
 
+# Compiles for many minutes: `MESHWEN_FULL_LOAD=1 make test TESTS=tests/test_server_same_bytes.py`.
+full = pytest.mark.skipif("MESHWEN_FULL_LOAD" not in os.environ, reason="MESHWEN_FULL_LOAD unset")
 PATIENCE = 300.0  # seconds: what has not come by then has hung
 LONGEST = 160  # tokens of a prompt and its answer
 ROWS, BLOCKS = 4, 5  # answers at once, and KV blocks: as many as the longest needs
@@ -314,12 +317,13 @@ def expected(size: Size) -> list[list[str]]:
 QUICK, FULL = Size("one layer", 7, 35, 1), Size("demo", 64, 256, len(SAMPLING))
 
 
-@pytest.mark.parametrize("mesh", ["1", "1x8"])
+@pytest.mark.parametrize("mesh", ["1", pytest.param("1x8", marks=pytest.mark.slow)])
 def test_a_loaded_server_answers_in_the_bytes_of_an_idle_one(mesh):
     QUICK.check(mesh)
 
 
 @pytest.mark.slow
+@full
 @pytest.mark.parametrize("mesh", ["1", "1x8"])
 def test_64_requests_among_256_have_the_bytes_that_they_have_alone(mesh):
     FULL.check(mesh)
@@ -335,6 +339,7 @@ def test_another_seed_is_found():
 
 
 @pytest.mark.slow
+@full
 def test_fast_numerics_round_by_the_batch():
     """The comparison finds it; where it does not, it says so."""
     of, others = runner("demo", "1", "fast"), requests(random.Random(2), 256, 1)
