@@ -105,12 +105,13 @@ class Load:
             return
         texts = [response.body.decode()]
         if body["stream"]:
-            *texts, last = [one[len("data: ") :] for one in texts[0].strip().split("\n\n")]
+            events = texts[0].strip().split("\n\n")  # Comments keep a connection that waits.
+            *texts, last = [one[len("data: ") :] for one in events if not one.startswith(":")]
             self.counts["lost"] += last != "[DONE]"
         parts = [json.loads(text) for text in texts]
         choices = [one for part in parts for one in part["choices"]]
         prompts = [one["prompt_token_ids"] for one in choices if "prompt_token_ids" in one]
-        tokens = [token for one in choices for token in one["token_ids"] if "token_ids" in one]
+        tokens = [token for one in choices for token in one.get("token_ids", [])]
         ends = [one for one in choices if one["finish_reason"]]
         right = prompts == [body["prompt"]] and len(tokens) == body["max_tokens"] and len(ends) == 1
         self.counts["another's, or not whole"] += not right
