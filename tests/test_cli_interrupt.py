@@ -123,9 +123,9 @@ def test_a_ctrl_c_that_a_prompt_takes_ends_nothing():
         "    except KeyboardInterrupt as stop:",
         "        interrupt.take(stop)",
         "        print('taken', flush=True)",
-        "time.sleep(0.6)",
+        "time.sleep(2)",
     )
-    with program(*body, grace=0.3) as process:
+    with program(*body, grace=1.5) as process:
         for _ in range(2):
             ready(process).send_signal(signal.SIGINT)
             assert process.stdout.readline() == "taken\n"
