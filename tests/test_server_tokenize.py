@@ -32,6 +32,9 @@ async def test_texts_and_conversations_are_tokenised():
         asked = await ask(messages=messages[:1])
         begun = LIBRARY.decode(asked["tokens"], skip_special_tokens=False)
         assert begun.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+        tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+        refused = await ask(messages=messages, tools=[tool])  # By the demo's template.
+        assert "tool" in refused["error"]["message"]
         closed = await ask(messages=messages, add_generation_prompt=False)
         assert closed["tokens"][: asked["count"]] == asked["tokens"]
         going_on = {"add_generation_prompt": False, "continue_final_message": True}
@@ -55,8 +58,9 @@ async def test_token_ids_become_their_text():
     ("path", "body", "param"),
     [
         ("/tokenize", {}, "prompt"),
-        ("/tokenize", {"prompt": "x", "messages": []}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "Hi"}]}, "prompt"),
         ("/tokenize", {"prompt": "x", "tools": []}, "tools"),
+        ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": 3}, "prompt"),
         ("/tokenize", {"prompt": "x", "frob": 1}, "frob"),
         ("/detokenize", {}, "tokens"),

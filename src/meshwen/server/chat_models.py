@@ -195,6 +195,12 @@ def _check_tool(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Tools = Annotated[
+    list[Annotated[dict[str, Any], AfterValidator(_check_tool)]], Field(max_length=_MOST_TOOLS)
+]
+
+
 class _NamedFunction(Fields):
     """A function by its name."""
 
@@ -211,7 +217,7 @@ class NamedToolChoice(Fields):
 class ChatRequest(OpenAIFields):
     """The body of a request for a chat completion."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
@@ -228,13 +234,7 @@ class ChatRequest(OpenAIFields):
         Literal["none", "auto", "required"] | NamedToolChoice | None,
         expecting("none, auto, required or the name of a function, as an object"),
     ] = None
-    tools: (
-        Annotated[
-            list[Annotated[dict[str, Any], AfterValidator(_check_tool)]],
-            Field(max_length=_MOST_TOOLS),
-        ]
-        | None
-    ) = None
+    tools: Tools | None = None
     top_logprobs: TopLogprobs | None = None
 
     add_special_tokens: RefusedTrue = None

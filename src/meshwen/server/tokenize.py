@@ -10,7 +10,7 @@ from annotated_types import Ge, Len, Lt
 from fastapi import APIRouter, Request
 
 from meshwen.server.chat import prompt_of
-from meshwen.server.chat_models import ChatMessage, ChatRequest, Tool
+from meshwen.server.chat_models import ChatRequest, Messages, Tools
 from meshwen.server.errors import ApiError
 from meshwen.server.fields import Fields, check_model
 from meshwen.server.prompts import text_tokens
@@ -26,12 +26,12 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
 
 
