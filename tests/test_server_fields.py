@@ -45,8 +45,8 @@ LATER = {"thread"}
 
 # By the heading of the table: the models whose own fields it has, with what comes before these.
 TABLES = {
-    "Sampling: all three": {"": SamplingFields},
-    "Requests: all three": {"": RequestFields, "stream_options.": StreamOptions},
+    "Sampling of chat, completions and token ids": {"": SamplingFields},
+    "Requests of chat, completions and token ids": {"": RequestFields, "stream_options.": StreamOptions},
     "Chat and completions": {"": OpenAIFields},
     "Chat": {
         "": ChatRequest,

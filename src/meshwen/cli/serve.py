@@ -16,6 +16,7 @@ from meshwen.cli.files import check_readable
 from meshwen.cli.interrupt import handled
 from meshwen.cli.load import load_model, opened, put_prefix
 from meshwen.cli.option_groups import group, with_groups
+from meshwen.common.extras import how_to_install
 from meshwen.common.option_fields import options_of
 from meshwen.engine.options import EngineOptions
 from meshwen.errors import MeshwenError
@@ -70,7 +71,7 @@ def serve(
         import fastapi  # noqa: F401
     except ModuleNotFoundError:
         raise MeshwenError(
-            'meshwen serve needs the extra "serve": pip install "meshwen[serve]"'
+            f"meshwen serve needs further packages: {how_to_install('serve')}"
         ) from None
     from meshwen.parallel.distributed import process_index
     from meshwen.server.following import follow

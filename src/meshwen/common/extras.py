@@ -4,6 +4,7 @@
 # What an extra installs. The package itself is on no index; these are.
 PACKAGES = {
     "client": "httpx",
+    "export": "flatbuffers",
     "gguf": "gguf",
     "gsm8k": "pyarrow",
     "lm-eval": "lm-eval",

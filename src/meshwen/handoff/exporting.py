@@ -30,6 +30,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshwen.checkpoints.safetensors import write_safetensors
+from meshwen.common.extras import how_to_install
 from meshwen.common.paths import exists, user_path
 from meshwen.errors import MeshwenError
 from meshwen.handoff import run_exported
@@ -98,7 +99,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
     if exists(target):
         raise MeshwenError(f"{target} exists: name a folder that does not, or remove it")
     if find_spec("flatbuffers") is None:
-        raise MeshwenError('exporting needs flatbuffers: pip install "meshwen[export]"')
+        raise MeshwenError(f"exporting needs flatbuffers: {how_to_install('export')}")
     return target
 
 
