@@ -3,6 +3,7 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -19,24 +20,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unoptimised")]
 
 @contextmanager
 def two_processes():
-    """A server of the demo model, and its two processes."""
+    """A client of a server of the demo model, its two processes, and what these print."""
     port, coordinator = free_port(), free_port()
     own = ("--mesh", "1x2", "--port", port, "--no-warmup")
     started = [command("serve", coordinator, index, *own) for index in range(2)]
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, started)
-        with httpx.Client(base_url=url, timeout=START, trust_env=False) as client:
-            yield client, started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate(timeout=LIMIT)
+    with ThreadPoolExecutor() as threads:  # A pipe that nobody reads would stop who writes.
+        printed = [threads.submit(process.communicate) for process in started]
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(url, started)
+            with httpx.Client(base_url=url, timeout=START, trust_env=False) as client:
+                yield client, started, printed
+        finally:
+            for process in started:
+                process.kill()
 
 
 def wait_until_ready(url, started):
     for _ in range(2 * START):
-        assert all(process.poll() is None for process in started), started[0].communicate()
+        assert all(process.poll() is None for process in started)
         try:
             if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
                 return
@@ -54,7 +56,7 @@ def ask(client):
 
 
 def test_both_processes_answer_together_whoever_comes_and_goes():
-    with two_processes() as (client, (first, other)):
+    with two_processes() as (client, (first, other), printed):
         assert ask(client) == ANSWER
         long = {"prompt": "1", "max_tokens": 900, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=long) as reply:
@@ -62,16 +64,16 @@ def test_both_processes_answer_together_whoever_comes_and_goes():
         assert client.post("/v1/completions", json={"prompt": [9999]}).status_code == 400
         assert ask(client) == ANSWER
         first.send_signal(signal.SIGTERM)
-        _, errors = first.communicate(timeout=LIMIT)
+        _, errors = printed[0].result(timeout=LIMIT)
         assert first.returncode == 0, errors
         assert errors.endswith("stopped\n")
-        others = other.communicate(timeout=LIMIT)
-        assert (other.returncode, *others) == (0, "", "")
+        out, _ = printed[1].result(timeout=LIMIT)  # XLA may print notes of programs that it kept.
+        assert (other.returncode, out) == (0, "")
 
 
 def test_a_lost_process_ends_the_server():
-    with two_processes() as (client, (first, other)):
+    with two_processes() as (client, (first, other), printed):
         assert ask(client) == ANSWER
         other.kill()
-        first.communicate(timeout=LIMIT)
+        printed[0].result(timeout=LIMIT)
         assert first.returncode != 0
