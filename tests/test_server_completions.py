@@ -297,3 +297,14 @@ async def test_a_request_that_takes_too_long_ends():
         response = await server.client.post(PATH, json={"prompt": "Hi"})
         server.engine.go.set()
     assert response.status_code == 504
+
+
+@in_loop
+async def test_without_a_seed_each_prompt_has_one_of_its_own():
+    async with serving("Hello!") as server:
+        await ask(server, prompt=["Hi"] * 4, temperature=1)
+        drawn = [one.sampling.seed for one in server.engine.requests]
+        await ask(server, prompt=["Hi"] * 2, temperature=1, seed=5)
+        given = [one.sampling.seed for one in server.engine.requests[4:]]
+    assert len(set(drawn)) == 4
+    assert given == [5, 5]

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from meshwen.engine.engine import QueueFullError
 from meshwen.engine.request import Request
 from meshwen.engine.sampling_params import SamplingParams
 from meshwen.errors import MeshwenError
@@ -279,7 +280,12 @@ class Picky(ScriptedEngine):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(MeshwenError("no room"), 400), (RuntimeError("a defect"), 500)]
+    ("error", "status"),
+    [
+        (MeshwenError("no room"), 400),
+        (QueueFullError("8 wait"), 503),
+        (RuntimeError("a defect"), 500),
+    ],
 )
 @in_loop
 async def test_what_submit_refuses_ends_that_request_alone(error, status):

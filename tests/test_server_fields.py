@@ -46,7 +46,10 @@ LATER = {"thread"}
 # By the heading of the table: the models whose own fields it has, with what comes before these.
 TABLES = {
     "Sampling of chat, completions and token ids": {"": SamplingFields},
-    "Requests of chat, completions and token ids": {"": RequestFields, "stream_options.": StreamOptions},
+    "Requests of chat, completions and token ids": {
+        "": RequestFields,
+        "stream_options.": StreamOptions,
+    },
     "Chat and completions": {"": OpenAIFields},
     "Chat": {
         "": ChatRequest,

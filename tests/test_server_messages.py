@@ -439,6 +439,8 @@ async def test_a_stream_that_has_nothing_new_pings_and_ends_with_its_client():
     async with serving(engine, stream_keep_alive=0.01) as server:
         call = server.call(PATH, BODY | {"stream": True})
         assert (await call.next())["status"] == 200
+        first = (await call.next())["body"]  # Readers expect the message's beginning before all.
+        assert first.startswith(b"event: message_start\n")
         assert (await call.next())["body"] == b'event: ping\ndata: {"type":"ping"}\n\n'
         await call.leave()
         engine.go.set()

@@ -120,6 +120,8 @@ def _loaded(
 
     model = load_model(checkpoint, tokenizer, engine)
     put_prefix(model, load_prefix)
+    # The server's queue has the limit; in every process alike.
+    model.engine.max_waiting = server.max_queue + model.engine.cache_plan.max_num_seqs
     fingerprint = system_fingerprint(checkpoint, model)
     if server.warmup:
         note("warming up: compiling the usual steps (--no-warmup leaves it out)")

@@ -54,6 +54,9 @@ class Engine:
         prefix_caching: whether what prompts begin with is found in the KV cache again.
         speculation: proposes draft tokens; None: there are none. They only change how fast an
             answer comes; in fast numerics also its rounding.
+
+    Attributes:
+        max_waiting: may be changed at any time, over processes in all alike.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Engine:
         speculation: Speculation | None = None,
     ):
         self._config = runner.config
-        self._plan, self._max_waiting = plan, max_waiting
+        self._plan, self.max_waiting = plan, max_waiting
         speculation = speculation or Speculation(PromptLookup(), 0)
         self._core = EngineCore(  # For the thread that has the lock.
             runner, plan, max_num_batched_tokens, prefix_caching, speculation
@@ -169,8 +172,8 @@ class Engine:
         grammar = self._checked(request, "the prompt")
         with self._shared.lock.changed:
             self._shared.check_thread()
-            if self._shared.requests.waiting >= self._max_waiting:
-                raise QueueFullError(f"{self._max_waiting} requests wait already; try again later")
+            if self._shared.requests.waiting >= self.max_waiting:
+                raise QueueFullError(f"{self.max_waiting} requests wait already; try again later")
             if self._shared.one_thread:
                 check_requests([request])
             return self._shared.add(request, grammar, on_event, None)

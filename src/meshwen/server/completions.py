@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from meshwen.engine.request import Request
+from meshwen.engine.sampling_params import with_fresh_seed
 from meshwen.server.errors import ApiError
 from meshwen.server.fields import (
     OpenAIFields,
@@ -109,7 +110,11 @@ async def _generation(serving: Serving, body: CompletionRequest) -> Generation:
         serving, max_tokens=max(asked, 1), logprobs=body.logprobs, grammar=grammar
     )
     prompts = await _prompts(serving, body)
-    requests = tuple(Request(one, sampling, body.cache_salt or "") for one in prompts)
+    seeded = body.seed is not None  # Else each prompt has a seed of its own, as if asked alone.
+    requests = tuple(
+        Request(one, sampling if seeded else with_fresh_seed(sampling), body.cache_salt or "")
+        for one in prompts
+    )
     return Generation(requests, scoring=asked == 0)
 
 

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Protocol
 
+from meshwen.engine.engine import QueueFullError
 from meshwen.engine.request import Event, Request
 from meshwen.errors import MeshwenError
 from meshwen.server.errors import ApiError
@@ -99,6 +100,8 @@ class Answers:
 
     def put(self, found: _Found) -> None:
         """Adds the events of a step; an error or None is the last. For the event loop's thread."""
+        if self.dropped:
+            return
         if isinstance(found, list):
             self.begun = True
             self.meter.events(found)
@@ -221,12 +224,7 @@ class EngineThread:
         """Refuses more answers than may wait; one request may have any number of them."""
         unfinished = sum(one.request.sampling.n for one in self._open if not one.ended)
         if unfinished and unfinished + choices > self._room:
-            raise ApiError(
-                503,
-                f"as many requests wait as may ({self._max_queue}); try again later",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+            raise _queue_full(self._max_queue)
 
     def _ask(self, answers: Answers, request: Request | None) -> None:
         """Has the thread submit a request, or cancel it, before its next step."""
@@ -281,6 +279,8 @@ class EngineThread:
 
         try:
             number = self._engine.submit(request, on_event)
+        except QueueFullError:
+            self._send([(answers, _queue_full(self._max_queue))])
         except MeshwenError as error:
             self._send([(answers, ApiError(400, str(error)))])
         except Exception:
@@ -344,6 +344,15 @@ def _put(found: list[tuple[Answers, _Found]]) -> None:
 
 def _failed() -> ApiError:
     return ApiError(500, "the engine failed; the server's log says why")
+
+
+def _queue_full(most: int) -> ApiError:
+    return ApiError(
+        503,
+        f"as many requests wait as may ({most}); try again later",
+        code="queue_full",
+        headers={"Retry-After": "1"},
+    )
 
 
 def _shutting_down() -> ApiError:

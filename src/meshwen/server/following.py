@@ -101,7 +101,12 @@ def follow(engine: Engine) -> None:
 
 
 def _tell(call: str, value: Any = None) -> None:
-    shared("call of the engine", lambda: [call, value])
+    try:
+        shared("call of the engine", lambda: [call, value])
+    except Exception:
+        logger.exception("the other processes cannot be told what to do: all end")
+        leave(_DEFECT)
+        raise
 
 
 def _request(fields: dict[str, Any]) -> Request:

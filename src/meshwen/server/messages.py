@@ -194,11 +194,14 @@ _CHANGES = {"begins": _begins, "grows": _grows, "ends": _ends}
 class _MessageEvents:
     """The events of a message's stream."""
 
-    idle = 'event: ping\ndata: {"type":"ping"}\n\n'
-
     def __init__(self, message: _Message):
         self._message = message
         self._begun = False
+
+    @property
+    def idle(self) -> str:
+        """What is sent where nothing has come for some seconds."""
+        return self._first() or 'event: ping\ndata: {"type":"ping"}\n\n'
 
     def step(self, deltas: Sequence[Delta]) -> str:
         """The events of a step."""

@@ -28,13 +28,11 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 
 class StreamEvents(Protocol):
-    """Writes one protocol's events.
+    """Writes one protocol's events."""
 
-    Attributes:
-        idle: what is sent where nothing has come for some seconds.
-    """
-
-    idle: str
+    @property
+    def idle(self) -> str:
+        """What is sent where nothing has come for some seconds."""
 
     def step(self, deltas: Sequence[Delta]) -> str:
         """The events of a step; "": none."""
